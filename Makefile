@@ -1,0 +1,55 @@
+# The commands of this project. Only python3 (3.11 or newer) and make have to be there: `make setup` brings the rest.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BOOTSTRAP := $(PYTHON) ghsync_dagster/local/bootstrap.py
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev run cdc test dev check bench bench-batch bench-cdc faults lock clean
+
+help: ## show these commands
+	@$(PYTHON) -c 'import re; [print("make {:<13}{}".format(*m)) for m in re.findall(r"(?m)^([a-z-]+):.*?## (.+)", open("Makefile").read())]'
+
+setup: ## install everything that a run needs: uv, locked packages, Java if there is none, jars
+	@$(BOOTSTRAP)
+
+setup-dev: ## the same, and what tests and checks need
+	@$(BOOTSTRAP) --dev
+
+run: setup ## take the events to MongoDB with all checks, and print a summary
+	@$(BIN)/ghsync run
+
+cdc: setup ## try the change path on local servers: workload, sync, latency, audit
+	@$(BIN)/ghsync cdc rehearse
+
+test: setup-dev ## run all tests, in JOBS processes (2)
+	@$(BIN)/python -m pytest --numprocesses $(or $(JOBS),2) --dist loadfile
+
+dev: setup ## serve the Dagster UI with daemon and sensors on 127.0.0.1:3000
+	@DAGSTER_HOME="$$($(BIN)/python -m ghsync_dagster.local.dagster_home)" \
+		$(BIN)/dagster dev --host 127.0.0.1 --port 3000
+
+check: setup-dev ## lint, format, types, import rules
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench: bench-batch bench-cdc ## run all benchmarks against their peers
+
+bench-batch: setup-dev ## the batch benchmark
+	@$(BIN)/python -m benchmarks.batch
+
+bench-cdc: setup-dev ## the benchmark of the change path
+	@$(BIN)/python -m benchmarks.cdc
+
+faults: setup-dev ## the long campaign of kills and races
+	@GHSYNC_FAULT_ROUNDS=30 $(BIN)/python -m pytest -m faults
+
+lock: ## resolve the lock files from pyproject.toml; UPGRADE=1 takes newer versions
+	@$(BOOTSTRAP) --lock $(if $(UPGRADE),--upgrade)
+
+clean: ## stop the local servers; remove what was set up, and .ghsync with all local data
+	@if [ -x $(BIN)/ghsync ]; then $(BIN)/ghsync down; fi
+	@rm -rf $(VENV) .uv .ghsync .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,0 +1,1 @@
+"""ghsync: keeps the MongoDB collection ``new_data.Users`` right, from files of GitHub events."""

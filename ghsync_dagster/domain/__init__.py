@@ -1,0 +1,1 @@
+"""The rules of the trade: users, events, precedence and errors. Imports only the standard library and msgspec."""

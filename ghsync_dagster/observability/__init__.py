@@ -1,0 +1,1 @@
+"""What an operator sees: logs, metrics and reports. Holds no decision of a flow."""

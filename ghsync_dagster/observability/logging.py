@@ -1,0 +1,95 @@
+"""The one logger set-up: structlog to standard error, JSON when that is not a terminal, secrets masked.
+
+Belongs here: how a log line looks and what must never be in one. Not here: what is logged.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+if TYPE_CHECKING:
+    from collections.abc import MutableMapping
+
+    from ghsync_dagster.settings import Settings
+
+# userinfo of a URI, up to its last @ before the path: a password may itself hold an @.
+_URI_CREDENTIALS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*://)[^\s/]*@")
+_MASK = "***"
+
+
+def redact(text: str) -> str:
+    """Mask the credentials of every URI in ``text``.
+
+    >>> redact("can't reach mongodb://app:s3cret@db:27017/x")
+    "can't reach mongodb://***@db:27017/x"
+    """
+    return _URI_CREDENTIALS.sub(rf"\g<scheme>{_MASK}@", text)
+
+
+def _redact_event(_logger: object, _name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    for key, value in event.items():
+        if not key.startswith("_"):
+            event[key] = _redacted(value)
+    return event
+
+
+def _redacted(value: object) -> object:
+    """Mask every text in a value; what is no plain value becomes its masked text."""
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {redact(str(key)): _redacted(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_redacted(item) for item in value]
+    return redact(str(value))
+
+
+def configure_logging(settings: Settings) -> None:
+    """Set up structlog and route the standard library's loggers through it."""
+    as_json = settings.log_format == "json" or (settings.log_format == "auto" and not sys.stderr.isatty())
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+        _redact_event,
+    ]
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+    renderer: Any = structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer()
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+        )
+    )
+    root = logging.getLogger("ghsync")
+    root.handlers[:] = [handler]
+    root.setLevel(settings.log_level)
+    root.propagate = False
+
+
+def bind_run(run_id: str | None) -> None:
+    """Put the run's id on every line that is logged from now on; None takes it off again."""
+    if run_id is None:
+        structlog.contextvars.unbind_contextvars("run_id")
+    else:
+        structlog.contextvars.bind_contextvars(run_id=run_id)
+
+
+def get_logger(name: str) -> structlog.stdlib.BoundLogger:
+    """Return the logger of one module; ``name`` is its step, such as ``load``."""
+    logger: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger(f"ghsync.{name}")
+    return logger

@@ -1,0 +1,329 @@
+"""Every environment variable that ghsync reads, typed and documented: nowhere else is the environment read.
+
+``NAME_FILE`` gives a path whose content is the value of ``NAME``, for any name below: the way of Docker secrets.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dotenv import dotenv_values
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from ghsync_dagster.domain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+
+class FileSource(PydanticBaseSettingsSource):
+    """Reads ``NAME`` from the file that ``NAME_FILE`` names, in the environment or in ``.env``."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        """Return the value of one field, its key, and False: values are plain text."""
+        variable = str(field.validation_alias or field_name)
+        path = self._path(variable)
+        if path is None:
+            return None, variable, False
+        try:
+            return Path(path).read_text(encoding="utf-8").rstrip("\r\n"), variable, False
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"{variable}_FILE names {path}, which can't be read ({type(error).__name__}).",
+                way_out=f"Point {variable}_FILE at a readable UTF-8 text file.",
+            ) from None
+
+    def _path(self, variable: str) -> str | None:
+        """Return the path that the environment names, or else ``.env``; None where the value itself is given first."""
+        for given in (os.environ, dotenv_values(str(self.config.get("env_file") or os.devnull))):
+            path, value = given.get(f"{variable}_FILE"), given.get(variable)
+            if path and value:
+                raise ConfigError(f"Both {variable} and {variable}_FILE are set.", way_out="Set only one of them.")
+            if path or value:
+                return path or None
+        return None
+
+    def __call__(self) -> dict[str, Any]:
+        """Return the values of all fields whose file is named, by variable."""
+        values = (self.get_field_value(field, name) for name, field in self.settings_cls.model_fields.items())
+        return {variable: value for value, variable, _ in values if value is not None}
+
+
+class Settings(BaseSettings):
+    """The settings of one process, read from the environment and from ``.env`` in the working folder."""
+
+    model_config = SettingsConfigDict(env_file=".env", extra="ignore", frozen=True, env_ignore_empty=True)
+
+    home: Path = Field(
+        default=Path(".ghsync"),
+        validation_alias="GHSYNC_HOME",
+        description="Folder of all local state: materialized data, local servers, logs, Dagster's own storage.",
+    )
+    cache: Path | None = Field(
+        default=None,
+        validation_alias="GHSYNC_CACHE",
+        description="Folder of downloaded jars, shared by checkouts. Default: the user's cache folder.",
+    )
+    events_path: str = Field(
+        default="data/sample_data.json",
+        validation_alias="GHSYNC_EVENTS_PATH",
+        description="File, folder or glob of GitHub events: JSON lines, .json or .jsonl, with or without .gz.",
+    )
+    max_quarantined_ratio: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        validation_alias="GHSYNC_MAX_QUARANTINED_RATIO",
+        description="The share of bad lines (0 to 1) above which the check quarantined_ratio fails.",
+    )
+    rules_module: str | None = Field(
+        default=None,
+        validation_alias="GHSYNC_RULES_MODULE",
+        description="Python module whose RULES (a sequence of ghsync_dagster.domain.user.Rule) join the built-in ones.",
+    )
+    lease_wait_seconds: float = Field(
+        default=600,
+        ge=0,
+        validation_alias="GHSYNC_LEASE_WAIT_SECONDS",
+        description="How long a load waits for another load of the same collection before it gives up.",
+    )
+    lease_quiet_seconds: float = Field(
+        default=6,
+        ge=1,
+        le=15,
+        validation_alias="GHSYNC_LEASE_QUIET_SECONDS",
+        description="How long MongoDB may be at work on the last command of a load that died: the next one waits.",
+    )
+    retry_attempts: int = Field(
+        default=5,
+        ge=1,
+        validation_alias="GHSYNC_RETRY_ATTEMPTS",
+        description="Tries of one step while a server is away. Permanent errors are never tried again.",
+    )
+    server_timeout_seconds: float = Field(
+        default=10,
+        gt=0,
+        validation_alias="GHSYNC_SERVER_TIMEOUT_SECONDS",
+        description="How long one try waits for a server to be reachable.",
+    )
+    alert_webhook_url: SecretStr | None = Field(
+        default=None,
+        validation_alias="GHSYNC_ALERT_WEBHOOK_URL",
+        description="URL that gets a JSON POST for each failed asset check. Unset: failed checks are only logged.",
+    )
+    log_level: str = Field(
+        default="INFO",
+        pattern="^(DEBUG|INFO|WARNING|ERROR)$",
+        validation_alias="GHSYNC_LOG_LEVEL",
+        description="DEBUG, INFO, WARNING or ERROR.",
+    )
+    log_format: str = Field(
+        default="auto",
+        pattern="^(auto|json|console)$",
+        validation_alias="GHSYNC_LOG_FORMAT",
+        description="json, console, or auto: json where standard error is not a terminal.",
+    )
+    mongodb_uri: SecretStr | None = Field(
+        default=None,
+        validation_alias="MONGODB_URI",
+        description="MongoDB to write to. Unset: a local server is started (see ghsync up mongo).",
+    )
+    mongodb_database: str = Field(
+        default="new_data",
+        min_length=1,
+        validation_alias="MONGODB_DATABASE",
+        description="Database of the collection and of the platform's own _ghsync_* collections.",
+    )
+    mongodb_collection: str = Field(
+        default="Users",
+        min_length=1,
+        validation_alias="MONGODB_COLLECTION",
+        description="Collection that is kept right.",
+    )
+    spark_master: str = Field(
+        default="local[*]",
+        validation_alias="SPARK_MASTER",
+        description="Spark master URL: local[*] or spark://host:port.",
+    )
+    spark_driver_memory: str = Field(
+        default="1g",
+        pattern=r"^[0-9]+[mg]$",
+        validation_alias="SPARK_DRIVER_MEMORY",
+        description="Heap of the Spark driver, such as 1g.",
+    )
+    spark_driver_java_options: str = Field(
+        default="",
+        validation_alias="SPARK_DRIVER_JAVA_OPTIONS",
+        description="Further options of the Spark driver's JVM, quoted as in a shell.",
+    )
+    spark_jars_packages: str | None = Field(
+        default=None,
+        validation_alias="SPARK_JARS_PACKAGES",
+        description="Coordinates handed to spark.jars.packages in place of the locked connector jar.",
+    )
+
+    kafka_bootstrap_servers: str | None = Field(
+        default=None,
+        validation_alias="KAFKA_BOOTSTRAP_SERVERS",
+        description="Kafka brokers, host:port, comma-separated. Unset: the local broker (see ghsync up kafka).",
+    )
+    kafka_topic: str = Field(
+        default="mysql-server.new_data.Users",
+        min_length=1,
+        validation_alias="KAFKA_TOPIC",
+        description="Topic of Debezium's change events. Dead letters go to this name with .dlq at its end.",
+    )
+    kafka_group_id: str = Field(
+        default="ghsync-users",
+        min_length=1,
+        validation_alias="KAFKA_GROUP_ID",
+        description="Consumer group whose committed offsets say what has been applied.",
+    )
+    kafka_security_protocol: str = Field(
+        default="PLAINTEXT",
+        pattern="^(PLAINTEXT|SSL|SASL_PLAINTEXT|SASL_SSL)$",
+        validation_alias="KAFKA_SECURITY_PROTOCOL",
+        description="PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL.",
+    )
+    kafka_sasl_mechanism: str | None = Field(
+        default=None,
+        pattern="^(PLAIN|SCRAM-SHA-256|SCRAM-SHA-512)$",
+        validation_alias="KAFKA_SASL_MECHANISM",
+        description="PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512.",
+    )
+    kafka_sasl_username: str | None = Field(
+        default=None, validation_alias="KAFKA_SASL_USERNAME", description="User for SASL."
+    )
+    kafka_sasl_password: SecretStr | None = Field(
+        default=None, validation_alias="KAFKA_SASL_PASSWORD", description="Password for SASL."
+    )
+    kafka_ssl_ca_location: Path | None = Field(
+        default=None,
+        validation_alias="KAFKA_SSL_CA_LOCATION",
+        description="PEM file of the authorities that the brokers' certificates are checked against.",
+    )
+    kafka_ssl_certificate_location: Path | None = Field(
+        default=None,
+        validation_alias="KAFKA_SSL_CERTIFICATE_LOCATION",
+        description="PEM file of the client's certificate.",
+    )
+    kafka_ssl_key_location: Path | None = Field(
+        default=None, validation_alias="KAFKA_SSL_KEY_LOCATION", description="PEM file of the client's key."
+    )
+    kafka_ssl_key_password: SecretStr | None = Field(
+        default=None, validation_alias="KAFKA_SSL_KEY_PASSWORD", description="Password of the client's key."
+    )
+    mysql_url: SecretStr | None = Field(
+        default=None,
+        validation_alias="MYSQL_URL",
+        description="MySQL as mysql://user:password@host:port/new_data. Unset: the local server (see ghsync up mysql).",
+    )
+    connect_url: str | None = Field(
+        default=None,
+        validation_alias="CONNECT_URL",
+        description="Kafka Connect's REST address. Unset: the local worker (see ghsync up connect).",
+    )
+    cdc_slice_seconds: float = Field(
+        default=3600,
+        gt=0,
+        validation_alias="GHSYNC_CDC_SLICE_SECONDS",
+        description="How long one run of cdc_sync_job consumes before the next one takes over.",
+    )
+    cdc_report_seconds: float = Field(
+        default=10,
+        gt=0,
+        validation_alias="GHSYNC_CDC_REPORT_SECONDS",
+        description="How often the consumer logs and observes counts, lag and latency.",
+    )
+    cdc_session_timeout_seconds: float = Field(
+        default=10,
+        ge=6,
+        validation_alias="GHSYNC_CDC_SESSION_TIMEOUT_SECONDS",
+        description="How long Kafka waits for a silent consumer before others take its partitions.",
+    )
+    max_lag_records: int = Field(
+        default=10_000,
+        ge=0,
+        validation_alias="GHSYNC_MAX_LAG_RECORDS",
+        description="The number of waiting change events above which the check kafka_lag fails.",
+    )
+    max_latency_ms: float = Field(
+        default=1_000,
+        gt=0,
+        validation_alias="GHSYNC_MAX_LATENCY_MS",
+        description="The p99 from database commit to stored document above which the check cdc_latency fails.",
+    )
+    metrics_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        validation_alias="GHSYNC_METRICS_PORT",
+        description="Port of the consumer's Prometheus endpoint; 0 takes a free one. Unset: no endpoint.",
+    )
+    metrics_host: str = Field(
+        default="127.0.0.1",
+        validation_alias="GHSYNC_METRICS_HOST",
+        description="Address that the Prometheus endpoint binds to.",
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Order the sources: arguments, environment, files named by the environment, ``.env``."""
+        del file_secret_settings
+        return init_settings, env_settings, FileSource(settings_cls), dotenv_settings
+
+    @cached_property
+    def home_dir(self) -> Path:
+        """``home`` as an absolute path."""
+        return self.home.expanduser().resolve()
+
+    @cached_property
+    def cache_dir(self) -> Path:
+        """Where downloaded jars are kept."""
+        from platformdirs import user_cache_path
+
+        return self.cache.expanduser().resolve() if self.cache else user_cache_path("ghsync", appauthor=False)
+
+
+def load_settings(**overrides: object) -> Settings:
+    """Read the settings.
+
+    Args:
+        overrides: Values by environment variable name, which win over the environment.
+
+    Raises:
+        ConfigError: A value is malformed; names each variable, never a secret's value.
+    """
+    try:
+        return Settings(**overrides)  # type: ignore[arg-type]
+    except ValidationError as error:
+        problems = "; ".join(f"{item['loc'][0]}: {item['msg']}" for item in error.errors(include_input=False))
+        raise ConfigError(
+            f"Settings are wrong: {problems}.",
+            way_out="Correct them in the environment or in .env; see .env.example.",
+        ) from None
+
+
+def example_env() -> str:
+    """Return the text of ``.env.example``: each setting with its description and default."""
+    parts = ["# Copy to .env and set what you need. NAME_FILE=path reads NAME from a file, for any name.\n"]
+    for field in Settings.model_fields.values():
+        default = "" if field.default is None else field.default
+        parts.append(f"# {field.description}\n# {field.validation_alias}={default}\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(example_env())
