@@ -1,0 +1,217 @@
+"""The checks of the batch flow: what each holds true, on data only, with exact counts and the way to recover.
+
+Belongs here: the judgement, used by the Dagster checks, the command line and the audit alike. Not here: faults of
+servers: these raise, and never look like failed data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from ghsync_dagster.batch.lease import holder_at_work
+from ghsync_dagster.batch.reports import rows_of
+from ghsync_dagster.domain.precedence import Version
+from ghsync_dagster.domain.user import MARKER_FIELD, USER_FIELDS
+
+if TYPE_CHECKING:
+    from ghsync_dagster.batch.flatten import UsersValidity
+    from ghsync_dagster.batch.reports import LoadReport, ReadReport
+    from ghsync_dagster.stores.mongo import UserStore
+
+OFFENDERS: Final = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The outcome of one check.
+
+    Attributes:
+        check: The check's name.
+        passed: Whether what it holds is true.
+        summary: The outcome in one line of words.
+        counts: Exact numbers behind it.
+        offenders: Up to 20 of what broke it.
+        way_out: How to recover; empty where it passed.
+    """
+
+    check: str
+    passed: bool
+    summary: str
+    counts: dict[str, int | float] = field(default_factory=dict)
+    offenders: list[dict[str, Any]] = field(default_factory=list)
+    way_out: str = ""
+
+
+def _finding(
+    check: str,
+    summary: str,
+    counts: dict[str, int | float],
+    *,
+    passed: bool,
+    offenders: list[dict[str, Any]] | None = None,
+    way_out: str,
+) -> Finding:
+    return Finding(check, passed, summary, counts, [] if passed else offenders or [], "" if passed else way_out)
+
+
+def quarantined_ratio(read: ReadReport, max_ratio: float) -> Finding:
+    """Hold that there is an event, and that the share of bad lines is bearable."""
+    offenders = [
+        {"file": row["file"], "line": row["line"], "reason": row["reason"]}
+        for row in _first_rows(Path(read.quarantine_path), OFFENDERS)
+    ]
+    if read.events == 0:
+        summary = f"no event in {read.lines} lines of {len(read.files)} files"
+    else:
+        share = f"{read.quarantined} of {read.lines} lines quarantined ({read.quarantined_ratio:.2%})"
+        summary = f"{share}, at most {max_ratio:.2%} allowed"
+    return _finding(
+        "quarantined_ratio",
+        summary,
+        {
+            "lines": read.lines,
+            "events": read.events,
+            "quarantined": read.quarantined,
+            "blank": read.blank,
+            "ratio": round(read.quarantined_ratio, 6),
+            "allowed": max_ratio,
+        },
+        passed=read.events > 0 and read.quarantined_ratio <= max_ratio,
+        offenders=offenders,
+        way_out="Look at quarantined_events (file, line, reason); mend the source, point GHSYNC_EVENTS_PATH at other "
+        "files, or raise GHSYNC_MAX_QUARANTINED_RATIO if these lines may be left out.",
+    )
+
+
+def users_valid(validity: UsersValidity) -> Finding:
+    """Hold that every flattened user keeps schema and rules, one row a user."""
+    problems = [f"{count} break {name}" for name, count in validity.broken.items()]
+    if validity.repeated:
+        problems.append(f"{validity.repeated} rows repeat a user_id")
+    if validity.schema_problem:
+        problems.append(f"wrong schema: {validity.schema_problem}")
+    return _finding(
+        "users_valid",
+        "; ".join(problems) or f"all {validity.users} users keep every rule",
+        {"users": validity.users, "repeated": validity.repeated, **validity.broken},
+        passed=validity.valid,
+        offenders=validity.offenders,
+        way_out="Materialize raw_events and users again with the present code and rules; nothing has been loaded.",
+    )
+
+
+def spark_temp_marked(load: LoadReport) -> Finding:
+    """Hold that every row of the load carried the marker before verification."""
+    return _finding(
+        "spark_temp_marked",
+        f"{load.marked} of {load.expected_marked} written users carried the marker"
+        + (f"; {load.marker_lost} lost it while nobody else wrote them" if load.marker_lost else ""),
+        {"expected": load.expected_marked, "marked": load.marked, "lost": load.marker_lost},
+        passed=load.marker_lost == 0 and load.marked <= load.expected_marked,
+        offenders=[{"user_id": key} for key in load.lost],
+        way_out="Another program changes spark_temp in this collection: stop it, then run users_batch_job again.",
+    )
+
+
+def users_complete(load: LoadReport) -> Finding:
+    """Hold that after reconciliation ``exceptAll`` finds nothing missing."""
+    return _finding(
+        "users_complete",
+        f"{load.unresolved} of {load.users} users missing after reconciliation ({load.missing} before)",
+        {
+            "users": load.users,
+            "missing": load.missing,
+            "reconciled": load.reconciled,
+            "unresolved": load.unresolved,
+        },
+        passed=load.unresolved == 0,
+        offenders=[{"user_id": key} for key in load.offenders],
+        way_out="Run users_batch_job again: it settles this load first. If users go missing again, find out who else "
+        "deletes from the collection.",
+    )
+
+
+def audit_users(store: UserStore, users_path: Path) -> Finding:
+    """Hold, reading only, that the newest flattened users are stored, or that something newer is."""
+    offenders: list[dict[str, Any]] = []
+    total = wrong = 0
+    for rows in rows_of(users_path):
+        keys = [row["user_id"] for row in rows]
+        documents, versions, deleted = store.users_by_id(keys), store.versions_by_id(keys), store.deleted_among(keys)
+        for row in rows:
+            key = row["user_id"]
+            entry = versions.get(key)
+            version = Version(entry.created_at, entry.event_id) if entry else None
+            problem = _audit(row, documents.get(key), version, deleted=key in deleted)
+            total += 1
+            if problem:
+                wrong += 1
+                offenders += [{"user_id": key, "problem": problem}] if len(offenders) < OFFENDERS else []
+    return _finding(
+        "users_complete",
+        f"{wrong} of {total} flattened users are not stored as they should be",
+        {"users": total, "wrong": wrong},
+        passed=wrong == 0,
+        offenders=offenders,
+        way_out="Run users_batch_job: it writes what is missing and leaves what is newer.",
+    )
+
+
+def _audit(
+    row: dict[str, Any], document: dict[str, Any] | None, version: Version | None, *, deleted: bool
+) -> str | None:
+    mine = Version(row["created_at"], row["event_id"])
+    if document is None:
+        return None if deleted else "not stored"
+    if version is None or version > mine:
+        return None
+    if version < mine:
+        return f"stored from an older event ({version.created_at}, {version.event_id})"
+    differing = [name for name in USER_FIELDS if document.get(name) != row[name]]
+    return f"stored otherwise: {', '.join(differing)}" if differing else None
+
+
+def no_spark_temp_left(store: UserStore) -> Finding:
+    """Hold that no document carries the marker, but for those of a load that is on at this moment."""
+    # In this order: a load that ends in between has removed its markers by then.
+    loading = holder_at_work(store)
+    left = store.count_marked()
+    return _finding(
+        "no_spark_temp_left",
+        f"{left} documents carry {MARKER_FIELD}" + (f", while a load is on: {loading}" if left and loading else ""),
+        {"marked": left},
+        passed=left == 0 or loading is not None,
+        offenders=list(store.marked(limit=OFFENDERS)) if left else [],
+        way_out="A load did not finish. Run users_batch_job again: it settles the unfinished load first.",
+    )
+
+
+def unique_user_id_index(store: UserStore) -> Finding:
+    """Hold that ``user_id`` is under a unique index that covers every document."""
+    there = store.has_unique_index()
+    return _finding(
+        "unique_user_id_index",
+        "user_id has a unique index" if there else "user_id has no unique index over every document",
+        {"indexes": int(there)},
+        passed=there,
+        way_out="Remove duplicate users, then create it: db.Users.createIndex({user_id: 1}, {unique: true}).",
+    )
+
+
+def documents_conform(store: UserStore) -> Finding:
+    """Hold that every stored document keeps the contract."""
+    broken, offenders = store.nonconforming(OFFENDERS)
+    return _finding(
+        "documents_conform",
+        f"{broken} stored documents break the contract of a user",
+        {"broken": broken},
+        passed=broken == 0,
+        offenders=[{**document, "_id": str(document["_id"])} for document in offenders],
+        way_out="Another program writes to this collection around its validator: correct or remove these documents.",
+    )
+
+
+def _first_rows(folder: Path, limit: int) -> list[dict[str, Any]]:
+    return next(iter(rows_of(folder)), [])[:limit]

@@ -1,0 +1,173 @@
+"""The batch flow from top to bottom: read -> flatten -> load -> verify, each step gated, each step repeatable.
+
+Belongs here: the order of steps and gates, and what passes between them. Not here: how a step works, nor Dagster.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ghsync_dagster.batch import checks
+from ghsync_dagster.batch.flatten import check_users, flatten_users
+from ghsync_dagster.batch.load import Step, load_users
+from ghsync_dagster.batch.read import read_events
+from ghsync_dagster.batch.reports import Artifacts, FlattenReport, LoadReport, ReadReport
+from ghsync_dagster.observability.logging import bind_run
+from ghsync_dagster.stores.retry import retrying
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from ghsync_dagster.batch.checks import Finding
+    from ghsync_dagster.domain.user import Rule
+    from ghsync_dagster.stores.mongo import UserStore
+    from ghsync_dagster.stores.spark import SparkHandle
+
+
+@dataclass(frozen=True)
+class BatchFlow:
+    """The flow, wired to its stores.
+
+    Attributes:
+        artifacts: Where materialized data and reports are kept.
+        spark: The Spark session, perhaps still starting.
+        open_store: Opens the users' collection; each step opens and closes its own client.
+        rules: The user rules that gate files.
+        max_quarantined_ratio: The bearable share of bad lines.
+        attempts: Tries of a step while a server is away.
+        lease_wait_seconds: How long a load waits for another.
+        lease_quiet_seconds: How long the server may still be at work on the last command of a load that died.
+    """
+
+    artifacts: Artifacts
+    spark: SparkHandle
+    open_store: Callable[[], UserStore]
+    rules: Sequence[Rule]
+    max_quarantined_ratio: float
+    attempts: int
+    lease_wait_seconds: float
+    lease_quiet_seconds: float
+
+    def read(self, events_paths: Sequence[str]) -> ReadReport:
+        """Read the files into events and quarantine, and make that the newest data."""
+        report = read_events(self.spark.session, events_paths, self.artifacts.new_folder("events"), self.rules)
+        self.artifacts.publish(report)
+        return report
+
+    def flatten(self) -> FlattenReport:
+        """Flatten the newest events into users, and make these the newest."""
+        read = self.artifacts.newest(ReadReport)
+        report = flatten_users(self.spark.session, read, self.artifacts.new_folder("users"))
+        self.artifacts.publish(report)
+        return report
+
+    def load(self, run_id: str, on_step: Callable[[Step], None] = lambda _: None) -> LoadReport:
+        """Load the newest users; transient faults are tried again, from the recovery on."""
+        users = self.artifacts.newest(FlattenReport)
+
+        def attempt() -> LoadReport:
+            with self.open_store() as store:
+                return load_users(
+                    store,
+                    self.spark.session,
+                    users,
+                    run_id=run_id,
+                    scratch=self.artifacts.new_folder("load"),
+                    lease_wait_seconds=self.lease_wait_seconds,
+                    lease_quiet_seconds=self.lease_quiet_seconds,
+                    on_step=on_step,
+                )
+
+        report = retrying("load", attempt, attempts=self.attempts)
+        self.artifacts.publish(report)
+        return report
+
+    def check_read(self, max_ratio: float | None = None) -> Finding:
+        """Judge the newest events."""
+        allowed = self.max_quarantined_ratio if max_ratio is None else max_ratio
+        return checks.quarantined_ratio(self.artifacts.newest(ReadReport), allowed)
+
+    def check_users(self) -> Finding:
+        """Judge the newest users."""
+        users = self.artifacts.newest(FlattenReport)
+        return checks.users_valid(check_users(self.spark.session, users.users_path, self.rules))
+
+    def check_marked(self) -> Finding:
+        """Judge the markers of the newest load."""
+        return checks.spark_temp_marked(self.artifacts.newest(LoadReport))
+
+    def check_complete(self, run_id: str | None) -> Finding:
+        """Judge the verification of ``run_id``'s load; of another run's, read the stored users again."""
+        load = self.artifacts.newest(LoadReport)
+        if load.run_id == run_id:
+            return checks.users_complete(load)
+        users = self.artifacts.newest(FlattenReport)
+        return self.on_store(lambda store: checks.audit_users(store, Path(users.users_path)))
+
+    def audit(self) -> list[Finding]:
+        """Judge by every check what is there now; write nothing."""
+        return [
+            self.check_read(),
+            self.check_users(),
+            self.check_marked(),
+            self.check_complete(run_id=None),
+            *(self.on_store(check) for check in STORE_CHECKS.values()),
+        ]
+
+    def on_store(self, check: Callable[[UserStore], Finding]) -> Finding:
+        """Judge the stored documents; transient faults are tried again, and raise in the end."""
+
+        def attempt() -> Finding:
+            with self.open_store() as store:
+                return check(store)
+
+        return retrying("check", attempt, attempts=self.attempts)
+
+
+@dataclass
+class BatchRun:
+    """One pass through the flow without Dagster, with the same gates.
+
+    Attributes:
+        findings: The checks that ran, in order; the last one may have failed and ended the run.
+    """
+
+    flow: BatchFlow
+    events_paths: Sequence[str]
+    run_id: str
+    findings: list[Finding] = field(default_factory=list)
+
+    def run(self) -> bool:
+        """Run every step until a gate fails; return whether all gates passed."""
+        bind_run(self.run_id)
+        try:
+            return all(finding.passed for finding in self._steps())
+        finally:
+            bind_run(None)
+
+    def _steps(self) -> Iterator[Finding]:
+        self.flow.spark.warm_up()
+        for finding in self._findings():
+            self.findings.append(finding)
+            yield finding
+
+    def _findings(self) -> Iterator[Finding]:
+        self.flow.read(self.events_paths)
+        yield self.flow.check_read()
+        self.flow.flatten()
+        yield self.flow.check_users()
+        self.flow.load(self.run_id)
+        yield self.flow.check_marked()
+        yield self.flow.check_complete(self.run_id)
+        for check in STORE_CHECKS.values():
+            yield self.flow.on_store(check)
+
+
+STORE_CHECKS = {
+    "no_spark_temp_left": checks.no_spark_temp_left,
+    "unique_user_id_index": checks.unique_user_id_index,
+    "documents_conform": checks.documents_conform,
+}
+"""The checks that need nothing but the stored documents, by name."""

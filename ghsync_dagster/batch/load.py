@@ -1,0 +1,341 @@
+"""Load: users reach the collection, verified, under the protocol that ``domain.precedence`` proves.
+
+Belongs here: the order of the steps, and nothing that one store does alone. ``docs/batch.md`` tells the protocol.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections import Counter
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from ghsync_dagster.batch.lease import hold_lease, identity
+from ghsync_dagster.batch.plan import Plan, make_plan, plan_missing
+from ghsync_dagster.batch.reports import LoadReport, count_rows, rows_of
+from ghsync_dagster.batch.settle import recover, settle_load
+from ghsync_dagster.domain.errors import InputError, UnavailableError
+from ghsync_dagster.domain.precedence import LoadState
+from ghsync_dagster.domain.user import USER_FIELDS
+from ghsync_dagster.observability.logging import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pyspark.sql import SparkSession
+
+    from ghsync_dagster.batch.lease import HeldLease
+    from ghsync_dagster.batch.reports import FlattenReport
+    from ghsync_dagster.stores.mongo import UserStore
+
+ROUNDS: Final = 3
+"""How often missing rows are written again before verification counts as failed."""
+OFFENDERS: Final = 20
+_LEASE_LOOK_SECONDS: Final = 1.0
+"""How often to look at the lease while Spark writes."""
+_STOP_SECONDS: Final = 20.0
+"""How long to wait for cancelled tasks to end."""
+
+log = get_logger("load")
+
+
+class Step(StrEnum):
+    """What a load has just done; the places at which a fault is worth trying."""
+
+    LEASED = "leased"
+    PREPARED = "prepared"
+    RECOVERED = "recovered"
+    RECORDED = "recorded"
+    PLANNED = "planned"
+    INSERTED = "inserted"
+    VERSIONED = "versioned"
+    COMPARED = "compared"
+    RECONCILED = "reconciled"
+    CHECKED = "checked"
+    UNMARKED = "unmarked"
+    DONE = "done"
+
+
+def load_users(
+    store: UserStore,
+    spark: Callable[[], SparkSession],
+    users: FlattenReport,
+    *,
+    run_id: str,
+    scratch: Path,
+    lease_wait_seconds: float,
+    lease_quiet_seconds: float,
+    on_step: Callable[[Step], None] = lambda _: None,
+) -> LoadReport:
+    """Load the flattened users into the collection.
+
+    Args:
+        store: Where they go.
+        spark: Gives the session.
+        users: What ``flatten`` left.
+        run_id: The run to name in the report.
+        scratch: Empty folder for the plan.
+        lease_wait_seconds: How long to wait for another load.
+        lease_quiet_seconds: How long the server may still be at work on the last command of a load that died.
+        on_step: Told each step when it is done.
+
+    Returns:
+        The report. ``unresolved`` above 0 means that verification failed: the documents keep their marker, and the
+        next load settles them.
+
+    Raises:
+        LeaseHeldError: Another load is on.
+        LeaseLostError: The lease ran out under way.
+        RefusedError: The collection is set up in another way, or rights are missing.
+        UnavailableError: MongoDB went away; run again, the next load settles what is unfinished.
+    """
+    with hold_lease(store, wait_seconds=lease_wait_seconds, quiet_seconds=lease_quiet_seconds) as lease:
+        on_step(Step.LEASED)
+        return _Load(store, spark, users, run_id, scratch, lease, on_step).run()
+
+
+@dataclass
+class _Load:
+    store: UserStore
+    spark: Callable[[], SparkSession]
+    users: FlattenReport
+    run_id: str
+    scratch: Path
+    lease: HeldLease
+    on_step: Callable[[Step], None]
+    load_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    phases: dict[str, float] = field(default_factory=dict)
+    left: Counter[str] = field(default_factory=Counter)
+
+    def run(self) -> LoadReport:
+        started = time.monotonic()
+        with self._phase("prepare"):
+            self.store.ensure_collection()
+            self.on_step(Step.PREPARED)
+        with self._phase("recover"):
+            recovered = recover(self.store, self.lease.assert_held)
+            self.on_step(Step.RECOVERED)
+        with self._phase("plan"):
+            self._record(LoadState.RUNNING, started_at=datetime.now(UTC), run_id=self.run_id, users=self.users.users)
+            self.on_step(Step.RECORDED)
+            plan = make_plan(self.store, Path(self.users.users_path), self.scratch / "plan", self.load_id, self.lease)
+            self._assert_all_planned(plan)
+            self.left.update(plan.left)
+            self.on_step(Step.PLANNED)
+        log.info("planned", insert=plan.inserts, replace=plan.replaced, confirm=plan.confirmed, left=dict(plan.left))
+        with self._phase("write"):
+            self._insert(plan.insert_path, plan.inserts)
+        with self._phase("verify"):
+            marked = self.store.count_marked() if plan.expected else 0
+            outcome = self._verify(plan)
+        if outcome.unresolved == 0:
+            with self._phase("settle"):
+                unmarked = self._settle(plan, outcome)
+        else:
+            unmarked = 0
+            log.error("verification failed; markers stay until the next load", unresolved=outcome.unresolved)
+        seconds = round(time.monotonic() - started, 3)
+        log.info("loaded", unmarked=unmarked, unresolved=outcome.unresolved, seconds=seconds)
+        return LoadReport(
+            load_id=self.load_id,
+            run_id=self.run_id,
+            users_path=self.users.users_path,
+            users=self.users.users,
+            inserted=plan.inserts - outcome.given_up_inserts,
+            replaced=plan.replaced - outcome.given_up_replaced,
+            confirmed=plan.confirmed,
+            left=dict(self.left),
+            expected_marked=plan.expected,
+            marked=marked,
+            marker_lost=len(outcome.marker_lost),
+            lost=outcome.marker_lost[:OFFENDERS],
+            missing=outcome.missing,
+            reconciled=outcome.missing - outcome.unresolved,
+            unresolved=outcome.unresolved,
+            offenders=outcome.offenders,
+            unmarked=unmarked,
+            recovered=recovered,
+            phases=self.phases,
+            seconds=seconds,
+        )
+
+    def _record(self, state: LoadState, **fields: object) -> None:
+        self.lease.assert_held()
+        self.store.record_load(self.load_id, state=state.value, **fields)
+
+    def _assert_all_planned(self, plan: Plan) -> None:
+        planned = plan.inserts + plan.replaced + plan.confirmed + sum(plan.left.values())
+        if planned != self.users.users:
+            raise InputError(
+                f"{self.users.users_path} holds {planned} users, not the {self.users.users} that were flattened.",
+                way_out="Materialize users again: another run has removed or changed them.",
+            )
+
+    def _insert(self, path: Path, rows: int) -> None:
+        """Insert new users by Spark, and their version entries beside it."""
+        if rows == 0:
+            return
+        self._name_writer()
+        # Both have ended when this returns or raises, also on Ctrl-C: nothing is written after the lease is given back.
+        with ThreadPoolExecutor(max_workers=2, thread_name_prefix="insert") as beside:
+            versions = beside.submit(self._write_versions, path)
+            users = beside.submit(self._append, path)
+            try:
+                self._await(users, versions)
+            except BaseException:
+                self._stop_inserting()
+                raise
+            self.on_step(Step.INSERTED)
+        self.on_step(Step.VERSIONED)
+
+    def _await(self, *tasks: Future[None]) -> None:
+        """Wait until all tasks have ended; raise the first error, or that the lease is lost."""
+        pending: set[Future[None]] = set(tasks)
+        while pending:
+            done, pending = wait(pending, timeout=_LEASE_LOOK_SECONDS, return_when=FIRST_EXCEPTION)
+            for task in done:
+                task.result()
+            self.lease.assert_held()
+
+    def _name_writer(self) -> None:
+        """Name Spark's driver in the lease: it may go on writing for a moment after this process was killed."""
+        gateway: Any = self.spark().sparkContext._gateway  # noqa: SLF001  pyspark has no public way
+        driver = gateway.jvm.java.lang.ProcessHandle.current().pid()
+        self.lease.assert_held()
+        if not self.store.name_writer(self.lease.name, self.lease.token, identity(driver)):
+            self.lease.lose()
+            self.lease.assert_held()
+
+    def _append(self, path: Path) -> None:
+        from ghsync_dagster.stores.spark import VERSIONED_USER_SCHEMA, DuplicateUserError, insert_users
+
+        session = self.spark()
+        self.lease.assert_held()
+        session.sparkContext.setJobGroup(self.load_id, "Inserting users", interruptOnCancel=True)
+        try:
+            insert_users(session.read.schema(VERSIONED_USER_SCHEMA).parquet(str(path)), self.store)
+        except DuplicateUserError:
+            # Verification finds what was not written, and why. Other tasks of the job may run on: wait for them first.
+            self._stop_inserting()
+            log.warning("some users were stored meanwhile; verification tells which")
+
+    def _stop_inserting(self) -> None:
+        """Cancel the inserts and wait until no task of this Spark application runs any more."""
+        from py4j.protocol import Py4JError
+
+        def stop() -> None:
+            context = self.spark().sparkContext
+            context.cancelJobGroup(self.load_id)
+            tracker = context._jsc.sc().statusTracker()  # noqa: SLF001  pyspark's own tracker knows no tasks
+            deadline = time.monotonic() + _STOP_SECONDS
+            while any(executor.numRunningTasks() for executor in tracker.getExecutorInfos()):
+                if time.monotonic() > deadline:
+                    raise UnavailableError(
+                        f"Spark's tasks still write {_STOP_SECONDS:.0f} s after they were cancelled.",
+                        way_out="Run again: the next load settles what this one left.",
+                    )
+                time.sleep(0.02)
+
+        # In a thread of its own, as this one's connection to the JVM may be in the middle of a call.
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="stop") as aside:
+            try:
+                aside.submit(stop).result()
+            except Py4JError as error:
+                log.warning("Spark's driver is gone", reason=type(error).__name__)
+
+    def _write_versions(self, path: Path) -> None:
+        entries = ((row["user_id"], row["created_at"], row["event_id"]) for rows in rows_of(path) for row in rows)
+        self.store.insert_versions(entries, self.load_id, before_each=self.lease.assert_held)
+
+    def _verify(self, plan: Plan) -> _Outcome:
+        """Compare what was to be written with what is stored; write the missing; repeat a bounded number of times."""
+        outcome = _Outcome()
+        expected, count = plan.expected_path, plan.expected
+        for round_number in range(ROUNDS + 1):
+            missing_path = self.scratch / f"missing-{round_number}"
+            missing = self._missing(expected, missing_path) if count else 0
+            self.on_step(Step.COMPARED)
+            if round_number == 0:
+                outcome.missing = missing
+            if missing == 0:
+                outcome.unresolved, outcome.offenders = 0, []
+                return outcome
+            outcome.unresolved = missing
+            outcome.offenders = _first_keys(missing_path, OFFENDERS)
+            if round_number == ROUNDS:
+                return outcome
+            log.warning("rows are missing", missing=missing, round=round_number + 1)
+            again = plan_missing(
+                self.store, missing_path, self.scratch / f"again-{round_number}", self.load_id, self.lease
+            )
+            self.left.update(again.left)
+            outcome.given_up_inserts += again.given_up_inserts
+            outcome.given_up_replaced += again.given_up_replaced
+            outcome.marker_lost += again.marker_lost
+            self._insert(again.insert_path, again.inserts)
+            self.on_step(Step.RECONCILED)
+            expected, count = again.expected_path, again.expected
+        return outcome
+
+    def _missing(self, expected: Path, target: Path) -> int:
+        """Write the users that ``exceptAll`` finds missing to ``target``; return how many they are."""
+        from pyspark.sql.functions import broadcast
+
+        from ghsync_dagster.stores.spark import VERSIONED_USER_SCHEMA, read_marked, spark_errors
+
+        session = self.spark()
+        wanted = session.read.schema(VERSIONED_USER_SCHEMA).parquet(str(expected))
+        with spark_errors("Comparing users"):
+            missing = wanted.select(*USER_FIELDS).exceptAll(read_marked(session, self.store))
+            # Broadcast, because what is missing is next to nothing in all but the worst of loads.
+            wanted.join(broadcast(missing.select("user_id")), "user_id", "left_semi").select(
+                *VERSIONED_USER_SCHEMA.fieldNames()
+            ).write.mode("overwrite").parquet(str(target))
+        return count_rows(target)
+
+    def _settle(self, plan: Plan, outcome: _Outcome) -> int:
+        untouched = plan.replaced == 0 and outcome.given_up_inserts == 0
+        return settle_load(
+            self.store,
+            self.load_id,
+            expected_marked=plan.inserts if untouched else None,
+            assert_held=self.lease.assert_held,
+            on_checked=lambda: self.on_step(Step.CHECKED),
+            on_unmarked=lambda: self.on_step(Step.UNMARKED),
+            on_done=lambda: self.on_step(Step.DONE),
+        )
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        self.lease.assert_held()
+        started = time.monotonic()
+        yield
+        self.phases[name] = round(time.monotonic() - started, 3)
+        log.info("phase done", phase=name, load=self.load_id, seconds=self.phases[name])
+
+
+@dataclass
+class _Outcome:
+    """What verification found: rows missing at first, given up because they are stored or deleted meanwhile, open."""
+
+    missing: int = 0
+    given_up_inserts: int = 0
+    given_up_replaced: int = 0
+    marker_lost: list[str] = field(default_factory=list)
+    unresolved: int = 0
+    offenders: list[str] = field(default_factory=list)
+
+
+def _first_keys(folder: Path, limit: int) -> list[str]:
+    keys: list[str] = []
+    for rows in rows_of(folder):
+        keys += [row["user_id"] for row in rows]
+        if len(keys) >= limit:
+            break
+    return keys[:limit]

@@ -1,0 +1,227 @@
+"""What each step of the batch flow leaves behind for the next one and for its reader: plain, serializable records.
+
+Belongs here: the records and where they are kept. Not here: how they are shown.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import msgspec
+
+from ghsync_dagster.domain.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Row = dict[str, Any]
+"""A row of Parquet data; of users: the five fields, ``created_at`` and ``event_id``."""
+
+_ROWS_A_CHUNK: Final = 5_000
+
+
+class FileCount(msgspec.Struct, frozen=True):
+    """One input file and its number of lines."""
+
+    path: str
+    lines: int
+
+
+class ReadReport(msgspec.Struct, frozen=True):
+    """The outcome of ``read``: every line is an event, quarantined, or blank.
+
+    Attributes:
+        events_path: Parquet folder of the events.
+        quarantine_path: Parquet folder of the refused lines.
+        reasons: How often each kind of reason was given, the most frequent first.
+    """
+
+    events_path: str
+    quarantine_path: str
+    files: list[FileCount]
+    lines: int
+    events: int
+    quarantined: int
+    blank: int
+    reasons: dict[str, int]
+    seconds: float
+
+    @property
+    def quarantined_ratio(self) -> float:
+        """The share of refused lines among those that are not blank; 0 where there are none."""
+        judged = self.events + self.quarantined
+        return self.quarantined / judged if judged else 0.0
+
+
+class FlattenReport(msgspec.Struct, frozen=True):
+    """The outcome of ``flatten``: the newest state of every user in the events."""
+
+    users_path: str
+    users: int
+    seconds: float
+
+
+class LoadReport(msgspec.Struct, frozen=True):
+    """The outcome of ``load``.
+
+    Attributes:
+        load_id: Names the load in ``_ghsync_loads``.
+        run_id: The run that caused it.
+        users_path: What was to be loaded.
+        users: How many users that was.
+        inserted: New users written.
+        replaced: Users that an earlier load wrote and a newer event changed.
+        confirmed: Users whose stored fields a newer event only confirmed.
+        left: Users left as they are stored, by reason.
+        expected_marked: How many documents had to carry the marker before verification.
+        marked: How many did.
+        marker_lost: Users of this load that were stored without the marker though nobody else wrote them.
+        lost: Up to 20 of these.
+        missing: Rows that ``exceptAll`` found missing at first.
+        reconciled: Of these, how many were written again or were found stored or deleted meanwhile.
+        unresolved: Rows still missing at the end: verification failed.
+        offenders: Up to 20 of the unresolved users.
+        unmarked: Documents whose marker was removed at the end.
+        recovered: What an unfinished earlier load left and this one settled, by kind.
+        phases: Seconds a phase.
+    """
+
+    load_id: str
+    run_id: str
+    users_path: str
+    users: int
+    inserted: int
+    replaced: int
+    confirmed: int
+    left: dict[str, int]
+    expected_marked: int
+    marked: int
+    marker_lost: int
+    lost: list[str]
+    missing: int
+    reconciled: int
+    unresolved: int
+    offenders: list[str]
+    unmarked: int
+    recovered: dict[str, int]
+    phases: dict[str, float]
+    seconds: float
+
+
+Report = ReadReport | FlattenReport | LoadReport
+R = TypeVar("R", ReadReport, FlattenReport, LoadReport)
+
+_KEPT: Final = 3
+_AGE_SECONDS: Final = 24 * 3600
+
+
+class Artifacts:
+    """The folder of the flow's materialized data: one sub-folder a run and step, and the newest report of each step.
+
+    A step writes into a folder of its own and publishes its report at the end, so that a killed run leaves the last
+    good data in place. The steps of one run find each other's reports, whatever other runs publish meanwhile.
+
+    Args:
+        root: The folder.
+        run_id: The run whose reports come first; None: the newest of any run.
+    """
+
+    def __init__(self, root: Path, run_id: str | None = None) -> None:
+        self.root = root
+        self.run_id = run_id
+        self._run = root / "runs" / run_id if run_id else None
+
+    def new_folder(self, step: str) -> Path:
+        """Return a fresh folder for one run of ``step``; old ones but the newest few and the published are removed."""
+        parent = self.root / step
+        parent.mkdir(parents=True, exist_ok=True)
+        published = b"".join(report.read_bytes() for report in self.root.glob("*.json"))
+        folders = sorted(parent.iterdir(), key=lambda entry: entry.stat().st_mtime, reverse=True)[_KEPT - 1 :]
+        aged = time.time() - _AGE_SECONDS
+        for old in (*folders, *(self.root / "runs").glob("*")):
+            # A younger folder may belong to a run that waits for its turn.
+            if old.stat().st_mtime < aged and old.name.encode() not in published:
+                shutil.rmtree(old, ignore_errors=True)
+        folder = parent / uuid.uuid4().hex
+        folder.mkdir()
+        return folder
+
+    def publish(self, report: Report) -> None:
+        """Make ``report`` the newest of its step, and its run's own, atomically."""
+        for folder in filter(None, (self.root, self._run)):
+            folder.mkdir(parents=True, exist_ok=True)
+            target = folder / _file_name(type(report))
+            part = target.with_suffix(f".{os.getpid()}.part")
+            part.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
+            part.replace(target)
+
+    def newest(self, kind: type[R]) -> R:
+        """Return the newest report of a step.
+
+        Raises:
+            ConfigError: The step has not run here yet.
+        """
+        report = self.find(kind)
+        if report is None:
+            raise ConfigError(
+                f"There is no {kind.__name__} in {self.root}: nothing has been materialized there yet.",
+                way_out="Materialize the batch assets first: make run, or users_batch_job.",
+            )
+        return report
+
+    def find(self, kind: type[R]) -> R | None:
+        """Return the newest report of a step, or None where it has not run here yet.
+
+        Raises:
+            ConfigError: The report can't be read.
+        """
+        return self._read(kind, self._run) or self._read(kind, self.root)
+
+    def own(self, kind: type[R]) -> R | None:
+        """Return the report of the present run, or None where it has none of this step."""
+        return self._read(kind, self._run)
+
+    def _read(self, kind: type[R], folder: Path | None) -> R | None:
+        if folder is None:
+            return None
+        file = folder / _file_name(kind)
+        try:
+            return msgspec.json.decode(file.read_bytes(), type=kind)
+        except FileNotFoundError:
+            return None
+        except msgspec.DecodeError as error:
+            raise ConfigError(
+                f"{file} is damaged ({error}).", way_out="Remove it and run users_batch_job again."
+            ) from None
+
+
+def _file_name(kind: type[Report]) -> str:
+    return f"{kind.__name__.removesuffix('Report').lower()}.json"
+
+
+def count_rows(folder: Path) -> int:
+    """Return the number of rows in a folder of Parquet files, from their footers."""
+    import pyarrow.parquet as pq
+
+    return sum(pq.read_metadata(file).num_rows for file in folder.glob("*.parquet"))
+
+
+def rows_of(folder: Path) -> Iterator[list[Row]]:
+    """Yield the rows of a folder of Parquet files in chunks.
+
+    Raises:
+        InputError: The folder has no Parquet file, not even an empty one: its data was removed.
+    """
+    import pyarrow.parquet as pq
+
+    files = sorted(folder.glob("*.parquet"))
+    if not files:
+        raise InputError(f"{folder} has no data any more.", way_out="Run users_batch_job again from raw_events on.")
+    for file in files:
+        for batch in pq.ParquetFile(file).iter_batches(batch_size=_ROWS_A_CHUNK):
+            yield batch.to_pylist()

@@ -1,0 +1,493 @@
+"""MongoDB: the users' collection and the platform's own ``_ghsync_*`` collections beside it.
+
+Belongs here: single operations and how the driver's failures translate to ours. Not here: the order of operations,
+which is the load's protocol.
+
+Filters name one indexed field only, and conditions on other fields stand in the update itself (an aggregation
+pipeline with ``$cond``): atomic for one document on every deployment, and an index look-up on every server.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from pymongo import MongoClient, ReadPreference, UpdateOne
+from pymongo.errors import (
+    BulkWriteError,
+    CollectionInvalid,
+    ConfigurationError,
+    ConnectionFailure,
+    DuplicateKeyError,
+    ExecutionTimeout,
+    InvalidURI,
+    OperationFailure,
+    PyMongoError,
+)
+
+from ghsync_dagster.domain.errors import ConfigError, RefusedError, UnavailableError
+from ghsync_dagster.domain.user import MARKER_FIELD, MARKER_VALUE, USER_FIELDS, json_schema
+from ghsync_dagster.observability.logging import redact
+
+if TYPE_CHECKING:
+    from pymongo.collection import Collection
+    from pymongo.database import Database
+
+Document = dict[str, Any]
+T = TypeVar("T")
+
+UNIQUE_INDEX: Final = "user_id_unique"
+CHUNK: Final = 1_000
+"""How many keys or documents one command carries."""
+
+_REFUSED: Final = frozenset({11, 13, 18, 31, 33, 8000})
+"""UserNotFound, Unauthorized, AuthenticationFailed, RoleNotFound, and the hosted services' own code for the same."""
+_NAMESPACE_EXISTS: Final = 48
+_DEFAULT_COLLECTION: Final = "Users"
+_DUPLICATE_KEY: Final = 11000
+_MARKED: Final = {MARKER_FIELD: MARKER_VALUE}
+
+
+@contextmanager
+def mongo_errors(what: str) -> Iterator[None]:
+    """Translate the driver's failures to ours, credentials masked.
+
+    Raises:
+        UnavailableError: The server can't be reached, is electing, or timed out.
+        RefusedError: The server answered and refused.
+        ConfigError: The URI is malformed.
+    """
+    try:
+        yield
+    except (InvalidURI, ConfigurationError) as error:
+        raise ConfigError(f"MONGODB_URI is malformed: {redact(str(error))}.", way_out="Correct MONGODB_URI.") from None
+    except (ConnectionFailure, ExecutionTimeout) as error:
+        raise UnavailableError(
+            f"{what}: MongoDB can't be reached ({type(error).__name__}: {_first_line(error)}).",
+            way_out="Check that the server is up (ghsync status) and that MONGODB_URI names it; then run again.",
+        ) from None
+    except OperationFailure as error:
+        if error.has_error_label("TransientTransactionError") or error.has_error_label("RetryableWriteError"):
+            raise UnavailableError(
+                f"{what}: MongoDB could not finish now ({_first_line(error)}).", way_out="Run again."
+            ) from None
+        hint = (
+            "Check the user, password and roles behind MONGODB_URI."
+            if error.code in _REFUSED
+            else "Read the server's answer above; the operation is in docs/batch.md."
+        )
+        raise RefusedError(
+            f"{what}: MongoDB refused (code {error.code}): {_first_line(error)}.", way_out=hint
+        ) from None
+    except PyMongoError as error:
+        raise UnavailableError(f"{what}: {_first_line(error)}.", way_out="Run again.") from None
+
+
+def _first_line(error: Exception) -> str:
+    text = redact(str(error)).splitlines()[0] if str(error) else type(error).__name__
+    return re.split(r", full error: |, Timeout: ", text)[0][:300].rstrip(".")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredVersion:
+    """The event that a load-written document came from.
+
+    Attributes:
+        created_at: The event's ``created_at``.
+        event_id: The event's numeric id.
+        load: The load that wrote the entry.
+    """
+
+    created_at: str
+    event_id: int
+    load: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Who holds the collection for loading, and until when by the server's clock.
+
+    Attributes:
+        token: Names this one holding.
+        holder: The process that holds it.
+        writer: Another process that writes for the holder and may outlive it: Spark's driver.
+        expires_at: When another may take it.
+    """
+
+    token: str
+    holder: str
+    expires_at: datetime
+    writer: str | None = None
+
+
+class UserStore:
+    """The users' collection with its companions, over one client.
+
+    Use as a context manager, or call ``close``.
+    """
+
+    def __init__(self, uri: str, database: str, collection: str, *, timeout_seconds: float = 10) -> None:
+        self.uri = uri
+        self.timeout_ms = int(timeout_seconds * 1000)
+        with mongo_errors("Connecting"):
+            try:
+                self.client: MongoClient[Document] = MongoClient(
+                    uri, serverSelectionTimeoutMS=self.timeout_ms, appname="ghsync", tz_aware=True
+                )
+            except ValueError as error:
+                # Such as a port that is no number, which pymongo does not wrap.
+                raise InvalidURI(redact(str(error))) from None
+        # Decisions stand on what was written last: a URI that prefers secondaries must not make them stale.
+        self.database: Database[Document] = self.client.get_database(database, read_preference=ReadPreference.PRIMARY)
+        self.users: Collection[Document] = self.database[collection]
+        # Another collection of the same database keeps its own books.
+        prefix = "_ghsync_" if collection == _DEFAULT_COLLECTION else f"_ghsync_{collection}_"
+        self.versions: Collection[Document] = self.database[f"{prefix}versions"]
+        self.deleted: Collection[Document] = self.database[f"{prefix}deleted"]
+        self.undo: Collection[Document] = self.database[f"{prefix}undo"]
+        self.loads: Collection[Document] = self.database[f"{prefix}loads"]
+        self.leases: Collection[Document] = self.database["_ghsync_leases"]
+
+    def __enter__(self) -> UserStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the client's connections."""
+        self.client.close()
+
+    # The collection itself
+
+    def ensure_collection(self) -> None:
+        """Create the collection with its validator and unique index, or compare what is there.
+
+        Raises:
+            RefusedError: A collection with documents is set up in another way; nothing is changed then.
+        """
+        with mongo_errors(f"Preparing {self.users.full_name}"):
+            present = set(self.database.list_collection_names())
+            # Not left to the first write: where a load and the stream both make it, not every server takes it well.
+            for companion in (self.versions, self.deleted, self.undo, self.loads, self.leases):
+                if companion.name not in present:
+                    self._create(companion.name)
+            if self.users.name not in present:
+                self._create(self.users.name, validator={"$jsonSchema": json_schema()})
+            empty = self.users.find_one({}, {"_id": 1}) is None
+            self._ensure_validator(empty=empty)
+            self._ensure_unique_index(empty=empty)
+
+    def _create(self, name: str, **options: Any) -> None:  # noqa: ANN401  as pymongo declares them
+        try:
+            self.database.create_collection(name, **options)
+        except (CollectionInvalid, OperationFailure) as error:
+            if isinstance(error, OperationFailure) and error.code != _NAMESPACE_EXISTS:
+                raise
+
+    def _ensure_validator(self, *, empty: bool) -> None:
+        options = self._options()
+        enforced = (options.get("validationLevel", "strict"), options.get("validationAction", "error"))
+        wanted = {"$jsonSchema": json_schema()}
+        if options.get("validator") == wanted and enforced == ("strict", "error"):
+            return
+        if not empty:
+            raise RefusedError(
+                f"{self.users.full_name} holds documents and has another validator, or none, or does not enforce it.",
+                way_out="Check the documents against docs/batch.md, then set the validator that it shows with collMod.",
+            )
+        change = {"validator": wanted, "validationLevel": "strict", "validationAction": "error"}
+        self.database.command({"collMod": self.users.name, **change})
+
+    def _ensure_unique_index(self, *, empty: bool) -> None:
+        if self.has_unique_index():
+            return
+        if not empty:
+            raise RefusedError(
+                f"{self.users.full_name} holds documents and has no unique index on user_id.",
+                way_out="Remove duplicate users, then create a unique index on user_id; see docs/batch.md.",
+            )
+        self.users.create_index("user_id", unique=True, name=UNIQUE_INDEX)
+
+    def validator(self) -> Document | None:
+        """Return the collection's validator; None where it has none or does not exist."""
+        validator: Document | None = self._options().get("validator")
+        return validator
+
+    def _options(self) -> Document:
+        with mongo_errors("Reading the validator"):
+            found = next(iter(self.database.list_collections(filter={"name": self.users.name})), None)
+        options: Document = (found or {}).get("options", {})
+        return options
+
+    def has_unique_index(self) -> bool:
+        """Tell whether exactly ``user_id`` is under a unique index that covers every document."""
+        with mongo_errors("Reading the indexes"):
+            indexes = list(self.users.list_indexes())
+        return any(
+            list(index["key"].items()) == [("user_id", 1)]
+            and index.get("unique", False)
+            and not index.get("sparse", False)
+            and "partialFilterExpression" not in index
+            for index in indexes
+        )
+
+    def nonconforming(self, limit: int) -> tuple[int, list[Document]]:
+        """Return how many documents break the contract, the marker included, and up to ``limit`` of them."""
+        query = {"$nor": [{"$jsonSchema": json_schema()}]}
+        with mongo_errors("Checking the contract"):
+            total = self.users.count_documents(query)
+            return total, list(self.users.find(query).limit(limit)) if total else []
+
+    # The marker
+
+    def count_marked(self) -> int:
+        """Return how many documents carry the marker field, with whatever value."""
+        with mongo_errors("Counting markers"):
+            return self.users.count_documents({MARKER_FIELD: {"$exists": True}})
+
+    def is_empty(self) -> bool:
+        """Tell whether the collection has no document at all."""
+        with mongo_errors("Reading users"):
+            return self.users.find_one({}, {"_id": 1}) is None
+
+    def marked(self, limit: int = 0) -> Iterator[Document]:
+        """Yield the documents that carry the marker, the five fields and the marker."""
+        with mongo_errors("Reading marked users"):
+            yield from self.users.find({MARKER_FIELD: {"$exists": True}}, {"_id": 0}).limit(limit)
+
+    def unmark_all(self) -> int:
+        """Remove the marker wherever it is; return from how many documents."""
+        with mongo_errors("Removing markers"):
+            result = self.users.update_many({MARKER_FIELD: {"$exists": True}}, {"$unset": {MARKER_FIELD: ""}})
+        return result.modified_count
+
+    def delete_marked(self, keys: Iterable[str]) -> int:
+        """Delete those of the users ``keys`` that still carry the marker; return how many."""
+        removed = 0
+        with mongo_errors("Deleting marked users"):
+            for part in chunks(keys):
+                removed += self.users.delete_many({"user_id": {"$in": part}, **_MARKED}).deleted_count
+        return removed
+
+    # Reading by keys
+
+    def users_by_id(self, keys: Sequence[str]) -> dict[str, Document]:
+        """Return the stored documents of ``keys``, without ``_id``."""
+        with mongo_errors("Reading users"):
+            return {found["user_id"]: found for found in self.users.find({"user_id": {"$in": list(keys)}}, {"_id": 0})}
+
+    def versions_by_id(self, keys: Sequence[str]) -> dict[str, StoredVersion]:
+        """Return the version entries of ``keys``."""
+        with mongo_errors("Reading versions"):
+            found = self.versions.find({"_id": {"$in": list(keys)}})
+            return {entry["_id"]: StoredVersion(entry["created_at"], entry["id"], entry["load"]) for entry in found}
+
+    def deleted_among(self, keys: Sequence[str]) -> set[str]:
+        """Return those of ``keys`` that the change stream has deleted."""
+        with mongo_errors("Reading deletions"):
+            return {found["_id"] for found in self.deleted.find({"_id": {"$in": list(keys)}}, {"_id": 1})}
+
+    def any_deleted(self) -> bool:
+        """Tell whether the change stream has recorded any deletion."""
+        with mongo_errors("Reading deletions"):
+            return self.deleted.find_one({}, {"_id": 1}) is not None
+
+    # Versions
+
+    def insert_versions(
+        self, entries: Iterable[tuple[str, str, int]], load: str, *, before_each: Callable[[], None]
+    ) -> int:
+        """Write version entries ``(user_id, created_at, event id)``; return how many.
+
+        ``before_each`` is called before each command. An entry that is there already is kept: what stood there
+        before the load was dropped first, so it is this load's own.
+        """
+        written = 0
+        with mongo_errors("Writing versions"):
+            for part in chunks(entries, 5 * CHUNK):
+                before_each()
+                documents = [{"_id": key, "created_at": at, "id": number, "load": load} for key, at, number in part]
+                try:
+                    written += len(self.versions.insert_many(documents, ordered=False).inserted_ids)
+                except BulkWriteError as error:
+                    others = [item for item in error.details["writeErrors"] if item["code"] != _DUPLICATE_KEY]
+                    if others or error.details.get("writeConcernErrors"):
+                        raise
+                    written += int(error.details["nInserted"])
+        return written
+
+    def drop_versions(self, keys: Iterable[str]) -> int:
+        """Drop the version entries of ``keys``; return how many there were."""
+        dropped = 0
+        with mongo_errors("Dropping versions"):
+            for part in chunks(keys):
+                dropped += self.versions.delete_many({"_id": {"$in": part}}).deleted_count
+        return dropped
+
+    def move_versions(self, moves: Iterable[VersionMove]) -> None:
+        """Move version entries on to newer events; an entry that is gone stays gone."""
+        with mongo_errors("Moving versions"):
+            for part in chunks(moves):
+                self.versions.bulk_write([move.as_update() for move in part], ordered=False)
+
+    def drop_all_versions(self) -> None:
+        """Drop every version entry."""
+        with mongo_errors("Dropping versions"):
+            self.versions.delete_many({})
+
+    def versions_of_load(self, load: str) -> Iterator[str]:
+        """Yield the users whose version entry was last written by ``load``."""
+        with mongo_errors("Reading versions"):
+            for found in self.versions.find({"load": load}, {"_id": 1}):
+                yield found["_id"]
+
+    # Replacing what a load itself wrote
+
+    def write_undo(self, old: Iterable[Document], load: str) -> None:
+        """Keep the documents that ``load`` is about to replace, so that recovery can put them back.
+
+        The log is empty when a load begins, so a user that is in it already is refused.
+        """
+        with mongo_errors("Writing the undo log"):
+            for part in chunks(old):
+                entries = [{"_id": user["user_id"], "user": user, "load": load} for user in part]
+                self.undo.insert_many(entries, ordered=False)
+
+    def undo_by_id(self, keys: Sequence[str]) -> dict[str, Document]:
+        """Return the old documents that ``write_undo`` kept for ``keys``."""
+        with mongo_errors("Reading the undo log"):
+            return {found["_id"]: found["user"] for found in self.undo.find({"_id": {"$in": list(keys)}})}
+
+    def forget_undo(self, keys: Iterable[str]) -> None:
+        """Forget the undo entries of ``keys``."""
+        with mongo_errors("Clearing the undo log"):
+            for part in chunks(keys):
+                self.undo.delete_many({"_id": {"$in": part}})
+
+    def clear_undo(self) -> None:
+        """Forget every undo entry."""
+        with mongo_errors("Clearing the undo log"):
+            self.undo.delete_many({})
+
+    def replace_unchanged(self, changes: Iterable[tuple[Document, Document]]) -> None:
+        """For each ``(old, new)`` replace the user that is still exactly ``old`` by ``new``, marked."""
+        with mongo_errors("Replacing users"):
+            for part in chunks(changes):
+                self.users.bulk_write(
+                    [_replace_where(_is_exactly(old), old["user_id"], {**new, **_MARKED}) for old, new in part],
+                    ordered=False,
+                )
+
+    def put_back(self, old: Iterable[Document]) -> None:
+        """Put users back as they were, where the document still carries the marker."""
+        marked = {"$eq": [f"${MARKER_FIELD}", MARKER_VALUE]}
+        with mongo_errors("Putting users back"):
+            for part in chunks(old):
+                self.users.bulk_write([_replace_where(marked, user["user_id"], user) for user in part], ordered=False)
+
+    # Load records and the lease
+
+    def unfinished_loads(self) -> list[Document]:
+        """Return the records of loads that did not finish, oldest first."""
+        with mongo_errors("Reading load records"):
+            return list(self.loads.find({"state": {"$ne": "done"}}).sort("started_at", 1))
+
+    def record_load(self, load: str, **fields: object) -> None:
+        """Create or update the record of one load."""
+        with mongo_errors("Recording the load"):
+            self.loads.update_one({"_id": load}, {"$set": fields}, upsert=True)
+
+    def server_time(self) -> datetime:
+        """Return the server's clock, the one by which leases run."""
+        with mongo_errors("Asking the server's time"):
+            # Without the options it would be a time without zone, which can't be compared with a lease's end.
+            answer = self.client.admin.command("hello", codec_options=self.client.codec_options)
+        now: datetime = answer["localTime"]
+        return now
+
+    def lease(self, name: str) -> Lease | None:
+        """Return the lease ``name`` as it stands; None where nobody holds it."""
+        with mongo_errors("Reading the lease"):
+            found = self.leases.find_one({"_id": name})
+        return Lease(found["token"], found["holder"], found["expires_at"], found.get("writer")) if found else None
+
+    def take_lease(self, name: str, lease: Lease, *, instead_of: Lease | None) -> bool:
+        """Take the lease where nobody holds it, or where ``instead_of`` stands unrenewed; tell whether it worked."""
+        document = {"token": lease.token, "holder": lease.holder, "expires_at": lease.expires_at}
+        with mongo_errors("Taking the lease"):
+            if instead_of is not None:
+                unrenewed = {"_id": name, "token": instead_of.token, "expires_at": instead_of.expires_at}
+                return self.leases.replace_one(unrenewed, document).matched_count == 1
+            try:
+                self.leases.insert_one({"_id": name, **document})
+            except DuplicateKeyError:
+                return False
+            return True
+
+    def name_writer(self, name: str, token: str, writer: str) -> bool:
+        """Note a process that writes for the holder; tell whether ``token`` still holds the lease."""
+        with mongo_errors("Naming the writer"):
+            found = self.leases.update_one({"_id": name, "token": token}, {"$set": {"writer": writer}})
+        return found.matched_count == 1
+
+    def extend_lease(self, name: str, token: str, expires_at: datetime) -> bool:
+        """Move the lease's end; tell whether ``token`` still holds it."""
+        with mongo_errors("Extending the lease"):
+            found = self.leases.update_one({"_id": name, "token": token}, {"$set": {"expires_at": expires_at}})
+        return found.matched_count == 1
+
+    def release_lease(self, name: str, token: str) -> None:
+        """Give the lease back, where ``token`` still holds it."""
+        with mongo_errors("Releasing the lease"):
+            self.leases.delete_one({"_id": name, "token": token})
+
+
+@dataclass(frozen=True, slots=True)
+class VersionMove:
+    """A version entry's way to a newer event.
+
+    Attributes:
+        key: The user.
+        created_at: The newer event's time.
+        event_id: The newer event's id.
+        load: The load that replaces the document too; None where only the version moves.
+    """
+
+    key: str
+    created_at: str
+    event_id: int
+    load: str | None = None
+
+    def as_update(self) -> UpdateOne:
+        """Return the move as one update that creates nothing."""
+        new = {"created_at": self.created_at, "id": self.event_id}
+        return UpdateOne({"_id": self.key}, {"$set": new if self.load is None else {**new, "load": self.load}})
+
+
+def _is_exactly(user: Document) -> Document:
+    """Return the condition that a document holds exactly these five fields, unmarked."""
+    fields = [{"$eq": [f"${field}", {"$literal": user.get(field)}]} for field in USER_FIELDS]
+    return {"$and": [*fields, {"$eq": [{"$type": f"${MARKER_FIELD}"}, "missing"]}]}
+
+
+def _replace_where(condition: Document, key: str, new: Document) -> UpdateOne:
+    # $literal, because a text that starts with $ would be read as a field path.
+    body = {"_id": "$_id", **{field: {"$literal": value} for field, value in new.items()}}
+    return UpdateOne({"user_id": key}, [{"$replaceWith": {"$cond": [condition, body, "$$ROOT"]}}])
+
+
+def chunks(items: Iterable[T], size: int = CHUNK) -> Iterator[list[T]]:
+    """Yield lists of up to ``size`` items.
+
+    >>> list(chunks("abcde", 2))
+    [['a', 'b'], ['c', 'd'], ['e']]
+    """
+    source = iter(items)
+    while part := list(islice(source, size)):
+        yield part

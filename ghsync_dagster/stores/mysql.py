@@ -1,0 +1,414 @@
+"""MySQL: the table ``Users`` that the change stream mirrors.
+
+Belongs here: single reads and transactions, what a ``MYSQL_URL`` means, and how the driver's failures translate to
+ours. Not here: what is compared with what, or which changes a workload makes.
+
+A row leaves this module in the shape of a stored user: ``user_id`` as a decimal string, the columns' text or None.
+Rows are ordered by the number, as the signed BIGINT key is.
+"""
+
+from __future__ import annotations
+
+import re
+import ssl
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+import pymysql
+from pymysql.constants import CLIENT, CR, ER
+
+from ghsync_dagster.domain.errors import ConfigError, RefusedError, UnavailableError
+from ghsync_dagster.domain.user import USER_FIELDS
+from ghsync_dagster.observability.logging import redact
+
+if TYPE_CHECKING:
+    from pymysql.connections import Connection
+    from pymysql.cursors import Cursor
+
+Row = dict[str, str | None]
+Statement = tuple[str, Sequence[object]]
+"""SQL with ``%s`` in the place of each value, and the values."""
+
+KEY_MIN: Final = -(2**63)
+KEY_MAX: Final = 2**63 - 1
+"""The range of a signed BIGINT."""
+
+DEFAULT_TABLE: Final = "Users"
+_DEFAULT_PORT: Final = 3306
+_CANONICAL: Final = re.compile(r"0|-?[1-9][0-9]{0,18}")
+_TIMES_TO_ANSWER: Final = 6
+"""A query may take so many times as long as a connection: a count reads the whole table."""
+
+_MODES: Final = ("DISABLED", "PREFERRED", "REQUIRED", "VERIFY_CA", "VERIFY_IDENTITY")
+_OPTIONS: Final = ("ssl_mode", "ssl_ca", "ssl_cert", "ssl_key", "ssl_key_password", "unix_socket")
+_URL_FORM: Final = "mysql://user:password@host:port/new_data"
+
+_NET_READ_ERROR: Final = range(1158, 1162)
+_AWAY: Final = frozenset(
+    {
+        0,  # the driver's own: the connection is closed already
+        CR.CR_CONNECTION_ERROR,
+        CR.CR_CONN_HOST_ERROR,
+        CR.CR_UNKNOWN_HOST,
+        CR.CR_SERVER_GONE_ERROR,
+        CR.CR_SERVER_LOST,
+        CR.CR_COMMANDS_OUT_OF_SYNC,
+        CR.CR_SERVER_LOST_EXTENDED,
+        ER.CON_COUNT_ERROR,
+        ER.SERVER_SHUTDOWN,
+        ER.NORMAL_SHUTDOWN,
+        ER.FORCING_CLOSE,
+        ER.TOO_MANY_USER_CONNECTIONS,
+        ER.LOCK_WAIT_TIMEOUT,
+        ER.LOCK_DEADLOCK,
+        ER.QUERY_INTERRUPTED,
+        *_NET_READ_ERROR,
+        1927,  # MariaDB: the connection was killed
+        3024,  # the query took longer than the server allows
+        4031,  # MySQL: disconnected for inactivity
+    }
+)
+_CREDENTIALS: Final = frozenset(
+    {
+        ER.ACCESS_DENIED_ERROR,
+        ER.DBACCESS_DENIED_ERROR,
+        ER.TABLEACCESS_DENIED_ERROR,
+        ER.COLUMNACCESS_DENIED_ERROR,
+        ER.SPECIFIC_ACCESS_DENIED_ERROR,
+        ER.HOST_NOT_PRIVILEGED,
+        ER.HOST_IS_BLOCKED,
+        1698,  # MariaDB and MySQL: access denied by an authentication plug-in
+        4151,  # MariaDB: the account is locked
+        3118,  # MySQL: the account is locked
+    }
+)
+_NOT_THERE: Final = frozenset({ER.BAD_DB_ERROR, ER.NO_SUCH_TABLE, ER.BAD_FIELD_ERROR})
+
+
+@dataclass(frozen=True, slots=True)
+class MySqlAddress:
+    """What a ``MYSQL_URL`` says. Its text form shows no credentials.
+
+    Attributes:
+        host: Name or address.
+        port: TCP port.
+        user: Who connects.
+        password: Their password; empty where there is none.
+        database: Holds the table.
+        unix_socket: Path of a socket in place of host and port, or None.
+        ssl_mode: ``DISABLED``, ``PREFERRED`` (TLS where the server has it, unverified), ``REQUIRED`` (TLS, unverified),
+            ``VERIFY_CA`` or ``VERIFY_IDENTITY``: the mysql client's words and meaning.
+        ssl_ca: PEM file of the authorities, or None for the system's.
+        ssl_cert: PEM file of the client's certificate, or None.
+        ssl_key: PEM file of its key, or None where ``ssl_cert`` holds it.
+        ssl_key_password: The key's password, or None.
+    """
+
+    host: str
+    port: int
+    user: str
+    password: str
+    database: str
+    unix_socket: str | None = None
+    ssl_mode: str = "PREFERRED"
+    ssl_ca: str | None = None
+    ssl_cert: str | None = None
+    ssl_key: str | None = None
+    ssl_key_password: str | None = None
+
+    def __repr__(self) -> str:
+        return f"MySqlAddress({self})"
+
+    def __str__(self) -> str:
+        return f"mysql://{self.unix_socket or f'{self.host}:{self.port}'}/{self.database}"
+
+
+def parse_url(url: str) -> MySqlAddress:
+    """Read a ``MYSQL_URL``: ``mysql://user:password@host:port/database?option=value``.
+
+    User, password and database are percent-decoded. Options: ``ssl_mode``, ``ssl_ca``, ``ssl_cert``, ``ssl_key``,
+    ``ssl_key_password``, ``unix_socket``. As in the mysql client, an ``ssl_ca`` without a mode means ``VERIFY_CA``.
+
+    Raises:
+        ConfigError: It is malformed; what is wrong is named, credentials are not shown.
+    """
+    try:
+        parts = urlsplit(url)
+        port = parts.port or _DEFAULT_PORT
+        given = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
+    except ValueError:
+        raise _malformed("its port or its options can't be read") from None
+    if parts.scheme not in ("mysql", "mariadb", "mysql+pymysql", "mariadb+pymysql"):
+        raise _malformed("it does not begin with mysql://")
+    if unknown := sorted(set(given) - set(_OPTIONS)):
+        raise _malformed(f"unknown option {', '.join(unknown)}; there are {', '.join(_OPTIONS)}")
+    database = unquote(parts.path.lstrip("/"))
+    if not parts.username or not database or not (parts.hostname or "unix_socket" in given):
+        raise _malformed("it lacks a host, a user or a database")
+    mode = given.pop("ssl_mode", "VERIFY_CA" if given.get("ssl_ca") else "PREFERRED").upper()
+    if mode not in _MODES:
+        raise _malformed(f"ssl_mode is none of {', '.join(_MODES)}")
+    return MySqlAddress(
+        host=parts.hostname or "localhost",
+        port=port,
+        user=unquote(parts.username),
+        password=unquote(parts.password or ""),
+        database=database,
+        ssl_mode=mode,
+        **given,
+    )
+
+
+def _malformed(why: str) -> ConfigError:
+    return ConfigError(
+        f"MYSQL_URL is malformed: {why}.",
+        way_out=f"Write it as {_URL_FORM}, with special characters of user and password percent-encoded.",
+    )
+
+
+def _tls(address: MySqlAddress) -> ssl.SSLContext | None:
+    """Return the context that the address asks for; None where TLS is left to the server or disabled.
+
+    Raises:
+        ConfigError: A file can't be read.
+    """
+    if address.ssl_mode == "DISABLED" or (address.ssl_mode == "PREFERRED" and not address.ssl_cert):
+        return None
+    try:
+        context = ssl.create_default_context(cafile=address.ssl_ca)
+        if address.ssl_cert:
+            context.load_cert_chain(address.ssl_cert, address.ssl_key, address.ssl_key_password)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(
+            f"The TLS files of MYSQL_URL can't be used ({type(error).__name__}: {error}).",
+            way_out="Check that ssl_ca, ssl_cert and ssl_key name readable PEM files that belong together.",
+        ) from None
+    # Certificates that MySQL makes for itself lack what the strict mode of newer Pythons asks for.
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    context.check_hostname = address.ssl_mode == "VERIFY_IDENTITY"
+    context.verify_mode = ssl.CERT_REQUIRED if address.ssl_mode.startswith("VERIFY") else ssl.CERT_NONE
+    return context
+
+
+@contextmanager
+def mysql_errors(what: str) -> Iterator[None]:
+    """Translate the driver's failures to ours, credentials masked.
+
+    Raises:
+        UnavailableError: The server can't be reached, is busy, or ended the connection.
+        RefusedError: The server answered and refused, or its certificate is not trusted.
+        ConfigError: There is no such database, table or column.
+    """
+    try:
+        yield
+    except pymysql.MySQLError as error:
+        raise _translated(what, error) from None
+    except OSError as error:
+        # A failing read in the middle of an answer is not wrapped by the driver.
+        raise _unavailable(what, f"{type(error).__name__}: {error}") from None
+
+
+def _translated(what: str, error: pymysql.MySQLError) -> ConfigError | RefusedError | UnavailableError:
+    code = error.args[0] if error.args and isinstance(error.args[0], int) else 0
+    text = f"code {code}: {_first_line(str(error.args[-1] if error.args else error))}"
+    cause = getattr(error, "original_exception", None)
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return RefusedError(
+            f"{what}: MySQL's certificate is not trusted ({cause.verify_message}).",
+            way_out="Point ssl_ca in MYSQL_URL at its authority's PEM file; for VERIFY_IDENTITY name its host.",
+        )
+    if code == CR.CR_SSL_CONNECTION_ERROR:
+        return RefusedError(
+            f"{what}: MySQL refused TLS ({text}).", way_out="Check ssl_mode in MYSQL_URL and the server's TLS settings."
+        )
+    if code in _AWAY or isinstance(error, pymysql.InterfaceError):
+        return _unavailable(what, text)
+    if code in _NOT_THERE:
+        return ConfigError(
+            f"{what}: {text}.", way_out="Check the database in MYSQL_URL; the table is described in docs/cdc.md."
+        )
+    hint = (
+        "Check the user, password and rights behind MYSQL_URL."
+        if code in _CREDENTIALS
+        else "Read the server's answer above."
+    )
+    return RefusedError(f"{what}: MySQL refused ({text}).", way_out=hint)
+
+
+def _unavailable(what: str, why: str) -> UnavailableError:
+    return UnavailableError(
+        f"{what}: MySQL can't be reached or can't answer now ({_first_line(why)}).",
+        way_out="Check that the server is up (ghsync status) and that MYSQL_URL names it; then run again.",
+    )
+
+
+def _first_line(text: str) -> str:
+    return (redact(text).splitlines() or ["no message"])[0][:300].rstrip(".")
+
+
+def is_key(key: str) -> bool:
+    """Tell whether a ``user_id`` is one that MySQL can hold, written as this module writes it.
+
+    >>> [is_key(key) for key in ("42", "-7", "007", "-0", "9223372036854775808", "octo")]
+    [True, True, False, False, False, False]
+    """
+    return _CANONICAL.fullmatch(key) is not None and KEY_MIN <= int(key) <= KEY_MAX
+
+
+class MySqlStore:
+    """The table of users over one connection, which is made when first needed and again after it broke.
+
+    Not for several threads at once. Use as a context manager, or call ``close``.
+
+    Args:
+        url: As ``parse_url`` reads it.
+        table: The table's name.
+        timeout_seconds: How long a connection may take; a query has six times as long.
+
+    Raises:
+        ConfigError: The URL or its TLS files can't be used.
+    """
+
+    def __init__(self, url: str, *, table: str = DEFAULT_TABLE, timeout_seconds: float = 10) -> None:
+        self.address = parse_url(url)
+        self.table = f"`{table.replace('`', '``')}`"
+        self._tls = _tls(self.address)
+        self._timeout = timeout_seconds
+        self._connection: Connection[Cursor] | None = None
+
+    def __enter__(self) -> MySqlStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection, if there is one."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(pymysql.MySQLError):
+                connection.close()
+
+    def ensure_table(self) -> None:
+        """Create the table where there is none."""
+        columns = ", ".join(f"`{name}` VARCHAR(255)" for name in USER_FIELDS[2:])
+        self._run(
+            f"Creating {self.table}",
+            f"CREATE TABLE IF NOT EXISTS {self.table} (`user_id` BIGINT NOT NULL PRIMARY KEY,"
+            f" `login` VARCHAR(255) NOT NULL, {columns}) CHARACTER SET utf8mb4",
+        )
+
+    def version(self) -> str:
+        """Return what the server calls itself, such as ``11.4.5-MariaDB-log``."""
+        return str(self._run("Asking the version", "SELECT VERSION()")[0][0])
+
+    def count(self) -> int:
+        """Return the number of rows."""
+        query = f"SELECT COUNT(*) FROM {self.table}"  # noqa: S608  only names
+        return int(self._run("Counting rows", query)[0][0])
+
+    def rows(self, after: int | None, limit: int) -> list[Row]:
+        """Return up to ``limit`` rows with a key above ``after``, lowest first; None: from the lowest of all."""
+        where, values = ("", ()) if after is None else (" WHERE `user_id` > %s", (after,))
+        query = f"SELECT {_COLUMNS} FROM {self.table}{where} ORDER BY `user_id` LIMIT %s"  # noqa: S608  only names
+        return [_row(found) for found in self._run("Reading rows", query, (*values, limit))]
+
+    def rows_by_id(self, keys: Iterable[str]) -> dict[str, Row]:
+        """Return the rows of ``keys``; what MySQL can't hold as a key is not there."""
+        wanted = [int(key) for key in keys if is_key(key)]
+        if not wanted:
+            return {}
+        query = f"SELECT {_COLUMNS} FROM {self.table} WHERE `user_id` IN %s"  # noqa: S608  only names
+        return {str(values[0]): _row(values) for values in self._run("Reading rows", query, (wanted,))}
+
+    def ids_among(self, keys: Iterable[str]) -> set[str]:
+        """Return those of ``keys`` that have a row."""
+        wanted = [int(key) for key in keys if is_key(key)]
+        if not wanted:
+            return set()
+        query = f"SELECT `user_id` FROM {self.table} WHERE `user_id` IN %s"  # noqa: S608  only names
+        return {str(values[0]) for values in self._run("Reading keys", query, (wanted,))}
+
+    def execute(self, statements: Sequence[Statement]) -> int:
+        """Run statements in one transaction, sent as one request; return how many rows they touched.
+
+        Raises:
+            UnavailableError: The server went away; whether the transaction was committed is not known.
+            RefusedError: The server refused a statement; nothing of the transaction is there.
+        """
+        if not statements:
+            return 0
+        with self._cursor("Changing rows") as cursor:
+            if len(statements) == 1:
+                return cursor.execute(*statements[0])
+            try:
+                cursor.execute(
+                    "; ".join(["BEGIN", *(cursor.mogrify(*statement) for statement in statements), "COMMIT"])
+                )
+                changed = cursor.rowcount
+                while cursor.nextset():
+                    changed += cursor.rowcount
+            except pymysql.MySQLError:
+                # The server has left out the statements after the refused one, COMMIT among them.
+                with suppress(pymysql.MySQLError):
+                    cursor.execute("ROLLBACK")
+                raise
+            return changed
+
+    def _run(self, what: str, query: str, values: Sequence[object] = ()) -> Sequence[tuple[Any, ...]]:
+        with self._cursor(what) as cursor:
+            # Without values the driver leaves a % in the text alone.
+            cursor.execute(query, values or None)
+            return cursor.fetchall()
+
+    @contextmanager
+    def _cursor(self, what: str) -> Iterator[Cursor]:
+        """Give a cursor; a connection whose state is unknown after an error is closed."""
+        with mysql_errors(f"{what} of {self.address}"):
+            if self._connection is None:
+                self._connection = self._connect()
+            try:
+                with self._connection.cursor() as cursor:
+                    yield cursor
+            except pymysql.DatabaseError as error:
+                if error.args and error.args[0] in _AWAY:
+                    self.close()
+                raise
+            except BaseException:
+                self.close()
+                raise
+
+    def _connect(self) -> Connection[Cursor]:
+        address = self.address
+        tls: Mapping[str, Any] = (
+            {"ssl_disabled": True} if address.ssl_mode == "DISABLED" else {"ssl": self._tls} if self._tls else {}
+        )
+        return pymysql.connect(
+            host=address.host,
+            port=address.port,
+            user=address.user,
+            # The driver would encode text as Latin-1.
+            password=address.password.encode(),
+            database=address.database,
+            unix_socket=address.unix_socket,
+            charset="utf8mb4",
+            autocommit=True,
+            # FOUND_ROWS: an update that leaves its row as it was has touched it all the same.
+            client_flag=CLIENT.MULTI_STATEMENTS | CLIENT.FOUND_ROWS,
+            connect_timeout=self._timeout,
+            read_timeout=self._timeout * _TIMES_TO_ANSWER,
+            write_timeout=self._timeout * _TIMES_TO_ANSWER,
+            program_name="ghsync",
+            **tls,
+        )
+
+
+_COLUMNS: Final = ", ".join(f"`{name}`" for name in USER_FIELDS)
+
+
+def _row(values: tuple[Any, ...]) -> Row:
+    key, *texts = values
+    return dict(zip(USER_FIELDS, (str(key), *texts), strict=True))

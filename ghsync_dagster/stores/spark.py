@@ -1,0 +1,321 @@
+"""Spark: the one session, its schemas, and the MongoDB Spark Connector's reads and writes.
+
+Belongs here: how Spark is started, how the domain's declarations look as Spark types, and how Spark's failures
+translate to ours. Not here: what is read, joined or written when.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from py4j.protocol import Py4JError, Py4JJavaError, Py4JNetworkError
+from pyspark.errors import PySparkException
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F  # noqa: N812  the name that Spark's own documentation gives it
+from pyspark.sql.types import LongType, StringType, StructField, StructType
+
+from ghsync_dagster.domain.errors import ConfigError, PermanentError, RefusedError, UnavailableError
+from ghsync_dagster.domain.user import MARKER_FIELD, MARKER_VALUE, USER_FIELDS
+from ghsync_dagster.observability.logging import redact
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
+    from ghsync_dagster.stores.mongo import UserStore
+
+ACTOR_SCHEMA: Final = StructType(
+    [
+        StructField("id", LongType(), nullable=False),
+        *(StructField(name, StringType()) for name in ("login", "gravatar_id", "url", "avatar_url")),
+    ]
+)
+REPO_SCHEMA: Final = StructType(
+    [StructField("id", LongType()), StructField("name", StringType()), StructField("url", StringType())]
+)
+EVENT_SCHEMA: Final = StructType(
+    [
+        StructField("id", StringType()),
+        StructField("type", StringType()),
+        StructField("created_at", StringType()),
+        StructField("actor", ACTOR_SCHEMA),
+        StructField("repo", REPO_SCHEMA),
+    ]
+)
+"""A typed event, as ``domain.event.Event`` declares it."""
+
+USER_SCHEMA: Final = StructType([StructField(name, StringType()) for name in USER_FIELDS])
+VERSIONED_USER_SCHEMA: Final = StructType(
+    [*USER_SCHEMA.fields, StructField("created_at", StringType()), StructField("event_id", LongType())]
+)
+"""A user with the event that gave the fields."""
+
+_CONNECTOR: Final = "mongodb"
+_BATCH_SIZE: Final = "5000"
+_AWAY: Final = re.compile(
+    "MongoTimeoutException|MongoSocket|MongoNotPrimary|MongoNodeIsRecovering"
+    "|MongoConnectionPoolCleared|MongoServerUnavailable|MongoInternalException"
+)
+
+
+TALLY_SCHEMA: Final = StructType(
+    [StructField("kind", StringType()), StructField("name", StringType()), StructField("rows", LongType())]
+)
+"""What a reading task returns, as ``batch.decide.Tally`` declares it."""
+
+
+class DuplicateUserError(Exception):
+    """An insert met a user that is stored already: stored meanwhile, or by an earlier try of the same task."""
+
+
+@contextmanager
+def spark_errors(what: str) -> Iterator[None]:
+    """Translate Spark's failures to ours, credentials masked.
+
+    Raises:
+        DuplicateUserError: An insert hit the unique index.
+        UnavailableError: MongoDB or the JVM went away.
+        RefusedError: MongoDB refused.
+        PermanentError: Anything else; it carries Spark's first line.
+    """
+    try:
+        yield
+    except Py4JNetworkError:
+        raise PermanentError(
+            f"{what}: the Spark driver's JVM is gone.",
+            way_out="Give it memory (SPARK_DRIVER_MEMORY), then run again.",
+        ) from None
+    except (Py4JJavaError, PySparkException) as error:
+        text = redact(str(error))
+        if "E11000" in text:
+            raise DuplicateUserError from None
+        if _AWAY.search(text):
+            raise UnavailableError(
+                f"{what}: MongoDB can't be reached from Spark ({_cause(text)}).",
+                way_out="Check that the server is up and reachable from Spark's executors; then run again.",
+            ) from None
+        if re.search(r"MongoSecurityException|Unauthorized|code 13\b|code 18\b", text):
+            raise RefusedError(
+                f"{what}: MongoDB refused ({_cause(text)}).",
+                way_out="Check the user, password and roles behind MONGODB_URI.",
+            ) from None
+        raise PermanentError(f"{what}: {_cause(text)}.", way_out="Read Spark's message; see docs/batch.md.") from None
+    except Py4JError as error:
+        raise PermanentError(
+            f"{what}: {redact(str(error)).splitlines()[0]}.",
+            way_out="Read Spark's message; see docs/batch.md.",
+        ) from None
+
+
+def _cause(text: str) -> str:
+    """Return the error at the end of a Python worker's trace, the innermost cause of the JVM's, or the first line."""
+    worker = text.partition("Traceback (most recent call last):")[2]
+    raised: list[str] = re.findall(r"^(?:\w+\.)*(\w+: .+)$", worker, re.MULTILINE)
+    causes: list[str] = re.findall(r"^Caused by: (.+)$", text, flags=re.MULTILINE)
+    lines = [line for line in text.splitlines() if line.strip()]
+    return ["no message", *lines[:1], *causes[-1:], *raised[-1:]][-1][:300].rstrip(".")
+
+
+@dataclass(frozen=True, slots=True)
+class SparkOptions:
+    """What a Spark session is started with.
+
+    Attributes:
+        master: Spark master URL.
+        java_home: The Java that runs it.
+        scratch: Folder for shuffle files.
+        jars: Jars on its class path, the MongoDB connector among them.
+        packages: Coordinates in place of ``jars``, or None.
+        driver_memory: Heap of the driver, such as ``1g``.
+        jvm_options: Further options of the driver's JVM.
+    """
+
+    master: str
+    java_home: Path
+    scratch: Path
+    jars: Sequence[Path] = ()
+    packages: str | None = None
+    driver_memory: str = "1g"
+    jvm_options: Sequence[str] = ()
+
+
+def start_session(options: SparkOptions) -> SparkSession:
+    """Start the session, or return the one that runs: a process has one, since static settings can't change.
+
+    Raises:
+        ConfigError: The session does not start.
+    """
+    options.scratch.mkdir(parents=True, exist_ok=True)
+    os.environ["JAVA_HOME"] = str(options.java_home)
+    os.environ["PYSPARK_PYTHON"] = os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
+    os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1") if options.master.startswith("local") else None
+    log4j = Path(__file__).with_name("log4j2.properties").as_uri()
+    builder = SparkSession.builder.appName("ghsync").master(options.master)
+    for key, value in _configuration(options, log4j).items():
+        builder = builder.config(key, value)
+    try:
+        session = builder.getOrCreate()
+    except (Py4JError, PySparkException, OSError) as error:
+        raise ConfigError(
+            f"Spark does not start on {options.master} with the Java in {options.java_home}: "
+            f"{_cause(redact(str(error)))}.",
+            way_out="Check SPARK_MASTER, JAVA_HOME (17 or newer) and SPARK_DRIVER_MEMORY.",
+        ) from None
+    session.sparkContext.setLogLevel("ERROR")
+    return session
+
+
+def _configuration(options: SparkOptions, log4j: str) -> dict[str, str]:
+    # Spark takes the options apart as a shell does.
+    jvm = " ".join(f'"{option}"' for option in (f"-Dlog4j2.configurationFile={log4j}", *options.jvm_options))
+    jars = (
+        {"spark.jars.packages": options.packages}
+        if options.packages
+        else {"spark.jars": ",".join(str(jar) for jar in options.jars)}
+    )
+    return {
+        **jars,
+        "spark.driver.memory": options.driver_memory,
+        "spark.driver.extraJavaOptions": jvm,
+        "spark.local.dir": str(options.scratch),
+        "spark.sql.warehouse.dir": str(options.scratch / "warehouse"),
+        "spark.ui.enabled": "false",
+        "spark.ui.showConsoleProgress": "false",
+        "spark.sql.session.timeZone": "UTC",
+        "spark.sql.adaptive.enabled": "false",
+        "spark.sql.shuffle.partitions": "4",
+        "spark.sql.execution.arrow.maxRecordsPerBatch": "5000",
+        "spark.redaction.regex": "(?i)secret|password|token|access[.]?key|connection[.]uri",
+        "spark.sql.redaction.options.regex": "(?i)url|uri|password|secret",
+    }
+
+
+@dataclass
+class SparkHandle:
+    """A session that starts in the background, so that other work goes on while the JVM comes up.
+
+    Attributes:
+        options: Called once, in the background, since finding Java and jars may take time too.
+        waited_seconds: How long callers have waited for it so far.
+    """
+
+    options: Callable[[], SparkOptions]
+    waited_seconds: float = 0.0
+    _asked: bool = False
+    _session: SparkSession | None = None
+    _error: BaseException | None = None
+    _thread: threading.Thread | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def warm_up(self) -> None:
+        """Begin to start the session; return at once."""
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._start, name="spark-start", daemon=True)
+                self._thread.start()
+
+    def _start(self) -> None:
+        try:
+            self._session = start_session(self.options())
+        except BaseException as error:  # noqa: BLE001  it is raised again in the thread that asks for the session
+            self._error = error
+
+    def session(self) -> SparkSession:
+        """Return the session, started if need be.
+
+        Raises:
+            GhsyncError: Java, jars or the session could not be had.
+        """
+        self._asked = True
+        self.warm_up()
+        assert self._thread is not None  # noqa: S101  warm_up has set it
+        asked = time.monotonic()
+        self._thread.join()
+        self.waited_seconds += time.monotonic() - asked
+        if self._error is not None:
+            raise self._error
+        assert self._session is not None  # noqa: S101  _start has set one of the two
+        return self._session
+
+    def stop(self) -> None:
+        """Stop the session where there is one; do not wait for one that still starts and that nobody asked for.
+
+        Its JVM ends with this process, so that a wrong path is told at once.
+        """
+        if self._thread is not None and self._asked:
+            self._thread.join()
+        if self._session is not None:
+            # In a thread of its own: this one's connection to the JVM may hold an answer that Ctrl-C did not wait for.
+            stopper = threading.Thread(target=self._session.stop, name="spark-stop")
+            stopper.start()
+            stopper.join()
+
+
+@contextmanager
+def file_blocks(session: SparkSession, size: int) -> Iterator[None]:
+    """Make Spark cut plain files at exact multiples of ``size`` bytes, one block a task."""
+    names = ("spark.sql.files.maxPartitionBytes", "spark.sql.files.openCostInBytes")
+    before = [str(session.conf.get(name)) for name in names]
+    for name in names:
+        session.conf.set(name, str(size))
+    try:
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            session.conf.set(name, value)
+
+
+def insert_users(users: DataFrame, store: UserStore) -> None:
+    """Append users, marked, unordered; what the unique index refuses is left as it is.
+
+    Raises:
+        DuplicateUserError: A user was stored already; others of its batch may be missing.
+    """
+    with spark_errors("Writing users"):
+        (
+            users.select(*USER_FIELDS, F.lit(MARKER_VALUE).alias(MARKER_FIELD))
+            .write.format(_CONNECTOR)
+            .mode("append")
+            .options(**_connection(store))
+            .option("operationType", "insert")
+            .option("ordered", "false")
+            .option("maxBatchSize", _BATCH_SIZE)
+            .save()
+        )
+
+
+def read_marked(session: SparkSession, store: UserStore) -> DataFrame:
+    """Return the users that carry the marker, the five fields."""
+    pipeline = f'[{{"$match": {{"{MARKER_FIELD}": "{MARKER_VALUE}"}}}}]'
+    return (
+        session.read.format(_CONNECTOR)
+        .schema(USER_SCHEMA)
+        .options(**_connection(store))
+        .option("aggregation.pipeline", pipeline)
+        .option("partitioner", "com.mongodb.spark.sql.connector.read.partitioner.SinglePartitionPartitioner")
+        .load()
+    )
+
+
+def _connection(store: UserStore) -> dict[str, str]:
+    # A load gains nothing from streamed monitoring, and some servers of the wire protocol answer it out of step.
+    ours = {"serverMonitoringMode": "poll", "readPreference": "primary"}
+    address, _, query = store.uri.partition("?")
+    given = [part for part in query.split("&") if part and part.partition("=")[0].lower() not in _lowered(ours)]
+    if "serverselectiontimeoutms" not in {part.partition("=")[0].lower() for part in given}:
+        ours["serverSelectionTimeoutMS"] = str(store.timeout_ms)
+    path = "" if "/" in address.partition("://")[2].rpartition("@")[2] else "/"
+    uri = f"{address}{path}?{'&'.join([*given, *(f'{name}={value}' for name, value in ours.items())])}"
+    return {"connection.uri": uri, "database": store.database.name, "collection": store.users.name}
+
+
+def _lowered(options: Mapping[str, str]) -> set[str]:
+    return {name.lower() for name in options}

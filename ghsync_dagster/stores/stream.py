@@ -1,0 +1,316 @@
+"""MongoDB as the change stream writes it: whole sets of keys, one command a step.
+
+Belongs here: single operations, and which of the server's answers are about one user. Not here: the order of
+operations, which is ``domain.precedence``'s and ``cdc.apply``'s. Filters name one indexed field only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection as Collected
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import pymongo
+from bson.errors import BSONError
+from pymongo import DeleteOne, ReplaceOne, UpdateOne
+from pymongo.errors import BulkWriteError, ConnectionFailure, ExecutionTimeout, NetworkTimeout, PyMongoError
+
+from ghsync_dagster.domain.errors import RefusedError, UnavailableError
+from ghsync_dagster.domain.user import MARKER_FIELD, USER_FIELDS
+from ghsync_dagster.observability.logging import redact
+from ghsync_dagster.stores.mongo import CHUNK, chunks, mongo_errors
+
+if TYPE_CHECKING:
+    from pymongo.collection import Collection
+
+    from ghsync_dagster.stores.mongo import Document, UserStore
+
+_KEYS: Final = 10 * CHUNK
+"""How many keys one ``$in`` carries: a few hundred kilobytes."""
+_MANY_TIMES: Final = 4
+"""How many times more keys there must be than entries for all entries to be read."""
+_LEAST: Final = 100
+_MOST: Final = 5_000
+"""The least and the most writes that one command carries, and between how many seconds it should take."""
+_QUICK_SECONDS: Final = 0.25
+_SLOW_SECONDS: Final = 1.0
+_RACES: Final = 10
+"""How often an upsert that lost a race against another insert of its key is tried again."""
+_TEXT: Final = 500
+_ASIDE_SECONDS: Final = 3.0
+"""How long a command beside the batches may take."""
+
+_DUPLICATE_KEY: Final = 11000
+_KINDS: Final = {
+    121: "validator",
+    10334: "too-large",
+    17280: "index-key-too-long",
+    17419: "too-large",
+    17420: "too-large",
+    2: "bad-value",
+    9: "bad-value",
+    14: "bad-value",
+    52: "bad-value",
+    _DUPLICATE_KEY: "unique-index",
+}
+"""The error codes of one write that are about the user in it: another user can be stored all the same."""
+_AWAY: Final = frozenset(
+    {6, 7, 24, 50, 64, 89, 91, 112, 134, 189, 202, 262, 9001, 10107, 11600, 11602, 13435, 13436, 14031}
+)
+"""Error codes of one write that pass: hosts, elections, write conflicts, time limits, a full disk."""
+
+
+_Write = tuple[str, ReplaceOne[dict[str, Any]] | UpdateOne | DeleteOne]
+"""A key and what is done with its document."""
+
+
+class Refused(NamedTuple):
+    """Why the database does not take a user.
+
+    Attributes:
+        kind: A slug: validator, too-large, index-key-too-long, bad-value, unique-index or unencodable.
+        text: The database's own words, cut to size. They may hold values of the user: for dead letters, not for logs.
+    """
+
+    kind: str
+    text: str
+
+
+@contextmanager
+def _limited(what: str, seconds: float) -> Iterator[None]:
+    """Give commands so much time, and translate their failures."""
+    with mongo_errors(what):
+        try:
+            with pymongo.timeout(seconds):
+                yield
+        except PyMongoError as error:
+            if error.timeout and not isinstance(error, ConnectionFailure | ExecutionTimeout):
+                raise NetworkTimeout(str(error)) from error
+            raise
+
+
+def _half_a_minute() -> float:
+    return 30.0
+
+
+class StreamStore:
+    """The users' collection and its companions, as the stream writes them.
+
+    Args:
+        store: The open store; its owner closes it.
+        may_write: Called before each command. Returns how many seconds the command may take, and raises when this
+            process must write no more.
+    """
+
+    def __init__(self, store: UserStore, *, may_write: Callable[[], float] = _half_a_minute) -> None:
+        self.store = store
+        self.unsure = False
+        """Whether a command may still reach the server, or reached it after its time; the owner sets it back."""
+        # Beside the other companions.
+        self._again = store.database[f"{store.deleted.name.removesuffix('deleted')}again"]
+        self._size = CHUNK
+        self._may_write = may_write
+
+    @contextmanager
+    def _command(self, what: str) -> Iterator[None]:
+        """Allow one command to be sent, for a limited time, and translate its failures."""
+        seconds = self._may_write()
+        deadline = time.monotonic() + seconds
+        try:
+            with _limited(what, seconds):
+                yield
+        except UnavailableError:
+            self.unsure = True
+            raise
+        finally:
+            if time.monotonic() > deadline:
+                self.unsure = True
+
+    @contextmanager
+    def _timed(self, writes: int) -> Iterator[None]:
+        """Learn from a command's time how many writes the next one may carry."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = time.monotonic() - started
+            if seconds > _SLOW_SECONDS:
+                self._size = max(writes // 2, _LEAST)
+            elif seconds < _QUICK_SECONDS and writes >= self._size:
+                self._size = min(2 * self._size, _MOST)
+
+    def drop_versions(self, keys: Collected[str]) -> set[str]:
+        """Drop the version entries of ``keys``; return which keys had one.
+
+        A key that is not returned had none at some moment of this call.
+        """
+        return self._drop(self.store.versions, keys, "versions")
+
+    def forget_deleted(self, keys: Collected[str]) -> None:
+        """Forget that the stream ever deleted ``keys``."""
+        self._drop(self.store.deleted, keys, "deletions")
+
+    # Places in the topic to go back to
+
+    def ask_again(self, names: Mapping[str, int]) -> None:
+        """Ask whoever has a partition, by name, to go back to an offset; of several askings the earliest counts."""
+        with _limited("Asking for changes again", _ASIDE_SECONDS):
+            for name, offset in names.items():
+                self._again.update_one({"_id": name}, {"$min": {"offset": offset}}, upsert=True)
+
+    def asked_again(self, names: Sequence[str]) -> dict[str, int]:
+        """Return where partitions are to go back to, by name."""
+        with _limited("Reading what is asked again", _ASIDE_SECONDS):
+            return {asked["_id"]: asked["offset"] for asked in self._again.find({"_id": {"$in": list(names)}})}
+
+    def went_back(self, name: str, offset: int) -> None:
+        """Forget that a partition is to go back, unless it was asked to go further meanwhile."""
+        with _limited("Forgetting what was asked again", _ASIDE_SECONDS):
+            self._again.delete_one({"_id": name, "offset": offset})
+
+    def _drop(self, collection: Collection[Document], keys: Collected[str], what: str) -> set[str]:
+        dropped: set[str] = set()
+        for part in chunks(keys, _KEYS):
+            with self._command(f"Reading {what}"):
+                found = _among(collection, part)
+            if found:
+                with self._command(f"Dropping {what}"):
+                    collection.delete_many({"_id": {"$in": found}})
+                dropped.update(found)
+        return dropped
+
+    def record_deleted(self, keys: Iterable[str]) -> None:
+        """Record that the stream deleted ``keys``."""
+        for part in chunks(keys, _KEYS):
+            with self._command("Recording deletions"):
+                try:
+                    self.store.deleted.insert_many([{"_id": key} for key in part], ordered=False)
+                except BulkWriteError as error:
+                    # What is recorded already is as it should be.
+                    _raise_unless(error, {_DUPLICATE_KEY})
+
+    def write(self, upserts: Mapping[str, dict[str, str | None]], deletes: Iterable[str] = ()) -> dict[str, Refused]:
+        """Replace or insert users, unmarked, and delete others, in any order.
+
+        Args:
+            upserts: Users by key. One that lacks fields keeps what is stored of them; they are null where nothing is.
+            deletes: Keys to delete, none of them among the upserts.
+
+        Returns:
+            Why the database refused a user, by key; it kept what it had of that user.
+
+        Raises:
+            UnavailableError: The server went away; any part may be written.
+            RefusedError: The server refuses the writes as such.
+        """
+        refused: dict[str, Refused] = {}
+        writes: list[_Write] = [(key, _upsert(key, user)) for key, user in upserts.items()]
+        writes += [(key, DeleteOne({"user_id": key})) for key in deletes]
+        while writes:
+            # A command should not take long: it must end before this process may no longer write.
+            lost, writes = writes[: self._size], writes[self._size :]
+            for _ in range(_RACES):
+                lost = self._write_once(lost, refused)
+                if not lost:
+                    break
+            else:
+                raise UnavailableError(
+                    f"Writing users: {len(lost)} upserts lost against other inserts of their keys {_RACES} times.",
+                    way_out="Run again; look for another program that inserts and deletes the same users.",
+                )
+        return refused
+
+    def _write_once(self, part: list[_Write], refused: dict[str, Refused]) -> list[_Write]:
+        """Send writes in one command; return those that lost a race, and add what the database refuses."""
+        with self._command("Writing users"), self._timed(len(part)):
+            try:
+                self.store.users.bulk_write([write for _, write in part], ordered=False)
+            except BulkWriteError as error:
+                return _judge(error, part, refused)
+            except (BSONError, UnicodeError) as error:
+                unencodable = type(error).__name__
+            else:
+                return []
+        # Nothing tells which one it is, and others may have been sent: to write them again changes nothing.
+        if len(part) == 1:
+            refused[part[0][0]] = Refused("unencodable", f"The user can't be put into BSON ({unencodable}).")
+            return []
+        middle = len(part) // 2
+        return self._write_once(part[:middle], refused) + self._write_once(part[middle:], refused)
+
+    def remove_everyone(self) -> int:
+        """Delete every user there is, and record that the stream deleted it; return how many documents there were.
+
+        What a load is about to insert counts as there once its version entry is; it finds the deletion when it ends.
+        """
+        removed = 0
+        while found := self._first(self.store.users, "user_id"):
+            keys = [user["user_id"] for user in found if isinstance(user.get("user_id"), str)]
+            self.record_deleted(keys)
+            self.drop_versions(keys)
+            with self._command("Deleting users"):
+                # By _id, which a document that breaks the contract has too.
+                result = self.store.users.delete_many({"_id": {"$in": [user["_id"] for user in found]}})
+            removed += result.deleted_count
+        while found := self._first(self.store.versions, "_id"):
+            self.record_deleted(entry["_id"] for entry in found)
+            self.drop_versions([entry["_id"] for entry in found])
+        return removed
+
+    def _first(self, collection: Collection[Document], field: str) -> list[Document]:
+        with self._command(f"Reading {collection.name}"):
+            return list(collection.find({}, {field: 1}).limit(_KEYS))
+
+
+def _among(collection: Collection[Document], keys: Sequence[str]) -> list[str]:
+    """Return those of ``keys`` that are an ``_id`` in a collection."""
+    few = len(keys) // _MANY_TIMES
+    if few:
+        # To look many keys up costs more than to read all of a collection that holds few, as it mostly does.
+        all_of_it = [entry["_id"] for entry in collection.find({}, {"_id": 1}).limit(few)]
+        if len(all_of_it) < few:
+            return list(set(all_of_it).intersection(keys))
+    return [entry["_id"] for entry in collection.find({"_id": {"$in": list(keys)}}, {"_id": 1})]
+
+
+def _upsert(key: str, user: dict[str, str | None]) -> ReplaceOne[Document] | UpdateOne:
+    if len(user) == len(USER_FIELDS):
+        return ReplaceOne({"user_id": key}, user, upsert=True)
+    known = {field: value for field, value in user.items() if field != "user_id"}
+    nulls = dict.fromkeys(field for field in USER_FIELDS if field not in user and field != "user_id")
+    update = {"$set": known, "$setOnInsert": nulls, "$unset": {MARKER_FIELD: ""}}
+    # Some servers refuse an operator without fields.
+    return UpdateOne({"user_id": key}, {name: fields for name, fields in update.items() if fields}, upsert=True)
+
+
+def _judge(error: BulkWriteError, part: Sequence[_Write], refused: dict[str, Refused]) -> list[_Write]:
+    """Return the writes of a bulk that lost a race, and add those that the database refuses for what is in them."""
+    _raise_unless(error, _KINDS.keys())
+    lost = []
+    for item in error.details["writeErrors"]:
+        key, write = part[item["index"]]
+        if item["code"] == _DUPLICATE_KEY and list(item.get("keyPattern", {"user_id": 1})) == ["user_id"]:
+            lost.append((key, write))
+        else:
+            refused[key] = Refused(_KINDS[item["code"]], f"code {item['code']}: {str(item.get('errmsg'))[:_TEXT]}")
+    return lost
+
+
+def _raise_unless(error: BulkWriteError, expected: Container[int]) -> None:
+    """Raise for what went wrong in a bulk beside writes that failed with one of the ``expected`` codes."""
+    if unsure := error.details.get("writeConcernErrors"):
+        raise UnavailableError(
+            f"Writing: MongoDB did not confirm ({redact(str(unsure[0].get('errmsg')))[:_TEXT]}).", way_out="Run again."
+        )
+    for item in error.details["writeErrors"]:
+        if (code := item["code"]) in expected:
+            continue
+        # Its text may hold values of the user.
+        if code in _AWAY:
+            raise UnavailableError(f"Writing: MongoDB could not write now (code {code}).", way_out="Run again.")
+        raise RefusedError(
+            f"Writing: MongoDB refused (code {code}).",
+            way_out="Look the code up among MongoDB's error codes; check the roles behind MONGODB_URI.",
+        )
