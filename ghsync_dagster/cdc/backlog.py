@@ -1,0 +1,132 @@
+"""The backlog: how many changes wait for the group, asked from the brokers without joining it.
+
+Belongs here: where partitions end and what the group has committed. Not here: how much is too much, and the lag that a
+running consumer tells of itself (``cdc.listener``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ghsync_dagster.stores.kafka import KafkaSettings
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionBacklog:
+    """One partition as the brokers know it.
+
+    Attributes:
+        partition: Its number.
+        low: The first offset that it holds.
+        end: The offset of the next record to come.
+        committed: The offset that the group goes on from; None where it has never committed.
+    """
+
+    partition: int
+    low: int
+    end: int
+    committed: int | None
+
+    @property
+    def waiting(self) -> int:
+        """Records that the group has not applied."""
+        return max(self.end - max(self.low if self.committed is None else self.committed, self.low), 0)
+
+    @property
+    def lost(self) -> int:
+        """Records that were removed from the topic before the group had applied them."""
+        return 0 if self.committed is None else max(self.low - self.committed, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """All partitions of the topic at one moment.
+
+    Attributes:
+        topic: The topic.
+        group: The consumer group.
+        partitions: In the order of their numbers.
+    """
+
+    topic: str
+    group: str
+    partitions: tuple[PartitionBacklog, ...]
+
+    @property
+    def waiting(self) -> int:
+        """Records that the group has not applied."""
+        return sum(partition.waiting for partition in self.partitions)
+
+    @property
+    def lost(self) -> int:
+        """Records that were removed from the topic before the group had applied them."""
+        return sum(partition.lost for partition in self.partitions)
+
+    def ends(self) -> dict[int, int]:
+        """Return where those partitions end that hold anything."""
+        return {found.partition: found.end for found in self.partitions if found.end > found.low}
+
+    def before(self, ends: Mapping[int, int]) -> int:
+        """Return how many records before ``ends``, by partition, the group has not applied."""
+        at = {found.partition: found.end - found.waiting for found in self.partitions}
+        return sum(max(end - at.get(partition, end), 0) for partition, end in ends.items())
+
+
+def read_backlog(kafka: KafkaSettings) -> Backlog:
+    """Ask how far the group is.
+
+    Raises:
+        UnavailableError: No broker can be reached, or there is no such topic.
+        RefusedError: The credentials or rights are refused.
+        ConfigError: A setting is wrong.
+    """
+    from confluent_kafka import Consumer, TopicPartition
+
+    from ghsync_dagster.stores.kafka import client_config, kafka_error, kafka_errors
+
+    what = f"Asking how far {kafka.group_id} is in {kafka.topic}"
+    with kafka_errors(what):
+        # It neither subscribes nor commits, so the group does not notice.
+        consumer = Consumer({**client_config(kafka), "group.id": kafka.group_id, "enable.auto.commit": False})
+        try:
+            topic = consumer.list_topics(kafka.topic, timeout=kafka.timeout_seconds).topics[kafka.topic]
+            if topic.error is not None:
+                raise kafka_error(topic.error, what)
+            places = [TopicPartition(kafka.topic, number) for number in sorted(topic.partitions)]
+            # The commits first: what is committed meanwhile may count as waiting, never the other way round.
+            committed = consumer.committed(places, timeout=kafka.timeout_seconds)
+            found = []
+            for place in committed:
+                low, end = consumer.get_watermark_offsets(
+                    TopicPartition(kafka.topic, place.partition), timeout=kafka.timeout_seconds
+                )
+                found.append(PartitionBacklog(place.partition, low, end, place.offset if place.offset >= 0 else None))
+        finally:
+            consumer.close()
+    return Backlog(kafka.topic, kafka.group_id, tuple(found))
+
+
+def ask_for_topic(kafka: KafkaSettings, *, seconds: float) -> None:
+    """Ask the brokers for the topic.
+
+    Args:
+        kafka: Which topic, and how to get there.
+        seconds: How long to wait for an answer.
+
+    Raises:
+        UnavailableError: No broker can be reached in time, or there is no such topic.
+        RefusedError: The credentials or rights are refused.
+        ConfigError: A setting is wrong.
+    """
+    from confluent_kafka.admin import AdminClient
+
+    from ghsync_dagster.stores.kafka import client_config, kafka_error, kafka_errors
+
+    what = f"Asking for {kafka.topic}"
+    with kafka_errors(what):
+        topic = AdminClient(client_config(kafka)).list_topics(kafka.topic, timeout=seconds).topics[kafka.topic]
+    if topic.error is not None:
+        raise kafka_error(topic.error, what)

@@ -1,0 +1,177 @@
+"""The checks of the change flow: what each holds true, on data only, with exact counts and the way to recover.
+
+Belongs here: the judgement, used by the Dagster checks and the command line alike. Not here: faults of servers: these
+raise, and never look like failed data.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Final
+
+from ghsync_dagster.batch.checks import OFFENDERS, Finding
+
+if TYPE_CHECKING:
+    from ghsync_dagster.cdc.audit import AuditResult
+    from ghsync_dagster.cdc.backlog import Backlog
+    from ghsync_dagster.cdc.dead_letters import DeadLetter
+    from ghsync_dagster.observability.metrics import Latency
+
+KAFKA_LAG: Final = "kafka_lag"
+CDC_LATENCY: Final = "cdc_latency"
+DEAD_LETTERS_EMPTY: Final = "dead_letters_empty"
+IN_STEP_WITH_MYSQL: Final = "in_step_with_mysql"
+
+_LOOK: Final = (
+    "See that a consumer runs (the sensor cdc_supervisor, or ghsync cdc run) and what its newest observation says"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The latency that one consumer measured over one interval.
+
+    Attributes:
+        at: The interval's end, in seconds since 1970.
+        run_id: The consumer's run.
+        records: How many records were measured.
+        p99_ms: 99 of 100 were stored so soon after their commit, or sooner, in ms; see ``certain_p99``.
+    """
+
+    at: float
+    run_id: str
+    records: int
+    p99_ms: int
+
+
+def certain_p99(commit: Latency, kafka: Latency) -> int:
+    """Return the p99 in ms from the database's commit to the write that the window shows for certain.
+
+    A database that tells the commit in whole seconds makes it look up to a second earlier than it was; what Kafka's
+    own timestamp shows is then the better proof, where it is more. Snapshots have no commit at all.
+    """
+    return max(commit.window.p99 - (commit.grain_ms - 1), kafka.window.p99, 0)
+
+
+def kafka_lag(backlog: Backlog, limit: int) -> Finding:
+    """Hold that no more than ``limit`` records wait for the group, and that none was removed before it was applied."""
+    worst = sorted(backlog.partitions, key=lambda found: (-found.lost, -found.waiting, found.partition))
+    lost = f"; {backlog.lost} were removed from the topic before they were applied" if backlog.lost else ""
+    passed = backlog.waiting <= limit and not backlog.lost
+    return Finding(
+        KAFKA_LAG,
+        passed,
+        f"{backlog.waiting} changes wait for group {backlog.group} (at most {limit} may){lost}",
+        {"waiting": backlog.waiting, "limit": limit, "lost": backlog.lost, "partitions": len(backlog.partitions)},
+        []
+        if passed
+        else [
+            {**asdict(found), "waiting": found.waiting, "lost": found.lost}
+            for found in worst[:OFFENDERS]
+            if found.waiting or found.lost
+        ],
+        ""
+        if passed
+        else "Take a new snapshot, and move the group to the beginning."
+        if backlog.lost
+        else f"{_LOOK}; a lag that shrinks needs only time, or a higher GHSYNC_MAX_LAG_RECORDS.",
+    )
+
+
+def cdc_latency(measured: Sequence[Measured], waiting: int, *, limit_ms: float, window_seconds: float) -> Finding:
+    """Hold that the p99 of the newest intervals is bearable, and that somebody works while changes wait.
+
+    Args:
+        measured: What was observed within the window; intervals without a record left out.
+        waiting: Records that wait for the group; asked only where nothing was measured, else 0.
+        limit_ms: The bearable p99.
+        window_seconds: How far back was looked.
+    """
+    slow = sorted((one for one in measured if one.p99_ms > limit_ms), key=lambda one: -one.p99_ms)
+    worst = max((one.p99_ms for one in measured), default=0)
+    records = sum(one.records for one in measured)
+    counts: dict[str, int | float] = {"records": records, "limit_ms": limit_ms, "waiting": waiting}
+    if measured:
+        words = f"the highest p99 of {records} changes in the last {window_seconds:.0f} s is {worst} ms"
+        counts |= {"p99_ms": worst, "intervals": len(measured), "slow_intervals": len(slow)}
+    elif waiting:
+        words = (
+            f"no change was applied in the last {window_seconds:.0f} s, though {waiting} wait: no consumer is at work"
+        )
+    else:
+        words = f"no change came in the last {window_seconds:.0f} s, and none waits"
+    passed = not slow and not (waiting and not measured)
+    return Finding(
+        CDC_LATENCY,
+        passed,
+        f"{words} (at most {limit_ms:.0f} ms may be)" if measured else words,
+        counts,
+        [asdict(one) for one in slow[:OFFENDERS]],
+        "" if passed else f"{_LOOK}: lag, retries, connections. MongoDB's own latency and Debezium's are part of it.",
+    )
+
+
+def dead_letters_empty(letters: Iterable[DeadLetter]) -> Finding:
+    """Hold that no dead letter is open."""
+    kinds: Counter[str] = Counter()
+    shown: list[dict[str, str]] = []
+    for letter in letters:
+        kinds[letter.kind] += 1
+        if len(shown) < OFFENDERS:
+            shown.append({"id": letter.id, "kind": letter.kind, "text": letter.text, "failed_at": letter.failed_at})
+    count = kinds.total()
+    by_kind = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
+    return Finding(
+        DEAD_LETTERS_EMPTY,
+        count == 0,
+        f"{count} dead letters: {by_kind}" if count else "no dead letter",
+        {"dead_letters": count, **{f"kind {kind}": number for kind, number in sorted(kinds.items())}},
+        shown,
+        "Look at them (ghsync dlq list, ghsync dlq show ID), mend the cause, then replay them: ghsync dlq replay."
+        if count
+        else "",
+    )
+
+
+def nothing_to_compare(why: str) -> Finding:
+    """Return the finding of a deployment that no changes reach: nothing is out of step.
+
+    Args:
+        why: What it lacks, in words.
+    """
+    return Finding(IN_STEP_WITH_MYSQL, passed=True, summary=f"not compared: {why}", counts={"rows": 0})
+
+
+def in_step_with_mysql(result: AuditResult, waiting: int) -> Finding:
+    """Hold that the collection holds what MySQL's table holds.
+
+    Args:
+        result: What the audit found.
+        waiting: Records that still waited for the group when the audit began.
+    """
+    late = f"; {waiting} changes were still waiting for the consumer" if waiting else ""
+    return Finding(
+        IN_STEP_WITH_MYSQL,
+        result.equal,
+        f"{result.summary()}{late}",
+        {
+            "rows": result.rows,
+            "documents": result.documents,
+            "missing": result.missing,
+            "extra": result.extra,
+            "different": result.different,
+            "from_files": result.from_files,
+            "read_again": result.reread,
+            "waiting": waiting,
+            "seconds": result.seconds,
+        },
+        [asdict(offender) for offender in result.offenders],
+        ""
+        if result.equal
+        else f"{_LOOK}; then run the check again."
+        if waiting
+        else "Look for dead letters of these users and for who else writes to the collection; an incremental snapshot "
+        "of these keys writes them anew.",
+    )

@@ -1,0 +1,519 @@
+"""Consume: the loop from the topic to acknowledged writes. Take, decode, coalesce, apply, acknowledge.
+
+Belongs here: what makes a batch, when it is handed to the writer, and what happens when partitions come and go. Not
+here: decoding (``domain.change``), applying and acknowledging (``cdc.write``), the client (``stores.kafka``).
+
+While one batch is written, the next is taken and decoded. So a batch is small when there is little, and when the
+consumer is behind it grows up to what the store takes in about a second: more of its changes are then of the same keys,
+and need no write of their own.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from ghsync_dagster.cdc.batch import Batch, decode
+from ghsync_dagster.cdc.dead_letters import DeadLetters
+from ghsync_dagster.cdc.listener import KAFKA, MONGO, AppliedBatch, ChangeListener, Listeners, SilentListener
+from ghsync_dagster.cdc.order import OrderedTruncates, Truncate
+from ghsync_dagster.cdc.write import Membership, Trouble, Writer, Written
+from ghsync_dagster.domain.change import Change, ChangeDecoder, rule_tests
+from ghsync_dagster.domain.errors import GhsyncError, TransientError
+from ghsync_dagster.observability.logging import get_logger
+from ghsync_dagster.stores.retry import retrying, waits
+
+if TYPE_CHECKING:
+    from ghsync_dagster.domain.user import Rule
+    from ghsync_dagster.stores.kafka import KafkaSettings
+    from ghsync_dagster.stores.mongo import UserStore
+
+_TAKE: Final = 5_000
+"""Records that are taken at once."""
+_IDLE_SECONDS: Final = 0.1
+"""How long to wait for a first record; a signal waits for it too."""
+_TURN_SECONDS: Final = 0.005
+"""How often to take more while a batch is written."""
+_WORK_SECONDS: Final = 0.02
+"""How long to wait for a first record while a batch is written."""
+_WRITE_SECONDS: Final = 3.0
+"""How long the write of one batch should take at most."""
+_LEAST_KEYS: Final = 500
+_MOST_KEYS: Final = 50_000
+_MOST_RECORDS: Final = 100_000
+_MOST_BYTES: Final = 64_000_000
+_PATIENCE_SECONDS: Final = 5.0
+"""How long a full batch waits for the writer before the partitions are paused."""
+_GIVE_UP_SECONDS: Final = 5.0
+"""How long a batch at work may still take when its partitions are to be given up."""
+_LAG_SECONDS: Final = 1.0
+_END_LOOK_SECONDS: Final = 0.5
+_ATTEMPTS: Final = 4
+"""Tries to learn where the topic ends, before a run that is to end there fails."""
+
+log = get_logger("cdc")
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumerReport:
+    """What one run of the consumer did.
+
+    Attributes:
+        seconds: How long it ran.
+        batches: Batches acknowledged.
+        records: Records by what became of them, see ``cdc.listener.OUTCOMES``.
+        dead_letters: Records that went to the dead letters, by kind.
+        retries: Steps tried again, by the error's class.
+        reached_end: Whether it ended because the group had applied all that was to be applied.
+    """
+
+    reached_end: bool
+    seconds: float
+    batches: int
+    records: dict[str, int]
+    dead_letters: dict[str, int]
+    retries: dict[str, int]
+
+
+class ChangeConsumer:
+    """A consumer of the topic of changes.
+
+    Args:
+        kafka: Topic, group, and the way to the brokers.
+        open_store: Opens the users' collection.
+        listener: Hears of all that happens.
+        rules: Rules whose breaking is counted.
+        truncate_wait_seconds: With several partitions, how long a truncate waits for the others to pass it.
+    """
+
+    def __init__(
+        self,
+        kafka: KafkaSettings,
+        open_store: Callable[[], UserStore],
+        *,
+        listener: ChangeListener | None = None,
+        rules: Sequence[Rule] = (),
+        truncate_wait_seconds: float = 30.0,
+    ) -> None:
+        self.kafka = kafka
+        self.open_store = open_store
+        self.listener = listener or SilentListener()
+        self.rules = rule_tests(rules)
+        self.truncate_wait_seconds = truncate_wait_seconds
+
+    def run(self, stop: threading.Event, *, until_end: bool = False, seconds: float | None = None) -> ConsumerReport:
+        """Consume until told to stop; then finish the batch at work, commit, and leave the group.
+
+        Args:
+            stop: Ends it when set.
+            until_end: Whether to end once the group has applied all that the topic held at the start.
+            seconds: How long to go on at most.
+
+        Raises:
+            PermanentError: Credentials, rights or settings are wrong, changes are gone from the topic, or a truncate
+                can't be put in order. What was not applied is not committed.
+            UnavailableError: ``until_end``: nobody tells where the topic ends.
+        """
+        tally = _Tally()
+        listener = Listeners(tally, self.listener)
+        until = _Until(stop, seconds)
+        reached_end = False
+        try:
+            store = _ready_store(self.open_store, until, listener)
+            if store is not None:
+                with store:
+                    reached_end = _Run(self, store, listener, until).consume(until_end=until_end)
+        except Exception as error:
+            listener.failed(type(error).__name__)
+            raise
+        return ConsumerReport(
+            reached_end=reached_end,
+            seconds=round(until.seconds, 3),
+            batches=tally.batches,
+            records=dict(tally.records),
+            dead_letters=dict(tally.dead_letters),
+            retries=dict(tally.retries),
+        )
+
+
+class _Tally(SilentListener):
+    """Counts for the report."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self.records: Counter[str] = Counter()
+        self.dead_letters: Counter[str] = Counter()
+        self.retries: Counter[str] = Counter()
+
+    def batch_applied(self, batch: AppliedBatch) -> None:
+        self.batches += 1
+        for (_, outcome), count in batch.counts.items():
+            self.records[outcome] += count
+
+    def retried(self, kind: str) -> None:
+        self.retries[kind] += 1
+
+    def dead_letter(self, kind: str, count: int = 1) -> None:
+        self.dead_letters[kind] += count
+
+
+class _Until:
+    """When to end."""
+
+    def __init__(self, stop: threading.Event, seconds: float | None) -> None:
+        self._stop = stop
+        self._started = time.monotonic()
+        self._limit = float("inf") if seconds is None else seconds
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    @property
+    def over(self) -> bool:
+        return self._stop.is_set() or self.seconds >= self._limit
+
+    def wait(self, seconds: float) -> bool:
+        """Wait so long or until the end; tell whether it is the end."""
+        self._stop.wait(min(seconds, max(self._limit - self.seconds, 0)))
+        return self.over
+
+
+def _ready_store(open_store: Callable[[], UserStore], until: _Until, listener: ChangeListener) -> UserStore | None:
+    """Open and prepare the store, however long it is away; None where the end comes first."""
+    trouble = Trouble("the store can't be opened")
+    for seconds in waits():
+        if until.over:
+            return None
+        try:
+            store = open_store()
+            try:
+                store.ensure_collection()
+            except BaseException:
+                store.close()
+                raise
+        except TransientError as error:
+            trouble.goes_on(error)
+            listener.retried(type(error).__name__)
+            listener.connection(MONGO, up=False)
+            until.wait(seconds)
+        else:
+            trouble.is_over()
+            return store
+    raise AssertionError("waits have no end")
+
+
+class _InterruptedError(Exception):
+    """Partitions came or went, or the end has come, in the middle of what needs all of them."""
+
+
+class _Run:
+    """The loop, from joining the group to leaving it."""
+
+    def __init__(self, owner: ChangeConsumer, store: UserStore, listener: ChangeListener, until: _Until) -> None:
+        from ghsync_dagster.stores.kafka import TopicConsumer
+
+        self._until = until
+        self._listener = listener
+        self._truncate_wait = owner.truncate_wait_seconds
+        self._decoder = ChangeDecoder()
+        self._pending = Batch()
+        self._batch = Batch()
+        """The batch that is at work, or was last."""
+        self._written: Written | None = None
+        """A batch that is written and not yet committed."""
+        self._more = False
+        """Whether more records wait in this process to be taken."""
+        self._assignment = 0
+        """How often partitions came or went."""
+        self._next_lag = self._next_look = 0.0
+        self._trouble = Trouble("changes can't be consumed")
+        self._unacknowledged = Trouble("changes can't be acknowledged")
+        self._consumer = TopicConsumer(owner.kafka, assigned=self._assigned, revoked=self._revoked, lost=self._lost)
+        self._membership = Membership(owner.kafka.session_timeout_seconds)
+        self._writer = Writer(
+            store,
+            DeadLetters(owner.kafka),
+            listener,
+            self._membership,
+            owner.rules,
+            name=f"{owner.kafka.group_id}/{owner.kafka.topic}",
+        )
+
+    def consume(self, *, until_end: bool) -> bool:
+        """Go round until told to stop, or until all is applied that was there at the start; tell which."""
+        reached = False
+        try:
+            ends = retrying("Looking for the topic's end", self._ends, attempts=_ATTEMPTS) if until_end else None
+            while not (reached or self._until.over):
+                try:
+                    self._turn()
+                    self._tell()
+                    reached = ends is not None and self._reached(ends)
+                except TransientError as error:
+                    self._trouble.goes_on(error)
+                    self._listener.retried(type(error).__name__)
+        finally:
+            # Gives the partitions back, for which the batch at work is finished.
+            try:
+                self._consumer.close()
+            finally:
+                self._writer.close()
+        self._raise_failure()
+        return reached
+
+    def _turn(self) -> None:
+        """Acknowledge what is written, hand over what is pending if the writer is free, and take more."""
+        self._raise_failure()
+        held_up = not self._advance() or self._writer.trouble is not None
+        full = self._is_full()
+        if held_up or (full and not self._writer.wait(_PATIENCE_SECONDS)):
+            # Asking goes on, since who does not ask is put out of the group.
+            self._consumer.pause()
+            self._take(1, _IDLE_SECONDS)
+        elif not full:
+            self._consumer.resume()
+            if len(self._pending):
+                self._writer.wait(_TURN_SECONDS)
+                self._take(_TAKE, 0)
+            else:
+                self._take(_TAKE, _WORK_SECONDS if self._writer.at_work else _IDLE_SECONDS)
+
+    def _advance(self) -> bool:
+        """Acknowledge and hand over; tell whether that could be done as far as there was something to do."""
+        try:
+            self._acknowledge()
+            if not self._is_writing:
+                self._go_back()
+                # While more is there at once, a larger batch means fewer writes.
+                if len(self._pending) and (not self._more or self._is_full()):
+                    self._hand_over()
+        except TransientError as error:
+            self._unacknowledged.goes_on(error)
+            self._listener.retried(type(error).__name__)
+            return False
+        self._unacknowledged.is_over()
+        return True
+
+    def _go_back(self) -> None:
+        """Go back in partitions of which another consumer, or this one before, left a note."""
+        for partition, asked in self._writer.asked_again(self._consumer.partitions).items():
+            committed = self._consumer.committed([partition])[partition] or 0
+            if asked < committed:
+                offset = max(asked, self._consumer.offsets(partition)[0])
+                log.warning("going back, as a command may have come late", partition=partition, offset=offset)
+                # Committed first, so that whoever has the partition next goes back too.
+                self._commit({partition: offset})
+                self._consumer.go_to({partition: offset})
+                self._pending = self._pending.without({partition})
+            self._writer.went_back(partition, asked)
+
+    def _take(self, limit: int, seconds: float) -> None:
+        messages = self._consumer.take(limit, seconds)
+        self._more = len(messages) >= limit > 1
+        if messages:
+            self._pending.add(messages, decode(self._decoder, messages))
+
+    def _is_full(self) -> bool:
+        pending = self._pending
+        most = min(max(self._writer.rate * _WRITE_SECONDS, _LEAST_KEYS), _MOST_KEYS)
+        return len(pending.keys) >= most or len(pending) >= _MOST_RECORDS or pending.size >= _MOST_BYTES
+
+    def _hand_over(self) -> None:
+        truncate = self._pending.first_truncate()
+        if truncate is not None and len(self._consumer.all_partitions()) > 1:
+            self._truncate_in_order(truncate)
+        else:
+            self._submit(self._pending)
+            self._pending = Batch()
+
+    def _submit(self, batch: Batch) -> None:
+        self._batch = batch
+        self._confirm()
+        self._writer.submit(batch)
+
+    def _confirm(self) -> None:
+        """Have the group confirm now and then that this consumer is in it, for the batch at work to go on."""
+        if not self._membership.is_fresh:
+            # What stands before the batch is committed already, or there is nothing before it.
+            self._commit(self._batch.begins)
+
+    def _commit(self, offsets: Mapping[int, int]) -> None:
+        asked = time.monotonic()
+        self._consumer.commit(offsets)
+        self._membership.confirmed(asked)
+
+    def _acknowledge(self) -> None:
+        """Commit the batch that is written, if there is one, and tell of it; else see that the writer may go on."""
+        self._written = self._written or self._writer.take_written()
+        if (written := self._written) is not None:
+            self._commit(written.batch.offsets)
+            self._written = None
+            for kind, count in written.kinds.items():
+                self._listener.dead_letter(kind, count)
+            self._listener.connection(KAFKA, up=True)
+            self._listener.batch_applied(written.report())
+        elif self._writer.at_work:
+            self._confirm()
+
+    def _raise_failure(self) -> None:
+        if self._writer.failure is not None:
+            raise self._writer.failure
+
+    # Partitions that come and go
+
+    def _assigned(self, partitions: set[int]) -> None:
+        self._assignment += 1
+        log.info("partitions came", partitions=sorted(partitions), all=sorted(self._consumer.partitions))
+        self._listener.assigned(self._consumer.partitions)
+
+    def _revoked(self, partitions: set[int]) -> None:
+        self._give_up(partitions, _GIVE_UP_SECONDS)
+
+    def _lost(self, partitions: set[int]) -> None:
+        log.warning("partitions were lost: this consumer was silent for too long", partitions=sorted(partitions))
+        self._give_up(partitions, 0)
+
+    def _give_up(self, partitions: set[int], seconds: float) -> None:
+        """Finish the batch at work within some seconds, or stop it; forget what is pending of these partitions."""
+        self._assignment += 1
+        if not partitions.isdisjoint(self._batch.offsets) and not self._finished(seconds):
+            self._pending = _joined(self._batch, self._pending)
+        self._pending = self._pending.without(partitions)
+        log.info("partitions went", partitions=sorted(partitions))
+        self._listener.assigned(self._consumer.partitions - partitions)
+
+    def _finished(self, seconds: float) -> bool:
+        """Finish and commit the batch at work, if there is one; tell whether that could be done in time."""
+        if not self._is_writing:
+            return True
+        in_time = self._writer.wait(0 if self._writer.trouble is not None else seconds)
+        if not in_time:
+            self._writer.stop_batch()
+            if not self._writer.wait(self._consumer.kafka.session_timeout_seconds + _GIVE_UP_SECONDS):
+                log.error("the store does not answer; a command may still reach it")
+        if in_time and seconds > 0:
+            try:
+                self._acknowledge()
+            except GhsyncError as error:
+                log.warning("a batch is written, but can't be committed", reason=error.message)
+        finished = in_time and not self._is_writing
+        self._writer.take_written()
+        self._written = None
+        return finished
+
+    # Truncates in a topic of several partitions
+
+    def _truncate_in_order(self, at: int) -> None:
+        """Apply what is pending before a truncate, and it in the order of the binlog; then go on from there."""
+        from ghsync_dagster.stores.kafka import place
+
+        message, change = self._pending.messages[at], self._pending.changes[at]
+        position = change.position if isinstance(change, Change) else None
+        truncate = Truncate(self._consumer.kafka.topic, *place(message), position)
+        first, self._pending = self._pending.cut(at), Batch()
+        assignment = self._assignment
+
+        def breathe(seconds: float) -> None:
+            self._raise_failure()
+            # What comes is read again afterwards, from what is committed.
+            self._consumer.take(1, seconds)
+            if self._assignment != assignment or self._until.over:
+                raise _InterruptedError
+
+        def write(batch: Batch) -> None:
+            if len(batch):
+                self._submit(batch)
+                while self._is_writing:
+                    self._acknowledge()
+                    self._writer.wait(_TURN_SECONDS)
+                    breathe(_TURN_SECONDS)
+
+        log.info("a truncate is put in order", partition=truncate.partition, offset=truncate.offset)
+        truncates = OrderedTruncates(self._consumer, write, breathe, self._truncate_wait)
+        self._consumer.pause()
+        try:
+            write(first)
+            truncates.apply(truncate)
+        except _InterruptedError:
+            log.info("putting a truncate in order was interrupted", partition=truncate.partition)
+        finally:
+            self._pending = Batch()
+        if not self._until.over:
+            self._consumer.go_to(truncates.nexts(sorted(self._consumer.partitions)))
+
+    # The end, and the lag
+
+    def _ends(self) -> dict[int, int]:
+        """Return where the partitions end that hold anything."""
+        found = {partition: self._consumer.offsets(partition) for partition in self._consumer.all_partitions()}
+        return {partition: high for partition, (low, high) in found.items() if high > low}
+
+    def _reached(self, ends: Mapping[int, int]) -> bool:
+        """Tell whether the group has applied everything up to ``ends``, whichever of its consumers did."""
+        if self._is_busy or time.monotonic() < self._next_look:
+            return False
+        self._next_look = time.monotonic() + _END_LOOK_SECONDS
+        committed = self._consumer.committed(ends)
+        # The last thing in a partition may be no record, such as the mark of a transaction.
+        met = {
+            partition: end
+            for partition, end in self._consumer.ends_met.items()
+            if end >= ends.get(partition, end + 1) and (committed[partition] or 0) < end
+        }
+        if met:
+            self._consumer.commit(met)
+        return all((met.get(partition) or committed[partition] or 0) >= end for partition, end in ends.items())
+
+    @property
+    def _is_busy(self) -> bool:
+        """Whether anything that was taken is not acknowledged yet."""
+        return bool(len(self._pending)) or self._is_writing
+
+    @property
+    def _is_writing(self) -> bool:
+        """Whether a batch that was handed over is not acknowledged yet."""
+        return self._writer.at_work or self._writer.has_written or self._written is not None
+
+    def _tell(self) -> None:
+        """Tell the lag and how Kafka is, now and then."""
+        now = time.monotonic()
+        if now < self._next_lag:
+            return
+        self._next_lag = now + _LAG_SECONDS
+        self._consumer.look_again()
+        if (trouble := self._consumer.trouble) is not None:
+            self._trouble.goes_on(trouble)
+        else:
+            self._trouble.is_over()
+        self._listener.connection(KAFKA, up=trouble is None)
+        for partition in sorted(self._consumer.partitions):
+            self._tell_lag(partition)
+
+    def _tell_lag(self, partition: int) -> None:
+        from ghsync_dagster.stores.kafka import timestamp_ms
+
+        end = self._consumer.known_end(partition)
+        if end is None:
+            return
+        first = self._pending.firsts.get(partition)
+        if self._is_writing:
+            first = self._batch.firsts.get(partition, first)
+        if first is None:
+            # What waits, if anything, has only just come.
+            self._listener.lag(partition, max(end - self._batch.offsets.get(partition, end), 0), 0.0)
+        else:
+            appended = timestamp_ms(first)
+            seconds = 0.0 if appended is None else max(time.time() - appended / 1000, 0.0)
+            self._listener.lag(partition, max(end - (first.offset() or 0), 0), seconds)
+
+
+def _joined(first: Batch, second: Batch) -> Batch:
+    batch = Batch()
+    batch.add(first.messages, first.changes)
+    batch.add(second.messages, second.changes)
+    return batch

@@ -1,0 +1,222 @@
+"""Truncates in a topic of several partitions: where each other partition stood when the table was truncated.
+
+Belongs here: finding these places, by the positions in the binlog that records carry, and what is applied up to them.
+Not here: consuming and writing.
+
+The binlog has one order, and each partition a part of it. A truncate at position P wipes out what every partition holds
+from before P and nothing from behind it. So in each other partition the first record from behind P is looked for,
+wherever the consumer is: what stands before it is applied, then the truncate, and then the partition is consumed from
+that record on, again if need be. A partition that has no record from behind P yet may still get one from before it; and
+a record that does not tell its place may be from either side. Then there is no order that is sure.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from ghsync_dagster.cdc.batch import Batch, decode
+from ghsync_dagster.domain.change import Change, ChangeDecoder, Op
+from ghsync_dagster.domain.errors import PermanentError
+
+if TYPE_CHECKING:
+    from confluent_kafka import Message
+
+    from ghsync_dagster.domain.change import Position
+    from ghsync_dagster.stores.kafka import TopicConsumer
+
+_LOOK_BACK: Final = 1_000
+"""How many records the first look goes back from a partition's end; each further look goes ten times as far."""
+_TOMBSTONE: Final = "tombstone"
+_CHUNK: Final = 5_000
+_WAIT_SECONDS: Final = 30.0
+"""How long to wait for a record from behind the truncate in each other partition."""
+_LOOK_SECONDS: Final = 0.5
+
+ReadRange = Callable[[int, int, int], "list[Message]"]
+"""Reads the records of a partition from one offset to before another."""
+
+
+class Truncate(NamedTuple):
+    """A truncate of the table.
+
+    Attributes:
+        topic: Where it was read.
+        partition: Its partition.
+        offset: Its offset.
+        position: Its place in the binlog, None where the record does not tell.
+    """
+
+    topic: str
+    partition: int
+    offset: int
+    position: Position | None
+
+    def refused(self, why: str) -> PermanentError:
+        """Return the error that stops the consumer before this truncate."""
+        return PermanentError(
+            f"The truncate at {self.topic} partition {self.partition} offset {self.offset} can't be put in order with "
+            f"the other partitions: {why}.",
+            way_out="Have one consumer only, and a later change in every partition; or give the topic one partition "
+            "and take a new snapshot. See docs/cdc.md.",
+        )
+
+
+class _Seen(NamedTuple):
+    """What was seen in a range: a record from before the truncate, the first from behind it, one without place."""
+
+    before: bool
+    behind: int | None
+    unsure: int | None
+
+
+def first_behind(truncate: Truncate, partition: int, low: int, high: int, read: ReadRange) -> int | None:
+    """Return the offset of a partition's first record from behind a truncate; None where there is none yet.
+
+    Args:
+        truncate: The truncate, in another partition.
+        partition: Where to look.
+        low: The first offset that the partition holds.
+        high: Its end.
+        read: Reads a range of it.
+
+    Raises:
+        PermanentError: The places of the records do not tell.
+    """
+    back = _LOOK_BACK
+    while True:
+        start = max(low, high - back)
+        seen = _look(truncate, partition, read(partition, start, high))
+        if seen.before or start == low:
+            break
+        back *= 10
+    if seen.behind is not None and seen.unsure is not None:
+        raise truncate.refused(f"partition {partition} offset {seen.unsure} does not tell its place in the binlog")
+    return seen.behind
+
+
+def _look(truncate: Truncate, partition: int, messages: Sequence[Message]) -> _Seen:
+    if truncate.position is None:
+        raise truncate.refused("it does not tell its own place in the binlog")
+    before, unsure, last = False, None, None
+    for at, (message, change) in enumerate(zip(messages, decode(ChangeDecoder(), messages), strict=True)):
+        if not isinstance(change, Change) or change.op is Op.SKIP:
+            continue
+        if change.position is None:
+            # A tombstone belongs to the delete before it.
+            if unsure is None and not (change.what == _TOMBSTONE and at > 0):
+                unsure = message.offset()
+            continue
+        if last is not None and change.position < last:
+            raise truncate.refused(f"partition {partition} offset {message.offset()} breaks the order of the binlog")
+        last = change.position
+        if last > truncate.position:
+            return _Seen(before, message.offset(), unsure)
+        before, unsure = True, None
+    return _Seen(before, None, unsure)
+
+
+class OrderedTruncates:
+    """Applies a truncate, and before it what is from before it in all partitions.
+
+    Args:
+        consumer: The member of the group; it must have all partitions.
+        write: Applies and acknowledges a batch, or raises.
+        breathe: Waits so many seconds, and raises when the work must not go on.
+        wait_seconds: How long to wait for a record from behind the truncate in each other partition.
+    """
+
+    def __init__(
+        self,
+        consumer: TopicConsumer,
+        write: Callable[[Batch], None],
+        breathe: Callable[[float], None],
+        wait_seconds: float = _WAIT_SECONDS,
+    ) -> None:
+        self._consumer = consumer
+        self._write = write
+        self._breathe = breathe
+        self._wait_seconds = wait_seconds
+
+    def apply(self, truncate: Truncate) -> None:
+        """Apply the earliest truncate that nothing stands before, this one or one of another partition.
+
+        What was applied up to it is committed; the consumer is then to go on from what is committed.
+
+        Raises:
+            PermanentError: The order is not sure.
+        """
+        while True:
+            stops = self._stops(truncate)
+            nexts = self.nexts(stops)
+            earlier = self._earlier(truncate, nexts, stops)
+            if earlier is None:
+                break
+            truncate = earlier
+        for partition, stop in stops.items():
+            for messages in self._chunks(partition, nexts[partition], stop):
+                batch = Batch()
+                batch.add(messages, decode(ChangeDecoder(), messages))
+                self._write(batch)
+        batch = Batch()
+        messages = self._read(truncate.partition, truncate.offset, truncate.offset + 1)
+        batch.add(messages, decode(ChangeDecoder(), messages))
+        # Where the other partitions are behind the truncate already, they go back in the same commit.
+        batch.offsets = {**stops, **batch.offsets}
+        self._write(batch)
+
+    def nexts(self, partitions: Mapping[int, int] | Sequence[int]) -> dict[int, int]:
+        """Return where the group goes on in each partition."""
+        committed = self._consumer.committed(partitions)
+        return {
+            partition: self._consumer.offsets(partition)[0] if offset is None else offset
+            for partition, offset in committed.items()
+        }
+
+    def _stops(self, truncate: Truncate) -> dict[int, int]:
+        """Return up to where each partition is from before the truncate."""
+        partitions = self._consumer.all_partitions()
+        if others := set(partitions) - self._consumer.partitions:
+            named = ", ".join(map(str, sorted(others)))
+            raise truncate.refused(f"other consumers of group {self._consumer.kafka.group_id} have partitions {named}")
+        stops = {truncate.partition: truncate.offset}
+        for partition in partitions:
+            if partition != truncate.partition:
+                stops[partition] = self._behind(truncate, partition)
+        return stops
+
+    def _behind(self, truncate: Truncate, partition: int) -> int:
+        deadline = time.monotonic() + self._wait_seconds
+        while True:
+            low, high = self._consumer.offsets(partition)
+            found = first_behind(truncate, partition, low, high, self._read)
+            if found is not None:
+                return found
+            if time.monotonic() > deadline:
+                raise truncate.refused(f"partition {partition} holds no change from behind it yet")
+            self._breathe(_LOOK_SECONDS)
+
+    def _earlier(self, truncate: Truncate, nexts: Mapping[int, int], stops: Mapping[int, int]) -> Truncate | None:
+        """Return the earliest truncate among what is to be applied before this one."""
+        found: list[Truncate] = []
+        for partition, stop in stops.items():
+            for messages in self._chunks(partition, nexts[partition], stop):
+                for message, change in zip(messages, decode(ChangeDecoder(), messages), strict=True):
+                    if isinstance(change, Change) and change.op is Op.TRUNCATE:
+                        found.append(Truncate(truncate.topic, partition, message.offset() or 0, change.position))
+        for other in found:
+            if other.position is None:
+                raise other.refused("it does not tell its own place in the binlog")
+        return min(found, key=lambda other: (other.position, other.partition), default=None)
+
+    def _chunks(self, partition: int, start: int, stop: int) -> Iterator[list[Message]]:
+        for at in range(start, stop, _CHUNK):
+            self._breathe(0)
+            if messages := self._read(partition, at, min(at + _CHUNK, stop)):
+                yield messages
+
+    def _read(self, partition: int, start: int, stop: int) -> list[Message]:
+        from ghsync_dagster.stores.kafka import read_range
+
+        return read_range(self._consumer.kafka, partition, start, stop)

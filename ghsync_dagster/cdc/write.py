@@ -1,0 +1,425 @@
+"""Write: one batch at a time reaches the store, and its dead letters their topic.
+
+Belongs here: the thread that writes while the next batch is taken, how long it may write for its partitions, and what
+becomes of faults. Not here: which records make a batch, and committing offsets, which the consuming thread does.
+
+**Who may write.** A consumer that was held up for longer than the session time-out may have lost its partitions without
+knowing it. So before each command to the store the group must have confirmed this consumer, by accepting a commit,
+less than a session time-out ago; the command is given no more time than is left of it. A lost partition stops the batch
+before its next command.
+
+Still a command may come late: a process can be frozen between this look and the sending, or a server between taking and
+doing it. It would write a state that a key had over a newer one. So who gives a batch up and is not sure of a command
+leaves a note in the database from which offset on its partitions are to be consumed again, and whoever has them goes
+back to it within a second or so. What remains: a process that is killed after it sent a command late and before it left
+the note; and a server that does a command after it has refused or forgotten the connection that it came by.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Final
+
+from ghsync_dagster.cdc.apply import apply
+from ghsync_dagster.cdc.batch import TRUNCATE
+from ghsync_dagster.cdc.dead_letters import DeadLetters, dead_letter
+from ghsync_dagster.cdc.listener import (
+    APPLIED,
+    COALESCED,
+    DEAD_LETTER,
+    KAFKA,
+    MONGO,
+    SKIPPED,
+    AppliedBatch,
+)
+from ghsync_dagster.domain.change import Change, Op, broken_rule_names
+from ghsync_dagster.domain.coalesce import Segment
+from ghsync_dagster.domain.errors import TransientError, UnavailableError
+from ghsync_dagster.observability.logging import get_logger
+from ghsync_dagster.stores.retry import waits
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from ghsync_dagster.cdc.batch import Batch, Part
+    from ghsync_dagster.cdc.listener import ChangeListener
+    from ghsync_dagster.domain.change import RuleTest
+    from ghsync_dagster.stores.mongo import UserStore
+
+_UNDECODABLE: Final = "undecodable"
+"""What stands for ``Change.what`` in the counts of records that can't be decoded."""
+_NOTE_SECONDS: Final = 1.0
+"""How often to look for notes to go back."""
+_LEAST_SECONDS: Final = 1.0
+"""The least time that a command is given."""
+_TELLING: Final = 200
+"""How many operations tell how many the store takes a second."""
+_FIRST_RATE: Final = 2_000.0
+"""Operations a second that are assumed of a store before the first batch: a slow disk's."""
+
+log = get_logger("cdc")
+
+
+class _StoppedError(Exception):
+    """The batch must not go on."""
+
+
+class Trouble:
+    """Logs a fault that lasts: at once, again after growing times, and its end."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._since: float | None = None
+        self._said = 0.0
+
+    def goes_on(self, error: Exception) -> None:
+        """Tell of the fault, unless that was done of late."""
+        now = time.monotonic()
+        if self._since is None:
+            self._since, self._said = now, float("-inf")
+        if now - self._said >= min(5.0 + (now - self._since) / 2, 300.0):
+            self._said = now
+            log.warning(f"{self._what}, and is tried on", seconds=round(now - self._since, 1), reason=str(error))
+
+    def is_over(self) -> None:
+        """Tell that it is over, if there was one."""
+        if self._since is not None:
+            log.info(f"{self._what}: over", seconds=round(time.monotonic() - self._since, 1))
+            self._since = None
+
+
+class Membership:
+    """Until when the group is sure to take this consumer for the owner of its partitions.
+
+    Args:
+        session_seconds: How long the group waits for a silent consumer.
+    """
+
+    def __init__(self, session_seconds: float) -> None:
+        self._session = session_seconds
+        self._until = float("-inf")
+
+    def confirmed(self, asked: float) -> None:
+        """Note that the group answered to what it was asked at this ``time.monotonic()``."""
+        self._until = asked + self._session
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left of the last answer."""
+        return self._until - time.monotonic()
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether most of the time is left."""
+        return self.left > self._session * 2 / 3
+
+
+class Writer:
+    """A thread that writes one batch at a time.
+
+    Args:
+        store: Where users are stored.
+        letters: Where refused records go.
+        listener: Hears of what goes wrong.
+        membership: Says how long the thread may write.
+        rules: Rules whose breaking is counted.
+        name: Names the group and the topic in notes.
+    """
+
+    def __init__(
+        self,
+        store: UserStore,
+        letters: DeadLetters,
+        listener: ChangeListener,
+        membership: Membership,
+        rules: Sequence[RuleTest] = (),
+        *,
+        name: str = "",
+    ) -> None:
+        from ghsync_dagster.stores.stream import StreamStore
+
+        self.rate = _FIRST_RATE
+        """Operations that the store takes a second."""
+        self.trouble: TransientError | None = None
+        """Why the batch at work is not done yet, if something is in its way."""
+        self.failure: BaseException | None = None
+        """What ended the work for good."""
+        self._store = StreamStore(store, may_write=self._may_write)
+        self._letters = letters
+        self._listener = listener
+        self._membership = membership
+        self._rules = rules
+        self._batch: Batch | None = None
+        self._written: Written | None = None
+        self._asked = MONGO
+        self._name = name
+        self._partitions: list[int] = []
+        self._to_ask: dict[int, int] = {}
+        self._asked_again: dict[int, int] = {}
+        self._went_back: dict[int, int] = {}
+        self._next_look = 0.0
+        self._closing = False
+        self._changed = threading.Condition()
+        self._stopped = threading.Event()
+        self._said = Trouble("a batch can't be written")
+        self._thread = threading.Thread(target=self._run, name="cdc-write", daemon=True)
+        self._thread.start()
+
+    # For the thread that takes records
+
+    @property
+    def at_work(self) -> bool:
+        """Whether a batch is being written."""
+        return self._batch is not None
+
+    def submit(self, batch: Batch) -> None:
+        """Begin with a batch, where none is at work."""
+        with self._changed:
+            if self._batch is not None:
+                raise AssertionError("one batch at a time")
+            self._stopped.clear()
+            self._batch = batch
+            self._changed.notify_all()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until no batch is at work, at most so long; tell whether that is so."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._batch is None, timeout=max(seconds, 0))
+
+    @property
+    def has_written(self) -> bool:
+        """Whether ``take_written`` has a batch to return."""
+        return self._written is not None
+
+    def take_written(self) -> Written | None:
+        """Return the batch that was written since this was last asked, None where it is not yet or was stopped."""
+        with self._changed:
+            written, self._written = self._written, None
+            return written
+
+    def asked_again(self, partitions: Iterable[int]) -> dict[int, int]:
+        """Say which partitions this consumer has, and return where some of them are to go back to."""
+        with self._changed:
+            self._partitions = sorted(partitions)
+            asked, self._asked_again = self._asked_again, {}
+            return {partition: offset for partition, offset in asked.items() if partition in self._partitions}
+
+    def went_back(self, partition: int, offset: int) -> None:
+        """Have the note that asked for this forgotten."""
+        with self._changed:
+            self._went_back[partition] = offset
+
+    def stop_batch(self) -> None:
+        """Have the batch at work end before its next command."""
+        self._stopped.set()
+
+    def close(self) -> None:
+        """End the thread, before the next command of the batch at work."""
+        with self._changed:
+            self._closing = True
+            self._stopped.set()
+            self._changed.notify_all()
+        self._thread.join()
+        self._letters.close()
+
+    # The thread itself
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._batch is not None or self._closing, timeout=_NOTE_SECONDS)
+                batch, closing = self._batch, self._closing
+            written: Written | None = None
+            try:
+                if closing or time.monotonic() >= self._next_look:
+                    self._look_at_notes()
+                if batch is not None:
+                    written = self._work(batch)
+            except _StoppedError:
+                self._give_up(batch)
+            except BaseException as error:  # noqa: BLE001  the thread that takes records raises it
+                self.failure = error
+            if batch is None and closing:
+                return
+            if batch is not None:
+                with self._changed:
+                    self._batch, self._written = None, written
+                    self.trouble = None
+                    self._changed.notify_all()
+
+    def _give_up(self, batch: Batch | None) -> None:
+        begins = {} if batch is None else batch.begins
+        log.info("a batch was given up", begins=begins, unsure=self._store.unsure)
+        if self._store.unsure:
+            for partition, offset in begins.items():
+                self._to_ask[partition] = min(offset, self._to_ask.get(partition, offset))
+
+    def _look_at_notes(self) -> None:
+        """Leave notes, forget those that were heeded, and look for new ones."""
+        self._next_look = time.monotonic() + _NOTE_SECONDS
+        with self._changed:
+            heeded, self._went_back = self._went_back, {}
+            partitions = self._partitions
+        try:
+            if self._to_ask:
+                self._store.ask_again({self._note(partition): offset for partition, offset in self._to_ask.items()})
+                log.warning("changes are to be applied again, as a command may have come late", offsets=self._to_ask)
+                self._to_ask = {}
+            for partition, offset in heeded.items():
+                self._store.went_back(self._note(partition), offset)
+            if partitions and not self._closing:
+                asked = self._store.asked_again([self._note(partition) for partition in partitions])
+                found = {p: asked[self._note(p)] for p in partitions if self._note(p) in asked}
+                with self._changed:
+                    self._asked_again = {p: offset for p, offset in found.items() if p not in self._went_back}
+        except TransientError as error:
+            with self._changed:
+                self._went_back = heeded | self._went_back
+            if self._to_ask and self._closing:
+                lost = dict(self._to_ask)
+                log.warning("could not note that changes are to be applied again", offsets=lost, reason=error.message)
+
+    def _note(self, partition: int) -> str:
+        return f"{self._name}/{partition}"
+
+    def _work(self, batch: Batch) -> Written:
+        """Write a batch, however long the servers are away."""
+        self._store.unsure = False
+        written: Written | None = None
+        for seconds in waits():
+            try:
+                if written is None:
+                    self._asked = MONGO
+                    written = self._apply(batch)
+                self._asked = KAFKA
+                self._write_letters(written)
+            except TransientError as error:
+                self.trouble = error
+                self._listener.retried(type(error).__name__)
+                self._listener.connection(self._asked, up=False)
+                self._said.goes_on(error)
+                if self._stopped.wait(seconds):
+                    raise _StoppedError from None
+            else:
+                self._said.is_over()
+                return written
+        raise AssertionError("waits have no end")
+
+    def _write_letters(self, written: Written) -> None:
+        if written.letters:
+            self._go_on()
+            self._letters.write(written.letters)
+            log.warning("records went to the dead letters", records=len(written.letters), kinds=dict(written.kinds))
+
+    def _apply(self, batch: Batch) -> Written:
+        """Apply a batch from its beginning: a try that failed may have got anywhere."""
+        started = time.monotonic()
+        written = Written(batch)
+        operations = 0
+        for part in batch.parts():
+            applied = apply(self._store, part.segment)
+            operations += applied.upserts + applied.deletes + applied.truncated
+            written.applied.update([change.what for change in part.segment.changes.values()])
+            if part.segment.truncate:
+                written.applied[TRUNCATE] += 1
+            for key in applied.refused:
+                self._redo(written, part, key)
+            if self._rules:
+                self._count_broken_rules(written, part)
+        written.seconds = time.monotonic() - started
+        written.acknowledged_ms = time.time_ns() // 1_000_000
+        if operations:
+            self._listener.connection(MONGO, up=True)
+        # Of few operations the time goes into round trips, which says nothing of many.
+        if operations >= _TELLING:
+            self.rate += (operations / written.seconds - self.rate) / 2
+        return written
+
+    def _count_broken_rules(self, written: Written, part: Part) -> None:
+        for change in part.segment.changes.values():
+            if change.user is not None:
+                written.broken_rules.update(broken_rule_names(change.user, self._rules))
+
+    def _redo(self, written: Written, part: Part, key: str) -> None:
+        """Apply the records of one key one by one, since its last state was refused: the others may be good."""
+        written.applied[part.segment.changes[key].what] -= 1
+        for message, change in written.batch.history(part, key):
+            refused = apply(self._store, Segment(truncate=False, changes={key: change})).refused
+            if key in refused:
+                written.letters.append(dead_letter(message, *refused[key]))
+                written.refused[change.what] += 1
+            else:
+                written.applied[change.what] += 1
+
+    def _may_write(self) -> float:
+        """Return how long a command to the store may take; see the module's beginning."""
+        self._go_on()
+        left = self._membership.left
+        if left < _LEAST_SECONDS:
+            self._asked = KAFKA
+            raise UnavailableError(
+                "Writing: Kafka has not confirmed for some time that this consumer is in its group.",
+                way_out="Check that the brokers are up; look for what holds this process up for seconds.",
+            )
+        return left
+
+    def _go_on(self) -> None:
+        if self._stopped.is_set():
+            raise _StoppedError
+
+
+class Written:
+    """A batch that is written, and what became of its records.
+
+    Attributes:
+        batch: The batch.
+        letters: The dead letters among its records.
+        applied: Records that were applied, by ``Change.what``.
+        refused: Records that the database refused, likewise.
+        broken_rules: Applied records that break a rule, by rule.
+        seconds: How long the store took.
+        acknowledged_ms: When it had all, in milliseconds since 1970 UTC.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self.letters = [dead_letter(message, error.kind, error.message) for message, error in batch.undecodable()]
+        self.applied: Counter[str] = Counter()
+        self.refused: Counter[str] = Counter()
+        self.broken_rules: Counter[str] = Counter()
+        self.seconds = 0.0
+        self.acknowledged_ms = 0
+
+    @property
+    def kinds(self) -> Counter[str]:
+        """How many dead letters there are of each kind."""
+        return Counter(letter.kind for letter in self.letters)
+
+    def report(self) -> AppliedBatch:
+        """Return what a listener is told once the offsets are committed."""
+        from ghsync_dagster.stores.kafka import timestamp_ms
+
+        good = [change for change in self.batch.changes if type(change) is Change]
+        return AppliedBatch(
+            counts=self._counts(good),
+            acknowledged_ms=self.acknowledged_ms,
+            committed_ms=[change.committed_ms for change in good],
+            appended_ms=[timestamp_ms(message) for message in self.batch.messages],
+            write_seconds=self.seconds,
+            broken_rules=self.broken_rules,
+            unknown_columns=Counter(
+                [name for change in good if change.unknown_columns for name in change.unknown_columns]
+            ),
+        )
+
+    def _counts(self, good: Sequence[Change]) -> dict[tuple[str, str], int]:
+        skipped = Counter([change.what for change in good if change.op is Op.SKIP])
+        counts = {(what, SKIPPED): count for what, count in skipped.items()}
+        for what, count in self.batch.seen.items():
+            applied, refused = self.applied[what], self.refused[what]
+            left = count - applied - refused - skipped[what]
+            counts |= {(what, APPLIED): applied, (what, DEAD_LETTER): refused, (what, COALESCED): left}
+        counts[_UNDECODABLE, DEAD_LETTER] = len(self.batch) - len(good)
+        return {what: count for what, count in counts.items() if count}
