@@ -1,0 +1,306 @@
+"""The ``ghsync`` command: the flows and the local servers without the Dagster UI.
+
+Belongs here: arguments, exit codes, what is printed. Not here: anything that the flows or servers decide.
+
+Exit codes: 0 done; 1 a gate failed; 2 bad settings, input or credentials; 3 a server is away, after retries; 70 a
+fault of ghsync itself; 130 and 143 stopped by Ctrl-C and SIGTERM.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from ghsync_dagster import cli_cdc
+from ghsync_dagster.domain.errors import GhsyncError, TransientError
+from ghsync_dagster.observability.logging import configure_logging, redact
+from ghsync_dagster.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.progress import Progress
+
+    from ghsync_dagster.batch.checks import Finding
+
+GATE_FAILED, PERMANENT, TRANSIENT, CRASHED = 1, 2, 3, 70
+_PLAIN_WIDTH = 160
+
+
+class _Group(TyperGroup):
+    """Prints a ghsync error as one message with its way out, and turns it into an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401  as click declares it
+        try:
+            return super().invoke(ctx)
+        except GhsyncError as error:
+            sys.stderr.write(f"error: {redact(error.message)}\nway out: {redact(error.way_out)}\n")
+            ctx.exit(TRANSIENT if isinstance(error, TransientError) else PERMANENT)
+        except OSError as error:
+            sys.stderr.write(f"error: {redact(str(error))}\nway out: check the path, its permissions and the disk.\n")
+            ctx.exit(PERMANENT)
+        except KeyboardInterrupt:
+            sys.stderr.write("stopped\n")
+            ctx.exit(130)
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Keeps the MongoDB collection new_data.Users right, from files of GitHub events.",
+)
+
+app.add_typer(cli_cdc.cdc, name="cdc")
+app.add_typer(cli_cdc.dlq, name="dlq")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+
+
+def main() -> None:
+    """Run the command; SIGTERM ends it as Ctrl-C does, with everything closed."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app()
+    except Exception:  # noqa: BLE001  a fault of ghsync itself must not end as 1, which says that a gate failed
+        sys.stderr.write(redact(traceback.format_exc()))
+        sys.exit(CRASHED)
+
+
+def _terminate(_signal: int, _frame: object) -> NoReturn:
+    raise SystemExit(143)
+
+
+def _settings() -> Settings:
+    settings = load_settings()
+    configure_logging(settings)
+    return settings
+
+
+@app.command()
+def run(
+    events: Annotated[
+        str | None, typer.Option(help="File, folder or glob of events. Default: GHSYNC_EVENTS_PATH.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Materialize raw_events -> users -> mongo_users through Dagster with every check, and print a summary."""
+    from ghsync_dagster.local.dagster_home import ensure_dagster_home
+
+    started = time.monotonic()
+    settings = _settings()
+    os.environ.setdefault("DAGSTER_HOME", str(ensure_dagster_home(settings)))
+    from ghsync_dagster.defs.runner import materialize_batch
+
+    with _status("materializing", quiet=as_json):
+        outcome = materialize_batch(events)
+    seconds = round(time.monotonic() - started, 3)
+    _finish(settings, outcome.findings, ok=outcome.success, as_json=as_json, run_id=outcome.run_id, seconds=seconds)
+
+
+@app.command()
+def batch(
+    paths: Annotated[list[str], typer.Argument(help="Files, folders or globs of events (JSON lines, .gz or not).")],
+    as_json: AsJson = False,
+) -> None:
+    """Read, flatten, load and verify without Dagster, with the same gates."""
+    from ghsync_dagster.batch.flow import BatchRun
+    from ghsync_dagster.wiring import batch_flow
+
+    started = time.monotonic()
+    settings = _settings()
+    run_id = uuid.uuid4().hex
+    flow = batch_flow(settings, run_id)
+    one = BatchRun(flow, paths, run_id)
+    try:
+        ok = one.run()
+    finally:
+        flow.spark.stop()
+    phases = {"jvm_start": round(flow.spark.waited_seconds, 3)}
+    seconds = round(time.monotonic() - started, 3)
+    _finish(settings, one.findings, ok=ok, as_json=as_json, run_id=run_id, seconds=seconds, phases=phases)
+
+
+@app.command()
+def audit(as_json: AsJson = False) -> None:
+    """Judge what is stored by every check; write nothing."""
+    from ghsync_dagster.wiring import batch_flow
+
+    settings = _settings()
+    flow = batch_flow(settings)
+    try:
+        findings = flow.audit()
+    finally:
+        flow.spark.stop()
+    _finish(settings, findings, ok=all(finding.passed for finding in findings), as_json=as_json)
+
+
+@app.command()
+def report(as_json: AsJson = False) -> None:
+    """Print what the newest read, flatten and load in GHSYNC_HOME did."""
+    from ghsync_dagster.batch.reports import Artifacts, ReadReport
+
+    settings = _settings()
+    # Where nothing has run yet, this is an error with its way out.
+    Artifacts(settings.home_dir / "batch").newest(ReadReport)
+    _finish(settings, [], ok=True, as_json=as_json)
+
+
+def _finish(
+    settings: Settings,
+    findings: Sequence[Finding],
+    *,
+    ok: bool,
+    as_json: bool,
+    run_id: str | None = None,
+    **more: object,
+) -> None:
+    """Print the summary of one run, or of the newest; exit with 1 where a gate failed."""
+    from ghsync_dagster.batch.reports import Artifacts
+    from ghsync_dagster.observability.report import batch_summary, draw
+
+    where = f"{settings.mongodb_database}.{settings.mongodb_collection} at {_where(settings)}"
+    summary = batch_summary(Artifacts(settings.home_dir / "batch", run_id), findings, ok=ok, collection=where, **more)
+    _print_json(summary) if as_json else _console().print(draw(summary))
+    if not ok:
+        raise typer.Exit(GATE_FAILED)
+
+
+def _where(settings: Settings) -> str:
+    from ghsync_dagster.local import mongo
+
+    server = mongo.status(settings)
+    local = server.server not in (None, "external")
+    return redact(server.uri or "no server") + (" (local server, stop it with: ghsync down)" if local else "")
+
+
+@app.command()
+def sample(
+    path: Annotated[Path, typer.Option(help="Where to write it.")] = Path("data/sample_data.json"),
+    events: Annotated[int, typer.Option(min=1, help="How many events.")] = 28_600,
+    seed: Annotated[int | None, typer.Option(help="Another seed gives another sample.")] = None,
+) -> None:
+    """Write generated events in GH Archive's shape; the defaults give data/sample_data.json byte for byte."""
+    from ghsync_dagster.batch.sample import SAMPLE_SEED, write_sample
+
+    _settings()
+    with _progress() as progress:
+        task = progress.add_task("writing events", total=events)
+        written = write_sample(
+            path,
+            events=events,
+            seed=SAMPLE_SEED if seed is None else seed,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    typer.echo(f"{written.path}: {written.events:,} events of {written.users:,} users, {written.size:,} bytes")
+
+
+@app.command()
+def fetch(
+    hours: Annotated[list[str], typer.Argument(help="Hours as 2015-03-01-17, or a range as 2015-03-01-{0..23}.")],
+    target: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("data/gharchive"),
+    mirror: Annotated[str | None, typer.Option(help="Base URL of a mirror of GH Archive.")] = None,
+) -> None:
+    """Get real hours of GH Archive: resumable, and verified once they are here."""
+    from ghsync_dagster.batch.fetch import fetch_hours
+
+    _settings()
+    with _progress() as progress:
+        tasks: dict[str, Any] = {}
+
+        def show(hour: str, done: int, total: int | None) -> None:
+            if hour not in tasks:
+                tasks[hour] = progress.add_task(hour, total=total)
+            progress.update(tasks[hour], completed=done, total=total)
+
+        fetched = fetch_hours(hours, target, progress=show, **({"base_url": mirror} if mirror else {}))
+    for hour in fetched:
+        typer.echo(f"{hour.path}: {hour.lines:,} lines, {hour.size:,} bytes, {hour.outcome.value}")
+
+
+Services = Annotated[list[str] | None, typer.Argument(help="Servers by name; all that there are if none is named.")]
+
+
+@app.command()
+def up(services: Services = None, as_json: AsJson = False) -> None:
+    """Start the local servers, for development; those that are up stay as they are."""
+    from ghsync_dagster.local import stack
+
+    servers = stack.up(_settings(), **_named(services), progress=_say)
+    _show_servers(servers, as_json=as_json)
+    if any(server.state != "up" for server in servers.values()):
+        raise typer.Exit(TRANSIENT)
+
+
+@app.command()
+def down(services: Services = None) -> None:
+    """Stop the local servers; their data stays."""
+    from ghsync_dagster.local import stack
+
+    _show_servers(stack.down(_settings(), **_named(services), progress=_say), as_json=False)
+
+
+@app.command()
+def status(as_json: AsJson = False) -> None:
+    """Tell which local servers are up, and the URIs to use."""
+    from ghsync_dagster.local import stack
+
+    _show_servers(stack.status(_settings()), as_json=as_json)
+
+
+def _named(services: Sequence[str] | None) -> dict[str, Any]:
+    return {"services": tuple(services)} if services else {}
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _show_servers(servers: Any, *, as_json: bool) -> None:  # noqa: ANN401
+    if as_json:
+        _print_json({name: server.as_json() for name, server in servers.items()})
+        return
+    for server in servers.values():
+        typer.echo(server.as_text())
+
+
+def _print_json(document: object) -> None:
+    import msgspec
+
+    typer.echo(msgspec.json.format(msgspec.json.encode(document), indent=2).decode())
+
+
+def _console() -> Any:  # noqa: ANN401
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=_PLAIN_WIDTH)
+
+
+def _progress() -> Progress:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    return Progress(console=Console(stderr=True), transient=True)
+
+
+def _status(words: str, *, quiet: bool) -> Any:  # noqa: ANN401
+    from contextlib import nullcontext
+
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return console.status(words) if console.is_terminal and not quiet else nullcontext()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,349 @@
+"""The commands ``ghsync cdc`` and ``ghsync dlq``: changes without Dagster.
+
+Belongs here: arguments, signals, what is printed and logged. Not here: exit codes of errors, which ``cli`` gives, and
+anything that the consumer decides.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ghsync_dagster.observability.logging import configure_logging, get_logger
+from ghsync_dagster.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from datetime import datetime
+
+    from ghsync_dagster.cdc.consume import ConsumerReport
+    from ghsync_dagster.cdc.dead_letters import DeadLetter
+    from ghsync_dagster.cdc.replay import Edit, ReplayReport
+    from ghsync_dagster.observability.metrics import ChangeMetrics, MetricsSnapshot
+    from ghsync_dagster.rehearsal import Rehearsal
+    from ghsync_dagster.stores.replay import LetterState
+
+NOT_FOUND = LEFT_OPEN = 1
+_STOPPED = 128
+_SHOWN_TEXT = 80
+
+cdc = typer.Typer(no_args_is_help=True, help="Changes of MySQL, from Kafka to MongoDB.")
+dlq = typer.Typer(no_args_is_help=True, help="Changes that could not be applied.")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+
+log = get_logger("cdc")
+
+
+@cdc.command()
+def run(
+    seconds: Annotated[float | None, typer.Option(min=0, help="How long to go on at most. Default: no end.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Apply changes until Ctrl-C or SIGTERM; then finish the batch at work and leave the group."""
+    _consume(until_end=False, seconds=seconds, as_json=as_json)
+
+
+@cdc.command()
+def drain(as_json: AsJson = False) -> None:
+    """Apply what the topic holds now, then end."""
+    _consume(until_end=True, seconds=None, as_json=as_json)
+
+
+@cdc.command()
+def rehearse(
+    rate: Annotated[float, typer.Option(min=1, help="Changes a second against MySQL.")] = 500,
+    seconds: Annotated[float, typer.Option(min=1, help="How long MySQL is changed.")] = 20,
+    load: Annotated[
+        bool, typer.Option("--load/--no-load", help="Whether GHSYNC_EVENTS_PATH is loaded meanwhile.")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Try the whole path on the local servers: change MySQL, consume, load files beside it, then compare both sides."""
+    from ghsync_dagster.rehearsal import rehearse as run_rehearsal
+
+    settings = load_settings()
+    configure_logging(settings)
+    events = settings.events_path if load else None
+    found = run_rehearsal(settings, rate=rate, seconds=seconds, load=events, tell=_say)
+    if as_json:
+        _print_json({**asdict(found), "ok": found.ok})
+    else:
+        for name, text in _rehearsed(found).items():
+            typer.echo(f"{name:18} {text}")
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _rehearsed(found: Rehearsal) -> dict[str, str]:
+    work, seen = found.workload, found.audit
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in work.changes.items())
+    letters = ", ".join(f"{count:,} {kind}" for kind, count in found.consumer.dead_letters.items())
+    return {
+        "changes": f"{work.total:,} at {work.rate:,.0f} a second ({kinds})",
+        "commit to document": _latency(found.latency),
+        "dead letters": letters or "none",
+        "load beside": {None: "none", 0: "went well"}.get(found.load_exit, f"failed with exit code {found.load_exit}"),
+        "audit": seen.summary(),
+        "seconds": f"{found.seconds:.1f}",
+    }
+
+
+def _consume(*, until_end: bool, seconds: float | None, as_json: bool) -> None:
+    """Run a consumer until its end or a signal, and print what it did."""
+    from ghsync_dagster.observability.metrics import ChangeMetrics, MetricsEndpoint
+    from ghsync_dagster.wiring import change_consumer
+
+    settings = load_settings()
+    configure_logging(settings)
+    metrics = ChangeMetrics()
+    consumer = change_consumer(settings, metrics)
+    with ExitStack() as around:
+        if settings.metrics_port is not None:
+            around.enter_context(MetricsEndpoint(metrics, host=settings.metrics_host, port=settings.metrics_port))
+        stopped = around.enter_context(_until_signal())
+        around.enter_context(_reporting(metrics, settings))
+        report = consumer.run(stopped.event, until_end=until_end, seconds=seconds)
+    _finish(report, metrics.snapshot(), as_json=as_json)
+    if stopped.by is not None and not report.reached_end:
+        raise typer.Exit(_STOPPED + stopped.by)
+
+
+class _Stop:
+    """Whether a signal has come, and which."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        self.by: int | None = None
+
+
+@contextmanager
+def _until_signal() -> Iterator[_Stop]:
+    """Have Ctrl-C and SIGTERM ask for the end; asked again, they end the process as ever."""
+    stop = _Stop()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, _frame: object) -> None:
+        stop.by = number
+        stop.event.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _reporting(metrics: ChangeMetrics, settings: Settings) -> Iterator[None]:
+    """Log what the consumer does, now and then."""
+    ended = threading.Event()
+
+    def report() -> None:
+        while not ended.wait(settings.cdc_report_seconds):
+            log.info("consuming", **_brief(metrics.snapshot(settings.cdc_report_seconds)))
+
+    thread = threading.Thread(target=report, name="cdc-report", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _brief(snapshot: MetricsSnapshot) -> dict[str, Any]:
+    latency = snapshot.commit.window if snapshot.commit.window.count else snapshot.kafka.window
+    return {
+        "records": snapshot.records,
+        "a_minute": snapshot.records_a_minute,
+        "p50_ms": latency.p50,
+        "p99_ms": latency.p99,
+        "max_ms": latency.max,
+        "lag": snapshot.lag_records,
+        "lag_seconds": round(snapshot.lag_seconds, 1),
+        "dead_letters": sum(snapshot.dead_letters.values()),
+        "retries": sum(snapshot.retries.values()),
+    }
+
+
+def _finish(report: ConsumerReport, snapshot: MetricsSnapshot, *, as_json: bool) -> None:
+    if as_json:
+        _print_json({**asdict(report), "metrics": snapshot.as_dict()})
+        return
+    records = ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(report.records.items())) or "none"
+    lines = {
+        "changes": records,
+        "batches": f"{report.batches:,}",
+        "seconds": f"{report.seconds:.1f}",
+        "from commit": _latency(snapshot.commit.total),
+        "from Kafka": _latency(snapshot.kafka.total),
+        "dead letters": ", ".join(f"{count:,} {kind}" for kind, count in sorted(report.dead_letters.items())),
+        "retries": ", ".join(f"{count:,} {kind}" for kind, count in sorted(report.retries.items())),
+    }
+    for name, text in lines.items():
+        if text:
+            typer.echo(f"{name:13} {text}")
+
+
+def _latency(found: Any) -> str:  # noqa: ANN401
+    return f"p50 {found.p50} ms, p95 {found.p95} ms, p99 {found.p99} ms, max {found.max} ms" if found.count else ""
+
+
+Kind = Annotated[str | None, typer.Option(help="Only those of this kind, such as not-json.")]
+
+
+@dlq.command("list")
+def list_letters(
+    kind: Kind = None,
+    state: Annotated[str | None, typer.Option(help="Only open, replaying, replayed or skipped ones.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the newest so many.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List dead letters, oldest first, and whether they are replayed."""
+    from collections import deque
+
+    found = ((letter, at, why) for letter, at, why in _letters() if kind in (None, letter.kind) and state in (None, at))
+    letters = deque(found, maxlen=limit)
+    if as_json:
+        _print_json([{**letter.as_json(), "state": at, "state_reason": why} for letter, at, why in letters])
+        return
+    for letter, at, _ in letters:
+        text = letter.text if len(letter.text) <= _SHOWN_TEXT else f"{letter.text[:_SHOWN_TEXT]}..."
+        typer.echo(f"{letter.id}  {letter.failed_at}  {at:8}  {letter.kind}: {text}")
+    still_open = sum(at.is_open for _, at, _ in letters)
+    typer.echo(f"{len(letters):,} dead letters, {still_open:,} of them open", err=True)
+
+
+@dlq.command()
+def show(
+    ids: Annotated[list[str], typer.Argument(help="Ids as dlq list prints them: topic-partition-offset.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show dead letters whole: key, value, headers, why, and whether they are replayed."""
+    wanted = dict.fromkeys(ids)
+    found = {
+        letter.id: {**letter.as_json(whole=True), "state": state, "state_reason": why}
+        for letter, state, why in _letters()
+        if letter.id in wanted
+    }
+    shown = [found[name] for name in wanted if name in found]
+    if as_json:
+        _print_json(shown)
+    else:
+        for fields in shown:
+            for name, value in fields.items():
+                typer.echo(f"{name:13} {value}")
+            typer.echo("")
+    if missing := [name for name in wanted if name not in found]:
+        sys.stderr.write(f"no such dead letter: {', '.join(missing)}\n")
+        raise typer.Exit(NOT_FOUND)
+
+
+def _letters() -> Iterator[tuple[DeadLetter, LetterState, str]]:
+    from ghsync_dagster.cdc.replay import letter_states
+    from ghsync_dagster.wiring import kafka_settings, store_opener
+
+    settings = load_settings()
+    configure_logging(settings)
+    with store_opener(settings)() as store:
+        yield from letter_states(kafka_settings(settings), store)
+
+
+@dlq.command("replay")
+def replay_letters(
+    ids: Annotated[list[str] | None, typer.Option("--id", help="Only this letter; may be given again.")] = None,
+    key: Annotated[str | None, typer.Option(help="Only those of this user_id.")] = None,
+    kind: Kind = None,
+    since: Annotated[str | None, typer.Option(help="Only those refused then or later: 2026-01-31T12:00Z.")] = None,
+    with_value: Annotated[
+        str | None, typer.Option(help="Value to take instead of the letter's own, or @FILE. With one --id.")
+    ] = None,
+    with_key: Annotated[
+        str | None, typer.Option(help="Record key to take instead of the letter's own, or @FILE. With one --id.")
+    ] = None,
+    apply: Annotated[bool, typer.Option("--apply", help="Do it. Without this, only tell what would be done.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Apply open dead letters after a fix, unless their users have moved on; a dry run without --apply.
+
+    Exit code 1 where --apply leaves a selected letter open.
+    """
+    from ghsync_dagster.cdc.replay import Selection, plan_replay, replay
+    from ghsync_dagster.stores.retry import retrying
+    from ghsync_dagster.wiring import kafka_settings, store_opener
+
+    settings = load_settings()
+    configure_logging(settings)
+    selection = Selection(frozenset(ids or ()), key, kind, None if since is None else _time(since))
+    edit = _edit(with_key, with_value)
+    kafka = kafka_settings(settings)
+    with store_opener(settings)() as store:
+
+        def once() -> ReplayReport:
+            if not apply:
+                return plan_replay(kafka, store, selection, edit)
+            return replay(
+                kafka,
+                store,
+                selection,
+                edit,
+                lease_wait_seconds=settings.lease_wait_seconds,
+                lease_quiet_seconds=settings.lease_quiet_seconds,
+            )
+
+        report = retrying("Replaying", once, attempts=settings.retry_attempts)
+    _print_json(report.as_json()) if as_json else _show_replay(report)
+    if apply and report.left_open:
+        raise typer.Exit(LEFT_OPEN)
+
+
+def _time(text: str) -> datetime:
+    from datetime import UTC, datetime
+
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text} is no time such as 2026-01-31T12:00Z.", param_hint="--since") from None
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
+
+
+def _edit(key: str | None, value: str | None) -> Edit | None:
+    from ghsync_dagster.cdc.replay import Edit
+
+    return None if key is None and value is None else Edit(_given(key), _given(value))
+
+
+def _given(text: str | None) -> bytes | None:
+    if text is not None and text.startswith("@"):
+        return Path(text[1:]).read_bytes()
+    return None if text is None else text.encode()
+
+
+def _show_replay(report: ReplayReport) -> None:
+    for found in report.letters:
+        change = found.change
+        what = f"{change.op.value} of user {change.key}: " if change is not None and change.key is not None else ""
+        typer.echo(f"{found.letter.id}  {found.fate.value}: {what}{found.reason}")
+    counts = ", ".join(f"{count:,} {fate}" for fate, count in report.counts.items()) or "no open dead letter fits"
+    typer.echo(counts if report.applied else f"{counts}; nothing was written: give --apply to do it", err=True)
+
+
+def _print_json(document: object) -> None:
+    import msgspec
+
+    typer.echo(msgspec.json.format(msgspec.json.encode(document), indent=2).decode())

@@ -1,0 +1,41 @@
+"""The one code location: everything that Dagster knows of ghsync, put together once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+
+from ghsync_dagster.defs.batch import assets as batch_assets
+from ghsync_dagster.defs.batch import checks as batch_checks
+from ghsync_dagster.defs.batch import jobs as batch_jobs
+from ghsync_dagster.defs.cdc import assets as cdc_assets
+from ghsync_dagster.defs.cdc import checks as cdc_checks
+from ghsync_dagster.defs.cdc import jobs as cdc_jobs
+from ghsync_dagster.defs.cdc import sensors as cdc_sensors
+from ghsync_dagster.defs.ops import alerts
+from ghsync_dagster.defs.resources import BatchResource, ChangesResource
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def build_defs(resource_overrides: Mapping[str, Any] | None = None) -> dg.Definitions:
+    """Build the definitions.
+
+    Args:
+        resource_overrides: Resources by name that replace the real ones, for tests.
+    """
+    return dg.Definitions(
+        assets=[*batch_assets.ASSETS, *cdc_assets.ASSETS],
+        asset_checks=[*batch_checks.CHECKS, *cdc_checks.CHECKS],
+        jobs=[*batch_jobs.JOBS, *cdc_jobs.JOBS, *cdc_jobs.ASSET_JOBS],
+        schedules=cdc_jobs.SCHEDULES,
+        sensors=[*alerts.SENSORS, *cdc_sensors.SENSORS],
+        resources={"batch": BatchResource(), "changes": ChangesResource(), **(resource_overrides or {})},
+        # One process, because the steps share one Spark session.
+        executor=dg.in_process_executor,
+    )
+
+
+defs = build_defs()

@@ -1,0 +1,1 @@
+"""The change flow in Dagster: external assets, slices of consumption, their supervisor, and the checks."""

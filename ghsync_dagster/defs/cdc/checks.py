@@ -1,0 +1,153 @@
+"""The asset checks of the change flow, none blocking: each asks for what ``cdc/checks.py`` judges.
+
+Belongs here: names, config, where a check gets what it judges, and how a finding looks in Dagster. An error that is not
+about data raises.
+"""
+
+# No annotations from __future__: Dagster wants the types of context and config, not their names.
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import dagster as dg
+
+from ghsync_dagster.cdc import checks
+from ghsync_dagster.cdc.checks import CDC_LATENCY, DEAD_LETTERS_EMPTY, IN_STEP_WITH_MYSQL, KAFKA_LAG, Measured
+from ghsync_dagster.defs.batch.checks import as_result
+from ghsync_dagster.defs.cdc import metadata
+from ghsync_dagster.defs.cdc.slice import USERS_CHANGES
+from ghsync_dagster.defs.errors import as_failure
+from ghsync_dagster.defs.resources import ChangesResource
+from ghsync_dagster.settings import Settings
+from ghsync_dagster.stores.retry import retrying
+
+CDC_CHECKS = (KAFKA_LAG, CDC_LATENCY, DEAD_LETTERS_EMPTY, IN_STEP_WITH_MYSQL)
+
+_WINDOW_REPORTS = 6
+_LEAST_WINDOW_SECONDS = 60.0
+_MOST_OBSERVATIONS = 500
+_LAG_POLL_SECONDS = 0.5
+
+T = TypeVar("T")
+
+
+class LagConfig(dg.Config):
+    """What the launchpad may set for ``kafka_lag``."""
+
+    max_lag_records: int | None = None
+    """Records that may wait; empty: GHSYNC_MAX_LAG_RECORDS."""
+
+
+class LatencyConfig(dg.Config):
+    """What the launchpad may set for ``cdc_latency``."""
+
+    max_latency_ms: float | None = None
+    """The bearable p99 in milliseconds; empty: GHSYNC_MAX_LATENCY_MS."""
+    window_seconds: float | None = None
+    """How far back to look; empty: six times GHSYNC_CDC_REPORT_SECONDS, at least a minute."""
+
+
+class AuditConfig(dg.Config):
+    """What the launchpad may set for ``in_step_with_mysql``."""
+
+    lag_wait_seconds: float = 60.0
+    """How long to wait until no change waits for the consumer."""
+    patience_seconds: float = 30.0
+    """How long what differs is read again, since changes may be on their way."""
+
+
+def _retrying(changes: ChangesResource, action: Callable[[], T]) -> T:
+    with as_failure():
+        return retrying("check", action, attempts=changes.settings().retry_attempts)
+
+
+@dg.asset_check(
+    asset=USERS_CHANGES, name=KAFKA_LAG, description="No more changes wait for the consumer group than are bearable."
+)
+def kafka_lag(config: LagConfig, changes: ChangesResource) -> dg.AssetCheckResult:
+    """Judge how far the group is behind."""
+    from ghsync_dagster.cdc.backlog import read_backlog
+
+    limit = changes.settings().max_lag_records if config.max_lag_records is None else config.max_lag_records
+    backlog = _retrying(changes, lambda: read_backlog(changes.kafka()))
+    return as_result(checks.kafka_lag(backlog, limit))
+
+
+@dg.asset_check(
+    asset=USERS_CHANGES,
+    name=CDC_LATENCY,
+    description="The p99 from the database's commit to the stored document is bearable in the newest observations.",
+)
+def cdc_latency(
+    context: dg.AssetCheckExecutionContext, config: LatencyConfig, changes: ChangesResource
+) -> dg.AssetCheckResult:
+    """Judge the newest observations."""
+    from ghsync_dagster.cdc.backlog import read_backlog
+
+    settings = changes.settings()
+    window = config.window_seconds or latency_window(settings)
+    found = measured_since(context.instance, time.time() - window)
+    waiting = 0 if found else _retrying(changes, lambda: read_backlog(changes.kafka())).waiting
+    limit = settings.max_latency_ms if config.max_latency_ms is None else config.max_latency_ms
+    return as_result(checks.cdc_latency(found, waiting, limit_ms=limit, window_seconds=window))
+
+
+def latency_window(settings: Settings) -> float:
+    """Return how far back latency is looked at, in seconds."""
+    return max(_WINDOW_REPORTS * settings.cdc_report_seconds, _LEAST_WINDOW_SECONDS)
+
+
+def measured_since(instance: dg.DagsterInstance, since: float) -> list[Measured]:
+    """Return the latencies that were observed after a moment, in seconds since 1970; newest first."""
+    records = instance.fetch_observations(
+        dg.AssetRecordsFilter(dg.AssetKey(USERS_CHANGES), after_timestamp=since), limit=_MOST_OBSERVATIONS
+    ).records
+    found = (
+        metadata.measured(record.asset_observation.metadata, at=record.timestamp, run_id=record.run_id)
+        for record in records
+        if record.asset_observation
+    )
+    return [one for one in found if one is not None]
+
+
+@dg.asset_check(asset=USERS_CHANGES, name=DEAD_LETTERS_EMPTY, description="No dead letter is open.")
+def dead_letters_empty(changes: ChangesResource) -> dg.AssetCheckResult:
+    """Judge the dead letters."""
+    return as_result(_retrying(changes, lambda: checks.dead_letters_empty(changes.dead_letters())))
+
+
+@dg.asset_check(
+    asset="mongo_users",
+    name=IN_STEP_WITH_MYSQL,
+    additional_deps=["mysql_users"],
+    description="The collection holds what MySQL's table holds, key by key, but for users that only files brought.",
+)
+def in_step_with_mysql(config: AuditConfig, changes: ChangesResource) -> dg.AssetCheckResult:
+    """Compare the collection with MySQL's table, once no change waits."""
+    from ghsync_dagster.cdc.audit import AuditResult, Patience, audit
+
+    # The check is on an asset that deployments have which load files only.
+    with as_failure():
+        missing = changes.missing()
+    if missing:
+        return as_result(checks.nothing_to_compare(missing))
+    waiting = _retrying(changes, lambda: await_no_lag(changes, config.lag_wait_seconds))
+
+    def compare() -> AuditResult:
+        with changes.open_mysql() as mysql, changes.open_store() as store:
+            return audit(mysql, store, patience=Patience(seconds=config.patience_seconds))
+
+    return as_result(checks.in_step_with_mysql(_retrying(changes, compare), waiting))
+
+
+def await_no_lag(changes: ChangesResource, seconds: float) -> int:
+    """Wait until no change waits for the group, at most so long; return how many wait then."""
+    from ghsync_dagster.cdc.backlog import read_backlog
+
+    deadline = time.monotonic() + seconds
+    while (waiting := read_backlog(changes.kafka()).waiting) and time.monotonic() < deadline:
+        time.sleep(_LAG_POLL_SECONDS)
+    return waiting
+
+
+CHECKS = [kafka_lag, cdc_latency, dead_letters_empty, in_step_with_mysql]

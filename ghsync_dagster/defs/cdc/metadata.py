@@ -1,0 +1,117 @@
+"""What a person wants to see of the change flow: counts, rates, lag, percentiles, dead letters.
+
+Belongs here: how a snapshot of the metrics becomes an observation, and how an observation is read back. Not here: any
+judgement, which is a check's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from typing import TYPE_CHECKING, Any, Final
+
+import dagster as dg
+
+from ghsync_dagster.cdc.checks import Measured, certain_p99
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from ghsync_dagster.cdc.dead_letters import DeadLetter
+    from ghsync_dagster.observability.metrics import MetricsSnapshot, Percentiles
+    from ghsync_dagster.stores.kafka import KafkaSettings
+
+Metadata = dict[str, Any]
+
+_RECORDS: Final = "interval_records"
+_P99: Final = "latency_p99_ms"
+_SHOWN: Final = 50
+_TEXT: Final = 200
+
+
+def of_observation(now: MetricsSnapshot, kafka: KafkaSettings) -> Metadata:
+    """Return the metadata of one observation of ``users_changes``.
+
+    Args:
+        now: Its window is the interval since the observation before.
+        kafka: Whose changes these are.
+    """
+    return {
+        "records": now.records,
+        "records_a_minute": now.records_a_minute,
+        **{f"records_{outcome}": count for outcome, count in now.outcomes.items()},
+        "lag_records": now.lag_records,
+        "lag_seconds": round(now.lag_seconds, 3),
+        _RECORDS: max(now.commit.window.count, now.kafka.window.count),
+        _P99: certain_p99(now.commit, now.kafka),
+        **_percentiles("commit_to_write", now.commit.window),
+        **_percentiles("kafka_to_write", now.kafka.window),
+        "interval_seconds": round(now.window_seconds, 3),
+        "retries": sum(now.retries.values()),
+        "errors": sum(now.errors.values()),
+        "dead_letters": sum(now.dead_letters.values()),
+        "details": dg.MetadataValue.json(_details(now, kafka)),
+    }
+
+
+def _percentiles(name: str, found: Percentiles) -> Metadata:
+    if not found.count:
+        return {}
+    return {f"{name}_{part}_ms": getattr(found, part) for part in ("p50", "p95", "p99", "max")}
+
+
+def _details(now: MetricsSnapshot, kafka: KafkaSettings) -> Metadata:
+    return {
+        "topic": kafka.topic,
+        "group": kafka.group_id,
+        "by_operation": now.counts,
+        "lag_by_partition": {str(number): lag.records for number, lag in now.lag.items()},
+        "retries_by_error": now.retries,
+        "errors_by_class": now.errors,
+        "dead_letters_by_kind": now.dead_letters,
+        "broken_rules": now.broken_rules,
+        "unknown_columns": now.unknown_columns,
+        "connections": {name: "up" if up else "down" for name, up in now.connections.items()},
+        "commit_times_in_whole_seconds": now.commit.grain_ms > 1,
+        "commit_times_in_the_future": now.commit.negative,
+        "seconds": now.seconds,
+    }
+
+
+def measured(metadata: Mapping[str, Any], *, at: float, run_id: str) -> Measured | None:
+    """Read an observation's latency back; None where it measured no record."""
+    records = _number(metadata, _RECORDS)
+    return Measured(at, run_id, int(records), int(_number(metadata, _P99))) if records else None
+
+
+def _number(metadata: Mapping[str, Any], name: str) -> float:
+    value = getattr(metadata.get(name), "value", 0)
+    return value if isinstance(value, int | float) else 0
+
+
+def of_dead_letters(letters: Iterable[DeadLetter], topic: str) -> Metadata:
+    """Return the metadata of ``dead_letters``: exact counts, and the newest of them."""
+    kinds: Counter[str] = Counter()
+    newest: deque[DeadLetter] = deque(maxlen=_SHOWN)
+    for letter in letters:
+        kinds[letter.kind] += 1
+        newest.append(letter)
+    rows = [
+        {
+            "id": letter.id,
+            "kind": letter.kind,
+            "why": letter.text[:_TEXT],
+            "key": str(letter.as_json()["key"])[:_TEXT],
+            "failed_at": letter.failed_at,
+        }
+        for letter in reversed(newest)
+    ]
+    return {
+        "dagster/row_count": kinds.total(),
+        "topic": topic,
+        "kinds": _table([{"kind": kind, "dead letters": count} for kind, count in kinds.most_common()]),
+        "newest": _table(rows),
+    }
+
+
+def _table(rows: Sequence[Mapping[str, str | int]]) -> dg.MetadataValue[Any] | str:
+    return dg.MetadataValue.table([dg.TableRecord(dict(row)) for row in rows]) if rows else "none"

@@ -1,0 +1,184 @@
+"""The supervisor of cdc_sync_job: reads its runs, has ``defs.cdc.supervisor`` decide, starts and ends slices.
+
+Belongs here: how runs and observations become what is decided on, and how a decision is carried out. Not here: the
+decision.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+import dagster as dg
+
+from ghsync_dagster.defs.cdc.jobs import FLOW_TAG, SYNC_JOB, SYNC_OP, cdc_sync_job
+from ghsync_dagster.defs.cdc.supervisor import Phase, Replace, Rules, Slice, Wait, decide, is_silent
+from ghsync_dagster.defs.resources import existing_kafka
+from ghsync_dagster.domain.errors import TransientError
+from ghsync_dagster.observability.logging import configure_logging, get_logger
+from ghsync_dagster.settings import load_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ghsync_dagster.settings import Settings
+
+REPLACED_TAG: Final = "ghsync/replaced"
+MAX_RUNTIME_TAG: Final = "dagster/max_runtime"
+
+_INTERVAL_SECONDS: Final = 5
+_ENDED_SEEN: Final = 20
+_PROBE_SECONDS: Final = 3.0
+_PHASES: Final = {
+    dg.DagsterRunStatus.QUEUED: Phase.QUEUED,
+    dg.DagsterRunStatus.NOT_STARTED: Phase.STARTING,
+    dg.DagsterRunStatus.MANAGED: Phase.STARTING,
+    dg.DagsterRunStatus.STARTING: Phase.STARTING,
+    dg.DagsterRunStatus.STARTED: Phase.RUNNING,
+    dg.DagsterRunStatus.CANCELING: Phase.ENDING,
+    dg.DagsterRunStatus.SUCCESS: Phase.SUCCEEDED,
+    dg.DagsterRunStatus.CANCELED: Phase.STOPPED,
+    dg.DagsterRunStatus.FAILURE: Phase.FAILED,
+}
+_LIVING: Final = [status for status, phase in _PHASES.items() if phase.lives]
+_ENDED: Final = [status for status, phase in _PHASES.items() if not phase.lives]
+
+log = get_logger("supervisor")
+
+
+@dg.sensor(
+    name="cdc_supervisor",
+    job=cdc_sync_job,
+    minimum_interval_seconds=_INTERVAL_SECONDS,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Keeps a slice of consumption running: starts the next one before the present one ends, replaces one "
+    "that is dead or stuck, pauses longer and longer after failures, and starts nothing while Kafka can't be reached.",
+)
+def cdc_supervisor(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+    """Carry out what is to be done now.
+
+    Raises:
+        PermanentError: Kafka refuses, or a setting is wrong.
+    """
+    settings = load_settings()
+    configure_logging(settings)
+    rules = Rules(report=settings.cdc_report_seconds)
+    now = time.time()
+    slices = read_slices(context.instance, settings)
+    waiting = _waiting(settings) if any(is_silent(one, now, rules) for one in slices) else None
+    done = []
+    while isinstance(decision := decide(slices, now, rules, waiting), Replace):
+        end_slice(context.instance, decision)
+        done.append(f"Ended {decision.run_id}: {decision.why}.")
+        slices = [_ended(one, now) if one.run_id == decision.run_id else one for one in slices]
+    if isinstance(decision, Wait):
+        return dg.SkipReason(" ".join([*done, decision.why]))
+    if missing := _kafka_is_missing(settings):
+        return dg.SkipReason(" ".join([*done, f"Nothing is started: {missing}"]))
+    log.info("a slice starts", why=decision.why, after=decision.after)
+    return run_request(settings, decision.after, rules)
+
+
+def run_request(settings: Settings, after: str | None, rules: Rules) -> dg.RunRequest:
+    """Return the request for a slice; the run before it is its key, so that it is asked for only once."""
+    seconds = settings.cdc_slice_seconds
+    # Where the supervisor itself is off, Dagster's run monitoring ends a slice that does not end.
+    longest = seconds + 2 * rules.grace
+    return dg.RunRequest(
+        run_key=f"after-{after or 'nothing'}",
+        run_config={"ops": {SYNC_OP: {"config": {"seconds": seconds}}}},
+        tags={FLOW_TAG: "cdc", MAX_RUNTIME_TAG: str(int(longest))},
+    )
+
+
+def read_slices(instance: dg.DagsterInstance, settings: Settings) -> list[Slice]:
+    """Return the slices that live and the newest of those that ended."""
+    living = instance.get_run_records(dg.RunsFilter(job_name=SYNC_JOB, statuses=_LIVING))
+    ended = instance.get_run_records(dg.RunsFilter(job_name=SYNC_JOB, statuses=_ENDED), limit=_ENDED_SEEN)
+    return [_as_slice(instance, record, settings) for record in (*living, *ended)]
+
+
+def _as_slice(instance: dg.DagsterInstance, record: dg.RunRecord, settings: Settings) -> Slice:
+    run = record.dagster_run
+    phase = _PHASES[run.status]
+    return Slice(
+        run_id=run.run_id,
+        phase=phase,
+        created=record.create_timestamp.timestamp(),
+        changed=record.update_timestamp.timestamp(),
+        seconds=_seconds(run, settings),
+        started=record.start_time,
+        observed=_observed(instance, run.run_id) if phase is Phase.RUNNING else None,
+        ended=record.end_time,
+        replaced=REPLACED_TAG in run.tags,
+    )
+
+
+def _seconds(run: dg.DagsterRun, settings: Settings) -> float:
+    """Return how long a run is to consume: by its config, which a person may have written."""
+    found: object = run.run_config
+    for name in ("ops", SYNC_OP, "config", "seconds"):
+        found = found.get(name) if isinstance(found, dict) else None
+    return float(found) if isinstance(found, int | float) and found > 0 else settings.cdc_slice_seconds
+
+
+def _observed(instance: dg.DagsterInstance, run_id: str) -> float | None:
+    records = instance.get_records_for_run(
+        run_id, of_type=dg.DagsterEventType.ASSET_OBSERVATION, limit=1, ascending=False
+    ).records
+    return records[0].timestamp if records else None
+
+
+def _waiting(settings: Settings) -> int | None:
+    """Return how many changes wait, None while that can't be told: another slice could do no better then."""
+    from ghsync_dagster.cdc.backlog import read_backlog
+
+    try:
+        return read_backlog(replace(existing_kafka(settings), timeout_seconds=_PROBE_SECONDS)).waiting
+    except TransientError as error:
+        log.warning("the lag is not known", reason=error.message)
+        return None
+
+
+def _kafka_is_missing(settings: Settings) -> str | None:
+    """Return why Kafka can't be used now, None where it can."""
+    from ghsync_dagster.cdc.backlog import ask_for_topic
+
+    try:
+        ask_for_topic(existing_kafka(settings), seconds=_PROBE_SECONDS)
+    except TransientError as error:
+        return str(error)
+    return None
+
+
+def end_slice(instance: dg.DagsterInstance, decision: Replace) -> None:
+    """End a slice: ask its process to finish; where it can't be reached or does not listen, note it as failed."""
+    run_id = decision.run_id
+    run = instance.get_run_by_id(run_id)
+    if run is None or run.is_finished:
+        return
+    log.warning("a slice is ended", run=run_id, why=decision.why)
+    instance.add_run_tags(run_id, {REPLACED_TAG: decision.why[:200]})
+    asked_before = run.status == dg.DagsterRunStatus.CANCELING
+    if asked_before or not _terminate(instance, run_id):
+        reloaded = instance.get_run_by_id(run_id)
+        if reloaded and not reloaded.is_finished:
+            instance.report_run_failed(reloaded, f"Ended by cdc_supervisor: {decision.why}.")
+
+
+def _terminate(instance: dg.DagsterInstance, run_id: str) -> bool:
+    """Ask the run's process to end; tell whether it was reached."""
+    try:
+        return bool(instance.run_coordinator.cancel_run(run_id))
+    except Exception as error:  # noqa: BLE001  launchers raise what their platforms raise; the run is noted as failed
+        log.warning("a run's process was not reached", run=run_id, error=type(error).__name__)
+        return False
+
+
+def _ended(one: Slice, now: float) -> Slice:
+    """Return a slice as it is once it was ended: it may live on for a while, but nobody counts on it."""
+    return replace(one, phase=Phase.STOPPED, ended=now, replaced=True)
+
+
+SENSORS: Sequence[dg.SensorDefinition] = [cdc_supervisor]

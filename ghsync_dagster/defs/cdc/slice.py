@@ -1,0 +1,201 @@
+"""One run's consumption: the change consumer beside a main thread that observes it and hears when to stop.
+
+Belongs here: observations, the end on a signal or on the run's termination, the metrics endpoint. Not here: how changes
+are consumed (``cdc.consume``), and when a run starts (``defs.cdc.supervisor``).
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+import dagster as dg
+from sqlalchemy.exc import SQLAlchemyError
+
+from ghsync_dagster.cdc.listener import Listeners, SilentListener
+from ghsync_dagster.defs.cdc import metadata
+from ghsync_dagster.domain.errors import ConfigError
+from ghsync_dagster.observability.logging import get_logger
+from ghsync_dagster.observability.metrics import ChangeMetrics, MetricsEndpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+    from concurrent.futures import Future
+
+    from ghsync_dagster.cdc.consume import ConsumerReport
+    from ghsync_dagster.defs.resources import ChangesResource
+    from ghsync_dagster.settings import Settings
+
+USERS_CHANGES: Final = "users_changes"
+
+_SILENT_SECONDS: Final = 60.0
+"""How long the consumer may say nothing of itself before its run is no longer observed: it waits up to 30 s between
+two tries of a step."""
+_TOLD_TO_END: Final = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED, dg.DagsterRunStatus.FAILURE)
+
+log = get_logger("slice")
+
+
+class Heartbeat(SilentListener):
+    """Knows when the consumer was heard last: it tells how its servers are once a second."""
+
+    def __init__(self) -> None:
+        self._heard = time.monotonic()
+
+    def connection(self, name: str, *, up: bool) -> None:
+        """Hear of a server's state."""
+        del name, up
+        self._heard = time.monotonic()
+
+    def assigned(self, partitions: Collection[int]) -> None:
+        """Hear of an assignment."""
+        del partitions
+        self._heard = time.monotonic()
+
+    @property
+    def silence(self) -> float:
+        """Seconds since it was heard."""
+        return time.monotonic() - self._heard
+
+
+def consume(
+    context: dg.OpExecutionContext,
+    changes: ChangesResource,
+    *,
+    until_end: bool = False,
+    seconds: float | None = None,
+) -> ConsumerReport:
+    """Consume changes in this run until the end; observe ``users_changes`` meanwhile.
+
+    On SIGTERM, Ctrl-C or the run's termination the batch at work is finished and committed, and the group is left.
+
+    Args:
+        context: The run's.
+        changes: What is consumed, and how it is stored.
+        until_end: Whether to end once all is applied that the topic held at the start.
+        seconds: How long to go on at most.
+
+    Raises:
+        GhsyncError: As ``ChangeConsumer.run`` does.
+        DagsterExecutionInterruptedError: The run was terminated; it is stopped cleanly.
+    """
+    stop = threading.Event()
+    with (
+        _Observer(context, changes) as observer,
+        stop_on_signals(stop),
+        ThreadPoolExecutor(1, thread_name_prefix="cdc") as pool,
+    ):
+        consumer = changes.consumer(observer.listener)
+        future = pool.submit(consumer.run, stop, until_end=until_end, seconds=seconds)
+        try:
+            observer.watch(future, stop)
+        finally:
+            told = stop.is_set()
+            stop.set()
+            wait([future])
+            observer.observe()
+    report = future.result()
+    if told and _told_to_end(context):
+        raise dg.DagsterExecutionInterruptedError
+    if told:
+        context.log.info("stopped by a signal; the batch at work was finished and committed")
+    return report
+
+
+class _Observer:
+    """Observes the consumer of one run."""
+
+    def __init__(self, context: dg.OpExecutionContext, changes: ChangesResource) -> None:
+        self._context = context
+        self._settings = changes.settings()
+        self._kafka = changes.kafka()
+        self._metrics = ChangeMetrics()
+        self._heartbeat = Heartbeat()
+        self._endpoint = _Endpoint(self._metrics, self._settings)
+        self._last = time.monotonic()
+        self.listener = Listeners(self._metrics, self._heartbeat)
+
+    def __enter__(self) -> _Observer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._endpoint.close()
+
+    def watch(self, future: Future[ConsumerReport], stop: threading.Event) -> None:
+        """Observe until the consumer has ended; stop it where Dagster holds the run for ended."""
+        self.observe()
+        while not wait([future], timeout=self._settings.cdc_report_seconds).done:
+            self._endpoint.open()
+            if self._heartbeat.silence < _SILENT_SECONDS:
+                self.observe()
+            else:
+                log.warning("the consumer says nothing", seconds=round(self._heartbeat.silence, 1))
+            if not stop.is_set() and _told_to_end(self._context):
+                stop.set()
+
+    def observe(self) -> None:
+        """Log what is known now as an observation; the consumer goes on where Dagster's storage is away."""
+        now = time.monotonic()
+        found = self._metrics.snapshot(now - self._last)
+        observation = dg.AssetObservation(USERS_CHANGES, metadata=metadata.of_observation(found, self._kafka))
+        try:
+            self._context.log_event(observation)
+        except SQLAlchemyError as error:
+            log.warning("an observation was not kept", error=type(error).__name__)
+        else:
+            self._last = now
+
+
+class _Endpoint:
+    """The metrics endpoint, if one is wanted; at a hand-over, once the run before has left the port."""
+
+    def __init__(self, metrics: ChangeMetrics, settings: Settings) -> None:
+        self._metrics = metrics
+        self._settings = settings
+        self._server: MetricsEndpoint | None = None
+        self.open()
+
+    def open(self) -> None:
+        """Serve, unless that is done or the port is taken."""
+        port = self._settings.metrics_port
+        if port is None or self._server is not None:
+            return
+        try:
+            self._server = MetricsEndpoint(self._metrics, host=self._settings.metrics_host, port=port)
+        except ConfigError as error:
+            log.info("no metrics endpoint yet", reason=error.message)
+
+    def close(self) -> None:
+        """Serve no more."""
+        if self._server is not None:
+            self._server.close()
+
+
+def _told_to_end(context: dg.OpExecutionContext) -> bool:
+    """Tell whether Dagster is ending this run, or holds it for ended."""
+    try:
+        run = context.instance.get_run_by_id(context.run_id)
+    except SQLAlchemyError as error:
+        log.warning("the run's state is not known", error=type(error).__name__)
+        return False
+    return run is None or run.status in _TOLD_TO_END
+
+
+@contextmanager
+def stop_on_signals(stop: threading.Event) -> Iterator[None]:
+    """Have SIGTERM and SIGINT set an event, in place of Dagster's interrupt in the middle of anything."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,30 @@
+"""How ghsync's errors reach Dagster: one clear message, no retry by Dagster, since the flows have retried already.
+
+Not here: what an error means, or when it is tried again.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import dagster as dg
+
+from ghsync_dagster.domain.errors import GhsyncError, TransientError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@contextmanager
+def as_failure() -> Iterator[None]:
+    """Turn a ghsync error into a Dagster failure with its way out as metadata."""
+    try:
+        yield
+    except GhsyncError as error:
+        kind = "infrastructure" if isinstance(error, TransientError) else "permanent"
+        raise dg.Failure(
+            description=f"{type(error).__name__}: {error}",
+            metadata={"way_out": error.way_out, "kind": kind, "error": type(error).__name__},
+            allow_retries=False,
+        ) from None

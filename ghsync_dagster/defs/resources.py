@@ -1,0 +1,161 @@
+"""Resources: what assets, checks and jobs are given. The one seam that tests replace.
+
+Belongs here: how Dagster's resource life cycle meets the flows' wiring. Not here: any wiring of its own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import dagster as dg
+from pydantic import PrivateAttr
+
+from ghsync_dagster.batch.flow import BatchFlow
+from ghsync_dagster.domain.errors import UnavailableError
+from ghsync_dagster.observability.logging import bind_run, configure_logging
+from ghsync_dagster.settings import load_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ghsync_dagster.cdc.consume import ChangeConsumer
+    from ghsync_dagster.cdc.dead_letters import DeadLetter
+    from ghsync_dagster.cdc.listener import ChangeListener
+    from ghsync_dagster.settings import Settings
+    from ghsync_dagster.stores.kafka import KafkaSettings
+    from ghsync_dagster.stores.mongo import UserStore
+    from ghsync_dagster.stores.mysql import MySqlStore
+
+
+class BatchResource(dg.ConfigurableResource["BatchResource"]):
+    """The batch flow of this process's settings; the Spark session begins to start with the run."""
+
+    _flow: BatchFlow | None = PrivateAttr(default=None)
+
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        """Wire the flow for one run."""
+        configure_logging(self.settings())
+        run_id = context.run.run_id if context.run else None
+        bind_run(run_id)
+        self._flow = self.build(run_id)
+
+    def teardown_after_execution(self, context: dg.InitResourceContext) -> None:
+        """End what was begun for the run; the Spark session goes on, since the process may run another."""
+        del context
+        bind_run(None)
+
+    def settings(self) -> Settings:
+        """Return the settings; a test's resource may override this."""
+        return load_settings()
+
+    def build(self, run_id: str | None = None) -> BatchFlow:
+        """Build the flow of one run; a test's resource may override this."""
+        from ghsync_dagster.wiring import batch_flow
+
+        return batch_flow(self.settings(), run_id)
+
+    @property
+    def flow(self) -> BatchFlow:
+        """The flow of the present run."""
+        if self._flow is None:
+            self._flow = self.build()
+        return self._flow
+
+
+class ChangesResource(dg.ConfigurableResource["ChangesResource"]):
+    """The change flow's parts of this process's settings. Kafka and MySQL must be there: none is started."""
+
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        """Bind the run to the log."""
+        configure_logging(self.settings())
+        bind_run(context.run.run_id if context.run else None)
+
+    def teardown_after_execution(self, context: dg.InitResourceContext) -> None:
+        """Take the run off the log."""
+        del context
+        bind_run(None)
+
+    def settings(self) -> Settings:
+        """Return the settings; a test's resource may override this."""
+        return load_settings()
+
+    def kafka(self) -> KafkaSettings:
+        """Return the topic, the group and the way to the brokers.
+
+        Raises:
+            UnavailableError: KAFKA_BOOTSTRAP_SERVERS is not set and the local broker is not up.
+        """
+        return existing_kafka(self.settings())
+
+    def consumer(self, listener: ChangeListener) -> ChangeConsumer:
+        """Return a consumer of the changes."""
+        from ghsync_dagster.wiring import change_consumer
+
+        self.kafka()
+        return change_consumer(self.settings(), listener)
+
+    def missing(self) -> str | None:
+        """Return in words what of a change stream was never set up here; None where all is named or was once started.
+
+        A server that was set up and is away is not missing: asking it raises.
+        """
+        from ghsync_dagster.local import kafka, mysql
+
+        settings = self.settings()
+        if not settings.kafka_bootstrap_servers and kafka.status(settings).data is None:
+            return _words("Kafka", "KAFKA_BOOTSTRAP_SERVERS")
+        if not settings.mysql_url and mysql.status(settings).data is None:
+            return _words("MySQL", "MYSQL_URL")
+        return None
+
+    def open_store(self) -> UserStore:
+        """Open the users' collection."""
+        from ghsync_dagster.wiring import store_opener
+
+        return store_opener(self.settings())()
+
+    def open_mysql(self) -> MySqlStore:
+        """Open the table of users.
+
+        Raises:
+            UnavailableError: MYSQL_URL is not set and the local server is not up.
+        """
+        from ghsync_dagster.local import mysql
+        from ghsync_dagster.stores.mysql import MySqlStore
+
+        settings = self.settings()
+        if not settings.mysql_url and mysql.status(settings).state != "up":
+            raise _missing("MySQL", "MYSQL_URL")
+        return MySqlStore(mysql.ensure_mysql(settings), timeout_seconds=settings.server_timeout_seconds)
+
+    def dead_letters(self) -> Iterator[DeadLetter]:
+        """Yield the dead letters that were neither replayed nor skipped, oldest first."""
+        from ghsync_dagster.cdc.replay import open_dead_letters
+
+        with self.open_store() as store:
+            yield from open_dead_letters(self.kafka(), store)
+
+
+def existing_kafka(settings: Settings) -> KafkaSettings:
+    """Return the topic, the group and the way to brokers that are there: nothing is started.
+
+    Raises:
+        UnavailableError: KAFKA_BOOTSTRAP_SERVERS is not set and the local broker is not up.
+    """
+    from ghsync_dagster.local import kafka
+    from ghsync_dagster.wiring import kafka_settings
+
+    if not settings.kafka_bootstrap_servers and kafka.status(settings).state != "up":
+        raise _missing("Kafka", "KAFKA_BOOTSTRAP_SERVERS")
+    return kafka_settings(settings)
+
+
+def _words(server: str, variable: str) -> str:
+    return f"there is no {server} here: {variable} is not set, and no local one was ever started"
+
+
+def _missing(server: str, variable: str) -> UnavailableError:
+    return UnavailableError(
+        f"There is no {server}: {variable} is not set, and the local one is not up.",
+        way_out=f"Set {variable}, or start the local servers: ghsync up.",
+    )

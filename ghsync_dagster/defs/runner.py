@@ -1,0 +1,85 @@
+"""Running the batch job in this process, for the command line: the same job, checks and event log as in the UI.
+
+Not here: what is printed, and exit codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import dagster as dg
+
+from ghsync_dagster.batch.checks import Finding
+from ghsync_dagster.definitions import build_defs
+from ghsync_dagster.domain.errors import PermanentError, TransientError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class BatchOutcome:
+    """How the job ended: whether it succeeded, the checks that were evaluated, and the run's id."""
+
+    success: bool
+    findings: Sequence[Finding]
+    run_id: str
+
+
+def materialize_batch(events_path: str | None = None) -> BatchOutcome:
+    """Run ``users_batch_job`` in this process on the instance in ``DAGSTER_HOME``.
+
+    Args:
+        events_path: Overrides GHSYNC_EVENTS_PATH.
+
+    Raises:
+        PermanentError: A step failed on configuration, input or credentials.
+        TransientError: A step failed because a server is away.
+    """
+    job = build_defs().resolve_job_def("users_batch_job")
+    config = {"ops": {"read_events": {"config": {"events_path": events_path}}}} if events_path else {}
+    with dg.DagsterInstance.get() as instance:
+        result = job.execute_in_process(
+            run_config={**config, "loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+            instance=instance,
+            raise_on_error=False,
+        )
+    findings = [_as_finding(evaluation) for evaluation in result.get_asset_check_evaluations()]
+    if not result.success and all(finding.passed for finding in findings):
+        raise _step_error(result)
+    return BatchOutcome(result.success, findings, result.run_id)
+
+
+def _as_finding(evaluation: dg.AssetCheckEvaluation) -> Finding:
+    way_out = evaluation.metadata.get("way_out")
+    return Finding(
+        check=evaluation.check_name,
+        passed=evaluation.passed,
+        summary=evaluation.description or "",
+        way_out=str(way_out.value) if way_out else "",
+    )
+
+
+def _raise_if_interrupted(event: dg.DagsterEvent) -> None:
+    error = event.step_failure_data.error
+    if error is not None and error.cls_name in ("DagsterExecutionInterruptedError", "KeyboardInterrupt"):
+        raise KeyboardInterrupt
+
+
+def _step_error(result: dg.ExecuteInProcessResult) -> PermanentError | TransientError:
+    """Return the error of the first step that failed, in ghsync's own words."""
+    for event in result.all_events:
+        if event.is_step_failure:
+            _raise_if_interrupted(event)
+            failure = event.step_failure_data.user_failure_data
+            error = event.step_failure_data.error
+            words = failure.description if failure and failure.description else str(error.message if error else "")
+            tag = failure.metadata.get("kind") if failure else None
+            transient = tag is not None and tag.value == "infrastructure"
+            message, _, way_out = words.partition(" Way out: ")
+            error_type = TransientError if transient else PermanentError
+            return error_type(
+                f"{event.step_key}: {message}", way_out=way_out or "See the run in the Dagster UI: make dev."
+            )
+    return PermanentError("The run failed before its first step.", way_out="See the run in the Dagster UI: make dev.")

@@ -1,0 +1,131 @@
+"""Which real parts a process is wired to: settings become a Spark session, a store, and the flows over them.
+
+Belongs here: the one place that knows both the flows and the local servers. Not here: any decision of a flow.
+"""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING
+
+from ghsync_dagster.batch.reports import Artifacts
+from ghsync_dagster.batch.rules import load_rules
+from ghsync_dagster.observability.logging import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pydantic import SecretStr
+
+    from ghsync_dagster.batch.flow import BatchFlow
+    from ghsync_dagster.cdc.consume import ChangeConsumer
+    from ghsync_dagster.cdc.listener import ChangeListener
+    from ghsync_dagster.settings import Settings
+    from ghsync_dagster.stores.kafka import KafkaSettings
+    from ghsync_dagster.stores.mongo import UserStore
+    from ghsync_dagster.stores.spark import SparkHandle, SparkOptions
+
+
+def spark_options(settings: Settings) -> SparkOptions:
+    """Find Java and the connector, and return what a session is started with.
+
+    Raises:
+        ConfigError: There is no Java 17+.
+        TransientError: The connector's jar is not here and can't be fetched.
+    """
+    from ghsync_dagster.local.jars import ensure_jars
+    from ghsync_dagster.local.java import find_java, jvm_options
+    from ghsync_dagster.stores.spark import SparkOptions
+
+    java = find_java(settings)
+    return SparkOptions(
+        master=settings.spark_master,
+        java_home=java.home,
+        scratch=settings.home_dir / "spark",
+        jars=() if settings.spark_jars_packages else ensure_jars(settings, progress=get_logger("jars").info),
+        packages=settings.spark_jars_packages,
+        driver_memory=settings.spark_driver_memory,
+        jvm_options=[*jvm_options(java, settings), *shlex.split(settings.spark_driver_java_options)],
+    )
+
+
+def spark_handle(settings: Settings) -> SparkHandle:
+    """Return a handle on the Spark session, not started yet."""
+    from ghsync_dagster.stores.spark import SparkHandle
+
+    return SparkHandle(lambda: spark_options(settings))
+
+
+def store_opener(settings: Settings) -> Callable[[], UserStore]:
+    """Return the function that opens the users' collection, on the local server where no URI is set."""
+
+    def open_store() -> UserStore:
+        from ghsync_dagster.local.mongo import ensure_mongo
+        from ghsync_dagster.stores.mongo import UserStore
+
+        return UserStore(
+            ensure_mongo(settings),
+            settings.mongodb_database,
+            settings.mongodb_collection,
+            timeout_seconds=settings.server_timeout_seconds,
+        )
+
+    return open_store
+
+
+def batch_flow(settings: Settings, run_id: str | None = None) -> BatchFlow:
+    """Return the batch flow of these settings, for one run or for whatever ran last."""
+    from ghsync_dagster.batch.flow import BatchFlow
+
+    return BatchFlow(
+        artifacts=Artifacts(settings.home_dir / "batch", run_id),
+        spark=spark_handle(settings),
+        open_store=store_opener(settings),
+        rules=load_rules(settings.rules_module),
+        max_quarantined_ratio=settings.max_quarantined_ratio,
+        attempts=settings.retry_attempts,
+        lease_wait_seconds=settings.lease_wait_seconds,
+        lease_quiet_seconds=settings.lease_quiet_seconds,
+    )
+
+
+def kafka_settings(settings: Settings) -> KafkaSettings:
+    """Return the topic, the group and the way to the brokers; the local broker is started where none is named.
+
+    Raises:
+        UnavailableError: The local broker did not start.
+        ConfigError: It can't be started here.
+    """
+    from ghsync_dagster.local.kafka import ensure_kafka
+    from ghsync_dagster.stores.kafka import KafkaSettings
+
+    def secret(value: SecretStr | None) -> str | None:
+        return None if value is None else value.get_secret_value()
+
+    return KafkaSettings(
+        bootstrap_servers=ensure_kafka(settings),
+        topic=settings.kafka_topic,
+        group_id=settings.kafka_group_id,
+        session_timeout_seconds=settings.cdc_session_timeout_seconds,
+        timeout_seconds=settings.server_timeout_seconds,
+        security_protocol=settings.kafka_security_protocol,
+        sasl_mechanism=settings.kafka_sasl_mechanism,
+        sasl_username=settings.kafka_sasl_username,
+        sasl_password=secret(settings.kafka_sasl_password),
+        ssl_ca_location=settings.kafka_ssl_ca_location,
+        ssl_certificate_location=settings.kafka_ssl_certificate_location,
+        ssl_key_location=settings.kafka_ssl_key_location,
+        ssl_key_password=secret(settings.kafka_ssl_key_password),
+    )
+
+
+def change_consumer(settings: Settings, listener: ChangeListener | None = None) -> ChangeConsumer:
+    """Return a consumer of the changes, which tells the listener what it does."""
+    from ghsync_dagster.cdc.consume import ChangeConsumer
+
+    return ChangeConsumer(
+        kafka_settings(settings),
+        store_opener(settings),
+        listener=listener,
+        rules=load_rules(settings.rules_module),
+    )
