@@ -1,0 +1,213 @@
+"""Fixtures of a broker and records of changes, for the tests of the change stream."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import uuid
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.cimpl import NewTopic
+
+from ghsync_dagster.cdc.consume import ChangeConsumer, ConsumerReport
+from ghsync_dagster.local.kafka import ensure_kafka
+from ghsync_dagster.observability.metrics import ChangeMetrics
+from ghsync_dagster.stores.kafka import KafkaSettings
+from ghsync_dagster.stores.mongo import UserStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from ghsync_dagster.settings import Settings
+
+FIELDS = ("user_id", "login", "gravatar_id", "avatar_url", "url")
+
+
+def user(key: object, login: str | None = "octo", **fields: str | None) -> dict[str, Any]:
+    """A stored user."""
+    return {"user_id": str(key), "login": login, "gravatar_id": "", "avatar_url": None, "url": "http://u"} | fields
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+@dataclass
+class Topic:
+    """A topic of changes of the test's own, and what writes into it in Debezium's form."""
+
+    kafka: KafkaSettings
+    producer: Producer
+    position: int = 0
+    expected: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def write(
+        self, key: object, op: str, row: dict[str, Any] | None = None, *, partition: int = 0, pos: int = 0
+    ) -> None:
+        """Write one change; ``row`` is the user after it. Its place in the binlog is the next one, or ``pos``."""
+        self.position = pos or self.position + 10
+        number = None if key is None else int(str(key))
+        image = None if row is None else {**row, "user_id": int(row["user_id"])}
+        source = {"ts_ms": 1_700_000_000_000, "snapshot": "false", "file": "bin.000001", "pos": self.position, "row": 0}
+        before = {**user(number), "user_id": number} if op == "d" else None
+        value = {"before": before, "after": image, "source": source, "op": op}
+        self.raw(None if number is None else {"user_id": number}, value, partition=partition)
+        if op == "d":
+            self.expected.pop(str(key), None)
+        elif op == "t":
+            self.expected.clear()
+        else:
+            assert row is not None
+            self.expected[str(key)] = row
+
+    def upsert(self, key: object, login: str | None = "octo", **where: Any) -> None:
+        """Write an update, or create."""
+        self.write(key, "u" if str(key) in self.expected else "c", user(key, login), **where)
+
+    def delete(self, key: object, **where: Any) -> None:
+        """Write a delete and its tombstone."""
+        self.write(key, "d", **where)
+        self.raw({"user_id": int(str(key))}, None, partition=where.get("partition", 0))
+
+    def raw(self, key: Any, value: Any, *, partition: int = 0, headers: Any = None) -> None:
+        """Write whatever it is: bytes as they are, all else as JSON."""
+        key, value = (part if part is None or isinstance(part, bytes) else _json(part) for part in (key, value))
+        self.producer.produce(self.kafka.topic, key=key, value=value, partition=partition, headers=headers)
+        self.producer.poll(0)
+
+    def flush(self) -> None:
+        """Wait until all is written."""
+        assert self.producer.flush(20) == 0
+
+    def committed(self, partition: int = 0) -> int:
+        """Where the group goes on; -1001 where it has committed nothing."""
+        consumer = Consumer({"bootstrap.servers": self.kafka.bootstrap_servers, "group.id": self.kafka.group_id})
+        deadline = time.monotonic() + 20
+        try:
+            while True:
+                try:
+                    [place] = consumer.committed([TopicPartition(self.kafka.topic, partition)], timeout=10)
+                    return int(place.offset)
+                except KafkaException:
+                    # A broker that has only just started still makes its topic of offsets.
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.1)
+        finally:
+            consumer.close()
+
+
+@pytest.fixture(scope="session")
+def brokers(server_settings: Settings) -> str:
+    """The session's broker."""
+    return ensure_kafka(server_settings)
+
+
+@pytest.fixture
+def make_topic(brokers: str) -> Iterator[Callable[..., Topic]]:
+    """Return a function that makes a topic of so many partitions."""
+    admin = AdminClient({"bootstrap.servers": brokers})
+    made: list[str] = []
+
+    def make(partitions: int = 1, **settings: Any) -> Topic:
+        name = f"changes-{uuid.uuid4().hex[:8]}"
+        for future in admin.create_topics([NewTopic(name, partitions, 1)]).values():
+            future.result()
+        made.extend([name, f"{name}.dlq"])
+        kafka = KafkaSettings(
+            bootstrap_servers=brokers, topic=name, group_id=f"group-{name}", session_timeout_seconds=6, **settings
+        )
+        return Topic(kafka, Producer({"bootstrap.servers": brokers, "linger.ms": 5}))
+
+    yield make
+    for future in admin.delete_topics(made).values():
+        future.exception()
+
+
+@pytest.fixture
+def topic(make_topic: Callable[..., Topic]) -> Topic:
+    """A topic of one partition."""
+    return make_topic()
+
+
+@dataclass
+class Running:
+    """A consumer in a thread of its own."""
+
+    stop: threading.Event
+    thread: threading.Thread
+    metrics: ChangeMetrics
+    reports: list[ConsumerReport]
+    errors: list[BaseException]
+
+    def end(self, seconds: float = 30) -> ConsumerReport:
+        """Ask for the end, wait for it, and return the report; raises what the consumer raised."""
+        self.stop.set()
+        self.thread.join(seconds)
+        assert not self.thread.is_alive()
+        if self.errors:
+            raise self.errors[0]
+        return self.reports[0]
+
+
+@dataclass
+class Parts:
+    """What a consumer is made of in a test."""
+
+    uri: str
+    database: str
+
+    def consumer(self, topic: Topic, **more: Any) -> ChangeConsumer:
+        """Return a consumer of a topic into the test's own database."""
+        return ChangeConsumer(topic.kafka, self.open_store, **more)
+
+    def open_store(self) -> UserStore:
+        """Open the test's own database."""
+        return UserStore(self.uri, self.database, "Users", timeout_seconds=2)
+
+    def drain(self, topic: Topic, **more: Any) -> ConsumerReport:
+        """Apply all that the topic holds."""
+        topic.flush()
+        report = self.consumer(topic, **more).run(threading.Event(), until_end=True, seconds=60)
+        assert report.reached_end
+        return report
+
+    @contextmanager
+    def running(self, topic: Topic, **more: Any) -> Iterator[Running]:
+        """Run a consumer beside the test."""
+        metrics = ChangeMetrics()
+        consumer = self.consumer(topic, listener=metrics, **more)
+        reports: list[ConsumerReport] = []
+        errors: list[BaseException] = []
+        stop = threading.Event()
+
+        def run() -> None:
+            try:
+                reports.append(consumer.run(stop))
+            except BaseException as error:  # noqa: BLE001  the test raises it
+                errors.append(error)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        try:
+            yield Running(stop, thread, metrics, reports, errors)
+        finally:
+            stop.set()
+            thread.join(30)
+
+
+@pytest.fixture
+def parts(mongo_uri: str, database: str) -> Parts:
+    """What a consumer is made of, with a database of the test's own."""
+    return Parts(mongo_uri, database)
+
+
+def stored(store: UserStore) -> dict[str, dict[str, Any]]:
+    """All stored users by id, without ``_id``."""
+    return {found["user_id"]: found for found in store.users.find({}, {"_id": 0})}

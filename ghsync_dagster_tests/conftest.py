@@ -1,0 +1,201 @@
+"""Fixtures of real parts: started once a session, clean for each test."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pymysql
+import pytest
+from confluent_kafka import OFFSET_END, Consumer, TopicPartition
+from confluent_kafka.admin import AdminClient
+
+from ghsync_dagster.batch.flow import BatchFlow
+from ghsync_dagster.batch.reports import Artifacts
+from ghsync_dagster.domain.user import BUILT_IN_RULES
+from ghsync_dagster.local import stack
+from ghsync_dagster.local.kafka import ensure_kafka
+from ghsync_dagster.local.mongo import ensure_mongo
+from ghsync_dagster.local.mysql import ensure_mysql, parse_url
+from ghsync_dagster.settings import Settings, load_settings
+from ghsync_dagster.stores.mongo import UserStore
+from ghsync_dagster.wiring import spark_handle
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from ghsync_dagster.stores.spark import SparkHandle
+
+pytest_plugins = ("cdc_parts",)
+
+_OURS = ("GHSYNC_", "MONGODB_", "SPARK_", "DAGSTER_", "KAFKA_", "MYSQL_", "CONNECT_")
+
+
+# A test process that another one starts may ignore Ctrl-C, and what it starts would then ignore it too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def clean_environment() -> Iterator[None]:
+    """Keep the caller's settings out of the tests, but for the jar cache."""
+    saved = {name: value for name, value in os.environ.items() if name.startswith(_OURS) and name != "GHSYNC_CACHE"}
+    saved = {name: value for name, value in saved.items() if name not in ("GHSYNC_SCREENSHOTS", "GHSYNC_FAULT_ROUNDS")}
+    for name in saved:
+        del os.environ[name]
+    yield
+    os.environ.update(saved)
+
+
+@pytest.fixture(scope="session")
+def server_settings(tmp_path_factory: pytest.TempPathFactory, clean_environment: None) -> Iterator[Settings]:
+    """Settings whose home holds the session's one local MongoDB."""
+    del clean_environment
+    settings = load_settings(GHSYNC_HOME=tmp_path_factory.mktemp("servers"))
+    ensure_mongo(settings)
+    yield settings
+    stack.down(settings, progress=lambda _: None)
+
+
+@pytest.fixture(scope="session")
+def mongo_uri(server_settings: Settings) -> str:
+    """The URI of the session's MongoDB."""
+    return ensure_mongo(server_settings)
+
+
+@pytest.fixture(scope="session")
+def local_stack(server_settings: Settings) -> Settings:
+    """Settings whose home holds the session's whole stack, running: all four servers and the connector.
+
+    For tests that kill and start servers; they leave them running (``stack.up(local_stack, ...)``).
+    """
+    stack.up(server_settings, progress=lambda _: None)
+    return server_settings
+
+
+@pytest.fixture
+def stack_settings(local_stack: Settings) -> Iterator[Settings]:
+    """Settings that name the running stack's servers, with table and topics empty, as a test's own.
+
+    The consumer group and the Mongo database are the test's own too; the database is dropped afterwards.
+    """
+    found = stack.up(local_stack, progress=lambda _: None)
+    own = load_settings(
+        GHSYNC_HOME=local_stack.home_dir,
+        MONGODB_URI=found["mongo"].uri,
+        MONGODB_DATABASE=f"test_{uuid.uuid4().hex[:12]}",
+        KAFKA_BOOTSTRAP_SERVERS=found["kafka"].uri,
+        KAFKA_GROUP_ID=f"test-{uuid.uuid4().hex[:12]}",
+        MYSQL_URL=found["mysql"].login,
+        CONNECT_URL=found["connect"].uri,
+    )
+    empty_table_and_topics(own)
+    yield own
+    with UserStore(ensure_mongo(own), own.mongodb_database, "Users") as opened:
+        opened.client.drop_database(own.mongodb_database)
+
+
+def empty_table_and_topics(settings: Settings) -> None:
+    """Truncate the table, wait until the topic has the truncation, and delete all records of topic and dead letters."""
+    marker = -uuid.uuid4().int % 2**62
+    address = parse_url(ensure_mysql(settings))
+    bootstrap = ensure_kafka(settings)
+    consumer = Consumer({"bootstrap.servers": bootstrap, "group.id": uuid.uuid4().hex, "enable.auto.commit": False})
+    end = consumer.get_watermark_offsets(TopicPartition(settings.kafka_topic, 0), timeout=30)[1]
+    consumer.assign([TopicPartition(settings.kafka_topic, 0, end)])
+    with (
+        pymysql.connect(
+            host=address.host, port=address.port, user=address.user, password=address.password, autocommit=True
+        ) as connection,
+        connection.cursor() as cursor,
+    ):
+        cursor.execute("INSERT INTO new_data.Users (user_id, login) VALUES (%s, 'marker')", (marker,))
+        cursor.execute("TRUNCATE TABLE new_data.Users")
+    seen, deadline = False, time.monotonic() + 60
+    while time.monotonic() < deadline:
+        record = consumer.poll(1)
+        content = record.value() if record and not record.error() else None
+        value = json.loads(content) if content else {}
+        seen = seen or (value.get("after") or {}).get("user_id") == marker
+        if seen and value.get("op") == "t":
+            break
+    else:
+        raise AssertionError("the truncation did not arrive in the topic")
+    consumer.close()
+    admin = AdminClient({"bootstrap.servers": bootstrap})
+    topics = (settings.kafka_topic, f"{settings.kafka_topic}.dlq")
+    for future in admin.delete_records([TopicPartition(name, 0, OFFSET_END) for name in topics]).values():
+        future.result(30)
+
+
+@pytest.fixture
+def database(mongo_uri: str) -> Iterator[str]:
+    """The name of a database of the test's own, dropped afterwards."""
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    yield name
+    with UserStore(mongo_uri, name, "Users") as store:
+        store.client.drop_database(name)
+
+
+@pytest.fixture
+def store(mongo_uri: str, database: str) -> Iterator[UserStore]:
+    """An open store on the test's own database; the collection does not exist yet."""
+    with UserStore(mongo_uri, database, "Users", timeout_seconds=5) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def spark(server_settings: Settings) -> Iterator[SparkHandle]:
+    """The session's Spark, started when first asked for."""
+    handle = spark_handle(server_settings)
+    yield handle
+    handle.stop()
+
+
+@pytest.fixture
+def flow(spark: SparkHandle, mongo_uri: str, database: str, tmp_path: Path) -> BatchFlow:
+    """A batch flow on the test's own database and folder."""
+    return BatchFlow(
+        artifacts=Artifacts(tmp_path / "batch"),
+        spark=spark,
+        open_store=lambda: UserStore(mongo_uri, database, "Users", timeout_seconds=5),
+        rules=BUILT_IN_RULES,
+        max_quarantined_ratio=0.01,
+        attempts=1,
+        lease_wait_seconds=5,
+        lease_quiet_seconds=2,
+    )
+
+
+@pytest.fixture
+def event_line() -> Callable[..., str]:
+    """Return a function that makes one valid line of GH Archive; keywords replace fields, ``actor_*`` the actor's."""
+
+    def make(
+        user_id: int = 1, login: str = "octo", at: str = "2015-01-01T15:00:00Z", number: int = 1, **more: Any
+    ) -> str:
+        actor = {
+            "id": user_id,
+            "login": login,
+            "gravatar_id": "",
+            "url": f"https://api.github.com/users/{login}",
+            "avatar_url": f"https://avatars.githubusercontent.com/u/{user_id}?",
+        }
+        actor |= {name.removeprefix("actor_"): value for name, value in more.items() if name.startswith("actor_")}
+        event = {
+            "id": str(number),
+            "type": "PushEvent",
+            "actor": actor,
+            "repo": {"id": 7, "name": "octo/repo", "url": "https://api.github.com/repos/octo/repo"},
+            "payload": {},
+            "public": True,
+            "created_at": at,
+        }
+        event |= {name: value for name, value in more.items() if not name.startswith("actor_")}
+        return json.dumps(event, separators=(",", ":"))
+
+    return make

@@ -1,0 +1,294 @@
+"""The sensor asset_check_failed on real instances, real checks and a real webhook."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+import pytest
+
+from ghsync_dagster.defs.ops import alerts
+from ghsync_dagster.defs.ops.alerts import asset_check_failed
+from ghsync_dagster.domain.errors import ConfigError, RefusedError, UnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    Logged = Callable[[], list[dict[str, Any]]]
+
+SECRET = "T0K3N-of-the-hook"
+EVERY_STORAGE = pytest.mark.parametrize("world", ["on disk", "in memory"], indirect=True)
+
+
+class World:
+    """An instance, an asset with one check whose outcome can be set, and the sensor with its cursor."""
+
+    def __init__(self, instance: dg.DagsterInstance) -> None:
+        self.instance = instance
+        self.cursor: str | None = None
+
+    def evaluate(self, *outcomes: bool, description: str = "2 of 9 rows are wrong") -> list[str]:
+        """Run the asset and its check once for each outcome; return the run ids."""
+
+        @dg.asset
+        def numbers() -> None:
+            """Hold the numbers."""
+
+        def run(passed: bool) -> str:
+            @dg.asset_check(asset=numbers, blocking=True)
+            def numbers_right() -> dg.AssetCheckResult:
+                metadata: dict[str, Any] = {
+                    "wrong": 2,
+                    "ratio": 0.22,
+                    "way_out": "Count again.",
+                    "offenders": [{"row": 7}],
+                }
+                return dg.AssetCheckResult(passed=passed, description=description, metadata=metadata)
+
+            result = dg.materialize([numbers, numbers_right], instance=self.instance, raise_on_error=False)
+            assert result.success == passed
+            return result.run_id
+
+        return [run(passed) for passed in outcomes]
+
+    def tick(self) -> str:
+        """Evaluate the sensor once, keep its cursor as the daemon does, and return what the tick says."""
+        context = dg.build_sensor_context(instance=self.instance, cursor=self.cursor)
+        data = asset_check_failed.evaluate_tick(context)
+        self.cursor = data.cursor
+        assert not data.run_requests
+        return str(data.skip_message)
+
+
+class Webhook:
+    """A server that keeps the documents it takes, and answers with the next of ``statuses``, then 200."""
+
+    def __init__(self) -> None:
+        self.statuses: list[int] = []
+        self.taken: list[dict[str, Any]] = []
+        self.requests = 0
+        self.slow = False
+        self.released = threading.Event()
+        webhook = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                assert self.headers["content-type"] == "application/json"
+                webhook.requests += 1
+                if webhook.slow:
+                    webhook.released.wait(30)
+                status = webhook.statuses.pop(0) if webhook.statuses else 200
+                if status == 200:
+                    webhook.taken.append(json.loads(body))
+                self.send_response(status)
+                self.send_header("content-length", "0")
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                """Keep the test's output for the sensor."""
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/hooks/{SECRET}"
+
+
+@pytest.fixture(params=["in memory"])
+def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
+    """A world whose sensor has had its first tick."""
+    on_disk = request.param == "on disk"
+    with dg.DagsterInstance.local_temp(str(tmp_path)) if on_disk else dg.DagsterInstance.ephemeral() as instance:
+        started = World(instance)
+        started.tick()
+        yield started
+
+
+@pytest.fixture
+def webhook(monkeypatch: pytest.MonkeyPatch) -> Iterator[Webhook]:
+    """A webhook that the settings name."""
+    started = Webhook()
+    serving = threading.Thread(target=started.server.serve_forever, kwargs={"poll_interval": 0.01})
+    serving.start()
+    monkeypatch.setenv("GHSYNC_ALERT_WEBHOOK_URL", started.url)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    yield started
+    started.released.set()
+    started.server.shutdown()
+    started.server.server_close()
+    serving.join()
+
+
+@pytest.fixture
+def logged(capsys: pytest.CaptureFixture[str]) -> Logged:
+    """Return a function that gives the failed checks in the log since its last call."""
+
+    def lines() -> list[dict[str, Any]]:
+        found = [json.loads(line) for line in capsys.readouterr().err.splitlines() if '"ghsync.alerts"' in line]
+        return [line for line in found if line["event"] == "asset check did not pass"]
+
+    return lines
+
+
+def test_a_failed_check_is_logged_once_with_what_is_needed(world: World, logged: Logged) -> None:
+    (run_id,) = world.evaluate(False)
+    assert "1 checks did not pass" in world.tick()
+    (line,) = logged()
+    assert line["level"] == "error"
+    assert (line["check"], line["asset"], line["run_id"]) == ("numbers_right", "numbers", run_id)
+    assert (line["description"], line["way_out"]) == ("2 of 9 rows are wrong", "Count again.")
+    assert line["counts"] == {"wrong": 2, "ratio": 0.22}
+    for _ in range(2):
+        assert "0 checks" in world.tick()
+    assert logged() == []
+
+
+@EVERY_STORAGE
+def test_each_failure_is_reported_once_though_passes_surround_it(world: World, logged: Logged) -> None:
+    runs = world.evaluate(True, False, True)
+    world.tick()
+    runs += world.evaluate(True, False, False)
+    world.tick()
+    assert [line["run_id"] for line in logged()] == [runs[1], runs[4], runs[5]]
+
+
+def test_checks_that_pass_are_not_reported(world: World, webhook: Webhook, logged: Logged) -> None:
+    world.evaluate(True, True)
+    world.tick()
+    assert logged() == []
+    assert webhook.requests == 0
+
+
+@EVERY_STORAGE
+def test_the_first_tick_replays_no_history(world: World, webhook: Webhook, logged: Logged) -> None:
+    world.evaluate(False)
+    world.cursor = None
+    world.tick()
+    (run_id,) = world.evaluate(False)
+    world.tick()
+    assert [line["run_id"] for line in logged()] == [run_id]
+    assert [alert["run_id"] for alert in webhook.taken] == [run_id]
+
+
+def test_more_failures_than_a_tick_takes_arrive_in_order(
+    world: World, webhook: Webhook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alerts, "_EVENTS_A_TICK", 2)
+    runs = world.evaluate(False, False, True, False)
+    world.tick()
+    world.tick()
+    assert [alert["run_id"] for alert in webhook.taken] == [runs[0], runs[1], runs[3]]
+
+
+def test_the_webhook_gets_one_document_a_failure(world: World, webhook: Webhook) -> None:
+    (run_id,) = world.evaluate(False, description="can't read mongodb://app:s3cret@db/x")
+    world.tick()
+    world.tick()
+    (document,) = webhook.taken
+    assert document.pop("time").endswith("+00:00")
+    assert document.pop("event_id") > 0
+    assert document == {
+        "text": "Check numbers_right of numbers did not pass: can't read mongodb://***@db/x. Count again.",
+        "check": "numbers_right",
+        "asset": "numbers",
+        "run_id": run_id,
+        "job": "__ephemeral_asset_job__",
+        "severity": "ERROR",
+        "blocking": True,
+        "description": "can't read mongodb://***@db/x",
+        "counts": {"wrong": 2, "ratio": 0.22},
+        "way_out": "Count again.",
+    }
+
+
+@EVERY_STORAGE
+def test_a_refused_alert_is_kept_fails_the_tick_and_arrives_later(
+    world: World, webhook: Webhook, logged: Logged
+) -> None:
+    webhook.statuses = [500, 500, 500]
+    world.evaluate(False)
+    assert "status 500" in world.tick()
+    held = world.cursor
+    for _ in range(2):
+        with pytest.raises(RefusedError, match="status 500"):
+            world.tick()
+    assert world.cursor == held
+    assert webhook.taken == []
+    world.tick()
+    world.tick()
+    assert len(webhook.taken) == 1
+    assert len(logged()) == 1
+
+
+def test_an_alert_that_arrived_is_not_posted_again_when_the_next_is_refused(world: World, webhook: Webhook) -> None:
+    runs = world.evaluate(False, False, False)
+    webhook.statuses = [200, 503, 503]
+    world.tick()
+    with pytest.raises(RefusedError):
+        world.tick()
+    world.tick()
+    assert [alert["run_id"] for alert in webhook.taken] == runs
+
+
+def test_new_failures_are_logged_while_the_webhook_is_away(world: World, webhook: Webhook, logged: Logged) -> None:
+    webhook.statuses = [500, 500]
+    runs = world.evaluate(False)
+    world.tick()
+    runs += world.evaluate(False)
+    world.tick()
+    assert [line["run_id"] for line in logged()] == runs
+    world.tick()
+    assert [alert["run_id"] for alert in webhook.taken] == runs
+
+
+@pytest.mark.parametrize("case", ["taken", "refused", "nobody there", "too slow", "no scheme", "no URL"])
+def test_the_url_is_in_no_log_and_no_error(
+    world: World,
+    webhook: Webhook,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    case: str,
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    urls = {"nobody there": f"http://127.0.0.1:1/{SECRET}", "no scheme": SECRET, "no URL": f"http://[{SECRET}"}
+    monkeypatch.setenv("GHSYNC_ALERT_WEBHOOK_URL", urls.get(case, webhook.url))
+    webhook.statuses = [404, 404] if case == "refused" else []
+    webhook.slow = case == "too slow"
+    monkeypatch.setattr(alerts, "_POST_TIMEOUT_SECONDS", 0.5)
+    world.evaluate(False)
+    said = world.tick()
+    if case != "taken":
+        with pytest.raises((UnavailableError, RefusedError)) as failure:
+            world.tick()
+        said += f"{failure.getrepr(style='long', chain=True)}"
+        assert "the alert is kept" in said
+    output = capsys.readouterr()
+    assert '"ghsync.alerts"' in output.err
+    for text in (said, output.err, output.out, caplog.text, str(world.cursor)):
+        assert SECRET not in text
+        assert webhook.url not in text
+
+
+def test_a_log_that_was_emptied_is_watched_from_its_new_beginning(world: World, logged: Logged) -> None:
+    world.evaluate(True)
+    world.tick()
+    world.instance.wipe()
+    world.tick()
+    (run_id,) = world.evaluate(False)
+    world.tick()
+    assert [line["run_id"] for line in logged()] == [run_id]
+
+
+def test_a_cursor_of_something_else_is_refused_with_the_way_out(world: World) -> None:
+    world.cursor = "2015-01-01"
+    with pytest.raises(ConfigError, match="Clear the cursor"):
+        world.tick()
+
+
+def test_the_sensor_runs_by_default_every_thirty_seconds() -> None:
+    assert asset_check_failed.default_status == dg.DefaultSensorStatus.RUNNING
+    assert asset_check_failed.minimum_interval_seconds == 30

@@ -1,0 +1,318 @@
+"""The audit on real servers: equal is equal, each difference is counted once, and changes in flight are none."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import uuid
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import pytest
+
+from ghsync_dagster.cdc import audit as audit_module
+from ghsync_dagster.cdc.audit import Offender, Patience, audit
+from ghsync_dagster.cdc.workload import DELETE, INSERT, KEY_CHANGE, ODD_TEXTS, Mix, RowChange, Workload
+from ghsync_dagster.domain.errors import ConfigError, UnavailableError
+from ghsync_dagster.domain.user import MARKER_FIELD, MARKER_VALUE, USER_FIELDS
+from ghsync_dagster.local.mysql import ensure_mysql
+from ghsync_dagster.stores.mongo import UserStore
+from ghsync_dagster.stores.mysql import MySqlStore
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from ghsync_dagster.settings import Settings
+
+pytestmark = pytest.mark.integration
+
+NO_PATIENCE = Patience(seconds=0)
+Users = dict[str, dict[str, str | None]]
+
+
+@pytest.fixture
+def mysql_url(server_settings: Settings) -> Iterator[str]:
+    """The URL of a database of the test's own, dropped afterwards."""
+    server = ensure_mysql(server_settings)
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    with MySqlStore(server) as admin:
+        admin.execute([(f"CREATE DATABASE `{name}` CHARACTER SET utf8mb4", ())])
+        yield urlsplit(server)._replace(path=f"/{name}").geturl()
+        admin.execute([(f"DROP DATABASE `{name}`", ())])
+
+
+@pytest.fixture
+def mysql(mysql_url: str) -> Iterator[MySqlStore]:
+    """An open store on an empty table."""
+    with MySqlStore(mysql_url, timeout_seconds=5) as opened:
+        opened.ensure_table()
+        yield opened
+
+
+@pytest.fixture
+def mongo(store: UserStore) -> UserStore:
+    """An open store on an empty collection that is set up as it is in service."""
+    store.ensure_collection()
+    return store
+
+
+def user(key: int, login: str = "octo", **more: str | None) -> dict[str, str | None]:
+    """A user's five fields."""
+    return {"user_id": str(key), "login": login, "gravatar_id": None, "avatar_url": "a", "url": f"u{key}", **more}
+
+
+def put_rows(mysql: MySqlStore, users: Iterable[dict[str, str | None]]) -> None:
+    """Insert rows."""
+    statement = "INSERT INTO `Users` VALUES (%s, %s, %s, %s, %s)"
+    mysql.execute([(statement, [found[name] for name in USER_FIELDS]) for found in users])
+
+
+def put_documents(mongo: UserStore, users: Iterable[dict[str, str | None]]) -> None:
+    """Insert documents."""
+    mongo.users.insert_many([dict(found) for found in users])
+
+
+def test_two_empty_sides_are_equal(mysql: MySqlStore, mongo: UserStore) -> None:
+    found = audit(mysql, mongo)
+    assert found.equal
+    assert (found.rows, found.documents, found.reread) == (0, 0, 0)
+
+
+def test_a_mirror_is_equal_over_many_chunks_whatever_the_order_of_keys(mysql: MySqlStore, mongo: UserStore) -> None:
+    users = [user(key) for key in range(-1_200, 1_300)]
+    put_rows(mysql, users)
+    put_documents(mongo, reversed(users))
+    found = audit(mysql, mongo)
+    assert found.equal
+    assert (found.rows, found.documents, found.reread, found.rounds) == (2_500, 2_500, 0, 0)
+    assert found.summary().startswith("equal: 2500 rows against 2500 documents")
+
+
+def test_odd_text_is_equal_to_itself(mysql: MySqlStore, mongo: UserStore) -> None:
+    users = [user(key, login=text, gravatar_id=text, url=None) for key, text in enumerate(ODD_TEXTS)]
+    put_rows(mysql, users)
+    put_documents(mongo, users)
+    assert audit(mysql, mongo, patience=NO_PATIENCE).equal
+
+
+def test_each_difference_is_counted_once_and_shown(mysql: MySqlStore, mongo: UserStore) -> None:
+    put_rows(mysql, [user(key) for key in range(100)])
+    put_documents(mongo, [user(key) for key in range(3, 98)])
+    mongo.users.update_one({"user_id": "50"}, {"$set": {"login": "OCTO", "url": None}})
+    put_documents(mongo, [user(1_000), user(1_001)])
+    found = audit(mysql, mongo, patience=NO_PATIENCE)
+    assert not found.equal
+    assert (found.missing, found.extra, found.different, found.from_files) == (5, 2, 1, 0)
+    assert (found.rows, found.documents, found.reread, found.rounds) == (100, 97, 8, 1)
+    assert {offender.user_id for offender in found.offenders} == {"0", "1", "2", "98", "99", "50", "1000", "1001"}
+    assert Offender("1000", "extra") in found.offenders
+    assert Offender("0", "missing") in found.offenders
+    (different,) = (offender for offender in found.offenders if offender.kind == "different")
+    assert different.fields == {
+        "login": {"mysql": "'octo'", "mongodb": "'OCTO'"},
+        "url": {"mysql": "'u50'", "mongodb": "null"},
+    }
+    assert found.summary().startswith("5 missing, 2 extra, 1 different: ")
+
+
+@pytest.mark.parametrize(
+    ("row", "stored"), [("octo", "OCTO"), ("octo", "octo "), ("\u00e9", "e\u0301"), ("a", "\u00e1")]
+)
+def test_what_mysql_holds_to_be_equal_is_compared_as_it_is(
+    mysql: MySqlStore, mongo: UserStore, row: str, stored: str
+) -> None:
+    put_rows(mysql, [user(1, login=row)])
+    put_documents(mongo, [user(1, login=stored)])
+    assert audit(mysql, mongo, patience=NO_PATIENCE).different == 1
+
+
+def test_users_that_only_files_brought_are_no_difference(mysql: MySqlStore, mongo: UserStore) -> None:
+    put_rows(mysql, [user(1)])
+    put_documents(mongo, [user(1), user(2), user(3)])
+    mongo.insert_versions(
+        [("2", "2015-01-01T00:00:00Z", 1), ("3", "2015-01-01T00:00:00Z", 2)], "load", before_each=lambda: None
+    )
+    # A load at work, or one that died: its mark stands where the entry is not written yet.
+    mongo.users.insert_one({**user(4), MARKER_FIELD: MARKER_VALUE})
+    found = audit(mysql, mongo, patience=NO_PATIENCE)
+    assert found.equal
+    assert (found.from_files, found.documents) == (3, 4)
+    assert "3 documents are from files alone" in found.summary()
+
+
+def test_a_deleted_user_that_came_back_is_extra_though_a_load_wrote_it(mysql: MySqlStore, mongo: UserStore) -> None:
+    put_documents(mongo, [user(2)])
+    mongo.insert_versions([("2", "2015-01-01T00:00:00Z", 1)], "load", before_each=lambda: None)
+    mongo.users.insert_one({**user(3), MARKER_FIELD: MARKER_VALUE})
+    mongo.deleted.insert_many([{"_id": "2"}, {"_id": "3"}])
+    found = audit(mysql, mongo, patience=NO_PATIENCE)
+    assert (found.extra, found.from_files) == (2, 0)
+
+
+def test_a_file_user_with_a_row_is_compared(mysql: MySqlStore, mongo: UserStore) -> None:
+    put_rows(mysql, [user(1, login="row"), user(2)])
+    put_documents(mongo, [user(1, login="file"), user(2)])
+    mongo.insert_versions(
+        [("1", "2015-01-01T00:00:00Z", 1), ("2", "2015-01-01T00:00:00Z", 2)], "load", before_each=lambda: None
+    )
+    found = audit(mysql, mongo, patience=NO_PATIENCE)
+    assert (found.different, found.from_files) == (1, 0)
+
+
+def test_offenders_are_capped_and_counts_are_not(mysql: MySqlStore, mongo: UserStore) -> None:
+    put_rows(mysql, [user(key) for key in range(1_500)])
+    put_documents(mongo, [user(key) for key in range(5_000, 6_200)])
+    found = audit(mysql, mongo, patience=NO_PATIENCE)
+    assert (found.missing, found.extra, len(found.offenders)) == (1_500, 1_200, 20)
+
+
+def test_counts_are_exact_beyond_the_bounded_number_of_suspects(
+    mysql: MySqlStore, mongo: UserStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit_module, "_SUSPECTS", 100)
+    put_rows(mysql, [user(key) for key in range(3_000)])
+    put_documents(mongo, [user(key, login="old") for key in range(500, 3_000)])
+    put_documents(mongo, [user(key) for key in range(5_000, 7_300)])
+    mongo.insert_versions(
+        [(str(key), "2015-01-01T00:00:00Z", key) for key in range(7_000, 7_300)], "load", before_each=lambda: None
+    )
+    found = audit(mysql, mongo, patience=NO_PATIENCE)
+    assert (found.missing, found.different, found.extra, found.from_files) == (500, 2_500, 2_000, 300)
+    assert found.reread == 5_000
+
+
+def test_keys_that_are_no_text_or_no_number_are_extra(mysql: MySqlStore, store: UserStore) -> None:
+    put_rows(mysql, [user(1)])
+    put_documents(store, [user(1), {**user(0), "user_id": "007"}, {**user(0), "user_id": "octo"}])
+    store.users.insert_many([{**user(0), "user_id": 1}, {"login": "nobody"}])
+    found = audit(mysql, store, patience=NO_PATIENCE)
+    assert (found.extra, found.missing, found.different) == (4, 0, 0)
+    assert {offender.user_id for offender in found.offenders} == {"007", "octo", "1 (int)", "None (NoneType)"}
+
+
+def test_changes_in_flight_are_waited_for(mysql: MySqlStore, mongo: UserStore) -> None:
+    put_rows(mysql, [user(key, login="new") for key in range(10)])
+    put_documents(mongo, [user(key, login="old") for key in range(5)])
+    put_documents(mongo, [user(20)])
+
+    def arrive() -> None:
+        mongo.users.update_many({"login": "old"}, {"$set": {"login": "new"}})
+        put_documents(mongo, [user(key, login="new") for key in range(5, 10)])
+        mongo.users.delete_one({"user_id": "20"})
+
+    timer = threading.Timer(0.7, arrive)
+    timer.start()
+    found = audit(mysql, mongo, patience=Patience(seconds=20))
+    timer.join()
+    assert found.equal
+    assert found.reread == 11
+    assert 0.5 < found.seconds < 10
+
+
+def test_patience_ends(mysql: MySqlStore, mongo: UserStore) -> None:
+    put_rows(mysql, [user(1)])
+    found = audit(mysql, mongo, patience=Patience(seconds=0.6))
+    assert found.missing == 1
+    assert found.rounds > 3
+    assert 0.5 < found.seconds < 3
+
+
+def test_patience_ends_early_when_it_is_asked_to(mysql: MySqlStore, mongo: UserStore) -> None:
+    put_rows(mysql, [user(1)])
+    stop = threading.Event()
+    threading.Timer(0.3, stop.set).start()
+    found = audit(mysql, mongo, patience=Patience(seconds=60, wait=stop.wait))
+    assert found.missing == 1
+    assert found.seconds < 10
+
+
+class Follower:
+    """Applies a workload's changes to the collection some time after their commit, as a stream does."""
+
+    def __init__(self, mongo: UserStore, delay_seconds: float) -> None:
+        self._mongo = mongo
+        self._delay = delay_seconds
+        self._changes: queue.Queue[tuple[float, Sequence[RowChange]] | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._follow)
+        self._users: Users = {}
+
+    def __enter__(self) -> Follower:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._changes.put(None)
+        self._thread.join()
+
+    def committed(self, changes: Sequence[RowChange], _at_ms: int) -> None:
+        """Take the changes of one transaction."""
+        self._changes.put((time.monotonic() + self._delay, changes))
+
+    def _follow(self) -> None:
+        while (taken := self._changes.get()) is not None:
+            due, changes = taken
+            time.sleep(max(0.0, due - time.monotonic()))
+            for change in changes:
+                self._apply(change)
+
+    def _apply(self, change: RowChange) -> None:
+        key = str(change.key)
+        if change.kind == INSERT:
+            self._users[key] = {"user_id": key, **change.fields}
+        elif change.kind == DELETE:
+            del self._users[key]
+        elif change.kind == KEY_CHANGE:
+            self._users[str(change.new_key)] = {**self._users.pop(key), "user_id": str(change.new_key)}
+        else:
+            self._users[key] |= change.fields
+        for touched in {key, str(change.new_key or key)}:
+            if touched in self._users:
+                self._mongo.users.replace_one({"user_id": touched}, self._users[touched], upsert=True)
+            else:
+                self._mongo.users.delete_one({"user_id": touched})
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        Mix(rows=30, odd=0.3, transaction=0.1, again=0.5),
+        # A handful of rows, each updated far more often than the delay is long: the sides are never the same at once.
+        Mix(insert=1, update=99, delete=0, key_change=0),
+    ],
+    ids=["all kinds", "hot rows"],
+)
+def test_a_collection_that_follows_with_a_delay_is_equal_at_any_moment(
+    mysql_url: str, mysql: MySqlStore, mongo: UserStore, mix: Mix
+) -> None:
+    with MySqlStore(mysql_url) as source, Follower(mongo, delay_seconds=0.2) as follower:
+        workload = Workload(source, rate=200, seed=5, mix=mix, on_commit=follower.committed)
+        stop = threading.Event()
+        thread = threading.Thread(target=lambda: workload.run(seconds=60, stop=stop))
+        thread.start()
+        time.sleep(0.5)
+        during = [audit(mysql, mongo, patience=Patience(seconds=5)) for _ in range(3)]
+        stop.set()
+        thread.join()
+    assert [found.summary() for found in during if not found.equal] == []
+    assert sum(found.reread for found in during) > 0
+    after = audit(mysql, mongo, patience=NO_PATIENCE)
+    assert after.equal
+    assert (after.rows, after.reread) == (mysql.count(), 0)
+    assert after.rows > 0
+
+    mongo.users.delete_one({})
+    assert audit(mysql, mongo, patience=NO_PATIENCE).missing == 1
+
+
+def test_an_outage_is_an_error_and_never_a_difference(mysql: MySqlStore) -> None:
+    put_rows(mysql, [user(1)])
+    away = "mongodb://127.0.0.1:9"
+    with UserStore(away, "x", "Users", timeout_seconds=0.5) as mongo, pytest.raises(UnavailableError, match="MongoDB"):
+        audit(mysql, mongo)
+
+
+def test_a_missing_table_is_an_error_and_never_a_difference(mysql_url: str, mongo: UserStore) -> None:
+    put_documents(mongo, [user(1)])
+    with MySqlStore(mysql_url) as empty, pytest.raises(ConfigError, match="1146"):
+        audit(empty, mongo)

@@ -1,0 +1,227 @@
+"""Applying segments to a real collection: exactly what the stream says, beside what loads left."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from pymongo import MongoClient
+
+from ghsync_dagster.cdc.apply import Applied, apply
+from ghsync_dagster.domain.change import Change, Op
+from ghsync_dagster.domain.coalesce import Segment
+from ghsync_dagster.domain.errors import RefusedError, UnavailableError
+from ghsync_dagster.domain.user import MARKER_FIELD, MARKER_VALUE, json_schema
+from ghsync_dagster.stores.mongo import UserStore
+from ghsync_dagster.stores.stream import StreamStore
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+pytestmark = pytest.mark.integration
+
+
+def user(key: str, login: str | None = "octo", **fields: str | None) -> dict[str, str | None]:
+    return {"user_id": key, "login": login, "gravatar_id": "", "avatar_url": None, "url": "http://u"} | fields
+
+
+def upsert(row: dict[str, str | None]) -> Change:
+    return Change(Op.UPSERT, row["user_id"], row, "u")
+
+
+def delete(key: str) -> Change:
+    return Change(Op.DELETE, key, None, "d")
+
+
+def segment(*changes: Change, truncate: bool = False) -> Segment:
+    return Segment(truncate, {str(change.key): change for change in changes})
+
+
+def applied(store: UserStore, *changes: Change, truncate: bool = False) -> Applied:
+    return apply(StreamStore(store), segment(*changes, truncate=truncate))
+
+
+def stored(store: UserStore) -> dict[str, dict[str, Any]]:
+    return {found["user_id"]: found for found in store.users.find({}, {"_id": 0})}
+
+
+def ids(documents: Iterable[dict[str, Any]]) -> set[str]:
+    return {document["_id"] for document in documents}
+
+
+@pytest.fixture
+def users(store: UserStore) -> UserStore:
+    store.ensure_collection()
+    return store
+
+
+def test_upserts_and_deletes_of_one_segment_are_all_applied(users: UserStore) -> None:
+    applied(users, upsert(user("1")), upsert(user("2")), upsert(user("3")))
+    result = applied(users, upsert(user("1", "renamed")), delete("2"), delete("9"), upsert(user("-4", None)))
+    assert (result.upserts, result.deletes, result.refused) == (2, 2, {})
+    assert stored(users) == {"1": user("1", "renamed"), "3": user("3"), "-4": user("-4", None)}
+    assert ids(users.deleted.find()) == {"2", "9"}
+    assert list(users.users.find_one({"user_id": "1"}) or {}) == ["_id", *user("1")]
+
+
+def test_a_user_that_comes_back_is_no_longer_recorded_as_deleted(users: UserStore) -> None:
+    applied(users, delete("1"), delete("2"))
+    applied(users, upsert(user("1")))
+    assert ids(users.deleted.find()) == {"2"}
+
+
+def test_applying_again_changes_nothing(users: UserStore) -> None:
+    for _ in range(3):
+        applied(users, upsert(user("1")), delete("2"))
+    assert stored(users) == {"1": user("1")}
+    assert ids(users.deleted.find()) == {"2"}
+
+
+def test_version_entries_of_touched_keys_go_and_others_stay(users: UserStore) -> None:
+    users.versions.insert_many([{"_id": key, "created_at": "x", "id": 1, "load": "l"} for key in "123"])
+    result = applied(users, upsert(user("1")), delete("2"))
+    assert ids(users.versions.find()) == {"3"}
+    assert result.repeated == 0
+
+
+def test_a_marked_document_loses_its_marker(users: UserStore) -> None:
+    users.users.insert_many([{**user(key), MARKER_FIELD: MARKER_VALUE} for key in "12"])
+    applied(users, upsert(user("1", "new")), upsert({"user_id": "2", "login": "part"}))
+    assert stored(users) == {"1": user("1", "new"), "2": user("2", "part")}
+
+
+def test_unknown_fields_keep_what_is_stored_and_are_null_where_nothing_is(users: UserStore) -> None:
+    applied(users, upsert(user("1", "before", avatar_url="http://a")))
+    applied(users, upsert({"user_id": "1", "login": "after"}), upsert({"user_id": "2", "login": "new"}))
+    assert stored(users) == {
+        "1": user("1", "after", avatar_url="http://a"),
+        "2": {"user_id": "2", "login": "new", "gravatar_id": None, "avatar_url": None, "url": None},
+    }
+
+
+def test_a_user_of_whom_nothing_is_known_but_the_id_is_stored_all_the_same(users: UserStore) -> None:
+    applied(users, upsert({"user_id": "1"}))
+    assert stored(users)["1"] == dict.fromkeys(("user_id", "login", "gravatar_id", "avatar_url", "url")) | {
+        "user_id": "1"
+    }
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\u2028", "$set", "$$ROOT", "{", "🦄" * 60, "x" * 2_000, ""])
+@pytest.mark.parametrize("whole", [True, False])
+def test_text_is_data(users: UserStore, text: str, *, whole: bool) -> None:
+    row: dict[str, str | None] = user("1", text) if whole else {"user_id": "1", "login": text}
+    applied(users, upsert(row))
+    assert stored(users)["1"]["login"] == text
+
+
+def test_a_load_between_the_write_and_the_second_look_is_overwritten_once_more(users: UserStore) -> None:
+    class Racing(StreamStore):
+        raced = 0
+
+        def write(self, *args: Any, **kwargs: Any) -> Any:
+            refused = super().write(*args, **kwargs)
+            if self.raced < 2:
+                # As a load that found the new document replaces it and writes its version.
+                self.raced += 1
+                users.users.update_one({"user_id": "1"}, {"$set": {"login": f"load-{self.raced}"}})
+                users.versions.insert_one({"_id": "1", "created_at": "x", "id": 1, "load": "l"})
+            return refused
+
+    result = apply(Racing(users), segment(upsert(user("1", "stream")), upsert(user("2"))))
+    assert result.repeated == 2
+    assert stored(users) == {"1": user("1", "stream"), "2": user("2")}
+    assert users.versions.count_documents({}) == 0
+
+
+# what the database refuses
+
+
+def test_the_database_refuses_one_user_and_takes_the_others(users: UserStore) -> None:
+    strict = json_schema()
+    strict["properties"]["login"] = {"bsonType": "string", "maxLength": 5}
+    users.database.command({"collMod": "Users", "validator": {"$jsonSchema": strict}})
+    users.deleted.insert_one({"_id": "2"})
+    result = applied(users, upsert(user("1")), upsert(user("2", "too long")), delete("3"), upsert({"user_id": "4"}))
+    assert set(result.refused) == {"2", "4"}
+    assert {refused.kind for refused in result.refused.values()} == {"validator"}
+    assert "121" in result.refused["2"].text
+    assert (result.upserts, result.deletes) == (1, 1)
+    assert stored(users) == {"1": user("1")}
+    assert ids(users.deleted.find()) == {"2", "3"}
+
+
+def test_what_is_too_large_or_no_text_is_refused_alone(users: UserStore) -> None:
+    others = [upsert(user(str(key))) for key in range(10, 30)]
+    result = applied(
+        users, *others, upsert(user("1", "x" * 17_000_000)), upsert(user("2", "\ud800")), upsert(user("3"))
+    )
+    assert {key: refused.kind for key, refused in result.refused.items()} == {"1": "too-large", "2": "unencodable"}
+    assert len(stored(users)) == 21
+
+
+def test_another_unique_index_refuses_alone(users: UserStore) -> None:
+    users.users.create_index("login", unique=True)
+    applied(users, upsert(user("1", "taken")))
+    result = applied(users, upsert(user("2", "taken")), upsert(user("3", "free")))
+    assert {key: refused.kind for key, refused in result.refused.items()} == {"2": "unique-index"}
+    assert set(stored(users)) == {"1", "3"}
+
+
+# truncates
+
+
+def test_a_truncate_removes_everyone_and_remembers_them_as_deleted(users: UserStore) -> None:
+    users.users.insert_many([user("1"), {**user("2"), MARKER_FIELD: MARKER_VALUE}])
+    users.versions.insert_many([{"_id": key, "created_at": "x", "id": 1, "load": "l"} for key in ("2", "3")])
+    result = applied(users, upsert(user("5")), truncate=True)
+    assert result.truncated == 2
+    assert stored(users) == {"5": user("5")}
+    assert users.versions.count_documents({}) == 0
+    assert ids(users.deleted.find()) == {"1", "2", "3"}
+
+
+def test_a_truncate_removes_more_than_one_command_carries(users: UserStore) -> None:
+    users.users.insert_many([user(str(key)) for key in range(12_001)])
+    assert applied(users, truncate=True).truncated == 12_001
+    assert users.deleted.count_documents({}) == 12_001
+    assert stored(users) == {}
+
+
+# faults
+
+
+def test_a_server_that_is_away_is_a_transient_error() -> None:
+    with (
+        UserStore("mongodb://127.0.0.1:1", "nowhere", "Users", timeout_seconds=0.2) as away,
+        pytest.raises(UnavailableError),
+    ):
+        apply(StreamStore(away, may_write=lambda: 0.5), segment(upsert(user("1"))))
+
+
+def test_who_may_not_write_any_more_sends_no_command(users: UserStore) -> None:
+    class GoneError(Exception):
+        pass
+
+    def gone() -> float:
+        raise GoneError
+
+    with pytest.raises(GoneError):
+        apply(StreamStore(users, may_write=gone), segment(upsert(user("1")), delete("2")))
+    assert stored(users) == {}
+    assert users.deleted.count_documents({}) == 0
+
+
+def test_a_command_gets_no_more_time_than_is_left(users: UserStore) -> None:
+    with pytest.raises(UnavailableError):
+        apply(StreamStore(users, may_write=lambda: 0.00001), segment(upsert(user("1"))))
+
+
+def test_refused_credentials_are_permanent(mongo_uri: str) -> None:
+    wrong = mongo_uri.replace("://", "://nobody:wrong@")
+    with (
+        UserStore(wrong, "some", "Users", timeout_seconds=2) as store,
+        pytest.raises(RefusedError, match="user, password and roles"),
+    ):
+        applied(store, upsert(user("1")))
+    with MongoClient[dict[str, Any]](mongo_uri) as client:
+        assert "some" not in client.list_database_names()

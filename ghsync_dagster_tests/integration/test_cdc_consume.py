@@ -1,0 +1,464 @@
+"""The consumer on a real broker and a real collection: everything applied, in order, acknowledged, and nothing else."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from cdc_parts import user
+
+from ghsync_dagster.cdc.consume import ChangeConsumer
+from ghsync_dagster.cdc.dead_letters import read_dead_letters
+from ghsync_dagster.cdc.listener import SilentListener
+from ghsync_dagster.domain.errors import PermanentError, RefusedError, UnavailableError
+from ghsync_dagster.domain.user import BUILT_IN_RULES, json_schema
+from ghsync_dagster.stores.kafka import KafkaSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cdc_parts import Parts, Topic
+
+    from ghsync_dagster.cdc.listener import AppliedBatch
+    from ghsync_dagster.stores.mongo import UserStore
+
+pytestmark = pytest.mark.integration
+
+
+def stored(store: UserStore) -> dict[str, dict[str, Any]]:
+    return {found["user_id"]: found for found in store.users.find({}, {"_id": 0})}
+
+
+def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    """Wait until something outside of this process's reach holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.02)
+
+
+def test_a_drain_applies_what_is_there_commits_it_and_ends(topic: Topic, parts: Parts, store: UserStore) -> None:
+    for number in range(3_000):
+        key = number % 700
+        topic.delete(key) if str(key) in topic.expected and number % 5 == 0 else topic.upsert(key, f"u{number}")
+    report = parts.drain(topic)
+    assert stored(store) == topic.expected
+    assert report.records.keys() <= {"applied", "coalesced"}
+    end = sum(report.records.values())
+    assert topic.committed() == end
+    assert {found["_id"] for found in store.deleted.find()}.isdisjoint(topic.expected)
+
+    again = parts.drain(topic)
+    assert again.records == {}
+
+
+def test_a_drain_of_an_empty_topic_ends(topic: Topic, parts: Parts) -> None:
+    assert parts.drain(topic).records == {}
+
+
+def test_a_drain_without_topic_is_a_transient_error_with_a_way_out(topic: Topic, parts: Parts) -> None:
+    kafka = KafkaSettings(topic.kafka.bootstrap_servers, "no-such-topic", "some-group")
+    with pytest.raises(UnavailableError, match="KAFKA_TOPIC"):
+        ChangeConsumer(kafka, parts.open_store).run(threading.Event(), until_end=True)
+
+
+def test_changes_arrive_while_the_consumer_runs_and_it_stops_within_seconds(
+    topic: Topic, parts: Parts, store: UserStore
+) -> None:
+    with parts.running(topic) as running:
+        for number in range(20):
+            topic.upsert(number)
+            topic.flush()
+            until(lambda: len(stored(store)) == len(topic.expected))
+        asked = time.monotonic()
+        running.end()
+        assert time.monotonic() - asked < 3
+    assert topic.committed() == 20
+    assert running.metrics.snapshot().kafka.total.count == 20
+
+
+def test_skipped_records_are_counted_and_committed(topic: Topic, parts: Parts) -> None:
+    topic.raw({"serverName": "mysql-server"}, {"ts_ms": 1})
+    topic.upsert(1)
+    topic.raw({"serverName": "mysql-server"}, {"ts_ms": 2})
+    assert parts.drain(topic).records == {"skipped": 2, "applied": 1}
+    assert topic.committed() == 3
+
+
+def test_a_truncate_is_a_barrier_within_a_batch(topic: Topic, parts: Parts, store: UserStore) -> None:
+    topic.upsert(1)
+    topic.upsert(2)
+    topic.write(None, "t")
+    topic.upsert(2, "after")
+    topic.upsert(3)
+    parts.drain(topic)
+    assert stored(store) == topic.expected
+    assert {found["_id"] for found in store.deleted.find()} == {"1"}
+
+
+def test_broken_rules_are_counted_and_applied_all_the_same(topic: Topic, parts: Parts, store: UserStore) -> None:
+    class Rules(SilentListener):
+        broken: dict[str, int] = {}  # noqa: RUF012
+
+        def batch_applied(self, batch: AppliedBatch) -> None:
+            for name, count in batch.broken_rules.items():
+                self.broken[name] = self.broken.get(name, 0) + count
+
+    listener = Rules()
+    topic.upsert(1, "not a login!")
+    topic.upsert(2, None)
+    parts.drain(topic, rules=BUILT_IN_RULES, listener=listener)
+    assert listener.broken["login_format"] == 2
+    assert stored(store) == topic.expected
+
+
+# poison
+
+
+POISON: dict[str, tuple[Any, Any]] = {
+    "not-json": ({"user_id": 1}, b"{"),
+    "not-utf8": ({"user_id": 1}, b"\xff\xfe"),
+    "not-an-event": ({"user_id": 1}, {"hello": "world"}),
+    "missing-key": (None, None),
+    "bad-user-id": ({"user_id": 1}, {"op": "c", "after": {"user_id": 1.5, "login": "x"}}),
+}
+
+
+def test_poison_goes_to_the_dead_letters_alone(topic: Topic, parts: Parts, store: UserStore) -> None:
+    for number, (key, value) in enumerate(POISON.values()):
+        topic.upsert(100 + number)
+        topic.raw(key, value, headers=[("trace", b"\x00\x01")])
+        topic.upsert(200 + number)
+    report = parts.drain(topic)
+    assert stored(store) == topic.expected
+    assert report.records == {"applied": 10, "dead_letter": 5}
+    letters = list(read_dead_letters(topic.kafka))
+    assert [letter.offset for letter in letters] == [1, 4, 7, 10, 13]
+    assert {letter.kind for letter in letters} <= {*POISON, "missing-column"}
+    assert [letter.value for letter in letters][:2] == [b"{", b"\xff\xfe"]
+    assert letters[0].headers == [("trace", b"\x00\x01")]
+    assert topic.committed() == 15
+
+
+def test_the_states_before_a_refused_one_are_applied_in_order(topic: Topic, parts: Parts, store: UserStore) -> None:
+    store.ensure_collection()
+    strict = json_schema()
+    strict["properties"]["login"] = {"bsonType": "string", "maxLength": 8}
+
+    class Strict(type(store)):  # type: ignore[misc]
+        def ensure_collection(self) -> None:
+            """Leave the stricter validator as it is."""
+
+    store.database.command({"collMod": "Users", "validator": {"$jsonSchema": strict}})
+    topic.upsert(1, "good")
+    topic.upsert(1, "much too long")
+    topic.upsert(2, "much too long")
+    topic.upsert(2, "good")
+    topic.upsert(3, "good")
+    topic.upsert(3, "better")
+    topic.upsert(3, "much too long")
+    topic.upsert(4, "much too long")
+    topic.upsert(5, "good")
+    topic.flush()
+    consumer = ChangeConsumer(topic.kafka, lambda: Strict(parts.uri, parts.database, "Users"))
+    report = consumer.run(threading.Event(), until_end=True, seconds=60)
+    assert {key: row["login"] for key, row in stored(store).items()} == {
+        "1": "good",
+        "2": "good",
+        "3": "better",
+        "5": "good",
+    }
+    # The second record of user 2 is the last word, so that nobody asked the database about the first one.
+    assert report.records == {"applied": 5, "coalesced": 1, "dead_letter": 3}
+    assert [(letter.kind, letter.offset) for letter in read_dead_letters(topic.kafka)] == [
+        ("validator", 1),
+        ("validator", 6),
+        ("validator", 7),
+    ]
+
+
+# places in the topic
+
+
+def test_changes_that_were_removed_before_they_were_applied_are_told_and_nothing_is_skipped(
+    topic: Topic, parts: Parts
+) -> None:
+    from confluent_kafka import Consumer, TopicPartition
+
+    topic.upsert(1)
+    topic.flush()
+    consumer = Consumer({"bootstrap.servers": topic.kafka.bootstrap_servers, "group.id": topic.kafka.group_id})
+    consumer.commit(offsets=[TopicPartition(topic.kafka.topic, 0, 500)], asynchronous=False)
+    consumer.close()
+    with pytest.raises(PermanentError, match=r"at offset 500, but the topic holds 0 to 1.*snapshot"):
+        parts.consumer(topic).run(threading.Event(), seconds=20)
+
+
+def test_a_refused_write_stops_with_nothing_committed(topic: Topic, parts: Parts, mongo_uri: str) -> None:
+    topic.upsert(1)
+    topic.flush()
+    from ghsync_dagster.stores.mongo import UserStore
+
+    wrong = mongo_uri.replace("://", "://nobody:wrong@")
+    with pytest.raises(RefusedError, match="MONGODB_URI"):
+        ChangeConsumer(topic.kafka, lambda: UserStore(wrong, parts.database, "Users")).run(
+            threading.Event(), seconds=20
+        )
+    assert topic.committed() == -1001
+
+
+# the group
+
+
+def test_two_consumers_share_partitions_and_hand_over_without_loss(
+    make_topic: Callable[..., Topic], parts: Parts, store: UserStore
+) -> None:
+    topic = make_topic(partitions=2)
+    stopped = threading.Event()
+
+    def write() -> None:
+        number = 0
+        while not stopped.is_set():
+            number += 1
+            key = number % 97
+            topic.upsert(key, f"u{number}", partition=key % 2)
+            stopped.wait(0.002)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        with parts.running(topic) as first:
+            until(lambda: len(stored(store)) > 50)
+            with parts.running(topic) as second:
+                until(lambda: second.metrics.snapshot().records > 100)
+                first.end()
+                seen = second.metrics.snapshot().records
+                until(lambda: second.metrics.snapshot().records > seen + 300)
+                with parts.running(topic) as third:
+                    until(lambda: third.metrics.snapshot().records > 100)
+                    second.end()
+                    stopped.set()
+                    writer.join()
+                    topic.flush()
+                    until(lambda: stored(store) == topic.expected)
+                    third.end()
+    finally:
+        stopped.set()
+        writer.join()
+    assert list(read_dead_letters(topic.kafka)) == []
+
+
+# a truncate in several partitions
+
+
+def test_a_truncate_is_put_in_the_order_of_the_binlog(
+    make_topic: Callable[..., Topic], parts: Parts, store: UserStore
+) -> None:
+    topic = make_topic(partitions=3)
+    topic.upsert(1, "old", partition=1, pos=10)
+    topic.delete(7, partition=1, pos=15)
+    topic.upsert(2, "old", partition=2, pos=20)
+    topic.upsert(3, "old", partition=0, pos=25)
+    topic.write(None, "t", partition=0, pos=100)
+    topic.upsert(4, "new", partition=1, pos=110)
+    topic.upsert(5, "new", partition=2, pos=120)
+    topic.upsert(3, "new", partition=0, pos=130)
+    for number in range(40):
+        topic.upsert(10 + number, f"u{number}", partition=number % 3)
+    parts.drain(topic)
+    assert stored(store) == topic.expected
+    assert {found["_id"] for found in store.deleted.find()} == {"1", "2", "7"}
+
+
+def test_two_truncates_in_two_partitions_are_put_in_order(
+    make_topic: Callable[..., Topic], parts: Parts, store: UserStore
+) -> None:
+    topic = make_topic(partitions=2)
+    topic.upsert(1, partition=0, pos=10)
+    topic.write(None, "t", partition=1, pos=50)
+    topic.upsert(2, partition=0, pos=60)
+    topic.upsert(3, partition=1, pos=70)
+    topic.write(None, "t", partition=0, pos=80)
+    topic.upsert(4, partition=0, pos=90)
+    topic.upsert(5, partition=1, pos=100)
+    parts.drain(topic)
+    assert stored(store) == topic.expected
+    assert set(topic.expected) == {"4", "5"}
+
+
+def test_a_truncate_whose_order_is_not_sure_is_refused_with_its_place(
+    make_topic: Callable[..., Topic], parts: Parts, store: UserStore
+) -> None:
+    topic = make_topic(partitions=2)
+    topic.upsert(1, partition=0, pos=10)
+    topic.upsert(2, partition=1, pos=20)
+    topic.write(None, "t", partition=0, pos=100)
+    topic.flush()
+    with pytest.raises(PermanentError, match=r"partition 0 offset 1 .* partition 1 holds no change from behind it"):
+        parts.consumer(topic, truncate_wait_seconds=1).run(threading.Event(), seconds=30)
+    assert "1" in stored(store)
+    assert topic.committed(0) == 1
+
+    topic.upsert(3, partition=1, pos=110)
+    topic.upsert(4, partition=0, pos=120)
+    parts.drain(topic)
+    assert set(stored(store)) == {"3", "4"}
+
+
+def test_a_truncate_is_refused_where_a_record_does_not_tell_its_place(
+    make_topic: Callable[..., Topic], parts: Parts
+) -> None:
+    topic = make_topic(partitions=2)
+    topic.upsert(2, partition=1, pos=20)
+    # As of an incremental snapshot: from either side of the truncate.
+    topic.raw(
+        {"user_id": 5},
+        {"op": "r", "after": {**user(5), "user_id": 5}, "source": {"snapshot": "incremental"}},
+        partition=1,
+    )
+    topic.write(None, "t", partition=0, pos=100)
+    topic.upsert(3, partition=1, pos=110)
+    topic.flush()
+    with pytest.raises(PermanentError, match=r"partition 0 offset 0 .* partition 1 offset 1 does not tell its place"):
+        parts.consumer(topic).run(threading.Event(), seconds=30)
+
+
+def test_a_truncate_is_refused_where_the_order_of_the_binlog_is_broken(
+    make_topic: Callable[..., Topic], parts: Parts
+) -> None:
+    topic = make_topic(partitions=2)
+    topic.upsert(1, partition=1, pos=90)
+    topic.upsert(2, partition=1, pos=20)
+    topic.write(None, "t", partition=0, pos=100)
+    topic.upsert(3, partition=1, pos=110)
+    topic.flush()
+    with pytest.raises(PermanentError, match="partition 1 offset 1 breaks the order"):
+        parts.consumer(topic).run(threading.Event(), seconds=30)
+
+
+def test_a_truncate_is_refused_while_another_consumer_has_a_partition(
+    make_topic: Callable[..., Topic], parts: Parts
+) -> None:
+    topic = make_topic(partitions=2)
+    topic.upsert(1, partition=0, pos=10)
+    topic.upsert(2, partition=1, pos=20)
+    topic.flush()
+    with parts.running(topic) as one, parts.running(topic) as two:
+        until(lambda: len(one.metrics.snapshot().lag) == len(two.metrics.snapshot().lag) == 1)
+        topic.write(None, "t", partition=0, pos=100)
+        topic.upsert(3, partition=1, pos=110)
+        topic.flush()
+        until(lambda: bool(one.errors or two.errors))
+        [error] = one.errors + two.errors
+        assert isinstance(error, PermanentError)
+        assert "other consumers of group" in str(error)
+        # The one that is left has both partitions then, and knows the order.
+        left = two if one.errors else one
+        until(lambda: not left.thread.is_alive() or topic.committed(0) == 2)
+        left.end()
+
+
+# servers that are away
+
+
+def test_a_broker_that_is_not_there_is_waited_for(parts: Parts) -> None:
+    class Heard(SilentListener):
+        down = threading.Event()
+
+        def connection(self, name: str, *, up: bool) -> None:
+            if name == "kafka" and not up:
+                self.down.set()
+
+    kafka = KafkaSettings("127.0.0.1:1", "changes", "some-group", timeout_seconds=1)
+    heard = Heard()
+    report = ChangeConsumer(kafka, parts.open_store, listener=heard).run(threading.Event(), seconds=3)
+    assert heard.down.is_set()
+    assert report.records == {}
+
+
+def test_a_store_that_is_away_is_waited_for_and_nothing_becomes_a_dead_letter(
+    topic: Topic, parts: Parts, store: UserStore
+) -> None:
+    from ghsync_dagster.stores.mongo import UserStore as Store
+
+    class Flaky(Store):
+        """A store whose server goes away for a while."""
+
+    proxy = Proxy(parts.uri)
+    topic.upsert(1)
+    topic.flush()
+    try:
+        consumer = ChangeConsumer(topic.kafka, lambda: Flaky(proxy.uri, parts.database, "Users", timeout_seconds=0.5))
+        stop = threading.Event()
+        reports: list[Any] = []
+        thread = threading.Thread(target=lambda: reports.append(consumer.run(stop)), daemon=True)
+        thread.start()
+        until(lambda: "1" in stored(store))
+        proxy.cut()
+        topic.upsert(2)
+        topic.flush()
+        time.sleep(topic.kafka.session_timeout_seconds + 2)
+        assert "2" not in stored(store)
+        proxy.join()
+        until(lambda: "2" in stored(store), 30)
+        stop.set()
+        thread.join(20)
+    finally:
+        proxy.cut()
+    assert reports[0].retries
+    assert list(read_dead_letters(topic.kafka)) == []
+    until(lambda: topic.committed() == 2)
+
+
+class Proxy:
+    """A way to a server that can be cut."""
+
+    def __init__(self, uri: str) -> None:
+        import socket
+
+        host, port = uri.rpartition("/")[2].split(":")
+        self._target = (host, int(port))
+        self._open = True
+        self._sockets: list[Any] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.uri = f"mongodb://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        import socket
+
+        while True:
+            here, _ = self._listener.accept()
+            if not self._open:
+                here.close()
+                continue
+            there = socket.create_connection(self._target)
+            self._sockets += [here, there]
+            for one, other in ((here, there), (there, here)):
+                threading.Thread(target=self._pump, args=(one, other), daemon=True).start()
+
+    def _pump(self, one: Any, other: Any) -> None:
+        try:
+            while data := one.recv(65_536):
+                other.sendall(data)
+        except OSError:
+            pass
+        finally:
+            one.close()
+            other.close()
+
+    def cut(self) -> None:
+        """Cut every connection and refuse new ones."""
+        import contextlib
+        import socket
+
+        self._open = False
+        for each in self._sockets:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def join(self) -> None:
+        """Let connections through again."""
+        self._open = True

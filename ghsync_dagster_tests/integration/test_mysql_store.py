@@ -1,0 +1,246 @@
+"""Reading and changing the table on a real server, what a MYSQL_URL means, and how failures are told."""
+
+from __future__ import annotations
+
+import socket
+import uuid
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import pymysql
+import pytest
+
+from ghsync_dagster.cdc.workload import ODD_TEXTS, Mix, Workload
+from ghsync_dagster.domain.errors import ConfigError, RefusedError, UnavailableError
+from ghsync_dagster.local.mysql import ensure_mysql
+from ghsync_dagster.stores.mysql import KEY_MAX, KEY_MIN, MySqlAddress, MySqlStore, is_key, parse_url
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ghsync_dagster.settings import Settings
+
+pytestmark = pytest.mark.integration
+
+INSERT = "INSERT INTO `Users` VALUES (%s, %s, %s, %s, %s)"
+
+
+@pytest.fixture
+def url(server_settings: Settings) -> Iterator[str]:
+    """The URL of a database of the test's own, dropped afterwards."""
+    server = ensure_mysql(server_settings)
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    with MySqlStore(server) as admin:
+        admin.execute([(f"CREATE DATABASE `{name}` CHARACTER SET utf8mb4", ())])
+        yield urlsplit(server)._replace(path=f"/{name}").geturl()
+        admin.execute([(f"DROP DATABASE `{name}`", ())])
+
+
+@pytest.fixture
+def mysql(url: str) -> Iterator[MySqlStore]:
+    """An open store on an empty table."""
+    with MySqlStore(url, timeout_seconds=5) as store:
+        store.ensure_table()
+        yield store
+
+
+def insert(mysql: MySqlStore, *keys: int, login: str = "octo") -> None:
+    """Insert plain rows."""
+    mysql.execute([(INSERT, (key, login, None, "a", "u")) for key in keys])
+
+
+def test_a_row_has_the_shape_of_a_stored_user(mysql: MySqlStore) -> None:
+    mysql.ensure_table()
+    insert(mysql, -7)
+    assert mysql.rows(None, 10) == [
+        {"user_id": "-7", "login": "octo", "gravatar_id": None, "avatar_url": "a", "url": "u"}
+    ]
+    assert mysql.count() == 1
+    assert mysql.version()
+
+
+def test_rows_come_in_the_order_of_numbers_chunk_by_chunk(mysql: MySqlStore) -> None:
+    keys = [KEY_MIN, -10, -9, 0, 9, 10, 100, 1_000, KEY_MAX]
+    insert(mysql, *reversed(keys))
+    found: list[int] = []
+    after = None
+    while rows := mysql.rows(after, 2):
+        found += [int(str(row["user_id"])) for row in rows]
+        after = found[-1]
+    assert found == keys
+    assert mysql.rows(KEY_MAX, 5) == []
+
+
+def test_lookups_take_keys_that_mysql_cannot_hold(mysql: MySqlStore) -> None:
+    insert(mysql, 1, 2, 3)
+    odd = ["007", "-0", "octo", "", "9" * 30, str(KEY_MAX + 1), "1 OR 1=1", "\u0661"]
+    assert set(mysql.rows_by_id(["1", "3", "4", *odd])) == {"1", "3"}
+    assert mysql.ids_among(["2", "4", *odd]) == {"2"}
+    assert mysql.rows_by_id(odd) == {}
+    assert mysql.ids_among([]) == set()
+
+
+def test_keys_are_what_mysql_writes() -> None:
+    assert all(is_key(str(key)) for key in (0, 1, -1, KEY_MIN, KEY_MAX))
+    assert not any(is_key(key) for key in ("", "-", "+1", "01", "1.0", "1\n", str(KEY_MIN - 1)))
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
+def test_text_comes_back_as_it_was(mysql: MySqlStore, text: str) -> None:
+    mysql.execute([(INSERT, (1, text, text, None, text))])
+    # In one request of several statements too.
+    mysql.execute([(INSERT, (key, text, text, None, text)) for key in (2, 3)])
+    expected = {"login": text, "gravatar_id": text, "avatar_url": None, "url": text}
+    assert mysql.rows(None, 9) == [{"user_id": key, **expected} for key in ("1", "2", "3")]
+
+
+def test_a_transaction_is_whole_or_not_there(mysql: MySqlStore, url: str) -> None:
+    insert(mysql, 1)
+    with pytest.raises(RefusedError, match="code 1062"):
+        mysql.execute([(INSERT, (key, "x", None, None, None)) for key in (2, 3, 1, 4)])
+    assert mysql.count() == 1
+    # The connection is not left in the broken transaction.
+    insert(mysql, 5)
+    with MySqlStore(url, timeout_seconds=5) as other:
+        assert other.ids_among(["2", "5"]) == {"5"}
+
+
+def test_touched_rows_are_counted_though_nothing_changed(mysql: MySqlStore) -> None:
+    insert(mysql, 1, 2)
+    assert mysql.execute([("UPDATE `Users` SET `login` = 'octo'", ())]) == 2
+    assert mysql.execute([("DELETE FROM `Users` WHERE `user_id` = %s", (9,))]) == 0
+    assert mysql.execute([("UPDATE `Users` SET `url` = 'v'", ()), ("DELETE FROM `Users`", ())]) == 4
+    assert mysql.execute([]) == 0
+
+
+def test_a_read_sees_what_others_have_committed_since(mysql: MySqlStore, url: str) -> None:
+    assert mysql.count() == 0
+    with MySqlStore(url) as other:
+        insert(other, 1)
+        assert mysql.count() == 1
+        other.execute([("UPDATE `Users` SET `login` = 'new'", ())])
+        assert mysql.rows_by_id(["1"])["1"]["login"] == "new"
+
+
+def test_a_killed_connection_is_an_outage_and_made_again(mysql: MySqlStore, url: str) -> None:
+    number = mysql._run("Asking", "SELECT CONNECTION_ID()")[0][0]
+    with MySqlStore(url) as admin:
+        admin.execute([("KILL %s", (number,))])
+    with pytest.raises(UnavailableError, match="can't be reached or can't answer now"):
+        mysql.count()
+    assert mysql.count() == 0
+
+
+def test_a_locked_row_is_an_outage_that_may_pass(mysql: MySqlStore) -> None:
+    insert(mysql, 1)
+    mysql.execute([("SET SESSION innodb_lock_wait_timeout = 1", ())])
+    at = mysql.address
+    holder = pymysql.connect(
+        host=at.host, port=at.port, user=at.user, password=at.password.encode(), database=at.database
+    )
+    with holder, holder.cursor() as cursor:
+        cursor.execute("UPDATE `Users` SET `login` = 'held'")
+        with pytest.raises(UnavailableError, match="code 1205"):
+            mysql.execute([("UPDATE `Users` SET `login` = 'mine'", ())])
+    assert mysql.execute([("UPDATE `Users` SET `login` = 'mine'", ())]) == 1
+
+
+def test_a_wrong_password_is_refused_and_not_shown(mysql: MySqlStore) -> None:
+    at = mysql.address
+    wrong = f"mysql://{at.user}:wr0ng-secret@{at.host}:{at.port}/{at.database}"
+    with MySqlStore(wrong) as store, pytest.raises(RefusedError, match="Check the user, password") as told:
+        store.count()
+    assert "wr0ng-secret" not in str(told.value)
+    assert "wr0ng-secret" not in repr(store.address)
+
+
+def test_a_missing_database_or_table_is_a_setting_to_correct(url: str) -> None:
+    with MySqlStore(url, table="No`Such") as store, pytest.raises(ConfigError, match="code 1146"):
+        store.rows(None, 1)
+    with (
+        MySqlStore(urlsplit(url)._replace(path="/no_such_database").geturl()) as store,
+        pytest.raises(ConfigError, match="code 1049"),
+    ):
+        store.count()
+
+
+def test_nobody_there_is_an_outage() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with (
+        MySqlStore(f"mysql://app:pw@127.0.0.1:{port}/new_data", timeout_seconds=1) as store,
+        pytest.raises(UnavailableError, match=f"127.0.0.1:{port}"),
+    ):
+        store.count()
+
+
+def test_a_server_that_never_answers_is_an_outage() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        port = silent.getsockname()[1]
+        with (
+            MySqlStore(f"mysql://app:pw@127.0.0.1:{port}/new_data", timeout_seconds=0.2) as store,
+            pytest.raises(UnavailableError),
+        ):
+            store.count()
+
+
+def test_a_url_is_read_whole() -> None:
+    assert parse_url("mysql://app:p%40ss%2F%3A@db.example:3307/new_data") == MySqlAddress(
+        "db.example", 3307, "app", "p@ss/:", "new_data"
+    )
+    assert parse_url("mariadb+pymysql://app@[::1]/x%20y") == MySqlAddress("::1", 3306, "app", "", "x y")
+    socket_only = parse_url("mysql://app@/new_data?unix_socket=/run/m.sock")
+    assert (socket_only.unix_socket, str(socket_only)) == ("/run/m.sock", "mysql:///run/m.sock/new_data")
+
+
+@pytest.mark.parametrize(
+    ("query", "mode"),
+    [
+        ("", "PREFERRED"),
+        ("?ssl_ca=/ca.pem", "VERIFY_CA"),
+        ("?ssl_ca=/ca.pem&ssl_mode=verify_identity", "VERIFY_IDENTITY"),
+        ("?ssl_mode=REQUIRED", "REQUIRED"),
+        ("?ssl_mode=disabled", "DISABLED"),
+    ],
+)
+def test_tls_is_asked_for_as_by_the_mysql_client(query: str, mode: str) -> None:
+    assert parse_url(f"mysql://app@db/new_data{query}").ssl_mode == mode
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("postgres://app:s3cret@db/new_data", "does not begin with mysql://"),
+        ("s3cret", "does not begin with mysql://"),
+        ("mysql://app:s3cret@db:33o6/new_data", "its port or its options"),
+        ("mysql://app:s3cret@db", "lacks a host, a user or a database"),
+        ("mysql://db/new_data", "lacks a host, a user or a database"),
+        ("mysql://app:s3cret@db/new_data?sslmode=require", "unknown option sslmode"),
+        ("mysql://app:s3cret@db/new_data?ssl_mode=maybe", "ssl_mode is none of"),
+        ("mysql://app:s3cret@db/new_data?ssl_mode", "its port or its options"),
+    ],
+)
+def test_a_malformed_url_is_told_without_its_password(url: str, why: str) -> None:
+    with pytest.raises(ConfigError, match="MYSQL_URL is malformed") as told:
+        MySqlStore(url)
+    assert why in str(told.value)
+    assert "s3cret" not in str(told.value)
+
+
+def test_tls_files_that_are_not_there_are_told() -> None:
+    with pytest.raises(ConfigError, match="TLS files of MYSQL_URL"):
+        MySqlStore("mysql://app@db/new_data?ssl_ca=/no/such.pem")
+
+
+def test_a_planned_history_meets_its_rows_on_the_server_beside_others(mysql: MySqlStore) -> None:
+    insert(mysql, 1, 2, 3, login="theirs")
+    mix = Mix(rows=200, odd=0.3, transaction=0.2, again=0.5)
+    first = Workload(mysql, rate=1e6, seed=1, base_id=1_000_000, mix=mix).run(changes=2_000)
+    second = Workload(mysql, rate=1e6, seed=2, base_id=2_000_000, mix=mix, longest_transaction=1).run(changes=300)
+    assert (first.missed, second.missed) == (0, 0)
+    net = sum(report.changes["insert"] - report.changes["delete"] for report in (first, second))
+    assert mysql.count() == net + 3
+    assert all(row["login"] == "theirs" for row in mysql.rows_by_id(["1", "2", "3"]).values())

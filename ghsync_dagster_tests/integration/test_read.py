@@ -1,0 +1,267 @@
+"""Reading by real Spark, against the same decision in plain Python: no line lost, doubled or misnumbered."""
+
+from __future__ import annotations
+
+import gzip
+import random
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pyarrow.parquet as pq
+import pytest
+from odd_lines import GOOD, KINDS
+
+from ghsync_dagster.batch import read
+from ghsync_dagster.domain.errors import InputError, PermanentError
+from ghsync_dagster.domain.event import RAW_LIMIT, Event, Refused, event_decoder
+from ghsync_dagster.domain.user import BUILT_IN_RULES, Rule
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from ghsync_dagster.batch.reports import ReadReport
+    from ghsync_dagster.stores.spark import SparkHandle
+
+pytestmark = pytest.mark.integration
+
+Quarantined = tuple[str, int, str, str]
+"""File, line number, reason, raw text."""
+
+
+@pytest.fixture
+def read_files(spark: SparkHandle, tmp_path: Path) -> Callable[..., ReadReport]:
+    """Return a function that reads paths into a folder of the test's own."""
+
+    def run(*paths: Path, rules: Sequence[Rule] = BUILT_IN_RULES) -> ReadReport:
+        target = tmp_path / "out"
+        target.mkdir()
+        return read.read_events(spark.session, [str(path) for path in paths], target, rules)
+
+    return run
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read, "_block_size", lambda _: 4096)
+
+
+def plain_python(*paths: Path) -> tuple[Counter[Event], list[Quarantined], int]:
+    """Return what reading the files must give: events, quarantined lines, and the number of blank lines."""
+    decide = event_decoder(BUILT_IN_RULES)
+    events: Counter[Event] = Counter()
+    quarantined: list[Quarantined] = []
+    blank = 0
+    for path in paths:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        lines = content.split(b"\n")
+        for number, line in enumerate(lines[: -1 if lines[-1] == b"" else None], start=1):
+            outcome = decide(line)
+            if isinstance(outcome, Event):
+                events[outcome] += 1
+            elif isinstance(outcome, Refused):
+                quarantined.append((str(path), number, outcome.reason, raw_of(line)))
+            else:
+                blank += 1
+    return events, sorted(quarantined), blank
+
+
+def raw_of(line: bytes) -> str:
+    text = line.decode("utf-8", "backslashreplace").replace("\0", "\\x00")
+    return text if len(text) <= RAW_LIMIT else f"{text[:RAW_LIMIT]}... ({len(line)} bytes)"
+
+
+def events_in(report: ReadReport) -> Counter[Event]:
+    if report.events == 0:
+        return Counter()
+    names = ["id", "type", "created_at", "actor", "repo"]
+    rows = pq.read_table(report.events_path, columns=names, partitioning=None).to_pylist()
+    return Counter(msgspec.convert(row, Event) for row in rows)
+
+
+def quarantine_in(report: ReadReport) -> list[Quarantined]:
+    rows: list[dict[str, Any]] = pq.read_table(report.quarantine_path).to_pylist()
+    return sorted((row["file"], row["line"], row["reason"], row["raw"]) for row in rows)
+
+
+def assert_as_plain_python(report: ReadReport, *paths: Path) -> None:
+    events, quarantined, blank = plain_python(*paths)
+    assert quarantine_in(report) == quarantined
+    assert events_in(report) == events
+    assert (report.events, report.quarantined, report.blank) == (events.total(), len(quarantined), blank)
+    assert report.lines == report.events + report.quarantined + report.blank
+    assert sum(file.lines for file in report.files) == report.lines
+    assert sum(report.reasons.values()) == report.quarantined
+
+
+def mixed(make: Callable[..., str], lines: int, seed: int) -> list[bytes]:
+    """Return lines of all kinds and very different lengths, some of many kilobytes."""
+    draw = random.Random(seed)  # noqa: S311  a reproducible mix, no secret
+    kinds: list[Callable[[int], bytes]] = [
+        *[lambda n: make(n + 1, number=n, payload={"x": "y" * draw.randrange(600)}).encode()] * 12,
+        lambda n: make(n + 1, number=n, payload={"x": "é" * draw.randrange(12_000)}).encode(),
+        lambda _: b"",
+        lambda _: b" \t",
+        lambda n: b"bad line %d" % n,
+        lambda n: b"bad and long %d " % n + b"z" * draw.randrange(15_000),
+        lambda n: make(n + 1, number=n, actor_login=None).encode(),
+        lambda n: make(-n, number=n).encode(),
+        lambda n: make(n + 1, number=n).encode()[:-7],
+        lambda n: make(n + 1, number=n).encode().replace(b"octo", b"oct\xff", 1),
+        lambda n: make(n + 1, number=n).encode().replace(b"octo", b"o\x00", 1),
+        lambda n: make(n + 1, number=n).encode() + b"\r" + make(n + 1, number=n).encode(),
+    ]
+    return [draw.choice(kinds)(number) for number in range(lines)]
+
+
+def test_every_odd_kind_of_line_has_its_outcome_through_spark(
+    tmp_path: Path, read_files: Callable[..., ReadReport]
+) -> None:
+    path = tmp_path / "odd.json"
+    # A line's end is no part of it, and a byte order mark counts at the start of a file only.
+    odd = [kind for kind in KINDS if b"\n" not in kind.line and not kind.line.startswith(b"\xef\xbb\xbf")]
+    path.write_bytes(b"\n".join(line for kind in odd for line in (kind.line, GOOD)) + b"\n")
+    report = read_files(path)
+    refused = {2 * place + 1: kind.outcome for place, kind in enumerate(odd) if isinstance(kind.outcome, str)}
+    found = {number: reason for _, number, reason, _ in quarantine_in(report)}
+    assert found.keys() == refused.keys()
+    assert [
+        words for number, words in refused.items() if not found[number].startswith(words.partition("{at}")[0])
+    ] == []
+    assert len(refused) >= 33
+    assert_as_plain_python(report, path)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"], ids=["LF", "CRLF"])
+@pytest.mark.parametrize("last", [True, False], ids=["new line at the end", "none"])
+def test_a_file_in_many_blocks_reads_as_in_plain_python(
+    tmp_path: Path, event_line: Callable[..., str], read_files: Callable[..., ReadReport], end: bytes, last: bool
+) -> None:
+    path = tmp_path / "in.json"
+    lines = [*mixed(event_line, 200, seed=len(end) * 2 + last), b"bad last line"]
+    path.write_bytes(end.join(lines) + (end if last else b""))
+    assert path.stat().st_size > 20 * 4096
+    assert_as_plain_python(read_files(path), path)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("shift", [-1, 0, 1])
+def test_a_line_that_ends_at_a_block_border_is_read_once(
+    tmp_path: Path, read_files: Callable[..., ReadReport], shift: int
+) -> None:
+    path = tmp_path / "in.json"
+    # Every line but the first has 128 bytes, so that line ends fall on the borders, one byte before, or one after.
+    path.write_bytes(b"x" * (127 + shift) + b"\n" + b"".join(b"%0127d\n" % number for number in range(320)))
+    report = read_files(path)
+    assert [line for _, line, _, _ in quarantine_in(report)] == list(range(1, 322))
+    assert_as_plain_python(report, path)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_several_files_of_every_form_read_as_in_plain_python(
+    tmp_path: Path, event_line: Callable[..., str], read_files: Callable[..., ReadReport]
+) -> None:
+    folder = tmp_path / "in [1] %20"
+    folder.mkdir()
+    names = [
+        "a b.json",
+        "[x]{y}*.jsonl",
+        "100%20.json",
+        "ünï🙂.json",
+        "a#b?c.json",
+        "it's \\ odd.json",
+        "packed é.json.gz",
+    ]
+    paths = [folder / name for name in names]
+    for seed, path in enumerate(paths):
+        content = b"\n".join(mixed(event_line, 30, seed=seed))
+        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    two = folder / "two members.jsonl.gz"
+    two.write_bytes(gzip.compress(b"bad 1\nbad") + gzip.compress(b" 2\n\n" + event_line().encode()))
+    (folder / "empty.json").write_bytes(b"")
+    (folder / "empty.json.gz").write_bytes(b"")
+    (folder / "mark.json").write_bytes(b"\xef\xbb\xbf" + event_line().encode() + b"\nbad\n")
+    everything = sorted(folder.iterdir())
+    report = read_files(folder, paths[0])
+    assert [file.path for file in report.files] == [str(path) for path in everything]
+    marked = folder / "mark.json"
+    assert_as_plain_python(report, *everything)
+    assert (str(marked), 2) in {(file, line) for file, line, _, _ in quarantine_in(report)}
+
+
+def test_usual_blocks_read_the_sample_whole(read_files: Callable[..., ReadReport]) -> None:
+    path = Path(__file__).parents[2] / "data" / "sample_data.json"
+    report = read_files(path)
+    assert (report.lines, report.events, report.quarantined, report.blank) == (28_600, 28_600, 0, 0)
+    assert report.quarantined_ratio == 0
+
+
+def test_the_raw_text_of_a_long_bad_line_is_capped(tmp_path: Path, read_files: Callable[..., ReadReport]) -> None:
+    path = tmp_path / "in.json"
+    path.write_bytes(b"\n" + b"x" * RAW_LIMIT + b"\n" + b"y" * 3_000_000 + b"\n")
+    (_, second, _, whole), (_, third, _, capped) = quarantine_in(read_files(path))
+    assert (second, whole) == (2, "x" * RAW_LIMIT)
+    assert (third, capped) == (3, "y" * RAW_LIMIT + "... (3000000 bytes)")
+
+
+def test_reasons_are_counted_by_kind(
+    tmp_path: Path, event_line: Callable[..., str], read_files: Callable[..., ReadReport]
+) -> None:
+    path = tmp_path / "in.json"
+    path.write_text("\n".join([event_line(-1), event_line(-2), event_line(), "5", event_line(1, "ö"), ""]))
+    report = read_files(path)
+    assert report.quarantined_ratio == pytest.approx(0.8)
+    assert next(iter(report.reasons.items())) == ("actor.id must be greater than 0", 2)
+    assert sorted(report.reasons.values()) == [1, 1, 2]
+
+
+def test_a_projects_rule_gates_the_lines(
+    tmp_path: Path, event_line: Callable[..., str], read_files: Callable[..., ReadReport]
+) -> None:
+    path = tmp_path / "in.json"
+    path.write_text(event_line(1, "root") + "\n" + event_line(2, "octo"))
+    rule = Rule("no_root", "login", "login must not be root", holds=lambda login: login != "root")
+    report = read_files(path, rules=[*BUILT_IN_RULES, rule])
+    assert quarantine_in(report)[0][1:3] == (1, 'login must not be root, got "root" (no_root)')
+    assert report.events == 1
+
+
+def test_a_rule_that_fails_is_named(
+    tmp_path: Path, event_line: Callable[..., str], read_files: Callable[..., ReadReport]
+) -> None:
+    path = tmp_path / "in.json"
+    path.write_text(event_line(1, "octo"))
+    rule = Rule("tenth_letter", "login", "the tenth letter must be o", holds=lambda login: login[9] == "o")
+    with pytest.raises(PermanentError, match="Rule tenth_letter fails on a login of 4 characters"):
+        read_files(path, rules=[rule])
+
+
+def test_a_damaged_file_is_refused_before_spark_is_asked(tmp_path: Path, event_line: Callable[..., str]) -> None:
+    good, bad = tmp_path / "a.json", tmp_path / "b.json.gz"
+    good.write_text(event_line())
+    bad.write_bytes(gzip.compress(event_line().encode() * 50)[:-9])
+
+    def no_session() -> Any:
+        pytest.fail("Spark was started")
+
+    with pytest.raises(InputError, match=r"b\.json\.gz is damaged"):
+        read.read_events(no_session, [str(good), str(bad)], tmp_path / "out", BUILT_IN_RULES)
+
+
+def test_a_file_that_grows_meanwhile_is_noticed(
+    tmp_path: Path, event_line: Callable[..., str], spark: SparkHandle
+) -> None:
+    path, target = tmp_path / "in.json", tmp_path / "out"
+    path.write_text(event_line() + "\n")
+    target.mkdir()
+
+    def grow_and_start() -> Any:
+        with path.open("a") as file:
+            file.write(event_line(2) + "\n")
+        return spark.session()
+
+    with pytest.raises(PermanentError, match="1 lines went in, but 2 events, 0 quarantined") as caught:
+        read.read_events(grow_and_start, [str(path)], target, BUILT_IN_RULES)
+    assert "at rest" in caught.value.way_out

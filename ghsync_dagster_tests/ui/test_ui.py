@@ -1,0 +1,238 @@
+"""The whole platform as a person meets it: a browser opens the UI, materializes all assets and sees green checks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+from playwright.sync_api import BrowserContext, Locator, Page, Response, expect, sync_playwright
+
+from ghsync_dagster.local import stack
+from ghsync_dagster.local.dagster_home import ensure_dagster_home
+from ghsync_dagster.settings import load_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.ui
+
+ROOT = Path(__file__).parents[2]
+LINES = 2_000
+CHECKS = {
+    "raw_events": ["quarantined_ratio"],
+    "users": ["users_valid"],
+    "mongo_users": [
+        "documents_conform",
+        "in_step_with_mysql",
+        "no_spark_temp_left",
+        "spark_temp_marked",
+        "unique_user_id_index",
+        "users_complete",
+    ],
+}
+CHROMIUM_FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+SERVING_SECONDS = 120
+RUN_SECONDS = 400
+PAGE_SECONDS = 60
+END_SECONDS = 30
+
+
+@pytest.fixture(scope="module")
+def chromium() -> str:
+    """The browser's program."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not found:
+        pytest.skip("there is no chromium on PATH: apt-get install chromium")
+    return found
+
+
+@pytest.fixture(scope="module")
+def ui(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a Dagster UI with daemon, on homes and an events file of its own."""
+    del chromium
+    folder = tmp_path_factory.mktemp("ui")
+    settings = load_settings(GHSYNC_HOME=folder / "home")
+    events = folder / "events.json"
+    with (ROOT / "data" / "sample_data.json").open(encoding="utf-8") as sample:
+        events.write_text("".join(line for line, _ in zip(sample, range(LINES), strict=False)), encoding="utf-8")
+    environment = {
+        **os.environ,
+        "GHSYNC_HOME": str(settings.home_dir),
+        "GHSYNC_EVENTS_PATH": str(events),
+        "DAGSTER_HOME": str(ensure_dagster_home(settings)),
+    }
+    port = free_port()
+    command = [sys.executable, "-m", "dagster", "dev", "--host", "127.0.0.1", "--port", str(port)]
+    with (folder / "dev.log").open("wb") as log:
+        server = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        await_serving(server, f"http://127.0.0.1:{port}", folder / "dev.log")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        end(server, folder)
+    assert processes_on(folder) == []
+
+
+@pytest.fixture
+def browser(chromium: str, tmp_path: Path) -> Iterator[BrowserContext]:
+    """A browser with a fresh profile."""
+    with sync_playwright() as playwright:
+        context = playwright.chromium.launch_persistent_context(
+            tmp_path / "profile", executable_path=chromium, args=CHROMIUM_FLAGS, viewport={"width": 1440, "height": 800}
+        )
+        context.set_default_timeout(PAGE_SECONDS * 1000)
+        expect.set_options(timeout=PAGE_SECONDS * 1000)
+        yield context
+        context.close()
+
+
+@pytest.fixture
+def screenshots(tmp_path: Path) -> Path:
+    """Where screenshots go: GHSYNC_SCREENSHOTS if that is set."""
+    folder = Path(os.environ.get("GHSYNC_SCREENSHOTS") or tmp_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def await_serving(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
+    """Wait until the UI answers; it tells nobody when it does."""
+    deadline = time.monotonic() + SERVING_SECONDS
+    while server.poll() is None and time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"{address}/server_info", timeout=5) as answer:
+                assert answer.status == 200
+                return
+        except (urllib.error.URLError, TimeoutError):
+            time.sleep(0.2)
+    raise AssertionError(f"dagster dev does not serve:\n{log.read_text(errors='replace')[-4000:]}")
+
+
+def end(server: subprocess.Popen[bytes], folder: Path) -> None:
+    """End the UI and everything it started: ask first, then kill the group."""
+    server.send_signal(signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        server.wait(END_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait(END_SECONDS)
+    stack.down(load_settings(GHSYNC_HOME=folder / "home"), progress=lambda _: None)
+    deadline = time.monotonic() + END_SECONDS
+    while processes_on(folder) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def processes_on(folder: Path) -> list[str]:
+    """Return the command lines of the processes that were started with the folder in them."""
+    found = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    return [" ".join(arguments) for arguments in found if any(str(folder) in argument for argument in arguments)]
+
+
+def materialize_all(page: Page, ui: str) -> str:
+    """Materialize every asset of the batch flow by the button on its lineage; return the run's id."""
+    page.goto(f"{ui}/locations/ghsync_dagster.definitions/asset-groups/batch/lineage")
+    for asset in (*CHECKS, "quarantined_events"):
+        expect(page.get_by_text(asset, exact=True).first).to_be_visible()
+    with page.expect_response(is_launch) as launch:
+        page.get_by_role("button", name="Materialize all").click()
+    launched = launch.value.json()["data"]["launchPipelineExecution"]
+    assert launched["__typename"] == "LaunchRunSuccess", launched
+    return str(launched["run"]["id"])
+
+
+def is_launch(response: Response) -> bool:
+    """Tell whether a response answers the launch of a run."""
+    asked = json.loads(response.request.post_data or "{}")
+    return bool(asked.get("operationName") == "LaunchPipelineExecution")
+
+
+def see_the_run_succeed(page: Page, ui: str, run_id: str) -> None:
+    """Wait on the run's page for its end, and see all eight checks pass among its events."""
+    page.goto(f"{ui}/runs/{run_id}?logs=type%3AASSET_CHECK_EVALUATION")
+    ended = page.get_by_text(re.compile(r"^(Success|Failure|Canceled)$")).first
+    expect(ended).to_be_visible(timeout=RUN_SECONDS * 1000)
+    expect(ended).to_have_text("Success")
+    expect(page.get_by_text("8 checks")).to_be_visible()
+    for asset, names in CHECKS.items():
+        for name in names:
+            expect(page.get_by_text(f"Check {name} succeeded for materialization of {asset}.")).to_be_visible()
+
+
+def see_green_checks(page: Page, ui: str, asset: str, names: list[str]) -> None:
+    """See each check of an asset with its green mark on the asset's page."""
+    page.goto(f"{ui}/assets/{asset}?view=checks")
+    expect(page.get_by_text(f"Checks ({len(names)})")).to_be_visible()
+    for name in names:
+        # The page keeps a second, hidden copy of each name to measure it by.
+        entry = page.locator("div").filter(has_text=re.compile(rf"^({name})+succeeded$", re.IGNORECASE))
+        expect(entry.first.get_by_role("img", name="check_circle")).to_be_visible()
+
+
+def see_the_lineage(page: Page, ui: str) -> None:
+    """See every asset materialized, and its checks counted as passed, in the graph of the group."""
+    page.goto(f"{ui}/locations/ghsync_dagster.definitions/asset-groups/batch/lineage")
+    expect(page.get_by_text("6 / 6 Passed")).to_be_visible()
+    expect(page.get_by_text("1 / 1 Passed")).to_have_count(2)
+    expect(page.get_by_text("Materialized", exact=True)).to_have_count(len(CHECKS) + 1)
+
+
+def see_the_plot(page: Page, ui: str) -> Locator:
+    """See the plot of events as an image in the asset's metadata, and return it."""
+    page.goto(f"{ui}/assets/raw_events")
+    page.get_by_text("[Show Markdown]").click()
+    plot = page.get_by_role("img", name="Events per minute by type")
+    expect(plot).to_be_visible()
+    assert plot.evaluate("image => image.complete && image.naturalWidth") == 800
+    return plot
+
+
+def test_a_person_materializes_all_and_sees_every_check_pass(
+    ui: str, browser: BrowserContext, screenshots: Path
+) -> None:
+    page = browser.pages[0]
+    # A fresh Dagster greets with a dialog.
+    page.add_locator_handler(page.get_by_role("button", name="Skip"), lambda skip: skip.click())
+    run_id = materialize_all(page, ui)
+    page.set_viewport_size({"width": 1440, "height": 1360})
+    see_the_run_succeed(page, ui, run_id)
+    page.screenshot(path=screenshots / "checks.png")
+
+    page.set_viewport_size({"width": 1440, "height": 800})
+    for asset, names in CHECKS.items():
+        see_green_checks(page, ui, asset, names)
+    page.screenshot(path=screenshots / "mongo_users_checks.png")
+    see_the_plot(page, ui).screenshot(path=screenshots / "events_over_time.png")
+    page.set_viewport_size({"width": 1440, "height": 640})
+    see_the_lineage(page, ui)
+    page.screenshot(path=screenshots / "asset_graph.png")

@@ -1,0 +1,595 @@
+"""A model of one key that executes the steps of `domain/precedence.py` in every order.
+
+Belongs here: what is stored for the key, the load machine, the stream machine, the invariants and the walk over all
+interleavings. Not here: which scenarios and mutations are tried (test_precedence.py).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+
+from ghsync_dagster.domain.precedence import (
+    DELETE_STEPS,
+    LOAD_STEPS,
+    SETTLE_STEPS,
+    UPSERT_STEPS,
+    Action,
+    Found,
+    Incoming,
+    LoadState,
+    LoadStep,
+    Repair,
+    SettleStep,
+    Stored,
+    StreamStep,
+    Version,
+    classify,
+)
+from ghsync_dagster.domain.precedence import settle as settle_key
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+State = tuple[int, int, int]
+
+DELETE = "delete"
+"""The stream operation that deletes; any other text is an upsert of that content."""
+
+LATER = (99, "later")
+"""The load that runs alone at the end of every run: event and content."""
+
+READS = (LoadStep.READ_DOCUMENT, LoadStep.READ_VERSION, LoadStep.READ_DELETED)
+FINDS = (SettleStep.FIND_MARKED, SettleStep.FIND_VERSION, SettleStep.FIND_DELETED)
+REPAIRS = (SettleStep.REPAIR_DOCUMENT, SettleStep.REPAIR_VERSION)
+OTHER_WRITE = {
+    LoadStep.WRITE_DOCUMENT: LoadStep.WRITE_VERSION,
+    LoadStep.WRITE_VERSION: LoadStep.WRITE_DOCUMENT,
+}
+NOT_FOUND = Found(marked=False, replaced=False, versioned=False, deleted=False)
+NOT_READ = Stored(content=None, version=None, deleted=False)
+
+
+class Doc(NamedTuple):
+    """The document."""
+
+    content: str
+    marked: bool
+
+
+class Entry(NamedTuple):
+    """The version entry: the event, and the load that wrote the document."""
+
+    event: int
+    load: int
+
+
+class Store(NamedTuple):
+    """Everything stored for the key. `old` is the load's log, `record` the newest load's id and state."""
+
+    doc: Doc | None = None
+    entry: Entry | None = None
+    deleted: bool = False
+    old: str | None = None
+    record: tuple[int, LoadState] | None = None
+
+
+class Load(NamedTuple):
+    """The load machine: number in the plan, next step (None: not begun), and what it holds in memory.
+
+    Without an action it recovers a dead load. `done` are the events of the loads that came to their end.
+    """
+
+    number: int = 1
+    step: LoadStep | SettleStep | None = None
+    read: Stored = NOT_READ
+    action: Action | None = None
+    found: Found = NOT_FOUND
+    done: frozenset[int] = frozenset()
+    crashes_left: int = 0
+    finished: bool = False
+
+
+class Stream(NamedTuple):
+    """The stream machine: operations so far, the one at work, its next step, and what it last did to the document."""
+
+    ops: tuple[str, ...] = ()
+    at: int = 0
+    step: int = 0
+    crashes_left: int = 0
+    last: str | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether every operation so far is acknowledged."""
+        return self.step == 0 and self.at == len(self.ops)
+
+
+class Progress(NamedTuple):
+    """How far both machines are, as the invariants ask for it.
+
+    Attributes:
+        done: The events of the loads that came to their end.
+        last: What the stream last did to the document, None if it never touched the key.
+        idle: Whether the stream has acknowledged all of its operations.
+        complete: Whether it is idle and no load is left to run.
+    """
+
+    done: frozenset[int]
+    last: str | None
+    idle: bool
+    complete: bool
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The steps to execute, the decision at the end, and the names of deviations within single steps."""
+
+    load: tuple[LoadStep, ...] = LOAD_STEPS
+    settle: tuple[SettleStep, ...] = SETTLE_STEPS
+    upsert: tuple[StreamStep, ...] = UPSERT_STEPS
+    delete: tuple[StreamStep, ...] = DELETE_STEPS
+    decide: Callable[[LoadState | None, Found], Repair] = settle_key
+    deviations: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What a walk starts from and may choose from.
+
+    Attributes:
+        start: What is stored.
+        owner: The stream's last operation before the start, None where the key is not the stream's.
+        loads: Event and content of each load in turn; each starts when the one before ended or died.
+        alphabet: The operations that the stream chooses from, freely, at any time.
+        max_ops: How many operations the stream chooses at most.
+        load_crashes: How many times loads and recoveries may die.
+        stream_crashes: How many times the stream may die; it then repeats from any operation on.
+    """
+
+    start: Store
+    owner: str | None
+    loads: tuple[tuple[int, str], ...]
+    alphabet: tuple[str, ...]
+    max_ops: int
+    load_crashes: int
+    stream_crashes: int
+
+
+class Counted(NamedTuple):
+    """What a walk came to: distinct interleavings and states, or the invariant that broke."""
+
+    interleavings: int
+    states: int
+    broken: str | None
+
+
+def _version(event: int) -> Version:
+    return Version("2015-01-01T15:00:00Z", event)
+
+
+class Loads:
+    """Executes the steps of loads, recoveries included."""
+
+    def __init__(self, protocol: Protocol, loads: tuple[tuple[int, str], ...]) -> None:
+        self.protocol = protocol
+        self.plan = (*loads, LATER)
+        self.order: tuple[LoadStep | SettleStep, ...] = (*protocol.load, *protocol.settle)
+        self.last_read = [step for step in protocol.load if step in READS][-1]
+        self.closing = next(step for step in protocol.settle if step not in FINDS + REPAIRS)
+
+    def moves(self, store: Store, load: Load) -> list[tuple[str, Store, Load]]:
+        """Every next step of the load, a crash before it included."""
+        if load.finished:
+            return []
+        moves = self.steps(store, load)
+        if load.crashes_left and load.step is not None:
+            number = load.number if load.action is None and load.step in self.protocol.settle else load.number + 1
+            dead = Load(min(number, len(self.plan)), done=load.done, crashes_left=load.crashes_left - 1)
+            moves.append((f"CRASH before {load.step.name}", store, dead))
+        return [(f"load {load.number}: {label}", stored, new) for label, stored, new in moves]
+
+    def steps(self, store: Store, load: Load) -> list[tuple[str, Store, Load]]:
+        """The next step of the load; reading back has two outcomes."""
+        if load.step is None:
+            return [self._begin(store, load)]
+        if isinstance(load.step, SettleStep):
+            return [(self._settle_label(store, load), *self._settle(store, load, load.step))]
+        if load.step in READS:
+            return [self._read(store, load, load.step)]
+        if load.step is LoadStep.READ_BACK:
+            return self._read_back(store, load)
+        return [(load.step.name, self._write(store, load, load.step), self._after_write(load))]
+
+    def _begin(self, store: Store, load: Load) -> tuple[str, Store, Load]:
+        if store.record is None or store.record[1] is LoadState.DONE or "no recovery" in self.protocol.deviations:
+            return "begin", store, self._enter(load)
+        if store.record[1] is LoadState.CHECKED:
+            return "recover, checked", store, load._replace(step=self._after(SettleStep.RECORD_CHECKED))
+        return "recover, running", store, load._replace(step=self.protocol.settle[0])
+
+    def _enter(self, load: Load) -> Load:
+        if load.number >= len(self.plan):
+            return self._end(load)
+        return Load(load.number, self.order[0], done=load.done, crashes_left=load.crashes_left)
+
+    def _end(self, load: Load) -> Load:
+        return Load(len(self.plan), done=load.done, finished=True)
+
+    def _after(self, step: LoadStep | SettleStep) -> LoadStep | SettleStep:
+        return self.order[self.order.index(step) + 1]
+
+    def _read(self, store: Store, load: Load, step: LoadStep) -> tuple[str, Store, Load]:
+        read = load.read
+        if step is LoadStep.READ_DOCUMENT:
+            read = read._replace(content=store.doc.content if store.doc else None)
+        elif step is LoadStep.READ_VERSION:
+            read = read._replace(version=_version(store.entry.event) if store.entry else None)
+        else:
+            read = read._replace(deleted=store.deleted)
+        load = load._replace(read=read, step=self._after(step))
+        if step is not self.last_read:
+            return step.name, store, load
+        event, content = self.plan[load.number - 1]
+        action = classify(read, Incoming(content, _version(event)))
+        load = load._replace(action=action, read=read._replace(deleted=False))
+        if action.is_skip:
+            load = load._replace(read=NOT_READ, step=self.closing)
+        elif action is Action.BUMP:
+            load = load._replace(read=NOT_READ, step=LoadStep.WRITE_VERSION)
+        return f"{step.name}: {action.name}", store, load
+
+    def _write(self, store: Store, load: Load, step: LoadStep) -> Store:
+        event, content = self.plan[load.number - 1]
+        if load.action is Action.INSERT and "inserts write the version first" in self.protocol.deviations:
+            step = OTHER_WRITE.get(step, step)
+        if step is LoadStep.RECORD_RUNNING:
+            return store._replace(record=(load.number, LoadState.RUNNING))
+        if step is LoadStep.LOG_OLD:
+            old = load.read.content if load.action is Action.REPLACE else None
+            return store._replace(old=None if old is None else str(old))
+        if step is LoadStep.WRITE_VERSION:
+            late = "version is written late" in self.protocol.deviations
+            return store if late else store._replace(entry=self._written_entry(store.entry, load, event))
+        return store._replace(doc=self._written_doc(store.doc, load, content))
+
+    def _written_doc(self, doc: Doc | None, load: Load, content: str) -> Doc | None:
+        if load.action is Action.INSERT:
+            return Doc(content, marked=True) if doc is None else doc
+        if "replaces whatever is there" in self.protocol.deviations and doc is not None:
+            return Doc(content, marked=True)
+        return Doc(content, marked=True) if doc == Doc(str(load.read.content), marked=False) else doc
+
+    def _written_entry(self, entry: Entry | None, load: Load, event: int) -> Entry | None:
+        may_create = load.action is Action.INSERT and load.read.version is None
+        if entry is None and not may_create and "version is upserted" not in self.protocol.deviations:
+            return None
+        if load.action is Action.BUMP and "bump names its load" not in self.protocol.deviations:
+            return Entry(event, entry.load if entry else load.number)
+        return Entry(event, load.number)
+
+    def _after_write(self, load: Load) -> Load:
+        assert isinstance(load.step, LoadStep)
+        if load.action is Action.BUMP:
+            return load._replace(step=self.closing)
+        return load._replace(step=self._after(load.step))
+
+    def _read_back(self, store: Store, load: Load) -> list[tuple[str, Store, Load]]:
+        enough = ("READ_BACK: enough", store, load._replace(step=self.protocol.settle[0]))
+        if store.doc and store.doc.marked:
+            return [enough]
+        return [enough, ("READ_BACK: missing", store, load._replace(step=LoadStep.WRITE_MISSING))]
+
+    def _settle_label(self, store: Store, load: Load) -> str:
+        assert load.step is not None
+        assert store.record is not None
+        repair = self.protocol.decide(store.record[1], load.found)
+        return f"{load.step.name}: {repair.name}" if load.step in REPAIRS else load.step.name
+
+    def _settle(self, store: Store, load: Load, step: SettleStep) -> tuple[Store, Load]:
+        assert store.record is not None
+        owner, state = store.record
+        if step in FINDS:
+            if (
+                step is SettleStep.FIND_VERSION
+                and load.action
+                and "version is written late" in self.protocol.deviations
+            ):
+                event = self.plan[load.number - 1][0]
+                store = store._replace(entry=self._written_entry(store.entry, load, event))
+            load = load._replace(found=self._find(store, load, step))
+        elif step is SettleStep.REPAIR_DOCUMENT:
+            store = self._repair_document(store, self.protocol.decide(state, load.found))
+        elif step is SettleStep.REPAIR_VERSION:
+            repair = self.protocol.decide(state, load.found)
+            if repair is Repair.DROP_VERSION or (repair is Repair.REMOVE and load.found.versioned):
+                store = store._replace(entry=None)
+        elif step is SettleStep.RECORD_CHECKED:
+            store = store._replace(record=(owner, LoadState.CHECKED))
+        elif step is SettleStep.UNMARK:
+            store = store._replace(doc=store.doc and store.doc._replace(marked=False))
+        elif step is SettleStep.FORGET_OLD:
+            store = store._replace(old=None)
+        else:
+            store = store._replace(record=(owner, LoadState.DONE))
+        if step is self.order[-1]:
+            return store, self._next_load(load)
+        load = load._replace(step=self._after(step))
+        if step not in FINDS and load.step not in REPAIRS:
+            load = load._replace(found=NOT_FOUND, read=NOT_READ)
+        return store, load
+
+    def _find(self, store: Store, load: Load, step: SettleStep) -> Found:
+        assert store.record is not None
+        found = load.found._replace(replaced=store.old is not None)
+        if step is SettleStep.FIND_MARKED:
+            return found._replace(marked=store.doc is not None and store.doc.marked)
+        if step is SettleStep.FIND_DELETED:
+            return found._replace(deleted=store.deleted)
+        if load.action is Action.INSERT and "inserts are taken as versioned" in self.protocol.deviations:
+            return found._replace(versioned=True)
+        return found._replace(versioned=store.entry is not None and store.entry.load == store.record[0])
+
+    def _repair_document(self, store: Store, repair: Repair) -> Store:
+        if store.doc is None or not (store.doc.marked or "repairs what is unmarked" in self.protocol.deviations):
+            return store
+        if repair is Repair.PUT_BACK:
+            return store._replace(doc=Doc(str(store.old), marked=False))
+        return store._replace(doc=None) if repair is Repair.REMOVE else store
+
+    def _next_load(self, load: Load) -> Load:
+        if load.action is None:
+            return self._enter(load)
+        done = load.done | {self.plan[load.number - 1][0]}
+        if load.number + 1 >= len(self.plan):
+            return self._end(load._replace(done=done))
+        return Load(load.number + 1, done=done, crashes_left=load.crashes_left)
+
+
+class Streams:
+    """Executes the steps of the stream."""
+
+    def __init__(self, protocol: Protocol, alphabet: tuple[str, ...], max_ops: int) -> None:
+        self.protocol = protocol
+        self.alphabet = alphabet
+        self.max_ops = max_ops
+
+    def moves(self, store: Store, stream: Stream) -> list[tuple[str, Store, Stream]]:
+        """Every next step: a new operation, the one at work, one to repeat, or a crash."""
+        ops, at = stream.ops, stream.at
+        moves: list[tuple[str, Store, Stream]] = []
+        if stream.idle and len(ops) < self.max_ops:
+            moves = [self._step(store, stream._replace(ops=(*ops, op))) for op in self.alphabet]
+        elif stream.step:
+            moves = [self._step(store, stream)]
+        else:  # what is delivered again may be coalesced, so operations but the last may be passed over
+            moves = [self._step(store, stream._replace(at=again)) for again in range(at, len(ops))]
+        if stream.crashes_left and (stream.step or stream.idle):
+            dead = stream._replace(step=0, crashes_left=stream.crashes_left - 1)
+            again_from = range(min(at + 1, len(ops)))
+            moves += [(f"CRASH, again from {again}", store, dead._replace(at=again)) for again in again_from]
+        return [(f"stream: {label}", stored, new) for label, stored, new in moves]
+
+    def _step(self, store: Store, stream: Stream) -> tuple[str, Store, Stream]:
+        op = stream.ops[stream.at]
+        steps = self.protocol.delete if op == DELETE else self.protocol.upsert
+        step = steps[stream.step]
+        following = stream.step + 1
+        if step is StreamStep.RECORD_DELETED:
+            store = store._replace(deleted=True)
+        elif step is StreamStep.FORGET_DELETED:
+            store = store._replace(deleted=False)
+        elif step is StreamStep.WRITE_DOCUMENT:
+            store, stream = store._replace(doc=Doc(op, marked=False)), stream._replace(last=op)
+        elif step is StreamStep.REMOVE_DOCUMENT:
+            store, stream = store._replace(doc=None), stream._replace(last=op)
+        else:
+            again = step is StreamStep.DROP_VERSION_AGAIN and "no repeat" not in self.protocol.deviations
+            if again and store.entry is not None:
+                following = steps.index(StreamStep.WRITE_DOCUMENT)
+            store = store._replace(entry=None)
+        stream = stream._replace(step=following)
+        if following == len(steps):
+            stream = stream._replace(at=stream.at + 1, step=0)
+        return f"{op if op == DELETE else 'upsert ' + op}: {step.name}", store, stream
+
+
+class Invariants:
+    """What must hold, at every moment and at the end.
+
+    What the stream wrote stays as it is at every moment, or carries the marker of a load that will put it back. With
+    two loads that is asked for when the operation is acknowledged: an upsert that stands still before its write, while
+    one load inserts the key, and again after it, while another load replaces it, writes once more when it goes on.
+    """
+
+    def __init__(self, scenario: Scenario, loads: Loads) -> None:
+        self.start = scenario.start
+        self.loads = loads
+        self.at_every_moment = len(scenario.loads) == 1
+        self.contents = dict(scenario.loads)
+        self.reached: frozenset[int] = frozenset()
+        if self.start.doc and self.start.entry:
+            self.contents[self.start.entry.event] = self.start.doc.content
+            self.reached = frozenset({self.start.entry.event})
+
+    def broken(self, store: Store, progress: Progress) -> str | None:
+        """The first invariant that does not hold in this state, or None."""
+        last = progress.last
+        if last is not None and (self.at_every_moment or progress.idle):
+            broken = self._of_stream(store, last)
+        elif last is None and progress.idle:
+            broken = self._of_loads(store, progress.done)
+        else:
+            broken = None
+        if broken or not progress.complete:
+            return broken
+        return self._at_end(store, last) or self._after_later_load(store, last) or self._untidy(store, last)
+
+    def _of_stream(self, store: Store, last: str) -> str | None:
+        if last == DELETE:
+            return "a deleted user is back" if store.doc and not store.doc.marked else None
+        if store.doc is None:
+            return "the stream's document is lost"
+        if not store.doc.marked and store.doc.content != last:
+            return "the stream's document is overwritten"
+        return None
+
+    def _of_loads(self, store: Store, done: frozenset[int]) -> str | None:
+        reached = self.reached | done
+        if store.doc is None:
+            return "a loaded document is lost" if reached else None
+        if store.doc.marked:
+            return None
+        if store.entry is None:
+            return "a loaded document has no version"
+        if reached and store.entry.event < max(reached):
+            return "an older event replaced a newer one"
+        if self.contents.get(store.entry.event) != store.doc.content:
+            return "content and version do not belong together"
+        return None
+
+    def _at_end(self, store: Store, last: str | None) -> str | None:
+        if store.doc and store.doc.marked:
+            return "a marker is left"
+        if store.record and store.record[1] is not LoadState.DONE:
+            return "a load is left open"
+        if last not in (None, DELETE) and store.entry:
+            return "the stream's document has a version"
+        return None
+
+    def _after_later_load(self, store: Store, last: str | None) -> str | None:
+        load = Load(len(self.loads.plan), self.loads.order[0])
+        while not load.finished:
+            _, store, load = self.loads.steps(store, load)[0]
+        if last is None:
+            right = store.doc == Doc(LATER[1], marked=False) and store.entry == Entry(LATER[0], len(self.loads.plan))
+        else:
+            right = store.doc == (None if last == DELETE else Doc(last, marked=False))
+        return None if right else "a later load takes the key for somebody else's"
+
+    def _untidy(self, store: Store, last: str | None) -> str | None:
+        if store.old is not None:
+            return "untidy: old content is left in the log"
+        if store.deleted and last != DELETE:
+            return "untidy: a deletion is left recorded"
+        if store.doc is None and store.entry and store.entry != self.start.entry:
+            return "untidy: a version is left without document"
+        return None
+
+
+class Numbers(Generic[T]):
+    """Gives every value a small number, and back."""
+
+    def __init__(self) -> None:
+        self.values: list[T] = []
+        self._numbers: dict[T, int] = {}
+
+    def of(self, value: T) -> int:
+        """The number of a value, a new one if it was never seen."""
+        number = self._numbers.get(value)
+        if number is None:
+            number = self._numbers[value] = len(self.values)
+            self.values.append(value)
+        return number
+
+
+class Walk:
+    """All interleavings of one scenario. States are numbers inside, since hundreds of thousands are compared."""
+
+    def __init__(self, protocol: Protocol, scenario: Scenario) -> None:
+        machine = Loads(protocol, scenario.loads)
+        self.invariants = Invariants(scenario, machine)
+        self.stores = Numbers[Store]()
+        self.loads = Numbers[Load]()
+        self.streams = Numbers[Stream]()
+        self.load_moves = self._numbered(self.loads, machine.moves)
+        streams = Streams(protocol, scenario.alphabet, scenario.max_ops)
+        self.stream_moves = self._numbered(self.streams, streams.moves)
+        self.labels: set[str] = set()
+        self.progress = cache(self._progress)
+        self.judged = cache(self._judged)
+        load = Load(crashes_left=scenario.load_crashes)
+        stream = Stream(crashes_left=scenario.stream_crashes, last=scenario.owner)
+        self.first: State = (self.stores.of(scenario.start), self.loads.of(load), self.streams.of(stream))
+
+    def _numbered(
+        self, actors: Numbers[T], moves: Callable[[Store, T], list[tuple[str, Store, T]]]
+    ) -> Callable[[int, int], list[tuple[str, int, int]]]:
+        @cache
+        def numbered(store: int, actor: int) -> list[tuple[str, int, int]]:
+            found = moves(self.stores.values[store], actors.values[actor])
+            self.labels.update(label for label, _, _ in found)
+            return [(label, self.stores.of(new_store), actors.of(new)) for label, new_store, new in found]
+
+        return numbered
+
+    def count(self) -> Counted:
+        """Walk every interleaving once: how many there are, or the first broken invariant.
+
+        An interleaving is a sequence of steps from the start to a state where the loads are finished and the stream is
+        idle. Paths are summed up over the states, which have no cycle.
+        """
+        paths: dict[State, int] = {}
+        stack = [(self.first, iter(self._following(self.first)), [0])]
+        while stack:
+            state, following, total = stack[-1]
+            for _, nxt in following:
+                known = paths.get(nxt)
+                if known is None:
+                    broken = self._broken(nxt)
+                    if broken:
+                        return Counted(0, len(paths), broken)
+                    stack.append((nxt, iter(self._following(nxt)), [self._is_complete(nxt)]))
+                    break
+                total[0] += known
+            else:
+                stack.pop()
+                paths[state] = total[0]
+                if stack:
+                    stack[-1][2][0] += total[0]
+        return Counted(paths[self.first], len(paths), None)
+
+    def shortest_break(self) -> list[str] | None:
+        """The steps of a shortest run that breaks an invariant, then what is stored and the invariant; or None."""
+        came: dict[State, tuple[State, str]] = {}
+        queue = deque([self.first])
+        while queue:
+            state = queue.popleft()
+            for label, nxt in self._following(state):
+                if nxt in came:
+                    continue
+                came[nxt] = (state, label)
+                broken = self._broken(nxt)
+                if broken:
+                    return [*self._trace(came, nxt), str(self.stores.values[nxt[0]]), broken]
+                queue.append(nxt)
+        return None
+
+    def _trace(self, came: dict[State, tuple[State, str]], state: State) -> list[str]:
+        trace: list[str] = []
+        while state != self.first:
+            state, label = came[state]
+            trace.append(label)
+        return trace[::-1]
+
+    def _following(self, state: State) -> list[tuple[str, State]]:
+        store, load, stream = state
+        following = [(label, (stored, new, stream)) for label, stored, new in self.load_moves(store, load)]
+        following += [(label, (stored, load, new)) for label, stored, new in self.stream_moves(store, stream)]
+        return following
+
+    def _progress(self, load_number: int, stream_number: int) -> Progress:
+        load, stream = self.loads.values[load_number], self.streams.values[stream_number]
+        return Progress(load.done, stream.last, stream.idle, load.finished and stream.idle)
+
+    def _is_complete(self, state: State) -> int:
+        return int(self.progress(state[1], state[2]).complete)
+
+    def _broken(self, state: State) -> str | None:
+        return self.judged(state[0], self.progress(state[1], state[2]))
+
+    def _judged(self, store: int, progress: Progress) -> str | None:
+        return self.invariants.broken(self.stores.values[store], progress)

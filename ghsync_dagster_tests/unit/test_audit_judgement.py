@@ -1,0 +1,104 @@
+"""What the audit says of one key, from all that was read of it."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+
+from ghsync_dagster.cdc.audit import Patience, Sighting, Verdict, differences, judge, matches
+from ghsync_dagster.domain.user import MARKER_FIELD, MARKER_VALUE, User
+
+
+def user(login: str | None = "octo", **more: str | None) -> dict[str, str | None]:
+    """A user with the login."""
+    return {"user_id": "1", "login": login, "gravatar_id": None, "avatar_url": "a", "url": "u", **more}
+
+
+OLD, NEW, NEWEST = user("old"), user("new"), user("newest")
+
+
+@pytest.mark.parametrize(
+    ("rows", "document", "by_file", "verdict"),
+    [
+        ([NEW], NEW, False, Verdict.IN_STEP),
+        ([None], None, False, Verdict.IN_STEP),
+        ([NEW], None, False, Verdict.MISSING),
+        ([NEW], OLD, False, Verdict.DIFFERENT),
+        ([None], NEW, False, Verdict.EXTRA),
+        ([None], NEW, True, Verdict.FROM_FILES),
+        # A row that changes all the time: what was there at one moment of the audit has arrived.
+        ([NEW, NEWEST], NEW, False, Verdict.IN_STEP),
+        ([NEW, NEWEST], OLD, False, Verdict.DIFFERENT),
+        ([NEW, NEWEST], None, False, Verdict.MISSING),
+        ([None, NEW], None, False, Verdict.IN_STEP),
+        ([NEW, None], NEW, False, Verdict.IN_STEP),
+        ([NEW, None], OLD, False, Verdict.EXTRA),
+        # A file's document is compared where MySQL has had a row.
+        ([NEW], OLD, True, Verdict.DIFFERENT),
+        ([NEW, None], OLD, True, Verdict.EXTRA),
+    ],
+)
+def test_a_key_is_judged_by_what_mysql_held_during_the_audit(
+    rows: list[User | None], document: User | None, by_file: bool, verdict: Verdict
+) -> None:
+    assert judge(Sighting(rows, document, by_file)) is verdict
+
+
+def test_only_missing_extra_and_different_are_differences() -> None:
+    assert {verdict for verdict in Verdict if verdict.is_difference} == {
+        Verdict.MISSING,
+        Verdict.EXTRA,
+        Verdict.DIFFERENT,
+    }
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        user("Octo"),
+        user("octo "),
+        user(None),
+        user(""),
+        user(gravatar_id=""),
+        {name: value for name, value in user().items() if name != "gravatar_id"},
+    ],
+)
+def test_text_is_compared_as_it_is(other: dict[str, str | None]) -> None:
+    assert not matches(user(), other)
+
+
+def test_composed_and_decomposed_text_differ() -> None:
+    assert not matches(user("\u00e9"), user("e\u0301"))
+
+
+def test_other_fields_of_the_document_are_no_matter_of_the_audit() -> None:
+    assert matches(user(), {**user(), MARKER_FIELD: MARKER_VALUE})
+
+
+def test_differences_name_the_fields_and_both_values() -> None:
+    stored = {**user("other", url=None), "gravatar_id": 7}
+    del stored["avatar_url"]
+    assert differences(user(), stored) == {
+        "login": {"mysql": "'octo'", "mongodb": "'other'"},
+        "gravatar_id": {"mysql": "null", "mongodb": "7 (int)"},
+        "avatar_url": {"mysql": "'a'", "mongodb": "(absent)"},
+        "url": {"mysql": "'u'", "mongodb": "null"},
+    }
+
+
+def test_long_values_are_cut_around_the_difference() -> None:
+    shown = differences(user("x" * 200 + "A" + "y" * 54), user("x" * 200 + "B" + "y" * 54))["login"]
+    assert shown["mysql"].startswith("'xxxxxxxxxxAyy")
+    assert shown["mongodb"].startswith("'xxxxxxxxxxByy")
+    assert shown["mysql"].endswith("from character 191 of 255")
+    assert len(shown["mysql"]) < 100
+
+
+def test_odd_text_is_shown_in_ascii() -> None:
+    shown = differences(user("a\0b\u2028"), user("\U0001f980"))["login"]
+    assert shown == {"mysql": r"'a\x00b\u2028'", "mongodb": r"'\U0001f980'"}
+
+
+def test_waits_grow_to_their_longest() -> None:
+    assert list(islice(Patience(first_wait=0.5, longest_wait=3).waits(), 5)) == [0.5, 1, 2, 3, 3]

@@ -1,0 +1,177 @@
+"""The command line: every command explains itself, and every error is one message with its exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from ghsync_dagster import cli
+from ghsync_dagster.domain.errors import (
+    ConfigError,
+    GhsyncError,
+    InputError,
+    LeaseHeldError,
+    RefusedError,
+    UnavailableError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+COMMITTED = Path(__file__).parents[2] / "data" / "sample_data.json"
+CALLBACKS = [(command.name, command.callback) for command in cli.app.registered_commands]
+COMMANDS = sorted(name or callback.__name__ for name, callback in CALLBACKS if callback)
+
+
+@pytest.fixture
+def ghsync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Return a function that runs the command in an empty folder of the test's own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GHSYNC_HOME", str(tmp_path / "home"))
+
+    def run(*arguments: str) -> Result:
+        return CliRunner().invoke(cli.app, list(arguments))
+
+    return run
+
+
+def test_the_commands_of_the_batch_part_are_there() -> None:
+    assert {"run", "batch", "audit", "report", "sample", "fetch", "up", "down", "status"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(ghsync: Callable[..., Result], command: str) -> None:
+    result = ghsync(command, "--help")
+    assert result.exit_code == 0
+    assert f"ghsync {command}" in result.output or f"root {command}" in result.output
+    assert "--help" in result.output
+    assert result.output.count("\n") > 5
+
+
+def test_without_a_command_the_help_lists_all(ghsync: Callable[..., Result]) -> None:
+    result = ghsync()
+    assert result.exit_code == 2
+    assert all(command in result.output for command in COMMANDS)
+
+
+def test_an_unknown_command_or_option_is_refused(ghsync: Callable[..., Result]) -> None:
+    for arguments in (["unknown"], ["batch"], ["sample", "--unknown"], ["sample", "--events", "0"]):
+        result = ghsync(*arguments)
+        assert result.exit_code == 2
+        assert "Traceback" not in result.output
+
+
+def test_the_sample_is_written_byte_for_byte(ghsync: Callable[..., Result], tmp_path: Path) -> None:
+    result = ghsync("sample")
+    assert result.exit_code == 0
+    assert (tmp_path / "data" / "sample_data.json").read_bytes() == COMMITTED.read_bytes()
+    assert "28,600 events" in result.output
+
+
+def test_another_seed_and_size_give_another_sample(ghsync: Callable[..., Result], tmp_path: Path) -> None:
+    for seed in ("1", "1", "2"):
+        assert ghsync("sample", "--events", "50", "--seed", seed, "--path", f"{seed}.json").exit_code == 0
+    one, two = ((tmp_path / f"{seed}.json").read_bytes() for seed in (1, 2))
+    assert one.count(b"\n") == two.count(b"\n") == 50
+    assert one != two
+
+
+def test_a_report_of_nothing_yet_says_what_to_run(ghsync: Callable[..., Result]) -> None:
+    result = ghsync("report", "--json")
+    assert result.exit_code == 2
+    assert "nothing has been materialized" in result.stderr
+    assert "make run" in result.stderr
+
+
+ERRORS: list[tuple[GhsyncError, int]] = [
+    (ConfigError("A setting is wrong.", way_out="Correct it."), 2),
+    (InputError("A file is wrong.", way_out="Mend it."), 2),
+    (RefusedError("Refused.", way_out="Check the password."), 2),
+    (UnavailableError("Away.", way_out="Wait."), 3),
+    (LeaseHeldError("Held.", way_out="Wait."), 3),
+]
+
+
+@pytest.mark.parametrize(("error", "code"), ERRORS, ids=lambda value: getattr(type(value), "__name__", str(value)))
+def test_each_error_is_one_message_with_its_way_out_and_exit_code(error: GhsyncError, code: int) -> None:
+    result = CliRunner().invoke(_raising(error), [])
+    assert result.exit_code == code
+    assert result.stderr == f"error: {error.message}\nway out: {error.way_out}\n"
+    assert result.stdout == ""
+
+
+def test_credentials_in_an_error_are_masked() -> None:
+    error = UnavailableError("No mongodb://app:s3cr3t@db.", way_out="Look at mongodb://app:s3cr3t@db.")
+    result = CliRunner().invoke(_raising(error), [])
+    assert "s3cr3t" not in result.output
+    assert "mongodb://***@db" in result.stderr
+
+
+def _raising(error: BaseException) -> typer.Typer:
+    """Return a command of the real group that fails."""
+    app = typer.Typer(cls=cli.app.info.cls, invoke_without_command=True)
+
+    @app.callback()
+    def fail() -> None:
+        raise error
+
+    @app.command()
+    def unused() -> None:
+        """Make it a group."""
+
+    return app
+
+
+def test_an_interrupt_is_told_in_one_word() -> None:
+    result = CliRunner().invoke(_raising(KeyboardInterrupt()), [])
+    assert result.exit_code == 130
+    assert result.stderr == "stopped\n"
+
+
+def test_malformed_settings_end_any_command_at_once(
+    ghsync: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GHSYNC_RETRY_ATTEMPTS", "few")
+    for arguments in (["batch", "x.json"], ["status"], ["audit"], ["report"], ["sample"], ["run"]):
+        result = ghsync(*arguments)
+        assert result.exit_code == 2
+        assert "error: Settings are wrong: GHSYNC_RETRY_ATTEMPTS: " in result.stderr
+        assert "way out: " in result.stderr
+
+
+def test_sigterm_ends_the_command_with_143(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    environment = {**os.environ, "GHSYNC_HOME": str(tmp_path / "home"), "MONGODB_URI_FILE": str(tmp_path / "pipe")}
+    # Reading its setting from a pipe, the command waits for as long as nobody writes.
+    with subprocess.Popen(
+        [sys.executable, "-m", "ghsync_dagster.cli", "report"], env=environment, stderr=subprocess.PIPE
+    ) as process:
+        writer = _opened_by_a_reader(tmp_path / "pipe")
+        process.send_signal(signal.SIGTERM)
+        try:
+            assert process.wait(10) == 143
+        finally:
+            os.close(writer)
+            process.kill()
+    assert process.stderr is not None
+
+
+def _opened_by_a_reader(pipe: Path) -> int:
+    """Open a pipe for writing as soon as somebody reads it."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)

@@ -1,0 +1,116 @@
+"""The bootstrap's decisions: what is pending, what uv is told, which Python is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from ghsync_dagster.local import bootstrap
+from ghsync_dagster.local.bootstrap import SetupError, Stamps
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project folder of two lock files."""
+    monkeypatch.setattr(bootstrap, "ROOT", tmp_path)
+    (tmp_path / "a.lock").write_text("a==1\n")
+    (tmp_path / "b.lock").write_text("b==1\n")
+    return tmp_path
+
+
+def test_only_a_changed_lock_is_pending(project: Path) -> None:
+    stamp = project / "stamp.json"
+    stamps = Stamps(stamp, "here")
+    assert stamps.pending("a.lock", "b.lock") == ["a.lock", "b.lock"]
+    stamps.mark("a.lock", "b.lock")
+    (project / "b.lock").write_text("b==2\n")
+    assert Stamps(stamp, "here").pending("a.lock", "b.lock") == ["b.lock"]
+
+
+def test_stamps_of_another_folder_or_python_are_void(project: Path) -> None:
+    stamp = project / "stamp.json"
+    Stamps(stamp, "here").mark("a.lock")
+    assert Stamps(stamp, "moved").empty
+    assert Stamps(stamp, "moved").pending("a.lock") == ["a.lock"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"owner": "here", "done": 1}', "\x00"])
+def test_a_broken_stamp_file_means_nothing_is_installed(project: Path, content: str) -> None:
+    stamp = project / "stamp.json"
+    stamp.write_text(content)
+    assert Stamps(stamp, "here").pending("a.lock") == ["a.lock"]
+
+
+def test_what_was_set_for_pip_counts_for_uv_unless_uv_was_told_itself() -> None:
+    told = bootstrap.installer_environment(
+        {"PIP_INDEX_URL": "file:///pip", "PIP_CERT": "/ca.pem", "UV_DEFAULT_INDEX": "file:///uv", "VIRTUAL_ENV": "/v"}
+    )
+    assert told["UV_DEFAULT_INDEX"] == "file:///uv"
+    assert told["SSL_CERT_FILE"] == told["REQUESTS_CA_BUNDLE"] == "/ca.pem"
+    assert "VIRTUAL_ENV" not in told
+
+
+def test_a_python_that_is_too_old_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 10, 4))
+    with pytest.raises(SetupError, match=r"(?s)from 3\.11.*make PYTHON=python3\.11"):
+        bootstrap.check_python()
+
+
+def test_the_accepted_pythons_are_those_of_pyproject() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["requires-python"]
+    lowest, beyond = (".".join(map(str, each)) for each in (bootstrap.PYTHON_FROM, bootstrap.PYTHON_BELOW))
+    assert declared == f">={lowest},<{beyond}"
+
+
+def test_a_failed_command_shows_its_output_and_the_way_out(project: Path) -> None:
+    assert project.is_dir()
+    with pytest.raises(SetupError, match=r"(?s)no luck\..*boom.*Way out: try again"):
+        bootstrap.run([sys.executable, "-c", "import sys; print('boom'); sys.exit(3)"], "no luck", "try again")
+
+
+def python_without_venv(folder: Path, with_pip: bool) -> str:
+    """Make a Python of a system that splits venv, or both venv and pip, off."""
+    command = folder / "python3"
+    command.write_text(f"""#!/bin/sh
+if [ "$2" = venv ]; then echo 'ensurepip is not available'; exit 1; fi
+if [ "$2" = pip ]; then exit {0 if with_pip else 1}; fi
+exit 64
+""")
+    command.chmod(0o755)
+    return str(command)
+
+
+def test_without_venv_pip_alone_is_used(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = python_without_venv(project, with_pip=True)
+    monkeypatch.setattr(sys, "executable", python)
+    assert bootstrap.make_pip(project / ".uv") == [python, "-m", "pip", "install", "--target", project / ".uv"]
+
+
+def test_without_venv_and_pip_the_error_says_what_to_install(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", python_without_venv(project, with_pip=False))
+    with pytest.raises(SetupError, match=r"(?s)ensurepip is not available.*apt-get install python3-venv"):
+        bootstrap.make_pip(project / ".uv")
+
+
+def test_the_bootstrap_imports_only_the_standard_library() -> None:
+    code = (
+        "import sys; sys.path.insert(0, '.'); import ghsync_dagster.local.bootstrap as b; "
+        "import ghsync_dagster.local.java_probe; "
+        "print([m for m in sys.modules if m.partition('.')[0] not in {*sys.stdlib_module_names, 'ghsync_dagster', "
+        "'__main__'}])"
+    )
+    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_locks_hold_hashes_and_no_address() -> None:
+    for lock in ROOT.glob("requirements*.lock"):
+        text = lock.read_text(encoding="utf-8")
+        assert "--hash=sha256:" in text, lock.name
+        assert "://" not in text, lock.name

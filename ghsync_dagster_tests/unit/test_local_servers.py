@@ -1,0 +1,138 @@
+"""What the local servers are told, and what is said of them, without starting one."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from ghsync_dagster.domain.errors import ConfigError
+from ghsync_dagster.local import connect, kafka, mysql, stack
+from ghsync_dagster.local.supervisor import ServiceStatus, _free_ports
+from ghsync_dagster.settings import load_settings
+
+
+def test_a_free_port_is_taken_in_the_order_last_default_any() -> None:
+    with socket.socket() as taken, socket.socket() as probe:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        probe.bind(("127.0.0.1", 0))
+        busy, free = taken.getsockname()[1], probe.getsockname()[1]
+        probe.close()
+        assert _free_ports((free, busy), (busy, busy))[0] == free
+        assert _free_ports((), (free,)) == (free,)
+        assert busy not in _free_ports((busy, busy), (busy, busy))
+        assert len(set(_free_ports((), (free, free)))) == 2
+
+
+def test_a_status_shows_credentials_in_json_only() -> None:
+    status = ServiceStatus(
+        "mysql", "up", 7, "mysql://h:1/d", "mariadb", address_key="url", login="mysql://u:s3cret@h:1/d", more={"n": 1}
+    )
+    assert status.as_json()["url"] == "mysql://u:s3cret@h:1/d"
+    assert status.as_text() == "mysql state=up pid=7 url=mysql://h:1/d server=mariadb n=1"
+    assert "s3cret" not in repr(status)
+
+
+def test_each_service_names_its_address_in_its_own_way_also_when_it_is_down(tmp_path: Path) -> None:
+    found = {name: status.as_json() for name, status in stack.status(load_settings(GHSYNC_HOME=tmp_path)).items()}
+    assert list(found) == ["mongo", "mysql", "kafka", "connect"]
+    keys = {"mongo": "uri", "mysql": "url", "kafka": "bootstrap_servers", "connect": "url"}
+    assert {name: found[name][key] for name, key in keys.items()} == dict.fromkeys(keys)
+    assert {status["state"] for status in found.values()} == {"down"}
+    assert json.loads(json.dumps(found)) == found
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_properties_are_read_back_by_java_as_they_were() -> None:
+    assert kafka.properties({"a": "x=y: z", "b": "ä\\\n\U0001f600"}) == "a=x=y: z\nb=\\u00e4\\\\\\u000a\\ud83d\\ude00\n"
+
+
+@pytest.mark.parametrize("name", ["a,b", "a:b", "a}b"])
+def test_a_home_that_java_would_take_for_two_is_a_clear_error(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"separates paths.*Set GHSYNC_HOME to another folder"):
+        kafka.up(load_settings(GHSYNC_HOME=tmp_path / name), print)
+
+
+def test_a_mysql_url_is_taken_apart() -> None:
+    assert mysql.parse_url("mysql://app:p%40ss%2F@db1/new_data") == mysql.Address("db1", 3306, "app", "p@ss/")
+    address = mysql.parse_url("mysql+pymysql://app@[::1]:33060/x")
+    assert address == mysql.Address("::1", 33060, "app", "")
+    assert address.without_credentials == "mysql://[::1]:33060/new_data"
+
+
+@pytest.mark.parametrize("url", ["", "db1:3306", "postgres://u:s3cret@h/x", "mysql://h/x", "mysql://u:s3cret@h:port/x"])
+def test_a_malformed_mysql_url_is_a_clear_error_without_the_secret(url: str) -> None:
+    with pytest.raises(ConfigError, match="MYSQL_URL is malformed") as caught:
+        mysql.parse_url(url)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_named_servers_that_are_away_are_down(tmp_path: Path) -> None:
+    settings = load_settings(
+        GHSYNC_HOME=tmp_path,
+        MONGODB_URI="mongodb://u:s3cret@127.0.0.1:9",
+        MYSQL_URL="mysql://u:s3cret@127.0.0.1:9/new_data",
+        KAFKA_BOOTSTRAP_SERVERS="127.0.0.1:9,127.0.0.1:10",
+        CONNECT_URL="http://u:s3cret@127.0.0.1:9",
+    )
+    found = stack.up(settings, progress=print)
+    assert {(status.state, status.server) for status in found.values()} == {("down", "external")}
+    assert "s3cret" not in json.dumps({name: status.as_json() for name, status in found.items()})
+    assert list(tmp_path.iterdir()) == []
+
+
+def program(folder: Path, *lines: str) -> Path:
+    path = folder / "mysqld"
+    path.write_text("\n".join(["#!/bin/sh", *lines]))
+    path.chmod(0o755)
+    return path
+
+
+def test_a_missing_library_is_named_with_the_way_out(tmp_path: Path) -> None:
+    words = "mariadbd: error while loading shared libraries: libcrypt.so.1: cannot open shared object file"
+    with pytest.raises(ConfigError, match=r"the library libcrypt\.so\.1 is missing.*libcrypt1.*MYSQL_URL"):
+        mysql._version(program(tmp_path, f"echo '{words}' >&2", "exit 127"))
+
+
+def test_a_program_of_another_machine_is_a_clear_error(tmp_path: Path) -> None:
+    path = program(tmp_path)
+    path.write_bytes(b"\x7fELF")
+    with pytest.raises(ConfigError, match="can't run on this machine"):
+        mysql._version(path)
+
+
+def test_only_a_real_mysql_on_path_comes_before_the_locked_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    path = program(tmp_path, "echo 'mysqld  Ver 8.4.6 for Linux on x86_64 (MySQL Community Server - GPL)'")
+    assert mysql._mysqld_on_path() == mysql.Program("mysqld", path)
+    program(tmp_path, "echo 'mysqld  Ver 11.8.2-MariaDB for debian-linux-gnu on x86_64'")
+    assert mysql._mysqld_on_path() is None
+
+
+def test_the_topic_must_be_one_that_debezium_can_name() -> None:
+    assert connect._topic_prefix("mysql-server.new_data.Users") == "mysql-server"
+    for topic in ("users", ".new_data.Users", "mysql-server.new_data.users"):
+        with pytest.raises(ConfigError, match="KAFKA_TOPIC"):
+            connect._topic_prefix(topic)
+
+
+def test_a_local_worker_refuses_brokers_that_it_has_no_keys_for(tmp_path: Path) -> None:
+    settings = load_settings(
+        GHSYNC_HOME=tmp_path, KAFKA_BOOTSTRAP_SERVERS="127.0.0.1:9", KAFKA_SECURITY_PROTOCOL="SASL_SSL"
+    )
+    with pytest.raises(ConfigError, match=r"SASL_SSL.*CONNECT_URL"):
+        connect.up(settings, print)
+
+
+def test_the_reason_of_a_failure_is_its_first_line_and_its_innermost_cause() -> None:
+    trace = (
+        "a.B: stopped\n\tat x\nCaused by: c.D: mysql://u:s3cret@h refused\n\tat y\nCaused by: e.F: timed out\n\tat z\n"
+    )
+    assert connect._reason(trace) == "a.B: stopped; e.F: timed out"
+    assert connect._reason("c.D: at mysql://u:s3cret@h\n") == "c.D: at mysql://***@h"
+    assert connect._reason("") == "no reason is given"

@@ -1,0 +1,219 @@
+"""Log lines: JSON where no person reads them, and no credential in any of them, however it got there."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import structlog
+
+from ghsync_dagster.domain.errors import UnavailableError
+from ghsync_dagster.observability.logging import configure_logging, get_logger, redact
+from ghsync_dagster.settings import load_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+SECRET = "s3cr3t-PLANTED"
+URI = f"mongodb://app:{SECRET}@db:27017/new_data?authSource=admin"
+
+
+class Terminal(io.StringIO):
+    """A standard error that is a terminal."""
+
+    def isatty(self) -> bool:
+        """Say so."""
+        return True
+
+
+@pytest.fixture(autouse=True)
+def own_logger() -> Iterator[None]:
+    """Give back the logger as it was."""
+    root = logging.getLogger("ghsync")
+    handlers, level, propagate = root.handlers[:], root.level, root.propagate
+    yield
+    root.handlers[:], root.propagate = handlers, propagate
+    root.setLevel(level)
+    structlog.contextvars.clear_contextvars()
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> Callable[..., io.StringIO]:
+    """Return a function that sets up logging and returns what goes to standard error from then on."""
+
+    def start(stream: io.StringIO | None = None, **settings: str) -> io.StringIO:
+        target = stream or io.StringIO()
+        monkeypatch.setattr(sys, "stderr", target)
+        configure_logging(load_settings(**settings))
+        return target
+
+    return start
+
+
+def lines(stream: io.StringIO) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def test_a_line_is_json_where_standard_error_is_no_terminal(logged: Callable[..., io.StringIO]) -> None:
+    stream = logged()
+    get_logger("load").info("loaded", inserted=3, seconds=1.5, none=None, yes=True)
+    (line,) = lines(stream)
+    assert line.pop("timestamp").endswith("Z")
+    assert line == {
+        "event": "loaded",
+        "level": "info",
+        "logger": "ghsync.load",
+        "inserted": 3,
+        "seconds": 1.5,
+        "none": None,
+        "yes": True,
+    }
+
+
+def test_a_line_is_for_people_on_a_terminal(logged: Callable[..., io.StringIO]) -> None:
+    stream = logged(Terminal())
+    get_logger("load").info("loaded", inserted=3)
+    assert "loaded" in stream.getvalue()
+    assert not stream.getvalue().startswith("{")
+
+
+@pytest.mark.parametrize(("wanted", "as_json"), [("json", True), ("console", False)])
+def test_the_format_can_be_set(logged: Callable[..., io.StringIO], wanted: str, as_json: bool) -> None:
+    stream = logged(Terminal() if as_json else None, GHSYNC_LOG_FORMAT=wanted)
+    get_logger("load").info("loaded")
+    assert stream.getvalue().startswith("{") is as_json
+
+
+def test_the_level_can_be_set(logged: Callable[..., io.StringIO]) -> None:
+    stream = logged(GHSYNC_LOG_LEVEL="WARNING")
+    get_logger("load").info("not this")
+    get_logger("load").warning("this")
+    assert [line["event"] for line in lines(stream)] == ["this"]
+
+
+def test_setting_up_twice_logs_once(logged: Callable[..., io.StringIO]) -> None:
+    logged()
+    stream = logged()
+    get_logger("twice").info("once")
+    assert len(lines(stream)) == 1
+
+
+def test_what_is_bound_to_the_run_is_in_every_line(logged: Callable[..., io.StringIO]) -> None:
+    stream = logged()
+    structlog.contextvars.bind_contextvars(run_id="r1")
+    get_logger("load").info("one")
+    logging.getLogger("ghsync.other").warning("two")
+    assert [line["run_id"] for line in lines(stream)] == ["r1", "r1"]
+
+
+def fail() -> None:
+    raise UnavailableError(f"{URI} is away.", way_out=f"Look at {URI}.")
+
+
+def log_text() -> None:
+    get_logger("x").info(f"to {URI}")
+
+
+def log_value() -> None:
+    get_logger("x").info("to", uri=URI)
+
+
+def log_nested() -> None:
+    get_logger("x").info("to", where={"uris": [URI, (URI,)], URI: {URI}, "options": {"connection.uri": URI}})
+
+
+def log_bound() -> None:
+    get_logger("x").bind(uri=URI).info("to")
+
+
+def log_context() -> None:
+    structlog.contextvars.bind_contextvars(uri=URI)
+    get_logger("x").info("to")
+
+
+def log_exception() -> None:
+    try:
+        fail()
+    except UnavailableError:
+        get_logger("x").exception("failed")
+
+
+def log_error_object() -> None:
+    try:
+        fail()
+    except UnavailableError as error:
+        get_logger("x").error("failed", error=error, cause=[error])
+
+
+def log_chained() -> None:
+    try:
+        try:
+            fail()
+        except UnavailableError as error:
+            raise RuntimeError(f"could not use {URI}") from error
+    except RuntimeError:
+        get_logger("x").exception("failed")
+
+
+def log_path() -> None:
+    get_logger("x").info("to", path=Path("/data"), text=URI.encode())
+
+
+def log_standard_library() -> None:
+    logging.getLogger("ghsync.std").warning("to %s", URI)
+
+
+def log_standard_library_exception() -> None:
+    try:
+        fail()
+    except UnavailableError:
+        logging.getLogger("ghsync.std").exception("to %s", URI)
+
+
+WAYS = [
+    log_text,
+    log_value,
+    log_nested,
+    log_bound,
+    log_context,
+    log_exception,
+    log_error_object,
+    log_chained,
+    log_path,
+    log_standard_library,
+    log_standard_library_exception,
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("form", ["json", "console"])
+def test_no_credential_reaches_the_log(logged: Callable[..., io.StringIO], way: Callable[[], None], form: str) -> None:
+    stream = logged(GHSYNC_LOG_FORMAT=form)
+    way()
+    text = stream.getvalue()
+    assert text
+    assert SECRET not in text
+    assert "mongodb://***@db:27017" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("mongodb://app:s3cret@db/x", "mongodb://***@db/x"),
+        ("mongodb+srv://app:s3cret@db", "mongodb+srv://***@db"),
+        ("mongodb://app@db", "mongodb://***@db"),
+        ("mongodb://app:p@ss@db/x@y", "mongodb://***@db/x@y"),
+        ("mongodb://app:s3cret@a:1,b:2/x", "mongodb://***@a:1,b:2/x"),
+        ("(https://u:p@h/a) and mysql+pymysql://u:p@h", "(https://***@h/a) and mysql+pymysql://***@h"),
+        ("mongodb://db:27017/x", "mongodb://db:27017/x"),
+        ("me@example.org and https://github.com/a@b", "me@example.org and https://github.com/a@b"),
+        ("", ""),
+    ],
+)
+def test_exactly_the_credentials_of_a_uri_are_masked(text: str, masked: str) -> None:
+    assert redact(text) == masked

@@ -1,0 +1,198 @@
+"""Settings: where a value may come from, and that a wrong one is named and a secret one never shown."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from ghsync_dagster.domain.errors import ConfigError
+from ghsync_dagster.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SECRET = "mongodb://app:s3cr3t-PLANTED@db:27017"
+VARIABLES = [str(field.validation_alias) for field in Settings.model_fields.values()]
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work where there is no .env, with no variable set."""
+    monkeypatch.chdir(tmp_path)
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(f"{name}_FILE", raising=False)
+
+
+def uri(settings: Settings) -> str | None:
+    return settings.mongodb_uri.get_secret_value() if settings.mongodb_uri else None
+
+
+def test_without_anything_set_the_defaults_of_the_design_hold(tmp_path: Path) -> None:
+    settings = load_settings()
+    assert settings.home_dir == tmp_path / ".ghsync"
+    assert settings.events_path == "data/sample_data.json"
+    assert settings.max_quarantined_ratio == pytest.approx(0.01)
+    assert uri(settings) is None
+    assert (settings.mongodb_database, settings.mongodb_collection) == ("new_data", "Users")
+    assert settings.spark_master == "local[*]"
+    assert settings.spark_jars_packages is None
+
+
+def test_the_environment_wins_over_the_file_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".env").write_text("MONGODB_DATABASE=from_file\nMONGODB_COLLECTION=People\n")
+    monkeypatch.setenv("MONGODB_DATABASE", "from_environment")
+    settings = load_settings()
+    assert (settings.mongodb_database, settings.mongodb_collection) == ("from_environment", "People")
+
+
+def test_an_argument_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MONGODB_DATABASE", "from_environment")
+    assert load_settings(MONGODB_DATABASE="argument").mongodb_database == "argument"
+
+
+def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MONGODB_URI", "")
+    monkeypatch.setenv("GHSYNC_MAX_QUARANTINED_RATIO", "")
+    settings = load_settings()
+    assert uri(settings) is None
+    assert settings.max_quarantined_ratio == pytest.approx(0.01)
+
+
+def test_unknown_variables_in_the_file_env_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("POSTGRES_PASSWORD=x\n")
+    assert load_settings().mongodb_database == "new_data"
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+def test_a_secret_may_be_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    (tmp_path / "secret").write_bytes((SECRET + end).encode())
+    monkeypatch.setenv("MONGODB_URI_FILE", str(tmp_path / "secret"))
+    assert uri(load_settings()) == SECRET
+
+
+def test_spaces_of_a_secret_in_a_file_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "secret").write_text(" s3cret \n")
+    monkeypatch.setenv("GHSYNC_ALERT_WEBHOOK_URL_FILE", str(tmp_path / "secret"))
+    url = load_settings().alert_webhook_url
+    assert url is not None
+    assert url.get_secret_value() == " s3cret "
+
+
+@pytest.mark.parametrize("name", ["MONGODB_DATABASE", "GHSYNC_EVENTS_PATH", "SPARK_MASTER", "GHSYNC_RULES_MODULE"])
+def test_any_setting_may_be_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (tmp_path / "value").write_text("elsewhere\n")
+    monkeypatch.setenv(f"{name}_FILE", str(tmp_path / "value"))
+    field = next(field for field, info in Settings.model_fields.items() if info.validation_alias == name)
+    assert getattr(load_settings(), field) == "elsewhere"
+
+
+def test_a_file_wins_over_the_file_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".env").write_text("MONGODB_URI=mongodb://other\n")
+    (tmp_path / "secret").write_text(SECRET)
+    monkeypatch.setenv("MONGODB_URI_FILE", str(tmp_path / "secret"))
+    assert uri(load_settings()) == SECRET
+
+
+def test_a_value_and_its_file_together_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "secret").write_text(SECRET)
+    monkeypatch.setenv("MONGODB_URI", SECRET)
+    monkeypatch.setenv("MONGODB_URI_FILE", str(tmp_path / "secret"))
+    with pytest.raises(ConfigError, match="Both MONGODB_URI and MONGODB_URI_FILE are set") as caught:
+        load_settings()
+    assert "PLANTED" not in str(caught.value)
+
+
+def missing(folder: Path) -> Path:
+    return folder / "missing"
+
+
+def folder_itself(folder: Path) -> Path:
+    return folder
+
+
+def not_utf8(folder: Path) -> Path:
+    (folder / "bytes").write_bytes(b"\xff\xfe")
+    return folder / "bytes"
+
+
+@pytest.mark.parametrize("make", [missing, folder_itself, not_utf8], ids=lambda make: make.__name__)
+def test_a_file_that_gives_no_text_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], Path]
+) -> None:
+    path = make(tmp_path)
+    monkeypatch.setenv("MONGODB_URI_FILE", str(path))
+    with pytest.raises(ConfigError, match=f"MONGODB_URI_FILE names {path}, which can't be read") as caught:
+        load_settings()
+    assert "MONGODB_URI_FILE" in caught.value.way_out
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("GHSYNC_MAX_QUARANTINED_RATIO", "1.5"),
+        ("GHSYNC_MAX_QUARANTINED_RATIO", "-0.1"),
+        ("GHSYNC_MAX_QUARANTINED_RATIO", "1%"),
+        ("GHSYNC_MAX_QUARANTINED_RATIO", "nan"),
+        ("GHSYNC_LEASE_WAIT_SECONDS", "-1"),
+        ("GHSYNC_RETRY_ATTEMPTS", "0"),
+        ("GHSYNC_RETRY_ATTEMPTS", "1.5"),
+        ("GHSYNC_SERVER_TIMEOUT_SECONDS", "0"),
+        ("GHSYNC_LOG_LEVEL", "LOUD"),
+        ("GHSYNC_LOG_FORMAT", "xml"),
+        ("SPARK_DRIVER_MEMORY", "much"),
+    ],
+)
+def test_a_malformed_value_is_refused_by_the_name_of_its_variable(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"Settings are wrong: {name}: ") as caught:
+        load_settings()
+    assert ".env.example" in caught.value.way_out
+    assert "\n" not in str(caught.value)
+
+
+def test_every_malformed_variable_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GHSYNC_LOG_LEVEL", "LOUD")
+    monkeypatch.setenv("GHSYNC_RETRY_ATTEMPTS", "few")
+    with pytest.raises(ConfigError, match=r"GHSYNC_RETRY_ATTEMPTS: .*; GHSYNC_LOG_LEVEL: "):
+        load_settings()
+
+
+def test_a_malformed_value_is_never_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "value").write_text(SECRET)
+    for name in ("GHSYNC_RETRY_ATTEMPTS", "GHSYNC_LOG_LEVEL", "SPARK_DRIVER_MEMORY"):
+        monkeypatch.setenv(f"{name}_FILE", str(tmp_path / "value"))
+    with pytest.raises(ConfigError) as caught:
+        load_settings()
+    assert "PLANTED" not in f"{caught.value!r} {caught.value}"
+    assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize("name", ["MONGODB_URI", "GHSYNC_ALERT_WEBHOOK_URL"])
+def test_a_secret_is_in_no_text_of_the_settings(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, SECRET)
+    settings = load_settings()
+    assert "PLANTED" not in f"{settings!r} {settings} {settings.model_dump()} {settings.model_dump_json()}"
+
+
+def test_the_home_folder_is_absolute_and_understands_the_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_settings(GHSYNC_HOME="~/state").home_dir == tmp_path / "state"
+    assert load_settings(GHSYNC_HOME="state").home_dir == tmp_path / "state"
+
+
+def test_settings_do_not_change(tmp_path: Path) -> None:
+    settings = load_settings(GHSYNC_HOME=str(tmp_path))
+    with pytest.raises(ValueError, match="frozen"):
+        settings.home = Path("elsewhere")
+
+
+def test_reading_settings_writes_nothing(tmp_path: Path) -> None:
+    before = {path: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
+    load_settings()
+    assert {path: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")} == before
