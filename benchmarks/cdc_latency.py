@@ -1,0 +1,485 @@
+"""Latency from the database's commit to the stored document, through MariaDB, Debezium, Kafka and ghsync's consumer.
+
+Belongs here: a run at a rate, with a hand-over to a second consumer in the middle. Not here: throughput, or how the
+outcome is shown.
+
+Who changes the table and who consumes are processes of their own, ``python -m benchmarks.cdc_latency change`` and
+``consume``, which tell by lines of JSON what they committed and acknowledged, and when. The n-th record that was
+committed is the n-th that was acknowledged, and all of them share one clock.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import harness
+from benchmarks.contenders import inherited_environment
+from benchmarks.harness import BenchmarkError
+from ghsync_dagster.cdc.listener import AppliedBatch, SilentListener
+from ghsync_dagster.cdc.workload import RowChange
+from ghsync_dagster.observability.metrics import Percentiles, percentiles
+from ghsync_dagster.rehearsal import CommitClock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from confluent_kafka.admin import AdminClient
+
+    from ghsync_dagster.settings import Settings
+
+WARM_UP_SECONDS = 5.0
+OVERLAP_SECONDS = 3.0
+AFTER_SECONDS = 3.0
+START_SECONDS = 60.0
+CATCH_UP_SECONDS = 180.0
+LOOK_SECONDS = 0.1
+SEED = 20_150_301
+ROW_CHANGES = frozenset({"c", "u", "d"})
+
+
+@dataclass(frozen=True)
+class Second:
+    """The changes that were committed within one second.
+
+    Attributes:
+        at: Seconds from the first change to the second's beginning.
+        latency: Of these changes, in ms.
+    """
+
+    at: int
+    latency: Percentiles
+
+
+@dataclass(frozen=True)
+class LatencyRun:
+    """One run at one rate.
+
+    Attributes:
+        wanted_rate: Changes a second that were asked for.
+        rate: Changes a second that the database took.
+        changes: How many there were.
+        longest_behind_seconds: How late a change was sent, at worst.
+        all: Latency of all changes, in ms.
+        steady: Of those after ``WARM_UP_SECONDS`` that are not around the hand-over.
+        around: Of those from the second consumer's start until ``AFTER_SECONDS`` after the first one's end.
+        from_kafka: Of all records, tombstones too: from their Kafka timestamp only, which leaves Debezium out.
+        writing_share: The share of the time, 0 to 1, in which the consumers had a write at the store.
+        longest_gap_ms: The longest time, after ``WARM_UP_SECONDS``, between two acknowledgements of the store.
+        hand_over_at: When the first consumer was told to end, in seconds since the first change.
+        equal: Whether table and collection were equal at the end.
+        seconds: Latency second by second.
+    """
+
+    wanted_rate: float
+    rate: float
+    changes: int
+    longest_behind_seconds: float
+    all: Percentiles
+    steady: Percentiles
+    around: Percentiles
+    from_kafka: Percentiles
+    writing_share: float
+    longest_gap_ms: int
+    hand_over_at: float
+    equal: bool
+    seconds: tuple[Second, ...]
+
+
+class Stack:
+    """The local servers, all on one folder, from the way in to the way out.
+
+    Args:
+        home: Their folder.
+        logs: Gets what the processes of a run say.
+        tell: Gets a line of text for each thing done.
+    """
+
+    def __init__(self, home: Path, logs: Path, tell: Callable[[str], None]) -> None:
+        self._home, self._logs, self._tell = home, logs, tell
+
+    def __enter__(self) -> Stack:
+        from ghsync_dagster.domain.errors import GhsyncError
+        from ghsync_dagster.local import stack
+        from ghsync_dagster.rehearsal import addresses
+
+        self._empty = local_settings(self._home)
+        try:
+            self.settings = addresses(self._empty, stack.up(self._empty, progress=self._tell))
+        except GhsyncError as error:
+            stack.down(self._empty, progress=self._tell)
+            raise BenchmarkError(str(error)) from error
+        except BaseException:
+            stack.down(self._empty, progress=self._tell)
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        from ghsync_dagster.local import stack
+
+        stack.down(self._empty, progress=self._tell)
+
+    def run(self, rate: float, seconds: float) -> LatencyRun:
+        """Change the table at a rate, consume, and hand over to a second consumer in the middle.
+
+        Raises:
+            BenchmarkError: A process failed, or the changes were not all applied in time.
+        """
+        from confluent_kafka.admin import AdminClient
+
+        # Its own words would go to standard error.
+        admin = AdminClient({"bootstrap.servers": str(self.settings.kafka_bootstrap_servers), "log_level": 0})
+        # One group for all runs: it has applied what was there before.
+        group = self.settings.kafka_group_id
+        environment = inherited_environment() | _variables(self.settings) | {"KAFKA_GROUP_ID": group}
+        with ExitStack() as around:
+
+            def start(name: str, *arguments: str) -> _Teller:
+                return around.enter_context(_Teller(name, arguments, environment, self._logs))
+
+            first = start("first consumer", "consume")
+            first.wait(lambda: first.ready, "consume", START_SECONDS)
+            workload = start("workload", "change", str(rate), str(seconds))
+            workload.wait(lambda: workload.records > 0, "change the table", START_SECONDS)
+            began_ms = workload.lines[0]["at"]
+            _pause_until(began_ms, seconds / 2 - OVERLAP_SECONDS, workload)
+            second_began_ms = _now_ms()
+            second = start("second consumer", "consume")
+            second.wait(lambda: _members(admin, group) > 1, "join the group", START_SECONDS)
+            _pause_until(began_ms, seconds / 2, workload)
+            hand_over_ms = _now_ms()
+            first.end(128 + signal.SIGTERM)
+            first_ended_ms = _now_ms()
+            workload.wait(lambda: workload.report is not None, "end", seconds + START_SECONDS)
+            workload.end(0)
+            second.wait(
+                lambda: first.records + second.records >= workload.records, "apply all changes", CATCH_UP_SECONDS
+            )
+            second.end(128 + signal.SIGTERM)
+        return _outcome(
+            _Observed(
+                rate, workload.lines, first.lines + second.lines, (second_began_ms, hand_over_ms, first_ended_ms)
+            ),
+            workload.report or {},
+            equal=self._is_equal(),
+        )
+
+    def _is_equal(self) -> bool:
+        from ghsync_dagster.cdc.audit import Patience, audit
+        from ghsync_dagster.stores.mysql import MySqlStore
+        from ghsync_dagster.wiring import store_opener
+
+        url = self.settings.mysql_url
+        if url is None:
+            raise AssertionError("the stack's addresses are set")
+        with MySqlStore(url.get_secret_value()) as mysql, store_opener(self.settings)() as store:
+            return audit(mysql, store, patience=Patience(seconds=30)).equal
+
+
+def local_settings(home: Path) -> Settings:
+    """Return settings with which all servers are local ones under ``home``, whatever the caller has set."""
+    from ghsync_dagster.settings import load_settings
+
+    outside = dict.fromkeys(("MONGODB_URI", "KAFKA_BOOTSTRAP_SERVERS", "MYSQL_URL", "CONNECT_URL"))
+    return load_settings(GHSYNC_HOME=home, **outside)
+
+
+def _variables(settings: Settings) -> dict[str, str]:
+    if settings.mongodb_uri is None or settings.mysql_url is None:
+        raise AssertionError("the stack's addresses are set")
+    return {
+        "GHSYNC_HOME": str(settings.home_dir),
+        "MONGODB_URI": settings.mongodb_uri.get_secret_value(),
+        "MYSQL_URL": settings.mysql_url.get_secret_value(),
+        "KAFKA_BOOTSTRAP_SERVERS": str(settings.kafka_bootstrap_servers),
+        "CONNECT_URL": str(settings.connect_url),
+    }
+
+
+def _members(admin: AdminClient, group: str) -> int:
+    """Return how many consumers the group has, once it is not in the middle of taking one in."""
+    from confluent_kafka import ConsumerGroupState
+
+    found = admin.describe_consumer_groups([group], request_timeout=10)[group].result()
+    return len(found.members) if found.state == ConsumerGroupState.STABLE else 0
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def _pause_until(began_ms: int, seconds: float, teller: _Teller) -> None:
+    """Wait until so many seconds after a time, unless a process ends before."""
+    left = began_ms / 1000 + seconds - time.time()
+    if left > 0 and teller.ended.wait(left):
+        raise BenchmarkError(f"The {teller.name} ended early. Its last lines:\n{teller.tail()}")
+
+
+class _Teller:
+    """A process of this module that tells what it does by lines of JSON, with a thread that reads them."""
+
+    def __init__(self, name: str, arguments: Sequence[str], environment: Mapping[str, str], logs: Path) -> None:
+        self.name = name
+        self.lines: list[dict[str, Any]] = []
+        self.records = 0
+        self.ready = False
+        self.report: dict[str, Any] | None = None
+        self.ended = threading.Event()
+        self._errors = logs / f"{name.replace(' ', '-')}.err"
+        self._command = [sys.executable, "-m", "benchmarks.cdc_latency", *arguments]
+        self._environment = dict(environment)
+
+    def __enter__(self) -> _Teller:
+        with self._errors.open("wb") as errors:
+            self._child = subprocess.Popen(
+                self._command,
+                env=self._environment,
+                cwd=harness.PROJECT,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                start_new_session=True,
+            )
+        self._thread = threading.Thread(target=self._read, name=f"reader of {self.name}", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        harness.Watched(self._child).stop()
+        self._thread.join(harness.STOP_SECONDS)
+
+    def _read(self) -> None:
+        try:
+            for told in self._child.stdout or ():
+                self._take(json.loads(told))
+        finally:
+            self.ended.set()
+
+    def _take(self, line: dict[str, Any]) -> None:
+        if "report" in line:
+            self.report = line["report"]
+        elif "records" in line:
+            self.lines.append(line)
+            self.records += line["records"]
+        else:
+            self.ready = True
+
+    def tail(self) -> str:
+        """Return the last lines of its standard error."""
+        return harness.tail(self._errors)
+
+    def wait(self, done: Callable[[], bool], what: str, seconds: float) -> None:
+        """Wait until something is done.
+
+        Raises:
+            BenchmarkError: It took too long, or the process ended.
+        """
+        deadline = time.monotonic() + seconds
+        while not done():
+            ended = self.ended.wait(LOOK_SECONDS)
+            if done():
+                return
+            if ended or time.monotonic() > deadline:
+                why = "ended early" if ended else f"did not {what} within {seconds:.0f} s"
+                raise BenchmarkError(f"The {self.name} {why}. Its last lines:\n{self.tail()}")
+
+    def end(self, code: int) -> None:
+        """Ask it to end, and see that it does, with this exit code.
+
+        Raises:
+            BenchmarkError: It does not, or with another one.
+        """
+        if self._child.poll() is None and self.report is None:
+            self._child.terminate()
+        try:
+            found = self._child.wait(harness.STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise BenchmarkError(f"The {self.name} did not end within {harness.STOP_SECONDS} s.") from None
+        self._thread.join(harness.STOP_SECONDS)
+        if found != code:
+            raise BenchmarkError(f"The {self.name} exited with {found}. Its last lines:\n{self.tail()}")
+
+
+# --- what was observed ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Observed:
+    """What the processes told.
+
+    Attributes:
+        rate: Changes a second that were asked for.
+        commits: Lines of the workload, in order.
+        acknowledgements: Lines of the consumers, in order.
+        times_ms: When the second consumer was started, the first one told to end, and had ended.
+    """
+
+    rate: float
+    commits: Sequence[dict[str, Any]]
+    acknowledgements: Sequence[dict[str, Any]]
+    times_ms: tuple[int, int, int]
+
+
+@dataclass
+class _Spread:
+    """Latencies, by the second of their commit and by what happened then."""
+
+    began_ms: int
+    around_ms: tuple[float, float]
+    steady: Counter[int] = field(default_factory=Counter)
+    around: Counter[int] = field(default_factory=Counter)
+    seconds: dict[int, Counter[int]] = field(default_factory=dict)
+
+    def add(self, committed_ms: int, latency_ms: int, records: int) -> None:
+        """Add records that were committed together."""
+        since = committed_ms - self.began_ms
+        self.seconds.setdefault(since // 1000, Counter())[latency_ms] += records
+        if self.around_ms[0] <= committed_ms <= self.around_ms[1]:
+            self.around[latency_ms] += records
+        elif since >= WARM_UP_SECONDS * 1000:
+            self.steady[latency_ms] += records
+
+
+def _outcome(observed: _Observed, report: Mapping[str, Any], *, equal: bool) -> LatencyRun:
+    began_ms = observed.commits[0]["at"]
+    second_began_ms, hand_over_ms, first_ended_ms = observed.times_ms
+    committed, acknowledged = (
+        sum(line["records"] for line in lines) for lines in (observed.commits, observed.acknowledgements)
+    )
+    if committed != acknowledged:
+        raise BenchmarkError(
+            f"{committed:,} records were committed, but {acknowledged:,} acknowledged: no pairs of them."
+        )
+    spread = _Spread(began_ms, (second_began_ms, first_ended_ms + AFTER_SECONDS * 1000))
+    clock = CommitClock(spread.add)
+    for line in observed.commits:
+        clock.committed([RowChange(kind, 0) for kind in line["kinds"]], line["at"])
+    for line in observed.acknowledgements:
+        counts = {(what, outcome): count for what, outcome, count in line["counts"]}
+        clock.batch_applied(AppliedBatch(counts=counts, acknowledged_ms=line["at"]))
+    from_kafka: Counter[int] = Counter()
+    for line in observed.acknowledgements:
+        from_kafka.update(dict(line["from_kafka"]))
+    lasted_ms = max(observed.acknowledgements[-1]["at"] - began_ms, 1)
+    times = [line["at"] for line in observed.acknowledgements if line["at"] >= began_ms + WARM_UP_SECONDS * 1000]
+    return LatencyRun(
+        wanted_rate=observed.rate,
+        rate=report["rate"],
+        changes=sum(report["changes"].values()),
+        longest_behind_seconds=report["longest_behind_seconds"],
+        all=clock.latency(),
+        steady=percentiles(spread.steady),
+        around=percentiles(spread.around),
+        from_kafka=percentiles(from_kafka),
+        writing_share=round(sum(line["write_seconds"] for line in observed.acknowledgements) * 1000 / lasted_ms, 3),
+        longest_gap_ms=max((later - earlier for earlier, later in pairwise(times)), default=0),
+        hand_over_at=round((hand_over_ms - began_ms) / 1000, 1),
+        equal=equal,
+        seconds=tuple(Second(at, percentiles(found)) for at, found in sorted(spread.seconds.items())),
+    )
+
+
+# --- the processes --------------------------------------------------------------------------------------------------
+
+
+def _say(line: dict[str, Any]) -> None:
+    sys.stdout.write(f"{json.dumps(line)}\n")
+    sys.stdout.flush()
+
+
+class _Told(SilentListener):
+    """Tells of each batch, and once that there are partitions whose end is known."""
+
+    def __init__(self) -> None:
+        self._is_ready = False
+
+    def lag(self, partition: int, records: int, seconds: float) -> None:
+        """Tell that the consumer is at work."""
+        del partition, records, seconds
+        if not self._is_ready:
+            self._is_ready = True
+            _say({"ready": True})
+
+    def batch_applied(self, batch: AppliedBatch) -> None:
+        """Tell of a batch."""
+        counts = [
+            (what, outcome, count)
+            for (what, outcome), count in batch.counts.items()
+            if what in ROW_CHANGES and outcome in ("applied", "coalesced")
+        ]
+        if counts:
+            records = sum(count for _, _, count in counts)
+            at = batch.acknowledged_ms
+            from_kafka = Counter([max(at - appended, 0) for appended in batch.appended_ms if appended is not None])
+            _say(
+                {
+                    "records": records,
+                    "counts": counts,
+                    "at": at,
+                    "from_kafka": list(from_kafka.items()),
+                    "write_seconds": batch.write_seconds,
+                }
+            )
+
+
+def _consume() -> int:
+    from ghsync_dagster.observability.logging import configure_logging
+    from ghsync_dagster.settings import load_settings
+    from ghsync_dagster.wiring import change_consumer
+
+    settings = load_settings()
+    configure_logging(settings)
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    change_consumer(settings, _Told()).run(stop)
+    return 128 + signal.SIGTERM
+
+
+def _change(rate: float, seconds: float) -> int:
+    from ghsync_dagster.cdc.workload import KEY_CHANGE, Workload
+    from ghsync_dagster.observability.logging import configure_logging
+    from ghsync_dagster.settings import load_settings
+    from ghsync_dagster.stores.mysql import MySqlStore
+
+    settings = load_settings()
+    # Onto standard error: standard output is for the lines.
+    configure_logging(settings)
+    url = settings.mysql_url
+    if url is None:
+        raise AssertionError("MYSQL_URL is set for this process")
+
+    def committed(changes: Sequence[RowChange], at_ms: int) -> None:
+        kinds = [change.kind for change in changes]
+        _say({"records": len(kinds) + kinds.count(KEY_CHANGE), "kinds": kinds, "at": at_ms})
+
+    with MySqlStore(url.get_secret_value()) as table:
+        table.ensure_table()
+        report = Workload(table, rate=rate, seed=SEED, on_commit=committed).run(seconds=seconds)
+    _say({"report": asdict(report)})
+    return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one of the processes, and return its exit code."""
+    match arguments:
+        case ["consume"]:
+            return _consume()
+        case ["change", rate, seconds]:
+            return _change(float(rate), float(seconds))
+        case _:
+            sys.stderr.write("usage: python -m benchmarks.cdc_latency consume | change RATE SECONDS\n")
+            return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
