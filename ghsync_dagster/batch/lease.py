@@ -138,6 +138,7 @@ def _acquire(store: UserStore, name: str, wait_seconds: float, quiet_seconds: fl
     token = uuid.uuid4().hex
     announced = False
     dead_since: dict[str, float] = {}
+    last: Lease | None = None
     while True:
         asked = _now()
         now = store.server_time()
@@ -151,14 +152,15 @@ def _acquire(store: UserStore, name: str, wait_seconds: float, quiet_seconds: fl
             if store.take_lease(name, mine, instead_of=standing):
                 return HeldLease(name, token, quiet_seconds, asked)
             continue
-        # A lease that was given up has no longer than this to go, as has one whose holder is about to lose it.
-        ends_soon = standing.expires_at - now <= timedelta(seconds=quiet_seconds)
-        if not dead and not ends_soon and _now() >= deadline:
-            raise LeaseHeldError(
-                f"Another load holds {store.users.full_name}: {_words(standing)}.",
-                way_out="Wait for it to end, or raise GHSYNC_LEASE_WAIT_SECONDS. A dead holder's lease runs out "
-                f"within {TTL_SECONDS:.0f} s by itself.",
-            )
+        if not dead and _now() >= deadline:
+            last = last or standing
+            # A lease that was given up has no longer than this to go; one that is renewed meanwhile was not given up.
+            if standing != last or standing.expires_at - now > timedelta(seconds=quiet_seconds):
+                raise LeaseHeldError(
+                    f"Another load holds {store.users.full_name}: {_words(standing)}.",
+                    way_out="Wait for it to end, or raise GHSYNC_LEASE_WAIT_SECONDS. A dead holder's lease runs out "
+                    f"within {TTL_SECONDS:.0f} s by itself.",
+                )
         if not announced:
             what = "waiting for the last command of a dead load" if dead else "waiting for another load"
             log.info(what, holder=_words(standing), up_to_seconds=quiet_seconds if dead else wait_seconds)
