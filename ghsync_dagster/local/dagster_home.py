@@ -22,9 +22,7 @@ telemetry:
 nux:
   enabled: false
 concurrency:
-  pools:
-    # One load of the collection at a time; the load's own lease holds across deployments.
-    default_limit: 1
+  # The pool mongo_users has no limit: the load's own lease lets one load in at a time, and outlives no dead process.
   runs:
     tag_concurrency_limits:
       # At a hand-over two slices of the change consumer live, and never more.

@@ -222,3 +222,19 @@ def test_a_dagster_run_that_is_asked_to_stop_says_so_and_leaves_no_process(
     while left := one.left_behind():
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
+
+
+def test_a_dagster_run_that_is_killed_does_not_hold_up_the_next_one(
+    batch: Callable[..., Batch], store: UserStore, tmp_path: Path, event_line: Callable[..., str]
+) -> None:
+    lines = [event_line(key, f"user-{key}", "2015-01-01T15:00:00Z", key) for key in range(1, 30_001)]
+    file = write(tmp_path / "events.json", lines)
+    home = tmp_path / "shared"
+    one = batch(file, ("run", "--events"), home=home)
+    one.wait_until("inserting", lambda: store.users.find_one({"spark_temp": {"$exists": True}}) is not None)
+    one.process.kill()
+    assert one.end() == -signal.SIGKILL
+    # Of the same Dagster instance, which still takes the killed run for one at work.
+    other = batch(file, ("run", "--events"), home=home)
+    assert other.end() == 0, other.said()[-3000:]
+    assert_stored(store, newest_logins(file))
