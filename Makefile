@@ -27,8 +27,8 @@ test: setup-dev ## run all tests, in JOBS processes (2)
 	@$(BIN)/python -m pytest --numprocesses $(or $(JOBS),2) --dist loadfile
 
 dev: setup ## serve the Dagster UI with daemon and sensors on 127.0.0.1:3000
-	@DAGSTER_HOME="$$($(BIN)/python -m ghsync_dagster.local.dagster_home)" \
-		$(BIN)/dagster dev --host 127.0.0.1 --port 3000
+	@home="$$($(BIN)/python -m ghsync_dagster.local.dagster_home)" && \
+		DAGSTER_HOME="$$home" $(BIN)/dagster dev --host 127.0.0.1 --port 3000
 
 check: setup-dev ## lint, format, types, import rules
 	@$(BIN)/ruff check .

@@ -58,7 +58,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Keeps the MongoDB collection new_data.Users right, from files of GitHub events.",
+    help="Keeps the MongoDB collection new_data.Users right, from files of GitHub events and from MySQL's changes.",
 )
 
 app.add_typer(cli_cdc.cdc, name="cdc")
@@ -100,7 +100,11 @@ def run(
     started = time.monotonic()
     settings = _settings()
     os.environ.setdefault("DAGSTER_HOME", str(ensure_dagster_home(settings)))
+    from ghsync_dagster.batch.rules import load_rules
     from ghsync_dagster.defs.runner import materialize_batch
+
+    # Told here in its own words; inside it would be a run that failed before its first step.
+    load_rules(settings.rules_module)
 
     with _status("materializing", quiet=as_json):
         outcome = materialize_batch(events)

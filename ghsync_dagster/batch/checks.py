@@ -65,7 +65,8 @@ def quarantined_ratio(read: ReadReport, max_ratio: float) -> Finding:
     if read.events == 0:
         summary = f"no event in {read.lines} lines of {len(read.files)} files"
     else:
-        share = f"{read.quarantined} of {read.lines} lines quarantined ({read.quarantined_ratio:.2%})"
+        decided = read.events + read.quarantined
+        share = f"{read.quarantined} of {decided} lines quarantined ({read.quarantined_ratio:.2%})"
         summary = f"{share}, at most {max_ratio:.2%} allowed"
     return _finding(
         "quarantined_ratio",
@@ -183,7 +184,7 @@ def no_spark_temp_left(store: UserStore) -> Finding:
         f"{left} documents carry {MARKER_FIELD}" + (f", while a load is on: {loading}" if left and loading else ""),
         {"marked": left},
         passed=left == 0 or loading is not None,
-        offenders=list(store.marked(limit=OFFENDERS)) if left else [],
+        offenders=[_plain(user) for user in store.marked(limit=OFFENDERS)] if left else [],
         way_out="A load did not finish. Run users_batch_job again: it settles the unfinished load first.",
     )
 
@@ -196,7 +197,8 @@ def unique_user_id_index(store: UserStore) -> Finding:
         "user_id has a unique index" if there else "user_id has no unique index over every document",
         {"indexes": int(there)},
         passed=there,
-        way_out="Remove duplicate users, then create it: db.Users.createIndex({user_id: 1}, {unique: true}).",
+        way_out="Remove duplicate users, then create it: "
+        f"db.{store.users.name}.createIndex({{user_id: 1}}, {{unique: true}}).",
     )
 
 
@@ -208,9 +210,16 @@ def documents_conform(store: UserStore) -> Finding:
         f"{broken} stored documents break the contract of a user",
         {"broken": broken},
         passed=broken == 0,
-        offenders=[{**document, "_id": str(document["_id"])} for document in offenders],
+        offenders=[_plain(document) for document in offenders],
         way_out="Another program writes to this collection around its validator: correct or remove these documents.",
     )
+
+
+def _plain(document: dict[str, Any]) -> dict[str, Any]:
+    """Return a stored document as JSON can hold it, whatever another program put into it."""
+    return {
+        name: value if value is None or isinstance(value, str | int) else str(value) for name, value in document.items()
+    }
 
 
 def _first_rows(folder: Path, limit: int) -> list[dict[str, Any]]:

@@ -205,19 +205,23 @@ class _Load:
 
     def _name_writer(self) -> None:
         """Name Spark's driver in the lease: it may go on writing for a moment after this process was killed."""
-        gateway: Any = self.spark().sparkContext._gateway  # noqa: SLF001  pyspark has no public way
-        driver = gateway.jvm.java.lang.ProcessHandle.current().pid()
+        from ghsync_dagster.stores.spark import spark_errors
+
+        with spark_errors("Asking Spark's driver"):
+            gateway: Any = self.spark().sparkContext._gateway  # noqa: SLF001  pyspark has no public way
+            driver = gateway.jvm.java.lang.ProcessHandle.current().pid()
         self.lease.assert_held()
         if not self.store.name_writer(self.lease.name, self.lease.token, identity(driver)):
             self.lease.lose()
             self.lease.assert_held()
 
     def _append(self, path: Path) -> None:
-        from ghsync_dagster.stores.spark import VERSIONED_USER_SCHEMA, DuplicateUserError, insert_users
+        from ghsync_dagster.stores.spark import VERSIONED_USER_SCHEMA, DuplicateUserError, insert_users, spark_errors
 
         session = self.spark()
         self.lease.assert_held()
-        session.sparkContext.setJobGroup(self.load_id, "Inserting users", interruptOnCancel=True)
+        with spark_errors("Writing users"):
+            session.sparkContext.setJobGroup(self.load_id, "Inserting users", interruptOnCancel=True)
         try:
             insert_users(session.read.schema(VERSIONED_USER_SCHEMA).parquet(str(path)), self.store)
         except DuplicateUserError:

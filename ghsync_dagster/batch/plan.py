@@ -37,7 +37,7 @@ class Plan:
         left: Users that are left as they are, by reason.
         given_up_inserts: Of these, how many were to be inserted before another stored or deleted them.
         given_up_replaced: Of these, how many were to be replaced.
-        marker_lost: Users of this load that are stored without the marker though nobody else wrote them.
+        marker_lost: Users that this load replaced and that are stored without the marker though nobody else wrote them.
     """
 
     insert_path: Path
@@ -133,7 +133,8 @@ def plan_missing(store: UserStore, missing: Path, target: Path, load_id: str, le
                 document = documents.get(key)
                 if document is not None and MARKER_FIELD not in document:
                     sorter.give_up(STORED_MEANWHILE, replaced=key in replaced)
-                    ours = key in versions and versions[key].load == load_id
+                    # Of an insert it proves nothing: the stream may have stored the same before the entry was written.
+                    ours = key in replaced and key in versions and versions[key].load == load_id
                     if ours and _content(document) == _content(row):
                         sorter.plan.marker_lost.append(key)
                 elif document is None and key in deleted:

@@ -5,7 +5,6 @@ Belongs here: the records and where they are kept. Not here: how they are shown.
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 import uuid
@@ -120,6 +119,14 @@ _KEPT: Final = 3
 _AGE_SECONDS: Final = 24 * 3600
 
 
+def _changed(folder: Path) -> float:
+    """Return when a folder changed last, in seconds since 1970; now, where another run has removed it meanwhile."""
+    try:
+        return folder.stat().st_mtime
+    except FileNotFoundError:
+        return time.time()
+
+
 class Artifacts:
     """The folder of the flow's materialized data: one sub-folder a run and step, and the newest report of each step.
 
@@ -141,11 +148,11 @@ class Artifacts:
         parent = self.root / step
         parent.mkdir(parents=True, exist_ok=True)
         published = b"".join(report.read_bytes() for report in self.root.glob("*.json"))
-        folders = sorted(parent.iterdir(), key=lambda entry: entry.stat().st_mtime, reverse=True)[_KEPT - 1 :]
+        folders = sorted(parent.iterdir(), key=_changed, reverse=True)[_KEPT - 1 :]
         aged = time.time() - _AGE_SECONDS
         for old in (*folders, *(self.root / "runs").glob("*")):
             # A younger folder may belong to a run that waits for its turn.
-            if old.stat().st_mtime < aged and old.name.encode() not in published:
+            if _changed(old) < aged and old.name.encode() not in published:
                 shutil.rmtree(old, ignore_errors=True)
         folder = parent / uuid.uuid4().hex
         folder.mkdir()
@@ -156,7 +163,7 @@ class Artifacts:
         for folder in filter(None, (self.root, self._run)):
             folder.mkdir(parents=True, exist_ok=True)
             target = folder / _file_name(type(report))
-            part = target.with_suffix(f".{os.getpid()}.part")
+            part = target.with_suffix(f".{uuid.uuid4().hex}.part")
             part.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
             part.replace(target)
 

@@ -5,6 +5,7 @@ Not here: what is printed, and exit codes.
 
 from __future__ import annotations
 
+import builtins
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ from ghsync_dagster.domain.errors import PermanentError, TransientError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from dagster_shared.error import SerializableErrorInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,7 @@ def materialize_batch(events_path: str | None = None) -> BatchOutcome:
     Raises:
         PermanentError: A step failed on configuration, input or credentials.
         TransientError: A step failed because a server is away.
+        RuntimeError: A step failed by a fault of ghsync itself.
     """
     job = build_defs().resolve_job_def("users_batch_job")
     config = {"ops": {"read_events": {"config": {"events_path": events_path}}}} if events_path else {}
@@ -67,15 +71,31 @@ def _raise_if_interrupted(event: dg.DagsterEvent) -> None:
         raise KeyboardInterrupt
 
 
-def _step_error(result: dg.ExecuteInProcessResult) -> PermanentError | TransientError:
+def _unforeseen(step: str, error: SerializableErrorInfo | None) -> PermanentError | RuntimeError:
+    """Return the error for one that is not ghsync's: of the system, or a fault of ghsync itself."""
+    while error is not None and error.cause is not None:
+        error = error.cause
+    if error is None:
+        return RuntimeError(f"{step} failed without an error")
+    kind = getattr(builtins, error.cls_name or "", Exception)
+    if isinstance(kind, type) and issubclass(kind, OSError):
+        return PermanentError(
+            f"{step}: {error.message.strip()}", way_out="Check the path, its permissions and the disk."
+        )
+    return RuntimeError(f"{step} failed:\n{error.to_string()}")
+
+
+def _step_error(result: dg.ExecuteInProcessResult) -> PermanentError | TransientError | RuntimeError:
     """Return the error of the first step that failed, in ghsync's own words."""
     for event in result.all_events:
         if event.is_step_failure:
             _raise_if_interrupted(event)
             failure = event.step_failure_data.user_failure_data
             error = event.step_failure_data.error
-            words = failure.description if failure and failure.description else str(error.message if error else "")
-            tag = failure.metadata.get("kind") if failure else None
+            if failure is None:
+                return _unforeseen(str(event.step_key), error)
+            words = failure.description or ""
+            tag = failure.metadata.get("kind")
             transient = tag is not None and tag.value == "infrastructure"
             message, _, way_out = words.partition(" Way out: ")
             error_type = TransientError if transient else PermanentError

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from ghsync_dagster.settings import Settings
 
 _EVENTS: Final = "2000"
+_LEFT_OUT: Final = ("MONGODB_", "GHSYNC_", "SPARK_")
+"""Settings that would take the training run to somebody's servers or cluster."""
 _RUN_SECONDS: Final = 300
 _EXIT_SECONDS: Final = 120
 log = get_logger("java")
@@ -48,7 +50,7 @@ def make_archive(settings: Settings) -> bool:
         part = archive if keeps_own_archive(java) else archive.with_suffix(f".{os.getpid()}.part")
         options = [] if keeps_own_archive(java) else [f"-XX:ArchiveClassesAtExit={part}", "-Xlog:cds*=off"]
         environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("MONGODB_", "GHSYNC_"))},
+            **{name: value for name, value in os.environ.items() if not name.startswith(_LEFT_OUT)},
             "GHSYNC_HOME": folder,
             "GHSYNC_CACHE": str(settings.cache_dir),
             "SPARK_DRIVER_JAVA_OPTIONS": shlex.join(options),

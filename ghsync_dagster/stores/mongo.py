@@ -65,7 +65,11 @@ def mongo_errors(what: str) -> Iterator[None]:
     try:
         yield
     except (InvalidURI, ConfigurationError) as error:
-        raise ConfigError(f"MONGODB_URI is malformed: {redact(str(error))}.", way_out="Correct MONGODB_URI.") from None
+        # The driver's own words may hold a part of the password.
+        raise ConfigError(
+            f"MONGODB_URI is malformed, or its hosts can't be looked up ({type(error).__name__}).",
+            way_out="Correct MONGODB_URI; percent-encode special characters of user and password.",
+        ) from None
     except (ConnectionFailure, ExecutionTimeout) as error:
         raise UnavailableError(
             f"{what}: MongoDB can't be reached ({type(error).__name__}: {_first_line(error)}).",

@@ -11,7 +11,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +60,8 @@ VERSIONED_USER_SCHEMA: Final = StructType(
 
 _CONNECTOR: Final = "mongodb"
 _BATCH_SIZE: Final = "5000"
+_OF_SECONDARIES: Final = ("readpreferencetags", "maxstalenessseconds")
+"""Options of a URI that the Java driver refuses beside the read preference "primary"."""
 _AWAY: Final = re.compile(
     "MongoTimeoutException|MongoSocket|MongoNotPrimary|MongoNodeIsRecovering"
     "|MongoConnectionPoolCleared|MongoServerUnavailable|MongoInternalException"
@@ -309,13 +311,10 @@ def _connection(store: UserStore) -> dict[str, str]:
     # A load gains nothing from streamed monitoring, and some servers of the wire protocol answer it out of step.
     ours = {"serverMonitoringMode": "poll", "readPreference": "primary"}
     address, _, query = store.uri.partition("?")
-    given = [part for part in query.split("&") if part and part.partition("=")[0].lower() not in _lowered(ours)]
+    left_out = {*map(str.lower, ours), *_OF_SECONDARIES}
+    given = [part for part in query.split("&") if part and part.partition("=")[0].lower() not in left_out]
     if "serverselectiontimeoutms" not in {part.partition("=")[0].lower() for part in given}:
         ours["serverSelectionTimeoutMS"] = str(store.timeout_ms)
     path = "" if "/" in address.partition("://")[2].rpartition("@")[2] else "/"
     uri = f"{address}{path}?{'&'.join([*given, *(f'{name}={value}' for name, value in ours.items())])}"
     return {"connection.uri": uri, "database": store.database.name, "collection": store.users.name}
-
-
-def _lowered(options: Mapping[str, str]) -> set[str]:
-    return {name.lower() for name in options}

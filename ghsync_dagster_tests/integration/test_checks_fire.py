@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import dagster as dg
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from bson import json_util
+from bson import ObjectId, json_util
 
 from ghsync_dagster.batch.flow import BatchFlow
 from ghsync_dagster.batch.load import ROUNDS, Step
@@ -259,11 +260,16 @@ def test_users_of_another_schema_are_not_loaded(runner: Runner, store: UserStore
     assert dump(store) == {}
 
 
-def test_a_lost_marker_is_found_though_the_user_is_stored(runner: Runner, store: UserStore) -> None:
+def test_a_lost_marker_is_found_though_the_user_is_stored(
+    runner: Runner, store: UserStore, event_line: Callable[..., str]
+) -> None:
     def unmark(step: Step) -> None:
-        if step is Step.VERSIONED:
+        if step is Step.PLANNED:
             store.users.update_one({"user_id": "7"}, {"$unset": {"spark_temp": ""}})
 
+    assert runner.batch().success
+    renamed = [event_line(key, f"new-{key}", "2015-01-01T16:00:00Z", 100 + key) for key in range(1, 31)]
+    runner.events.write_text("\n".join(renamed))
     result = runner.batch(at_step=unmark)
     assert not result.success
     found = failed(result)
@@ -321,7 +327,9 @@ def drop_the_index(store: UserStore) -> None:
 
 def write_around_the_validator(store: UserStore) -> None:
     unchecked = store.users.with_options()
-    unchecked.insert_one({"user_id": "99", "login": 5}, bypass_document_validation=True)
+    # What JSON can't hold is to be shown too.
+    odd = {"at": datetime.now(UTC), "by": ObjectId(), "raw": b"\xff", "within": {"of": [ObjectId()]}}
+    unchecked.insert_one({"user_id": "99", "login": 5, **odd}, bypass_document_validation=True)
 
 
 def lose_a_user(store: UserStore) -> None:
@@ -342,7 +350,7 @@ STORE_FAULTS: list[tuple[Callable[[UserStore], None], str, Callable[[dict[str, A
     (
         write_around_the_validator,
         "documents_conform",
-        lambda found: found["broken"] == 1 and found["offenders"][0]["login"] == 5,
+        lambda found: found["broken"] == 1 and found["offenders"][0]["login"] == 5 and "at" in found["offenders"][0],
     ),
 ]
 AUDIT_FAULTS: list[tuple[Callable[[UserStore], None], str, Callable[[dict[str, Any]], bool]]] = [

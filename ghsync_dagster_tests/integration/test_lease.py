@@ -260,19 +260,19 @@ def test_what_a_dead_load_sent_last_is_done_before_another_begins(
     written = store.database["written"]
     written.insert_many([{"_id": number, "by": "before"} for number in range(5_000)])
     sending = """
-import os, sys, threading
-from pymongo import MongoClient, UpdateOne, monitoring
-class Die(monitoring.CommandListener):
-    def started(self, event):
-        if event.command_name == "update":
-            threading.Timer(0.05, os.kill, (os.getpid(), 9)).start()
-    def succeeded(self, event): pass
-    def failed(self, event): pass
-written = MongoClient(sys.argv[1], event_listeners=[Die()])[sys.argv[2]]["written"]
+import sys
+from pymongo import MongoClient, UpdateOne
+written = MongoClient(sys.argv[1])[sys.argv[2]]["written"]
 written.bulk_write([UpdateOne({"_id": number}, {"$set": {"by": "dead"}}) for number in range(5_000)], ordered=False)
 """
     with subprocess.Popen([sys.executable, "-c", sending, mongo_uri, database]) as process:
         put_lease(store, identity(process.pid), 30)
+        deadline = time.monotonic() + 60
+        # The server has the whole command, and is at work on it.
+        while not written.count_documents({"by": "dead"}):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.kill()
         process.wait(60)
         with hold_lease(store, wait_seconds=0, quiet_seconds=6):
             assert written.count_documents({"by": "dead"}) == 5_000

@@ -404,10 +404,11 @@ def test_a_marker_that_somebody_removes_is_told_and_nothing_is_written_twice(
     def unmark() -> None:
         world.store.users.update_one({"user_id": "2"}, {"$unset": {"spark_temp": ""}})
 
+    world.load(*(event_line(key, f"old-{key}", EARLY, key) for key in range(1, 5)))
     report = world.load(
-        *(event_line(key, f"user-{key}", LATE, key) for key in range(1, 5)), on_step=at_step(Step.VERSIONED, unmark)
+        *(event_line(key, f"user-{key}", LATE, key) for key in range(1, 5)), on_step=at_step(Step.PLANNED, unmark)
     )
-    assert (report.marker_lost, report.missing, report.unresolved) == (1, 1, 0)
+    assert (report.replaced, report.marker_lost, report.missing, report.unresolved) == (4, 1, 1, 0)
     assert world.logins() == {str(key): f"user-{key}" for key in range(1, 5)}
     assert world.versions().keys() == {"1", "3", "4"}
     world.assert_settled()

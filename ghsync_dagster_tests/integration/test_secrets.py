@@ -226,6 +226,7 @@ MALFORMED = [
     f"mongodb://app:{SECRET}@",
     f"mongodb://app:{SECRET}@host:port",
     f"mongodb://app:{SECRET}/x@127.0.0.1:1/",
+    f"mongodb://app:x/{SECRET}@127.0.0.1:1/new_data",
     f"mongodb://app:{SECRET}@a@127.0.0.1:1/",
     f"mongodb+srv://app:{SECRET}@no-such-host.invalid/",
     f"mongo://app:{SECRET}@127.0.0.1:1/",
@@ -238,7 +239,7 @@ def test_a_malformed_uri_opens_no_store_and_its_password_is_not_told(uri: str) -
     with pytest.raises(ConfigError, match="MONGODB_URI is malformed") as caught:
         UserStore(uri, "new_data", "Users")
     assert "PLANTED" not in f"{caught.value!r}"
-    assert caught.value.way_out == "Correct MONGODB_URI."
+    assert caught.value.way_out == "Correct MONGODB_URI; percent-encode special characters of user and password."
 
 
 @pytest.mark.parametrize("uri", MALFORMED)

@@ -11,7 +11,6 @@ import dagster as dg
 from ghsync_dagster.defs.batch import metadata
 from ghsync_dagster.defs.errors import as_failure
 from ghsync_dagster.defs.resources import BatchResource
-from ghsync_dagster.settings import load_settings
 
 GROUP = "batch"
 OWNERS = ["team:data-platform"]
@@ -50,7 +49,7 @@ def read_events(
     del context
     batch.flow.spark.warm_up()
     with as_failure():
-        report = batch.flow.read([config.events_path or load_settings().events_path])
+        report = batch.flow.read([config.events_path or batch.settings().events_path])
     yield dg.MaterializeResult(asset_key="raw_events", metadata=metadata.of_events(report))
     yield dg.MaterializeResult(asset_key="quarantined_events", metadata=metadata.of_quarantine(report))
 
@@ -83,7 +82,7 @@ def mongo_users(context: dg.AssetExecutionContext, batch: BatchResource) -> dg.M
     """Load the users into MongoDB and verify them."""
     with as_failure():
         report = batch.flow.load(context.run.run_id, on_step=lambda step: context.log.info(f"load: {step}"))
-    return dg.MaterializeResult(metadata=metadata.of_load(report, load_settings()))
+    return dg.MaterializeResult(metadata=metadata.of_load(report, batch.settings()))
 
 
 ASSETS = [read_events, users, mongo_users]
