@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 pytest_plugins = ("cdc_parts",)
 
+MEMORY = Path("/dev/shm")
+MEMORY_BYTES = 6 * 1024**3
 _OURS = ("GHSYNC_", "MONGODB_", "SPARK_", "DAGSTER_", "KAFKA_", "MYSQL_", "CONNECT_")
 
 
@@ -52,10 +56,20 @@ def clean_environment() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def server_settings(tmp_path_factory: pytest.TempPathFactory, clean_environment: None) -> Iterator[Settings]:
+def server_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the session's servers keep their files: in memory where there is room, so that no test waits for a disk."""
+    if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free >= MEMORY_BYTES:
+        with tempfile.TemporaryDirectory(prefix="ghsync-tests-", dir=MEMORY) as folder:
+            yield Path(folder)
+    else:
+        yield tmp_path_factory.mktemp("servers")
+
+
+@pytest.fixture(scope="session")
+def server_settings(server_folder: Path, clean_environment: None) -> Iterator[Settings]:
     """Settings whose home holds the session's one local MongoDB."""
     del clean_environment
-    settings = load_settings(GHSYNC_HOME=tmp_path_factory.mktemp("servers"))
+    settings = load_settings(GHSYNC_HOME=server_folder)
     ensure_mongo(settings)
     yield settings
     stack.down(settings, progress=lambda _: None)
