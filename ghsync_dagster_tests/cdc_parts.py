@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import subprocess
+import sys
 import threading
 import time
 import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
 from ghsync_dagster.cdc.consume import ChangeConsumer, ConsumerReport
+from ghsync_dagster.cdc.replay import Edit, Fate, ReplayReport, Selection, replay
+from ghsync_dagster.domain.user import json_schema
 from ghsync_dagster.local.kafka import ensure_kafka
 from ghsync_dagster.observability.metrics import ChangeMetrics
 from ghsync_dagster.stores.kafka import KafkaSettings
@@ -24,9 +31,12 @@ from ghsync_dagster.stores.mongo import UserStore
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from ghsync_dagster.local.supervisor import ServiceStatus
     from ghsync_dagster.settings import Settings
 
 FIELDS = ("user_id", "login", "gravatar_id", "avatar_url", "url")
+GHSYNC = str(Path(sys.executable).parent / "ghsync")
+ALL = Selection()
 
 
 def user(key: object, login: str | None = "octo", **fields: str | None) -> dict[str, Any]:
@@ -45,6 +55,7 @@ class Topic:
     kafka: KafkaSettings
     producer: Producer
     position: int = 0
+    written: int = 0
     expected: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def write(
@@ -79,6 +90,7 @@ class Topic:
         """Write whatever it is: bytes as they are, all else as JSON."""
         key, value = (part if part is None or isinstance(part, bytes) else _json(part) for part in (key, value))
         self.producer.produce(self.kafka.topic, key=key, value=value, partition=partition, headers=headers)
+        self.written += 1
         self.producer.poll(0)
 
     def flush(self) -> None:
@@ -211,3 +223,74 @@ def parts(mongo_uri: str, database: str) -> Parts:
 def stored(store: UserStore) -> dict[str, dict[str, Any]]:
     """All stored users by id, without ``_id``."""
     return {found["user_id"]: found for found in store.users.find({}, {"_id": 0})}
+
+
+def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    """Wait until something outside of this process's reach holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.02)
+
+
+@contextmanager
+def child(kafka: KafkaSettings, parts: Parts, log: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a consumer as a process of its own; its log is appended to a file, or dropped."""
+    environment = {
+        "KAFKA_BOOTSTRAP_SERVERS": kafka.bootstrap_servers,
+        "KAFKA_TOPIC": kafka.topic,
+        "KAFKA_GROUP_ID": kafka.group_id,
+        "GHSYNC_CDC_SESSION_TIMEOUT_SECONDS": str(kafka.session_timeout_seconds),
+        "MONGODB_URI": parts.uri,
+        "MONGODB_DATABASE": parts.database,
+    }
+    with log.open("ab") if log else contextlib.nullcontext(subprocess.DEVNULL) as stderr:
+        process = subprocess.Popen([GHSYNC, "cdc", "run"], env=environment, cwd=Path.home(), stderr=stderr)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait(10)
+
+
+def kill(*statuses: ServiceStatus) -> None:
+    """Kill servers hard and wait until they are gone, since until then their ports are taken."""
+    for status in statuses:
+        assert status.pid
+        process = psutil.Process(status.pid)
+        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.wait(10)
+
+
+class StrictStore(UserStore):
+    """A store whose users' validator somebody made stricter, and which leaves it so."""
+
+    def ensure_collection(self) -> None:
+        """Leave the stricter validator as it is."""
+
+
+def make_strict(store: UserStore) -> None:
+    """Set the collection up, then have the database refuse logins of more than 8 characters."""
+    store.ensure_collection()
+    strict = json_schema()
+    strict["properties"]["login"] = {"bsonType": "string", "maxLength": 8}
+    store.database.command({"collMod": "Users", "validator": {"$jsonSchema": strict}})
+
+
+def replayed(topic: Topic, store: UserStore, selection: Selection = ALL, edit: Edit | None = None) -> ReplayReport:
+    """Replay dead letters."""
+    return replay(topic.kafka, store, selection, edit, lease_wait_seconds=60, lease_quiet_seconds=1)
+
+
+def fates(report: ReplayReport) -> dict[int, Fate]:
+    """What became of each letter, by the offset of its record."""
+    return {found.letter.offset: found.fate for found in report.letters}
+
+
+def assert_nothing_half_done(store: UserStore) -> None:
+    """See that no load or replay has left anything behind."""
+    assert store.count_marked() == 0
+    assert store.undo.count_documents({}) == 0
+    assert list(store.unfinished_loads()) == []

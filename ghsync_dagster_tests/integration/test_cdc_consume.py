@@ -7,13 +7,13 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from cdc_parts import user
+from cdc_parts import StrictStore, make_strict, stored, until, user
 
 from ghsync_dagster.cdc.consume import ChangeConsumer
 from ghsync_dagster.cdc.dead_letters import read_dead_letters
 from ghsync_dagster.cdc.listener import SilentListener
 from ghsync_dagster.domain.errors import PermanentError, RefusedError, UnavailableError
-from ghsync_dagster.domain.user import BUILT_IN_RULES, json_schema
+from ghsync_dagster.domain.user import BUILT_IN_RULES
 from ghsync_dagster.stores.kafka import KafkaSettings
 
 if TYPE_CHECKING:
@@ -25,18 +25,6 @@ if TYPE_CHECKING:
     from ghsync_dagster.stores.mongo import UserStore
 
 pytestmark = pytest.mark.integration
-
-
-def stored(store: UserStore) -> dict[str, dict[str, Any]]:
-    return {found["user_id"]: found for found in store.users.find({}, {"_id": 0})}
-
-
-def until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    """Wait until something outside of this process's reach holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.02)
 
 
 def test_a_drain_applies_what_is_there_commits_it_and_ends(topic: Topic, parts: Parts, store: UserStore) -> None:
@@ -143,15 +131,7 @@ def test_poison_goes_to_the_dead_letters_alone(topic: Topic, parts: Parts, store
 
 
 def test_the_states_before_a_refused_one_are_applied_in_order(topic: Topic, parts: Parts, store: UserStore) -> None:
-    store.ensure_collection()
-    strict = json_schema()
-    strict["properties"]["login"] = {"bsonType": "string", "maxLength": 8}
-
-    class Strict(type(store)):  # type: ignore[misc]
-        def ensure_collection(self) -> None:
-            """Leave the stricter validator as it is."""
-
-    store.database.command({"collMod": "Users", "validator": {"$jsonSchema": strict}})
+    make_strict(store)
     topic.upsert(1, "good")
     topic.upsert(1, "much too long")
     topic.upsert(2, "much too long")
@@ -162,7 +142,7 @@ def test_the_states_before_a_refused_one_are_applied_in_order(topic: Topic, part
     topic.upsert(4, "much too long")
     topic.upsert(5, "good")
     topic.flush()
-    consumer = ChangeConsumer(topic.kafka, lambda: Strict(parts.uri, parts.database, "Users"))
+    consumer = ChangeConsumer(topic.kafka, lambda: StrictStore(parts.uri, parts.database, "Users"))
     report = consumer.run(threading.Event(), until_end=True, seconds=60)
     assert {key: row["login"] for key, row in stored(store).items()} == {
         "1": "good",

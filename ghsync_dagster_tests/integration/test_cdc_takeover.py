@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
+from cdc_parts import child, stored, until
 
 from ghsync_dagster.cdc.dead_letters import read_dead_letters
 
@@ -25,41 +23,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.faults
 
-GHSYNC = str(Path(sys.executable).parent / "ghsync")
 KEYS = 50
 ROUNDS = int(os.environ.get("GHSYNC_FAULT_ROUNDS", "2"))
-
-
-def stored(store: UserStore) -> dict[str, dict[str, Any]]:
-    return {found["user_id"]: found for found in store.users.find({}, {"_id": 0})}
-
-
-def until(condition: Callable[[], bool], seconds: float = 30) -> None:
-    """Wait until something outside of this process's reach holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.02)
-
-
-@contextmanager
-def child(topic: Topic, parts: Parts) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a consumer as a process of its own."""
-    environment = {
-        "KAFKA_BOOTSTRAP_SERVERS": topic.kafka.bootstrap_servers,
-        "KAFKA_TOPIC": topic.kafka.topic,
-        "KAFKA_GROUP_ID": topic.kafka.group_id,
-        "GHSYNC_CDC_SESSION_TIMEOUT_SECONDS": "6",
-        "MONGODB_URI": parts.uri,
-        "MONGODB_DATABASE": parts.database,
-    }
-    process = subprocess.Popen([GHSYNC, "cdc", "run"], env=environment, cwd=Path.home(), stderr=subprocess.DEVNULL)
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
 
 
 @contextmanager
@@ -95,7 +60,7 @@ def test_killed_consumers_lose_nothing(topic: Topic, parts: Parts, store: UserSt
     with steady_changes(topic) as end:
         for _ in range(3):
             before = topic.committed()
-            with child(topic, parts) as process:
+            with child(topic.kafka, parts) as process:
                 until(lambda before=before: topic.committed() > before + 20)  # type: ignore[misc]
                 process.kill()
         end()
@@ -108,7 +73,7 @@ def test_killed_consumers_lose_nothing(topic: Topic, parts: Parts, store: UserSt
 def test_what_a_frozen_consumer_had_in_hand_does_not_stay(
     topic: Topic, parts: Parts, store: UserStore, round_number: int
 ) -> None:
-    with child(topic, parts) as process:
+    with child(topic.kafka, parts) as process:
         with steady_changes(topic) as end:
             until(lambda: topic.committed() > 50 + 7 * round_number)
             os.kill(process.pid, signal.SIGSTOP)

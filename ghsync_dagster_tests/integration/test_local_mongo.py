@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+from cdc_parts import kill
 from pymongo import MongoClient
 
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
@@ -55,15 +55,6 @@ def alive(pid: int | None) -> bool:
 
 def start(settings: Settings) -> stack.ServiceStatus:
     return stack.up(settings, ["mongo"], progress=print)["mongo"]
-
-
-def kill(status: stack.ServiceStatus) -> None:
-    """Kill a server hard and wait until it is gone."""
-    assert status.pid
-    process = psutil.Process(status.pid)
-    process.send_signal(signal.SIGKILL)
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process.wait(10)
 
 
 def port_of(status: stack.ServiceStatus) -> int:

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import httpx
 import psutil
 import pymysql
 import pytest
+from cdc_parts import kill
 from confluent_kafka import Consumer, TopicPartition
 from pymongo import MongoClient
 
@@ -108,16 +108,6 @@ def arrived(up: dict[str, stack.ServiceStatus], *user_ids: int) -> list[dict[str
     consumer.close()
     assert not missing
     return found
-
-
-def kill(*statuses: stack.ServiceStatus) -> None:
-    """Kill servers hard and wait until they are gone."""
-    for status in statuses:
-        assert status.pid
-        process = psutil.Process(status.pid)
-        process.send_signal(signal.SIGKILL)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.wait(10)
 
 
 def port_of(status: stack.ServiceStatus) -> int:

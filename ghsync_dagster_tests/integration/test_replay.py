@@ -13,13 +13,14 @@ import signal
 import subprocess
 import sys
 import threading
-import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from cdc_parts import ALL, StrictStore, assert_nothing_half_done, fates, make_strict, replayed, stored, until
 from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from typer.testing import CliRunner
@@ -31,7 +32,6 @@ from ghsync_dagster.cdc.consume import ChangeConsumer
 from ghsync_dagster.cdc.replay import (
     Edit,
     Fate,
-    ReplayReport,
     Selection,
     letter_states,
     open_dead_letters,
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.integration
 
 FIELDS = ("user_id", "login", "gravatar_id", "avatar_url", "url")
-ALL = Selection()
 
 
 class OldDecoder(ChangeDecoder):
@@ -89,20 +88,8 @@ def poison(topic: Topic, key: int, what: str = "poison") -> dict[str, Any]:
     return row(key, what)
 
 
-def stored(store: UserStore) -> dict[str, dict[str, Any]]:
-    return {found["user_id"]: found for found in store.users.find({}, {"_id": 0})}
-
-
 def logins(store: UserStore) -> dict[str, str]:
     return {key: found["login"] for key, found in stored(store).items()}
-
-
-def replayed(topic: Topic, store: UserStore, selection: Selection = ALL, edit: Edit | None = None) -> ReplayReport:
-    return replay(topic.kafka, store, selection, edit, lease_wait_seconds=60, lease_quiet_seconds=1)
-
-
-def fates(report: ReplayReport) -> dict[int, Fate]:
-    return {found.letter.offset: found.fate for found in report.letters}
 
 
 def states(topic: Topic, store: UserStore) -> dict[int, str]:
@@ -111,19 +98,6 @@ def states(topic: Topic, store: UserStore) -> dict[int, str]:
 
 def everything(store: UserStore) -> dict[str, list[Any]]:
     return {name: list(store.database[name].find().sort("_id", 1)) for name in store.database.list_collection_names()}
-
-
-def assert_nothing_half_done(store: UserStore) -> None:
-    assert store.count_marked() == 0
-    assert store.undo.count_documents({}) == 0
-    assert list(store.unfinished_loads()) == []
-
-
-def until(condition: Callable[[], bool], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.02)
 
 
 def move_group(topic: Topic, offset: int) -> None:
@@ -223,22 +197,14 @@ def test_a_truncate_ends_the_letters_before_it_and_none_is_replayed_itself(
 def test_letters_that_the_database_refused_are_applied_once_it_takes_them(
     topic: Topic, parts: Parts, store: UserStore
 ) -> None:
-    store.ensure_collection()
-    strict = json_schema()
-    strict["properties"]["login"] = {"bsonType": "string", "maxLength": 8}
-
-    class Strict(UserStore):
-        def ensure_collection(self) -> None:
-            """Leave the stricter validator as it is."""
-
-    store.database.command({"collMod": "Users", "validator": {"$jsonSchema": strict}})
+    make_strict(store)
     for key in (1, 2):
         topic.upsert(key, "good")
     topic.upsert(1, "much too long")
     topic.upsert(3, "much too long")
     topic.flush()
-    with Strict(parts.uri, parts.database, "Users") as opened:
-        consumer = ChangeConsumer(topic.kafka, lambda: Strict(parts.uri, parts.database, "Users"))
+    with StrictStore(parts.uri, parts.database, "Users") as opened:
+        consumer = ChangeConsumer(topic.kafka, lambda: StrictStore(parts.uri, parts.database, "Users"))
         consumer.run(threading.Event(), until_end=True, seconds=60)
         refused = replayed(topic, opened)
     assert set(fates(refused).values()) == {Fate.REFUSED}
@@ -575,7 +541,9 @@ def test_killed_after_any_step_nothing_is_wrong_and_the_next_replay_ends_it(
         poison(topic, key, what)
     parts.drain(topic)
     order = [step.value, parts.uri, parts.database, topic.kafka.bootstrap_servers, topic.kafka.topic]
-    child = subprocess.run([sys.executable, __file__, *order], timeout=120)
+    # The child finds helpers by the name that pytest gives them, as this process does.
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    child = subprocess.run([sys.executable, __file__, *order], timeout=120, env=environment)
     assert child.returncode == -signal.SIGKILL
     visible = {key: found["login"] for key, found in stored(store).items() if "spark_temp" not in found}
     assert visible.get("1", "old") in ("old", "poison-1")
