@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from benchmarks import cdc_contenders, cdc_results, harness, results
+from benchmarks import cdc_contenders, cdc_latency, cdc_results, harness, results
 from benchmarks.cdc_contenders import OURS, Bench
 from benchmarks.cdc_events import Case, History, users
-from benchmarks.cdc_latency import WARM_UP_SECONDS, LatencyRun, Stack, local_settings
+from benchmarks.cdc_latency import WARM_UP_SECONDS, LatencyRun
 from benchmarks.peers.kafka_sink import Worker
+from benchmarks.stack import Stack, local_settings
 from ghsync_dagster.domain.errors import GhsyncError
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def measure_latency(
         for rate in rates:
             what = f"latency at {rate:,.0f} changes/s"
             try:
-                run = stack.run(rate, seconds)
+                run = cdc_latency.run(stack, rate, seconds)
             except (harness.BenchmarkError, GhsyncError) as error:
                 failures.append(f"{what}: {error}")
                 console.print(f"{what}: failed\n{error}", markup=False, soft_wrap=True)

@@ -10,41 +10,34 @@ committed is the n-th that was acknowledged, and all of them share one clock.
 
 from __future__ import annotations
 
-import json
 import signal
-import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import harness
-from benchmarks.contenders import inherited_environment
 from benchmarks.harness import BenchmarkError
+from benchmarks.tellers import Teller, now_ms, pause_until, say
 from ghsync_dagster.cdc.listener import AppliedBatch, SilentListener
 from ghsync_dagster.cdc.workload import RowChange
 from ghsync_dagster.observability.metrics import Percentiles, percentiles
 from ghsync_dagster.rehearsal import CommitClock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Mapping, Sequence
 
-    from confluent_kafka.admin import AdminClient
-
-    from ghsync_dagster.settings import Settings
+    from benchmarks.stack import Stack
 
 WARM_UP_SECONDS = 5.0
 OVERLAP_SECONDS = 3.0
 AFTER_SECONDS = 3.0
 START_SECONDS = 60.0
 CATCH_UP_SECONDS = 180.0
-LOOK_SECONDS = 0.1
 SEED = 20_150_301
+MODULE = "benchmarks.cdc_latency"
 ROW_CHANGES = frozenset({"c", "u", "d"})
 
 
@@ -96,218 +89,42 @@ class LatencyRun:
     seconds: tuple[Second, ...]
 
 
-class Stack:
-    """The local servers, all on one folder, from the way in to the way out.
+def run(stack: Stack, rate: float, seconds: float) -> LatencyRun:
+    """Change the table at a rate, consume, and hand over to a second consumer in the middle.
 
-    Args:
-        home: Their folder.
-        logs: Gets what the processes of a run say.
-        tell: Gets a line of text for each thing done.
+    Raises:
+        BenchmarkError: A process failed, or the changes were not all applied in time.
     """
+    admin = stack.admin()
+    # One group for all runs: it has applied what was there before.
+    environment = stack.environment()
+    with ExitStack() as around:
 
-    def __init__(self, home: Path, logs: Path, tell: Callable[[str], None]) -> None:
-        self._home, self._logs, self._tell = home, logs, tell
+        def start(name: str, *arguments: str) -> Teller:
+            return around.enter_context(Teller(name, MODULE, arguments, environment, stack.logs))
 
-    def __enter__(self) -> Stack:
-        from ghsync_dagster.domain.errors import GhsyncError
-        from ghsync_dagster.local import stack
-        from ghsync_dagster.rehearsal import addresses
-
-        self._empty = local_settings(self._home)
-        try:
-            self.settings = addresses(self._empty, stack.up(self._empty, progress=self._tell))
-        except GhsyncError as error:
-            stack.down(self._empty, progress=self._tell)
-            raise BenchmarkError(str(error)) from error
-        except BaseException:
-            stack.down(self._empty, progress=self._tell)
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        from ghsync_dagster.local import stack
-
-        stack.down(self._empty, progress=self._tell)
-
-    def run(self, rate: float, seconds: float) -> LatencyRun:
-        """Change the table at a rate, consume, and hand over to a second consumer in the middle.
-
-        Raises:
-            BenchmarkError: A process failed, or the changes were not all applied in time.
-        """
-        from confluent_kafka.admin import AdminClient
-
-        # Its own words would go to standard error.
-        admin = AdminClient({"bootstrap.servers": str(self.settings.kafka_bootstrap_servers), "log_level": 0})
-        # One group for all runs: it has applied what was there before.
-        group = self.settings.kafka_group_id
-        environment = inherited_environment() | _variables(self.settings) | {"KAFKA_GROUP_ID": group}
-        with ExitStack() as around:
-
-            def start(name: str, *arguments: str) -> _Teller:
-                return around.enter_context(_Teller(name, arguments, environment, self._logs))
-
-            first = start("first consumer", "consume")
-            first.wait(lambda: first.ready, "consume", START_SECONDS)
-            workload = start("workload", "change", str(rate), str(seconds))
-            workload.wait(lambda: workload.records > 0, "change the table", START_SECONDS)
-            began_ms = workload.lines[0]["at"]
-            _pause_until(began_ms, seconds / 2 - OVERLAP_SECONDS, workload)
-            second_began_ms = _now_ms()
-            second = start("second consumer", "consume")
-            second.wait(lambda: _members(admin, group) > 1, "join the group", START_SECONDS)
-            _pause_until(began_ms, seconds / 2, workload)
-            hand_over_ms = _now_ms()
-            first.end(128 + signal.SIGTERM)
-            first_ended_ms = _now_ms()
-            workload.wait(lambda: workload.report is not None, "end", seconds + START_SECONDS)
-            workload.end(0)
-            second.wait(
-                lambda: first.records + second.records >= workload.records, "apply all changes", CATCH_UP_SECONDS
-            )
-            second.end(128 + signal.SIGTERM)
-        return _outcome(
-            _Observed(
-                rate, workload.lines, first.lines + second.lines, (second_began_ms, hand_over_ms, first_ended_ms)
-            ),
-            workload.report or {},
-            equal=self._is_equal(),
-        )
-
-    def _is_equal(self) -> bool:
-        from ghsync_dagster.cdc.audit import Patience, audit
-        from ghsync_dagster.stores.mysql import MySqlStore
-        from ghsync_dagster.wiring import store_opener
-
-        url = self.settings.mysql_url
-        if url is None:
-            raise AssertionError("the stack's addresses are set")
-        with MySqlStore(url.get_secret_value()) as mysql, store_opener(self.settings)() as store:
-            return audit(mysql, store, patience=Patience(seconds=30)).equal
-
-
-def local_settings(home: Path) -> Settings:
-    """Return settings with which all servers are local ones under ``home``, whatever the caller has set."""
-    from ghsync_dagster.settings import load_settings
-
-    outside = dict.fromkeys(("MONGODB_URI", "KAFKA_BOOTSTRAP_SERVERS", "MYSQL_URL", "CONNECT_URL"))
-    return load_settings(GHSYNC_HOME=home, **outside)
-
-
-def _variables(settings: Settings) -> dict[str, str]:
-    if settings.mongodb_uri is None or settings.mysql_url is None:
-        raise AssertionError("the stack's addresses are set")
-    return {
-        "GHSYNC_HOME": str(settings.home_dir),
-        "MONGODB_URI": settings.mongodb_uri.get_secret_value(),
-        "MYSQL_URL": settings.mysql_url.get_secret_value(),
-        "KAFKA_BOOTSTRAP_SERVERS": str(settings.kafka_bootstrap_servers),
-        "CONNECT_URL": str(settings.connect_url),
-    }
-
-
-def _members(admin: AdminClient, group: str) -> int:
-    """Return how many consumers the group has, once it is not in the middle of taking one in."""
-    from confluent_kafka import ConsumerGroupState
-
-    found = admin.describe_consumer_groups([group], request_timeout=10)[group].result()
-    return len(found.members) if found.state == ConsumerGroupState.STABLE else 0
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
-
-
-def _pause_until(began_ms: int, seconds: float, teller: _Teller) -> None:
-    """Wait until so many seconds after a time, unless a process ends before."""
-    left = began_ms / 1000 + seconds - time.time()
-    if left > 0 and teller.ended.wait(left):
-        raise BenchmarkError(f"The {teller.name} ended early. Its last lines:\n{teller.tail()}")
-
-
-class _Teller:
-    """A process of this module that tells what it does by lines of JSON, with a thread that reads them."""
-
-    def __init__(self, name: str, arguments: Sequence[str], environment: Mapping[str, str], logs: Path) -> None:
-        self.name = name
-        self.lines: list[dict[str, Any]] = []
-        self.records = 0
-        self.ready = False
-        self.report: dict[str, Any] | None = None
-        self.ended = threading.Event()
-        self._errors = logs / f"{name.replace(' ', '-')}.err"
-        self._command = [sys.executable, "-m", "benchmarks.cdc_latency", *arguments]
-        self._environment = dict(environment)
-
-    def __enter__(self) -> _Teller:
-        with self._errors.open("wb") as errors:
-            self._child = subprocess.Popen(
-                self._command,
-                env=self._environment,
-                cwd=harness.PROJECT,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                start_new_session=True,
-            )
-        self._thread = threading.Thread(target=self._read, name=f"reader of {self.name}", daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        harness.Watched(self._child).stop()
-        self._thread.join(harness.STOP_SECONDS)
-
-    def _read(self) -> None:
-        try:
-            for told in self._child.stdout or ():
-                self._take(json.loads(told))
-        finally:
-            self.ended.set()
-
-    def _take(self, line: dict[str, Any]) -> None:
-        if "report" in line:
-            self.report = line["report"]
-        elif "records" in line:
-            self.lines.append(line)
-            self.records += line["records"]
-        else:
-            self.ready = True
-
-    def tail(self) -> str:
-        """Return the last lines of its standard error."""
-        return harness.tail(self._errors)
-
-    def wait(self, done: Callable[[], bool], what: str, seconds: float) -> None:
-        """Wait until something is done.
-
-        Raises:
-            BenchmarkError: It took too long, or the process ended.
-        """
-        deadline = time.monotonic() + seconds
-        while not done():
-            ended = self.ended.wait(LOOK_SECONDS)
-            if done():
-                return
-            if ended or time.monotonic() > deadline:
-                why = "ended early" if ended else f"did not {what} within {seconds:.0f} s"
-                raise BenchmarkError(f"The {self.name} {why}. Its last lines:\n{self.tail()}")
-
-    def end(self, code: int) -> None:
-        """Ask it to end, and see that it does, with this exit code.
-
-        Raises:
-            BenchmarkError: It does not, or with another one.
-        """
-        if self._child.poll() is None and self.report is None:
-            self._child.terminate()
-        try:
-            found = self._child.wait(harness.STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            raise BenchmarkError(f"The {self.name} did not end within {harness.STOP_SECONDS} s.") from None
-        self._thread.join(harness.STOP_SECONDS)
-        if found != code:
-            raise BenchmarkError(f"The {self.name} exited with {found}. Its last lines:\n{self.tail()}")
+        first = start("first consumer", "consume")
+        first.wait(lambda: first.ready, "consume", START_SECONDS)
+        workload = start("workload", "change", str(rate), str(seconds))
+        workload.wait(lambda: workload.records > 0, "change the table", START_SECONDS)
+        began_ms = workload.lines[0]["at"]
+        pause_until(began_ms, seconds / 2 - OVERLAP_SECONDS, workload)
+        second_began_ms = now_ms()
+        second = start("second consumer", "consume")
+        second.wait(lambda: stack.members(admin) > 1, "join the group", START_SECONDS)
+        pause_until(began_ms, seconds / 2, workload)
+        hand_over_ms = now_ms()
+        first.end(128 + signal.SIGTERM)
+        first_ended_ms = now_ms()
+        workload.wait(lambda: workload.report is not None, "end", seconds + START_SECONDS)
+        workload.end(0)
+        second.wait(lambda: first.records + second.records >= workload.records, "apply all changes", CATCH_UP_SECONDS)
+        second.end(128 + signal.SIGTERM)
+    return _outcome(
+        _Observed(rate, workload.lines, first.lines + second.lines, (second_began_ms, hand_over_ms, first_ended_ms)),
+        workload.report or {},
+        equal=stack.is_equal(),
+    )
 
 
 # --- what was observed ----------------------------------------------------------------------------------------------
@@ -392,11 +209,6 @@ def _outcome(observed: _Observed, report: Mapping[str, Any], *, equal: bool) -> 
 # --- the processes --------------------------------------------------------------------------------------------------
 
 
-def _say(line: dict[str, Any]) -> None:
-    sys.stdout.write(f"{json.dumps(line)}\n")
-    sys.stdout.flush()
-
-
 class _Told(SilentListener):
     """Tells of each batch, and once that there are partitions whose end is known."""
 
@@ -408,7 +220,7 @@ class _Told(SilentListener):
         del partition, records, seconds
         if not self._is_ready:
             self._is_ready = True
-            _say({"ready": True})
+            say({"ready": True})
 
     def batch_applied(self, batch: AppliedBatch) -> None:
         """Tell of a batch."""
@@ -421,7 +233,7 @@ class _Told(SilentListener):
             records = sum(count for _, _, count in counts)
             at = batch.acknowledged_ms
             from_kafka = Counter([max(at - appended, 0) for appended in batch.appended_ms if appended is not None])
-            _say(
+            say(
                 {
                     "records": records,
                     "counts": counts,
@@ -460,12 +272,12 @@ def _change(rate: float, seconds: float) -> int:
 
     def committed(changes: Sequence[RowChange], at_ms: int) -> None:
         kinds = [change.kind for change in changes]
-        _say({"records": len(kinds) + kinds.count(KEY_CHANGE), "kinds": kinds, "at": at_ms})
+        say({"records": len(kinds) + kinds.count(KEY_CHANGE), "kinds": kinds, "at": at_ms})
 
     with MySqlStore(url.get_secret_value()) as table:
         table.ensure_table()
         report = Workload(table, rate=rate, seed=SEED, on_commit=committed).run(seconds=seconds)
-    _say({"report": asdict(report)})
+    say({"report": asdict(report)})
     return 0
 
 

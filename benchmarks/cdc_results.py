@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from benchmarks.cdc_latency import LatencyRun
+    from matplotlib.axes import Axes
+
+    from benchmarks.cdc_latency import LatencyRun, Second
     from benchmarks.results import Summary
+    from ghsync_dagster.observability.metrics import Percentiles
 
 SINK_TARGETS = {False: 3.0, True: 2.5}
 RAW_TARGET = 0.9
@@ -104,7 +107,7 @@ def latency_table(runs: Sequence[LatencyRun]) -> Table:
             f"{run.wanted_rate:,.0f}",
             f"{run.rate:,.0f}",
             f"{run.changes:,}",
-            *(f"{each.p50} / {each.p95} / {each.p99} / {each.max}" for each in shown),
+            *(in_words(each) for each in shown),
             f"{run.longest_gap_ms}",
             f"{run.writing_share:.0%}",
             "yes" if run.equal else "no",
@@ -141,19 +144,33 @@ def plot(summaries: Sequence[Summary], latencies: Sequence[LatencyRun], words: M
         results.draw_panels(axes[: len(inputs)], summaries, words, {UNNAMED: "#1b4965"})
         axes[len(inputs) - 1].set_xlabel("seconds from the first change on offer to the last one stored (median)")
     for run, panel in zip(latencies, axes[len(inputs) :], strict=True):
-        seconds = [second.at for second in run.seconds]
-        for name, colour in _COLOURS.items():
-            values = [max(getattr(second.latency, name), 1) for second in run.seconds]
-            panel.plot(seconds, values, color=colour, label=name, linewidth=1.2)
+        draw_seconds(panel, run.seconds)
         panel.axvline(run.hand_over_at, color="black", linestyle=":", linewidth=1, label="hand-over")
-        panel.set_yscale("log")
-        panel.set_ylabel("ms")
         panel.set_title(
             f"Commit to document at {run.wanted_rate:,.0f} changes/s ({run.rate:,.0f} reached)", loc="left", fontsize=10
         )
-        panel.spines[["top", "right"]].set_visible(False)
         panel.legend(fontsize=8, frameon=False, ncols=5, loc="upper right")
     if latencies:
         axes[-1].set_xlabel("seconds since the first change")
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def draw_seconds(panel: Axes, seconds: Sequence[Second]) -> None:
+    """Draw latency second by second.
+
+    Args:
+        panel: matplotlib's axes.
+        seconds: What to draw.
+    """
+    for name, colour in _COLOURS.items():
+        values = [max(getattr(second.latency, name), 1) for second in seconds]
+        panel.plot([second.at for second in seconds], values, color=colour, label=name, linewidth=1.2)
+    panel.set_yscale("log")
+    panel.set_ylabel("ms")
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def in_words(latency: Percentiles) -> str:
+    """Return p50 / p95 / p99 / max."""
+    return f"{latency.p50} / {latency.p95} / {latency.p99} / {latency.max}"
