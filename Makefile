@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 BOOTSTRAP := $(PYTHON) ghsync_dagster/local/bootstrap.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run cdc test dev check bench bench-batch bench-cdc faults lock clean
+.PHONY: help setup setup-dev run cdc test dev check bench bench-batch bench-cdc bench-supervised faults lock clean
 
 help: ## show these commands
-	@$(PYTHON) -c 'import re; [print("make {:<13}{}".format(*m)) for m in re.findall(r"(?m)^([a-z-]+):.*?## (.+)", open("Makefile").read())]'
+	@$(PYTHON) -c 'import re; [print("make {:<17}{}".format(*m)) for m in re.findall(r"(?m)^([a-z-]+):.*?## (.+)", open("Makefile").read())]'
 
 setup: ## install everything that a run needs: uv, locked packages, Java if there is none, jars
 	@$(BOOTSTRAP)
@@ -36,13 +36,16 @@ check: setup-dev ## lint, format, types, import rules
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: bench-batch bench-cdc ## run all benchmarks against their peers
+bench: bench-batch bench-cdc bench-supervised ## run all benchmarks against their peers
 
 bench-batch: setup-dev ## the batch benchmark
 	@$(BIN)/python -m benchmarks.batch
 
 bench-cdc: setup-dev ## the benchmark of the change path
 	@$(BIN)/python -m benchmarks.cdc
+
+bench-supervised: setup-dev ## the benchmark of hand-overs and kills under the supervisor
+	@$(BIN)/python -m benchmarks.cdc_supervised
 
 faults: setup-dev ## the long campaign of kills and races
 	@GHSYNC_FAULT_ROUNDS=30 $(BIN)/python -m pytest -m faults

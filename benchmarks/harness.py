@@ -243,7 +243,7 @@ class Measured:
             self._beside_usage.take(self._beside)
             return Mark(
                 at,
-                _busy_seconds(),
+                busy_seconds(),
                 self.usage.cpu_seconds,
                 self.server_usage.cpu_seconds,
                 self._beside_usage.cpu_seconds,
@@ -331,7 +331,7 @@ def run_watched(
     server_before = Usage()
     if server_pid:
         server_before.take([psutil.Process(server_pid)])
-    before = Mark(time.perf_counter(), _busy_seconds(), 0.0, server_before.cpu_seconds, 0.0)
+    before = Mark(time.perf_counter(), busy_seconds(), 0.0, server_before.cpu_seconds, 0.0)
     with measured(command, environment, logs, name=name, server_pid=server_pid) as run:
         try:
             code = run.process.child.wait(timeout=timeout_seconds)
@@ -354,7 +354,7 @@ def run_watched(
     )
 
 
-def _busy_seconds() -> float:
+def busy_seconds() -> float:
     """Return the CPU seconds that all cores have spent on work since the machine started."""
     times = psutil.cpu_times()
     # `guest` is inside `user` already.
