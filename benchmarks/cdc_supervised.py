@@ -150,13 +150,15 @@ class _Conductor:
                 for how in plan.kills:
                     {ALONE: self._kill_alone, STANDBY: self._kill_beside}[how]()
                 self._pause(STEADY_SECONDS)
-            slices = self._dagster.slices()
+            slices, taken_over_ms = self._dagster.slices(), self._dagster.taken_over_ms()
             self._workload.end(0)
             self._wait(lambda: self._behind() <= 0, "all changes are applied", CATCH_UP_SECONDS)
             self._watch.end(0)
-        return self._outcome(slices, cores.shares)
+        return self._outcome(slices, taken_over_ms, cores.shares)
 
-    def _outcome(self, slices: Sequence[Slice], busy_cores: dict[str, float]) -> SupervisedRun:
+    def _outcome(
+        self, slices: Sequence[Slice], taken_over_ms: Sequence[int], busy_cores: dict[str, float]
+    ) -> SupervisedRun:
         report = self._workload.report or {}
         changes = sum(report["changes"].values()) + report["probes"]
         return SupervisedRun(
@@ -165,7 +167,7 @@ class _Conductor:
             changes=changes,
             longest_behind_seconds=report["longest_behind_seconds"],
             busy_cores=busy_cores,
-            timeline=timeline(paired(self._workload.lines, self._watch.lines), slices, self._killings),
+            timeline=timeline(paired(self._workload.lines, self._watch.lines), slices, self._killings, taken_over_ms),
             equal=self._stack.is_equal(),
         )
 

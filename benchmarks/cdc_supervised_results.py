@@ -32,7 +32,11 @@ def ratios(run: SupervisedRun) -> list[Ratio]:
         ]
     limit = run.plan.session_seconds if at_rate else None
     for kill in run.timeline.kills:
-        found.append(at_most(f"killed {kill.how}, seconds to the next change applied", kill.next_applied, limit))
+        if kill.taken_over is not None:
+            found.append(
+                at_most(f"killed {kill.how}, seconds until the partition is another's", kill.taken_over, limit)
+            )
+        found.append(at_most(f"killed {kill.how}, seconds until the next change is applied", kill.next_applied, limit))
     return found
 
 
@@ -58,15 +62,23 @@ def latency_table(run: SupervisedRun) -> Table:
 def kill_table(run: SupervisedRun) -> Table:
     """Return the table of the kills."""
     table = Table(title=f"Seconds from the kill -9; the session times out after {run.plan.session_seconds:g} s")
-    for heading in ("killed", "next change applied", "caught up", "run held for failed", "replacement asked", "runs"):
+    for heading in (
+        "killed",
+        "partition given away",
+        "next change applied",
+        "caught up",
+        "run held for failed",
+        "replacement asked",
+        "runs",
+    ):
         table.add_column(heading, justify="right")
     for kill in run.timeline.kills:
-        table.add_row(kill.how, f"{kill.next_applied:.1f}", f"{kill.caught_up:.1f}", *_times(kill))
+        table.add_row(kill.how, *_times(kill))
     return table
 
 
 def _times(kill: Kill) -> list[str]:
-    times = (kill.noticed, kill.asked, kill.started)
+    times = (kill.taken_over, kill.next_applied, kill.caught_up, kill.noticed, kill.asked, kill.started)
     return ["" if time is None else f"{time:.1f}" for time in times]
 
 

@@ -95,6 +95,7 @@ class Kill:
     Attributes:
         how: ``ALONE`` or ``STANDBY``.
         at: When, in seconds since the first probe.
+        taken_over: Until another consumer was given the partition.
         next_applied: Until a probe was seen again: the end of the longest gap.
         caught_up: Until a probe was seen again within ``CAUGHT_UP_MS`` of its commit.
         noticed: Until Dagster held the run for failed.
@@ -105,6 +106,7 @@ class Kill:
 
     how: str
     at: float
+    taken_over: float | None
     next_applied: float
     caught_up: float
     noticed: float | None
@@ -136,16 +138,19 @@ class Timeline:
     seconds: tuple[Second, ...]
 
 
-def timeline(probes: Sequence[Probe], slices: Sequence[Slice], killings: Sequence[Killing]) -> Timeline:
+def timeline(
+    probes: Sequence[Probe], slices: Sequence[Slice], killings: Sequence[Killing], taken_over_ms: Sequence[int]
+) -> Timeline:
     """Return what happened.
 
     Args:
         probes: In the order of their commits; at least one.
         slices: All that ran, in any order.
         killings: In their order.
+        taken_over_ms: When consumers were given the partition, in ms since 1970 UTC.
     """
-    began_ms = probes[0].committed_ms
     found = _Probes(probes)
+    began_ms = found.began_ms
     handed = [(second, hand_over_window(first, second)) for first, second in hand_overs(slices, began_ms)]
     killed = [(killing, outage(found.gaps, probes, killing.at_ms)) for killing in killings]
     seconds: dict[int, list[Probe]] = {}
@@ -165,7 +170,7 @@ def timeline(probes: Sequence[Probe], slices: Sequence[Slice], killings: Sequenc
             )
             for second, window in handed
         ),
-        kills=tuple(_kill(killing, each, slices, began_ms, found) for killing, each in killed),
+        kills=tuple(_kill(killing, each, slices, taken_over_ms, found) for killing, each in killed),
         longest_commit_gap_ms=longest(gaps(probe.committed_ms for probe in probes)),
         resolution=percentiles(Counter(probe.within_ms for probe in probes)),
         seconds=tuple(Second(at, latency(some)) for at, some in sorted(seconds.items())),
@@ -241,6 +246,7 @@ class _Probes:
 
     def __init__(self, probes: Sequence[Probe]) -> None:
         self._probes = probes
+        self.began_ms = probes[0].committed_ms
         self.gaps = gaps(probe.seen_ms for probe in probes)
 
     def within(self, window: Window) -> Stretch:
@@ -266,10 +272,14 @@ def _seconds(from_ms: float, at_ms: float) -> float:
     return round((at_ms - from_ms) / 1000, 2)
 
 
-def _kill(killing: Killing, found: Outage, slices: Sequence[Slice], began_ms: int, probes: _Probes) -> Kill:
+def _kill(
+    killing: Killing, found: Outage, slices: Sequence[Slice], taken_over_ms: Sequence[int], probes: _Probes
+) -> Kill:
     dead = next((one for one in slices if one.run_id == killing.run_id), None)
     # Where a standby takes over there is nothing to start.
     new = replacement(slices, killing.at_ms) if killing.how == ALONE else None
+
+    taken = min((at for at in taken_over_ms if at > killing.at_ms), default=None)
 
     def since(at: float | None) -> float | None:
         # Dagster knows some times in whole seconds only.
@@ -277,7 +287,8 @@ def _kill(killing: Killing, found: Outage, slices: Sequence[Slice], began_ms: in
 
     return Kill(
         how=killing.how,
-        at=_seconds(began_ms, killing.at_ms),
+        at=_seconds(probes.began_ms, killing.at_ms),
+        taken_over=since(None if taken is None else taken / 1000),
         next_applied=_seconds(killing.at_ms, found.applied_ms),
         caught_up=_seconds(killing.at_ms, found.caught_up_ms),
         noticed=since(dead.ended if dead else None),

@@ -6,12 +6,14 @@ Belongs here: its start, what it knows of its slices, the process of one, its cl
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 import dagster as dg
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 # Looking costs what is measured: Dagster's storage is read.
 LOOK_SECONDS = 2.0
+_CAME = '"event": "partitions came"'
 _STARTED = "Started process for run (pid: "
 
 
@@ -52,6 +55,7 @@ class DagsterDev:
             "DAGSTER_HOME": str(home),
             "GHSYNC_CDC_SLICE_SECONDS": f"{slice_seconds:g}",
             "GHSYNC_CDC_SESSION_TIMEOUT_SECONDS": f"{session_seconds:g}",
+            "GHSYNC_LOG_FORMAT": "json",
         }
         self._around = contextlib.ExitStack()
 
@@ -92,6 +96,17 @@ class DagsterDev:
     def running(self) -> list[Slice]:
         """Return the slices that run, the oldest first."""
         return [one for one in self.living() if one.phase is Phase.RUNNING]
+
+    def taken_over_ms(self) -> list[int]:
+        """Return when consumers were given partitions, in ms since 1970 UTC, by their own log."""
+        found = []
+        for line in (self._logs / "dagster.err").read_text(encoding="utf-8", errors="replace").splitlines():
+            if _CAME in line:
+                with contextlib.suppress(json.JSONDecodeError):
+                    told = json.loads(line)
+                    if told["partitions"]:
+                        found.append(round(datetime.fromisoformat(told["timestamp"]).timestamp() * 1000))
+        return sorted(found)
 
     def kill(self, one: Slice) -> int:
         """Kill -9 the process of a slice; return when, in ms since 1970 UTC.

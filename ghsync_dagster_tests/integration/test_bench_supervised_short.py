@@ -75,7 +75,7 @@ def test_a_hand_over_and_a_kill_are_measured(tmp_path: Path) -> None:
     assert hand_over["asked_at"] < hand_over["began_at"] < hand_over["ended_at"] < kill["at"]
     assert 0 <= kill["noticed"] <= kill["asked"] + 1
     assert kill["asked"] < kill["started"] < kill["next_applied"] + 1
-    assert kill["next_applied"] <= kill["caught_up"]
+    assert kill["taken_over"] < kill["next_applied"] <= kill["caught_up"]
     assert kill["around"]["longest_gap_ms"] > hand_over["around"]["longest_gap_ms"]
     assert sum(second["latency"]["count"] for second in found["seconds"]) == found["all"]["count"]
     assert (tmp_path / "cdc-supervised.png").read_bytes().startswith(b"\x89PNG")

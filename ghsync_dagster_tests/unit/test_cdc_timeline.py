@@ -155,7 +155,7 @@ def test_a_timeline_tells_the_steady_the_hand_over_and_the_kills_apart() -> None
         a_slice("fourth", 95, None, Phase.RUNNING),
     ]
     killings = [Killing("second", BEGAN_MS + 60_000, ALONE), Killing("third", BEGAN_MS + 100_000, STANDBY)]
-    seen = timeline(found, slices, killings)
+    seen = timeline(found, slices, killings, [BEGAN_MS + at for at in (-20_000, 30_100, 76_800, 109_900)])
 
     assert seen.all.count == len(found)
     assert (seen.steady.latency.p50, seen.steady.latency.max) == (LATENCY_MS, LATENCY_MS)
@@ -170,9 +170,10 @@ def test_a_timeline_tells_the_steady_the_hand_over_and_the_kills_apart() -> None
     alone, standby = seen.kills
     assert (alone.how, alone.at, alone.next_applied, alone.caught_up) == (ALONE, 60.0, 17.0, 17.0)
     assert (alone.noticed, alone.asked, alone.started) == (1.0, 4.0, 16.0)
+    assert alone.taken_over == 16.8
     assert alone.around.longest_gap_ms == 17_000
     assert 17_000 < alone.around.latency.max < 17_000 + LATENCY_MS
-    assert (standby.how, standby.next_applied, standby.noticed) == (STANDBY, 10.0, 1.0)
+    assert (standby.how, standby.taken_over, standby.next_applied, standby.noticed) == (STANDBY, 9.9, 10.0, 1.0)
     # The one beside took over: there was nothing to start.
     assert (standby.asked, standby.started) == (None, None)
     assert seen.resolution.max == 5
