@@ -247,13 +247,14 @@ class _Told(SilentListener):
 def _consume() -> int:
     from ghsync_dagster.observability.logging import configure_logging
     from ghsync_dagster.settings import load_settings
+    from ghsync_dagster.stopping import stop_on_signals
     from ghsync_dagster.wiring import change_consumer
 
     settings = load_settings()
     configure_logging(settings)
     stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    change_consumer(settings, _Told()).run(stop)
+    with stop_on_signals(stop):
+        change_consumer(settings, _Told()).run(stop)
     return 128 + signal.SIGTERM
 
 

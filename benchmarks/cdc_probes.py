@@ -15,7 +15,6 @@ tell by lines of JSON.
 
 from __future__ import annotations
 
-import signal
 import sys
 import threading
 import time
@@ -122,26 +121,21 @@ class ProbedTable:
 # --- the processes --------------------------------------------------------------------------------------------------
 
 
-def _stop_on_sigterm() -> threading.Event:
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    return stop
-
-
 def _change(rate: float, seconds: float) -> int:
     from ghsync_dagster.cdc.workload import Workload
     from ghsync_dagster.observability.logging import configure_logging
     from ghsync_dagster.settings import load_settings
+    from ghsync_dagster.stopping import stop_on_signals
     from ghsync_dagster.stores.mysql import MySqlStore
 
     settings = load_settings()
     # Onto standard error: standard output is for the lines.
     configure_logging(settings)
-    stop = _stop_on_sigterm()
     url = settings.mysql_url
     if url is None:
         raise AssertionError("MYSQL_URL is set for this process")
-    with MySqlStore(url.get_secret_value()) as table:
+    stop = threading.Event()
+    with stop_on_signals(stop), MySqlStore(url.get_secret_value()) as table:
         table.ensure_table()
         probed = ProbedTable(table)
         told = 0
@@ -161,10 +155,11 @@ def _change(rate: float, seconds: float) -> int:
 
 def _watch() -> int:
     from ghsync_dagster.settings import load_settings
+    from ghsync_dagster.stopping import stop_on_signals
     from ghsync_dagster.wiring import store_opener
 
-    stop = _stop_on_sigterm()
-    with store_opener(load_settings())() as store:
+    stop = threading.Event()
+    with stop_on_signals(stop), store_opener(load_settings())() as store:
         # All below are seen; some above may be.
         low, above = 0, set[int]()
         asked_before = None

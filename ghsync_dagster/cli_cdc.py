@@ -6,7 +6,6 @@ anything that the consumer decides.
 
 from __future__ import annotations
 
-import signal
 import sys
 import threading
 from contextlib import ExitStack, contextmanager
@@ -18,6 +17,7 @@ import typer
 
 from ghsync_dagster.observability.logging import configure_logging, get_logger
 from ghsync_dagster.settings import Settings, load_settings
+from ghsync_dagster.stopping import stop_on_signals
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -112,40 +112,13 @@ def _consume(*, until_end: bool, seconds: float | None, as_json: bool) -> None:
     with ExitStack() as around:
         if settings.metrics_port is not None:
             around.enter_context(MetricsEndpoint(metrics, host=settings.metrics_host, port=settings.metrics_port))
-        stopped = around.enter_context(_until_signal())
+        stop = threading.Event()
+        signals = around.enter_context(stop_on_signals(stop, again_ends=True))
         around.enter_context(_reporting(metrics, settings))
-        report = consumer.run(stopped.event, until_end=until_end, seconds=seconds)
+        report = consumer.run(stop, until_end=until_end, seconds=seconds)
     _finish(report, metrics.snapshot(), as_json=as_json)
-    if stopped.by is not None and not report.reached_end:
-        raise typer.Exit(_STOPPED + stopped.by)
-
-
-class _Stop:
-    """Whether a signal has come, and which."""
-
-    def __init__(self) -> None:
-        self.event = threading.Event()
-        self.by: int | None = None
-
-
-@contextmanager
-def _until_signal() -> Iterator[_Stop]:
-    """Have Ctrl-C and SIGTERM ask for the end; asked again, they end the process as ever."""
-    stop = _Stop()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(number: int, _frame: object) -> None:
-        stop.by = number
-        stop.event.set()
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    if signals and not report.reached_end:
+        raise typer.Exit(_STOPPED + signals[-1])
 
 
 @contextmanager

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.faults
 
 SECONDS = 240
 GIVEN_UP = 3
+USERS = 6_000
 
 
 @dataclass
@@ -177,7 +178,7 @@ def test_a_load_that_is_asked_to_stop_gives_the_lease_up_and_leaves_no_process(
     code: int,
     moment: str,
 ) -> None:
-    lines = [event_line(key, f"user-{key}", "2015-01-01T15:00:00Z", key) for key in range(1, 30_001)]
+    lines = [event_line(key, f"user-{key}", "2015-01-01T15:00:00Z", key) for key in range(1, USERS + 1)]
     file = write(tmp_path / "events.json", lines)
     one = batch(file)
     if moment == "reading":
@@ -210,7 +211,7 @@ def test_a_dagster_run_that_is_asked_to_stop_says_so_and_leaves_no_process(
     event_line: Callable[..., str],
     number: signal.Signals,
 ) -> None:
-    lines = [event_line(key, f"user-{key}", "2015-01-01T15:00:00Z", key) for key in range(1, 30_001)]
+    lines = [event_line(key, f"user-{key}", "2015-01-01T15:00:00Z", key) for key in range(1, USERS + 1)]
     one = batch(write(tmp_path / "events.json", lines), ("run", "--events"))
     one.wait_until("inserting", lambda: store.users.find_one({"spark_temp": {"$exists": True}}) is not None)
     one.process.send_signal(number)
@@ -227,7 +228,7 @@ def test_a_dagster_run_that_is_asked_to_stop_says_so_and_leaves_no_process(
 def test_a_dagster_run_that_is_killed_does_not_hold_up_the_next_one(
     batch: Callable[..., Batch], store: UserStore, tmp_path: Path, event_line: Callable[..., str]
 ) -> None:
-    lines = [event_line(key, f"user-{key}", "2015-01-01T15:00:00Z", key) for key in range(1, 30_001)]
+    lines = [event_line(key, f"user-{key}", "2015-01-01T15:00:00Z", key) for key in range(1, USERS + 1)]
     file = write(tmp_path / "events.json", lines)
     home = tmp_path / "shared"
     one = batch(file, ("run", "--events"), home=home)

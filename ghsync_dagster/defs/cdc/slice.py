@@ -6,11 +6,9 @@ are consumed (``cdc.consume``), and when a run starts (``defs.cdc.supervisor``).
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 import dagster as dg
@@ -21,9 +19,10 @@ from ghsync_dagster.defs.cdc import metadata
 from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.observability.logging import get_logger
 from ghsync_dagster.observability.metrics import ChangeMetrics, MetricsEndpoint
+from ghsync_dagster.stopping import stop_on_signals
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection
     from concurrent.futures import Future
 
     from ghsync_dagster.cdc.consume import ConsumerReport
@@ -183,19 +182,3 @@ def _told_to_end(context: dg.OpExecutionContext) -> bool:
         log.warning("the run's state is not known", error=type(error).__name__)
         return False
     return run is None or run.status in _TOLD_TO_END
-
-
-@contextmanager
-def stop_on_signals(stop: threading.Event) -> Iterator[None]:
-    """Have SIGTERM and SIGINT set an event, in place of Dagster's interrupt in the middle of anything."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    for number in before:
-        signal.signal(number, lambda *_: stop.set())
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,0 +1,58 @@
+"""SIGTERM and Ctrl-C set the event, whatever is interrupted, and give way to what was there before."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+import pytest
+
+from ghsync_dagster.stopping import stop_on_signals
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_sets_the_event_and_the_handlers_come_back(number: signal.Signals) -> None:
+    before = [signal.getsignal(each) for each in SIGNALS]
+    stop = threading.Event()
+    with stop_on_signals(stop) as came:
+        assert came == []
+        signal.raise_signal(number)
+        assert stop.wait(10)
+        signal.raise_signal(number)
+        assert came == [number, number]
+    assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
+@pytest.mark.timeout(20)
+def test_a_signal_that_comes_while_the_event_is_locked_holds_nothing_up() -> None:
+    stop = threading.Event()
+    with stop_on_signals(stop):
+        with stop._cond:  # type: ignore[attr-defined]
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.wait(10)
+
+
+def test_a_second_signal_may_end_as_ever() -> None:
+    stop = threading.Event()
+    with stop_on_signals(stop, again_ends=True) as came:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.wait(10)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert came == [signal.SIGINT]
+
+
+def test_in_another_thread_nothing_is_changed() -> None:
+    before = [signal.getsignal(each) for each in SIGNALS]
+    seen: list[object] = []
+
+    def enter() -> None:
+        with stop_on_signals(threading.Event()):
+            seen.extend(signal.getsignal(each) for each in SIGNALS)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join(10)
+    assert seen == before
