@@ -460,6 +460,9 @@ class TopicConsumer:
     def close(self) -> None:
         """Give the partitions back, the ``revoked`` callback included, and leave the group."""
         with kafka_errors("Leaving the group"):
+            if not self.partitions:
+                # Without partitions the library's close tells the group nothing, which then waits for a dead member.
+                self._consumer.unsubscribe()
             self._consumer.close()
 
 

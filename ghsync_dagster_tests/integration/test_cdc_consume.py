@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from cdc_parts import StrictStore, make_strict, stored, until, user
+from confluent_kafka.admin import AdminClient
 
 from ghsync_dagster.cdc.consume import ChangeConsumer
 from ghsync_dagster.cdc.dead_letters import read_dead_letters
 from ghsync_dagster.cdc.listener import SilentListener
 from ghsync_dagster.domain.errors import PermanentError, RefusedError, UnavailableError
 from ghsync_dagster.domain.user import BUILT_IN_RULES
-from ghsync_dagster.stores.kafka import KafkaSettings
+from ghsync_dagster.stores.kafka import KafkaSettings, TopicConsumer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -228,6 +229,30 @@ def test_two_consumers_share_partitions_and_hand_over_without_loss(
         stopped.set()
         writer.join()
     assert list(read_dead_letters(topic.kafka)) == []
+
+
+def members(topic: Topic) -> int:
+    """How many consumers the group has."""
+    admin = AdminClient({"bootstrap.servers": topic.kafka.bootstrap_servers})
+    [described] = admin.describe_consumer_groups([topic.kafka.group_id]).values()
+    return len(described.result(20).members)
+
+
+def test_a_member_without_partitions_leaves_at_once_so_that_nobody_waits_for_it(topic: Topic) -> None:
+    def member(came: list[set[int]]) -> TopicConsumer:
+        return TopicConsumer(topic.kafka, assigned=came.append, revoked=lambda _: None, lost=lambda _: None)
+
+    came_first: list[set[int]] = []
+    came_second: list[set[int]] = []
+    first = member(came_first)
+    until(lambda: not first.take(1, 0.05) and bool(came_first))
+    second = member(came_second)
+    until(lambda: not first.take(1, 0.05) and not second.take(1, 0.05) and bool(came_second))
+    assert (first.partitions, second.partitions, members(topic)) == ({0}, set(), 2)
+    second.close()
+    until(lambda: members(topic) == 1, topic.kafka.session_timeout_seconds / 3)
+    first.close()
+    assert members(topic) == 0
 
 
 # a truncate in several partitions
