@@ -271,7 +271,7 @@ class _Run:
         self._raise_failure()
         held_up = not self._advance() or self._writer.trouble is not None
         full = self._is_full()
-        if held_up or (full and not self._writer.wait(_PATIENCE_SECONDS)):
+        if held_up or (full and not self._is_free_soon()):
             # Asking goes on, since who does not ask is put out of the group.
             self._consumer.pause()
             self._take(1, _IDLE_SECONDS)
@@ -282,6 +282,15 @@ class _Run:
                 self._take(_TAKE, 0)
             else:
                 self._take(_TAKE, _WORK_SECONDS if self._writer.at_work else _IDLE_SECONDS)
+
+    def _is_free_soon(self) -> bool:
+        """Wait for the writer as long as patience lasts; tell whether it is free. The batch at work may go on."""
+        end = time.monotonic() + _PATIENCE_SECONDS
+        while not self._writer.wait(_IDLE_SECONDS):
+            if time.monotonic() > end:
+                return False
+            self._confirm()
+        return True
 
     def _advance(self) -> bool:
         """Acknowledge and hand over; tell whether that could be done as far as there was something to do."""

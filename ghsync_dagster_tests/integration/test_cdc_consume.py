@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from cdc_parts import StrictStore, make_strict, stored, until, user
+from cdc_parts import Parts, StrictStore, make_strict, stored, until, user
 from confluent_kafka.admin import AdminClient
 
 from ghsync_dagster.cdc.consume import ChangeConsumer
@@ -16,14 +16,14 @@ from ghsync_dagster.cdc.listener import SilentListener
 from ghsync_dagster.domain.errors import PermanentError, RefusedError, UnavailableError
 from ghsync_dagster.domain.user import BUILT_IN_RULES
 from ghsync_dagster.stores.kafka import KafkaSettings, TopicConsumer
+from ghsync_dagster.stores.mongo import UserStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cdc_parts import Parts, Topic
+    from cdc_parts import Topic
 
     from ghsync_dagster.cdc.listener import AppliedBatch
-    from ghsync_dagster.stores.mongo import UserStore
 
 pytestmark = pytest.mark.integration
 
@@ -180,8 +180,6 @@ def test_changes_that_were_removed_before_they_were_applied_are_told_and_nothing
 def test_a_refused_write_stops_with_nothing_committed(topic: Topic, parts: Parts, mongo_uri: str) -> None:
     topic.upsert(1)
     topic.flush()
-    from ghsync_dagster.stores.mongo import UserStore
-
     wrong = mongo_uri.replace("://", "://nobody:wrong@")
     with pytest.raises(RefusedError, match="MONGODB_URI"):
         ChangeConsumer(topic.kafka, lambda: UserStore(wrong, parts.database, "Users")).run(
@@ -386,16 +384,13 @@ def test_a_broker_that_is_not_there_is_waited_for(parts: Parts) -> None:
 def test_a_store_that_is_away_is_waited_for_and_nothing_becomes_a_dead_letter(
     topic: Topic, parts: Parts, store: UserStore
 ) -> None:
-    from ghsync_dagster.stores.mongo import UserStore as Store
-
-    class Flaky(Store):
-        """A store whose server goes away for a while."""
-
     proxy = Proxy(parts.uri)
     topic.upsert(1)
     topic.flush()
     try:
-        consumer = ChangeConsumer(topic.kafka, lambda: Flaky(proxy.uri, parts.database, "Users", timeout_seconds=0.5))
+        consumer = ChangeConsumer(
+            topic.kafka, lambda: UserStore(proxy.uri, parts.database, "Users", timeout_seconds=0.5)
+        )
         stop = threading.Event()
         reports: list[Any] = []
         thread = threading.Thread(target=lambda: reports.append(consumer.run(stop)), daemon=True)
@@ -417,15 +412,34 @@ def test_a_store_that_is_away_is_waited_for_and_nothing_becomes_a_dead_letter(
     until(lambda: topic.committed() == 2)
 
 
-class Proxy:
-    """A way to a server that can be cut."""
+def test_a_slow_store_is_given_its_time_while_more_waits_than_the_next_batch_may_hold(
+    topic: Topic, parts: Parts, database: str
+) -> None:
+    for key in range(20_000):
+        topic.upsert(key)
+    topic.flush()
+    proxy = Proxy(parts.uri, answer_seconds=0.5)
+    try:
+        with Parts(proxy.uri, database).running(topic) as running:
+            until(lambda: bool(running.metrics.snapshot().lag))
+            # The first batch is at work for longer than a session.
+            end = running.metrics.snapshot().seconds + topic.kafka.session_timeout_seconds + 2
+            until(lambda: running.metrics.snapshot().seconds > end)
+            assert running.metrics.snapshot().retries == {}
+    finally:
+        proxy.cut()
 
-    def __init__(self, uri: str) -> None:
+
+class Proxy:
+    """A way to a server that can be cut; on it each answer takes its time."""
+
+    def __init__(self, uri: str, answer_seconds: float = 0) -> None:
         import socket
 
         host, port = uri.rpartition("/")[2].split(":")
         self._target = (host, int(port))
         self._open = True
+        self._answer_seconds = answer_seconds
         self._sockets: list[Any] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.uri = f"mongodb://127.0.0.1:{self._listener.getsockname()[1]}"
@@ -441,12 +455,13 @@ class Proxy:
                 continue
             there = socket.create_connection(self._target)
             self._sockets += [here, there]
-            for one, other in ((here, there), (there, here)):
-                threading.Thread(target=self._pump, args=(one, other), daemon=True).start()
+            for one, other, seconds in ((here, there, 0.0), (there, here, self._answer_seconds)):
+                threading.Thread(target=self._pump, args=(one, other, seconds), daemon=True).start()
 
-    def _pump(self, one: Any, other: Any) -> None:
+    def _pump(self, one: Any, other: Any, seconds: float) -> None:
         try:
             while data := one.recv(65_536):
+                time.sleep(seconds)
                 other.sendall(data)
         except OSError:
             pass
