@@ -1,8 +1,8 @@
 """Under a steady stream of changes servers are killed and come back, and consumers are killed, join and leave.
 
 After each fault the collection equals MySQL's table, no record is a dead letter, and it is told how long a row took
-that was written when the fault was over: all that was committed before it is applied then. All parts are real, the
-consumers processes of their own.
+that was written when the fault was over: what was committed before it is applied then, or being applied in the same
+batch. All parts are real, the consumers processes of their own.
 ``GHSYNC_FAULT_ROUNDS=N`` (any N) has the faults last for minutes in place of seconds.
 """
 
@@ -104,7 +104,7 @@ class Campaign:
         assert (again.uri, again.pid != before.pid) == (before.uri, True)
 
     def arrival(self) -> float:
-        """Write a row; return after how many seconds its document is there, and so all that was committed before."""
+        """Write a row, and return how many seconds it takes to its document."""
         self._rows += 1
         began = time.monotonic()
         self._mysql.execute([("INSERT INTO `Users` (user_id, login) VALUES (%s, %s)", (self._rows, "after"))])
