@@ -35,18 +35,18 @@ if TYPE_CHECKING:
 
     from ghsync_dagster.settings import Settings
 
-pytestmark = pytest.mark.faults
-
 FULL = bool(os.environ.get("GHSYNC_FAULT_ROUNDS"))
 RATE = 500
 AWAY_SECONDS = 60 if FULL else 5
 RESTARTS = 3 if FULL else 1
 KILLS = 20 if FULL else 2
 JOINING_SECONDS = 120 if FULL else 10
-LONGEST_SECONDS = 900
+LONGEST_SECONDS = 900 if FULL else 300
 CATCH_UP_SECONDS = 120
 SESSION_SECONDS = 6
 """The shortest that a broker allows: so long a killed consumer's partition waits."""
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(LONGEST_SECONDS)]
 
 
 class Campaign:
