@@ -206,8 +206,13 @@ class StreamStore:
             RefusedError: The server refuses the writes as such.
         """
         refused: dict[str, Refused] = {}
-        writes: list[_Write] = [(key, _upsert(key, user)) for key, user in upserts.items()]
-        writes += [(key, DeleteOne({"user_id": key})) for key in deletes]
+        # One kind a bulk: PyMongo 4.20 keeps only the first kind of one that it tries again after a refused connection.
+        self._write_all([(key, _upsert(key, user)) for key, user in upserts.items()], refused)
+        self._write_all([(key, DeleteOne({"user_id": key})) for key in deletes], refused)
+        return refused
+
+    def _write_all(self, writes: list[_Write], refused: dict[str, Refused]) -> None:
+        """Carry out writes of one kind, and add what the database refuses."""
         while writes:
             # A command should not take long: it must end before this process may no longer write.
             lost, writes = writes[: self._size], writes[self._size :]
@@ -220,7 +225,6 @@ class StreamStore:
                     f"Writing users: {len(lost)} upserts lost against other inserts of their keys {_RACES} times.",
                     way_out="Run again; look for another program that inserts and deletes the same users.",
                 )
-        return refused
 
     def _write_once(self, part: list[_Write], refused: dict[str, Refused]) -> list[_Write]:
         """Send writes in one command; return those that lost a race, and add what the database refuses."""

@@ -45,6 +45,7 @@ LONGEST_SECONDS = 900 if FULL else 300
 CATCH_UP_SECONDS = 120
 SESSION_SECONDS = 6
 """The shortest that a broker allows: so long a killed consumer's partition waits."""
+_LOG_CHARACTERS = 10_000
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(LONGEST_SECONDS)]
 
@@ -120,6 +121,8 @@ class Campaign:
         with self.parts.open_store() as store:
             judged = audit(self._mysql, store, patience=Patience(seconds=30))
         sys.stdout.write(f"{sent.total:,} changes at {sent.rate:.0f} a second; {judged.summary()}\n")
+        if not judged.equal:
+            sys.stdout.write(f"The consumers' log:\n{self._log.read_text()[-_LOG_CHARACTERS:]}\n")
         assert judged.equal, judged.offenders
         assert list(read_dead_letters(self.kafka)) == []
         assert sent.missed == 0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from pymongo import MongoClient
+from pymongo.synchronous import pool
 
 from ghsync_dagster.cdc.apply import Applied, apply
 from ghsync_dagster.domain.change import Change, Op
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 pytestmark = pytest.mark.integration
+
+CONNECT = "_configured_socket_interface"
+"""The function by which PyMongo connects: only there can a refusal be placed before one command."""
 
 
 def user(key: str, login: str | None = "octo", **fields: str | None) -> dict[str, str | None]:
@@ -62,6 +67,26 @@ def test_upserts_and_deletes_of_one_segment_are_all_applied(users: UserStore) ->
     assert stored(users) == {"1": user("1", "renamed"), "3": user("3"), "-4": user("-4", None)}
     assert ids(users.deleted.find()) == {"2", "9"}
     assert list(users.users.find_one({"user_id": "1"}) or {}) == ["_id", *user("1")]
+
+
+def test_a_write_whose_first_connection_is_refused_is_done_whole(
+    users: UserStore, mongo_uri: str, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    applied(users, upsert(user("1")), upsert(user("2")), upsert(user("3")))
+    connect, refused = getattr(pool, CONNECT), list[Any]()
+
+    def refuse_once(*arguments: Any) -> Any:
+        # What watches the server has threads of its own.
+        if threading.current_thread() is threading.main_thread() and not refused:
+            refused.append(arguments)
+            raise ConnectionRefusedError("planted")
+        return connect(*arguments)
+
+    monkeypatch.setattr(pool, CONNECT, refuse_once)
+    with UserStore(mongo_uri, database, "Users") as fresh:
+        assert StreamStore(fresh).write({"1": user("1", "renamed")}, ["2", "3"]) == {}
+    assert len(refused) == 1
+    assert stored(users) == {"1": user("1", "renamed")}
 
 
 def test_a_user_that_comes_back_is_no_longer_recorded_as_deleted(users: UserStore) -> None:
