@@ -53,7 +53,7 @@ def apply(store: StreamStore, segment: Segment) -> Applied:
     if deletes:
         store.record_deleted(deletes)
     store.drop_versions(segment.changes)
-    refused = store.write(upserts, deletes)
+    refused = store.write(upserts, deletes, created=segment.created)
     while True:
         for key in refused:
             upserts.pop(key, None)

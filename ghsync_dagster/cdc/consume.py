@@ -298,8 +298,8 @@ class _Run:
             self._acknowledge()
             if not self._is_writing:
                 self._go_back()
-                # While more is there at once, a larger batch means fewer writes.
-                if len(self._pending) and (not self._more or self._is_full()):
+                # While more is there at once, a larger batch means fewer writes, but the store is not to stand idle.
+                if len(self._pending) and (not self._more or len(self._pending) >= _TAKE or self._is_full()):
                     self._hand_over()
         except TransientError as error:
             self._unacknowledged.goes_on(error)

@@ -10,7 +10,7 @@ truncate stay, though it wipes out what they write: it records as deleted what i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import Final, NamedTuple
 
 import msgspec
@@ -19,6 +19,8 @@ from ghsync_dagster.domain.change import Change, Op
 from ghsync_dagster.domain.user import USER_FIELDS
 
 _WHOLE: Final = len(USER_FIELDS)
+_CREATE: Final = "c"
+"""``Change.what`` of a row that was inserted."""
 
 
 class Segment(NamedTuple):
@@ -28,10 +30,13 @@ class Segment(NamedTuple):
         truncate: Whether all users are removed first.
         changes: One UPSERT or DELETE a key, by key. An UPSERT that lacks a field keeps its stored value; where
             nothing is stored, the field is null.
+        created: Keys whose first change here creates them. Most likely nothing is stored of them; where records are
+            delivered again, something may be.
     """
 
     truncate: bool
     changes: dict[str, Change]
+    created: Set[str] = frozenset()
 
 
 def coalesce(changes: Iterable[Change]) -> list[Segment]:
@@ -45,20 +50,23 @@ def coalesce(changes: Iterable[Change]) -> list[Segment]:
     """
     segments: list[Segment] = []
     current: dict[str, Change] = {}
+    created: set[str] = set()
     truncated = False
     for change in changes:
         key, user = change.key, change.user
         if key is None:
             if change.op is Op.TRUNCATE:
                 if current:
-                    segments.append(Segment(truncated, current))
-                current, truncated = {}, True
+                    segments.append(Segment(truncated, current, created))
+                current, created, truncated = {}, set(), True
         elif user is not None:
+            if change.what == _CREATE and key not in current:
+                created.add(key)
             current[key] = change if len(user) == _WHOLE else _completed(change, user, current.get(key), truncated)
         elif change.what != "tombstone" or not _is_delete(current.get(key)):
             current[key] = change
     if current or truncated:
-        segments.append(Segment(truncated, current))
+        segments.append(Segment(truncated, current, created))
     return segments
 
 

@@ -426,9 +426,19 @@ class TopicConsumer:
         return low, high
 
     def known_end(self, partition: int) -> int | None:
-        """Return where a partition ended at the last answer of its broker; asks nobody."""
-        found = self._consumer.get_watermark_offsets(TopicPartition(self.kafka.topic, partition), cached=True)
-        return found[1] if found[1] >= 0 else None
+        """Return where a partition ended at the last answer of its broker, None before there was one.
+
+        While nothing is fetched no answer comes unasked, so the broker is asked, for a second at most.
+        """
+        place = TopicPartition(self.kafka.topic, partition)
+        if self._paused and self.trouble is None:
+            try:
+                with kafka_errors(f"Reading offsets of {self.kafka.topic}"):
+                    return self._consumer.get_watermark_offsets(place, timeout=_LOOK_SECONDS)[1]
+            except UnavailableError as away:
+                self.trouble = away
+        end = self._consumer.get_watermark_offsets(place, cached=True)[1]
+        return end if end >= 0 else None
 
     def pause(self) -> None:
         """Fetch nothing more, also of partitions that come; ``take`` is still to be called."""

@@ -21,6 +21,8 @@ log = get_logger("retry")
 
 _FIRST_SECONDS: Final = 0.5
 _LONGEST_SECONDS: Final = 30.0
+_LONGEST_OF_A_STREAM_SECONDS: Final = 5.0
+"""Whoever goes on without end is to notice soon that the fault is over, since changes wait."""
 
 
 def _is_worth_it(error: Exception) -> bool:
@@ -57,4 +59,4 @@ def waits() -> Iterator[float]:
     while True:
         # Half of it is jitter, so that many who lost one server do not come back at once.
         yield longest * random.uniform(0.5, 1)  # noqa: S311  no secret
-        longest = min(2 * longest, _LONGEST_SECONDS)
+        longest = min(2 * longest, _LONGEST_OF_A_STREAM_SECONDS)

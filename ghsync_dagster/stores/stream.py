@@ -7,14 +7,14 @@ operations, which is ``domain.precedence``'s and ``cdc.apply``'s. Filters name o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
 from collections.abc import Collection as Collected
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import pymongo
 from bson.errors import BSONError
-from pymongo import DeleteOne, ReplaceOne, UpdateOne
+from pymongo import InsertOne, ReplaceOne, UpdateOne
 from pymongo.errors import BulkWriteError, ConnectionFailure, ExecutionTimeout, NetworkTimeout, PyMongoError
 
 from ghsync_dagster.domain.errors import RefusedError, UnavailableError
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from ghsync_dagster.stores.mongo import Document, UserStore
 
-_KEYS: Final = 10 * CHUNK
-"""How many keys one ``$in`` carries: a few hundred kilobytes."""
+_KEYS: Final = 200
+"""How many keys one ``$in`` carries: some servers compare each document with the whole list."""
 _MANY_TIMES: Final = 4
 """How many times more keys there must be than entries for all entries to be read."""
 _LEAST: Final = 100
@@ -43,6 +43,8 @@ _ASIDE_SECONDS: Final = 3.0
 """How long a command beside the batches may take."""
 
 _DUPLICATE_KEY: Final = 11000
+_OWN_KEYS: Final = frozenset({"user_id", "_id"})
+"""Fields of unique indexes on which another write of the same user, or the same write sent twice, may be met."""
 _KINDS: Final = {
     121: "validator",
     10334: "too-large",
@@ -62,8 +64,8 @@ _AWAY: Final = frozenset(
 """Error codes of one write that pass: hosts, elections, write conflicts, time limits, a full disk."""
 
 
-_Write = tuple[str, ReplaceOne[dict[str, Any]] | UpdateOne | DeleteOne]
-"""A key and what is done with its document."""
+_Write = tuple[str, InsertOne[dict[str, Any]] | ReplaceOne[dict[str, Any]] | UpdateOne]
+"""A key and how its document is written."""
 
 
 class Refused(NamedTuple):
@@ -171,19 +173,30 @@ class StreamStore:
             self._again.delete_one({"_id": name, "offset": offset})
 
     def _drop(self, collection: Collection[Document], keys: Collected[str], what: str) -> set[str]:
-        dropped: set[str] = set()
+        found = self._among(collection, keys, what)
+        for part in chunks(found, _KEYS):
+            with self._command(f"Dropping {what}"):
+                collection.delete_many({"_id": {"$in": part}})
+        return found
+
+    def _among(self, collection: Collection[Document], keys: Collected[str], what: str) -> set[str]:
+        """Return those of ``keys`` that are an ``_id`` in a collection."""
+        few = len(keys) // _MANY_TIMES
+        if few:
+            # To look many keys up costs more than to read all of a collection that holds few, as it mostly does.
+            with self._command(f"Reading {what}"):
+                all_of_it = [entry["_id"] for entry in collection.find({}, {"_id": 1}).limit(few)]
+            if len(all_of_it) < few:
+                return set(all_of_it).intersection(keys)
+        found: set[str] = set()
         for part in chunks(keys, _KEYS):
             with self._command(f"Reading {what}"):
-                found = _among(collection, part)
-            if found:
-                with self._command(f"Dropping {what}"):
-                    collection.delete_many({"_id": {"$in": found}})
-                dropped.update(found)
-        return dropped
+                found.update([entry["_id"] for entry in collection.find({"_id": {"$in": part}}, {"_id": 1})])
+        return found
 
     def record_deleted(self, keys: Iterable[str]) -> None:
         """Record that the stream deleted ``keys``."""
-        for part in chunks(keys, _KEYS):
+        for part in chunks(keys):
             with self._command("Recording deletions"):
                 try:
                     self.store.deleted.insert_many([{"_id": key} for key in part], ordered=False)
@@ -191,15 +204,22 @@ class StreamStore:
                     # What is recorded already is as it should be.
                     _raise_unless(error, {_DUPLICATE_KEY})
 
-    def write(self, upserts: Mapping[str, dict[str, str | None]], deletes: Iterable[str] = ()) -> dict[str, Refused]:
+    def write(
+        self,
+        upserts: Mapping[str, dict[str, str | None]],
+        deletes: Iterable[str] = (),
+        *,
+        created: Set[str] = frozenset(),
+    ) -> dict[str, Refused]:
         """Replace or insert users, unmarked, and delete others, in any order.
 
         Args:
             upserts: Users by key. One that lacks fields keeps what is stored of them; they are null where nothing is.
             deletes: Keys to delete, none of them among the upserts.
+            created: Keys that are most likely not stored: to insert them is tried first, since it costs less.
 
         Returns:
-            Why the database refused a user, by key; it kept what it had of that user.
+            Why the database refused a user, by key, in the order of the upserts; it kept what it had of that user.
 
         Raises:
             UnavailableError: The server went away; any part may be written.
@@ -207,15 +227,23 @@ class StreamStore:
         """
         refused: dict[str, Refused] = {}
         # One kind a bulk: PyMongo 4.20 keeps only the first kind of one that it tries again after a refused connection.
-        self._write_all([(key, _upsert(key, user)) for key, user in upserts.items()], refused)
-        self._write_all([(key, DeleteOne({"user_id": key})) for key in deletes], refused)
-        return refused
+        new = {key for key in created if len(upserts.get(key, ())) == len(USER_FIELDS)}
+        stored = self._insert([(key, InsertOne(dict(upserts[key]))) for key in new], refused)
+        new.difference_update(stored)
+        self._replace([(key, _upsert(key, user)) for key, user in upserts.items() if key not in new], refused)
+        for part in chunks(deletes, _KEYS):
+            with self._command("Deleting users"):
+                self.store.users.delete_many({"user_id": {"$in": part}})
+        return {key: refused[key] for key in upserts if key in refused}
 
-    def _write_all(self, writes: list[_Write], refused: dict[str, Refused]) -> None:
-        """Carry out writes of one kind, and add what the database refuses."""
-        while writes:
-            # A command should not take long: it must end before this process may no longer write.
-            lost, writes = writes[: self._size], writes[self._size :]
+    def _insert(self, writes: list[_Write], refused: dict[str, Refused]) -> list[str]:
+        """Insert users; return the keys that are stored already, and add what the database refuses."""
+        return [key for part in self._commands(writes) for key, _ in self._write_once(part, refused)]
+
+    def _replace(self, writes: list[_Write], refused: dict[str, Refused]) -> None:
+        """Replace or insert users, and add what the database refuses."""
+        for part in self._commands(writes):
+            lost = part
             for _ in range(_RACES):
                 lost = self._write_once(lost, refused)
                 if not lost:
@@ -225,6 +253,12 @@ class StreamStore:
                     f"Writing users: {len(lost)} upserts lost against other inserts of their keys {_RACES} times.",
                     way_out="Run again; look for another program that inserts and deletes the same users.",
                 )
+
+    def _commands(self, writes: list[_Write]) -> Iterator[list[_Write]]:
+        """Yield what the next command carries: it must end before this process may no longer write."""
+        while writes:
+            part, writes = writes[: self._size], writes[self._size :]
+            yield part
 
     def _write_once(self, part: list[_Write], refused: dict[str, Refused]) -> list[_Write]:
         """Send writes in one command; return those that lost a race, and add what the database refuses."""
@@ -265,18 +299,7 @@ class StreamStore:
 
     def _first(self, collection: Collection[Document], field: str) -> list[Document]:
         with self._command(f"Reading {collection.name}"):
-            return list(collection.find({}, {field: 1}).limit(_KEYS))
-
-
-def _among(collection: Collection[Document], keys: Sequence[str]) -> list[str]:
-    """Return those of ``keys`` that are an ``_id`` in a collection."""
-    few = len(keys) // _MANY_TIMES
-    if few:
-        # To look many keys up costs more than to read all of a collection that holds few, as it mostly does.
-        all_of_it = [entry["_id"] for entry in collection.find({}, {"_id": 1}).limit(few)]
-        if len(all_of_it) < few:
-            return list(set(all_of_it).intersection(keys))
-    return [entry["_id"] for entry in collection.find({"_id": {"$in": list(keys)}}, {"_id": 1})]
+            return list(collection.find({}, {field: 1}).limit(CHUNK))
 
 
 def _upsert(key: str, user: dict[str, str | None]) -> ReplaceOne[Document] | UpdateOne:
@@ -295,7 +318,7 @@ def _judge(error: BulkWriteError, part: Sequence[_Write], refused: dict[str, Ref
     lost = []
     for item in error.details["writeErrors"]:
         key, write = part[item["index"]]
-        if item["code"] == _DUPLICATE_KEY and list(item.get("keyPattern", {"user_id": 1})) == ["user_id"]:
+        if item["code"] == _DUPLICATE_KEY and _OWN_KEYS.issuperset(item.get("keyPattern", _OWN_KEYS)):
             lost.append((key, write))
         else:
             refused[key] = Refused(_KINDS[item["code"]], f"code {item['code']}: {str(item.get('errmsg'))[:_TEXT]}")

@@ -38,12 +38,13 @@ def delete(key: str) -> Change:
     return Change(Op.DELETE, key, None, "d")
 
 
-def segment(*changes: Change, truncate: bool = False) -> Segment:
-    return Segment(truncate, {str(change.key): change for change in changes})
+def segment(*changes: Change, truncate: bool = False, created: bool = False) -> Segment:
+    by_key = {str(change.key): change for change in changes}
+    return Segment(truncate, by_key, {key for key in by_key if created})
 
 
-def applied(store: UserStore, *changes: Change, truncate: bool = False) -> Applied:
-    return apply(StreamStore(store), segment(*changes, truncate=truncate))
+def applied(store: UserStore, *changes: Change, truncate: bool = False, created: bool = False) -> Applied:
+    return apply(StreamStore(store), segment(*changes, truncate=truncate, created=created))
 
 
 def stored(store: UserStore) -> dict[str, dict[str, Any]]:
@@ -87,6 +88,18 @@ def test_a_write_whose_first_connection_is_refused_is_done_whole(
         assert StreamStore(fresh).write({"1": user("1", "renamed")}, ["2", "3"]) == {}
     assert len(refused) == 1
     assert stored(users) == {"1": user("1", "renamed")}
+
+
+def test_created_users_are_inserted_and_those_that_are_there_all_the_same_are_replaced(users: UserStore) -> None:
+    users.users.insert_many([user("1", "before", url=None), {**user("2", "before"), MARKER_FIELD: MARKER_VALUE}])
+    users.deleted.insert_one({"_id": "3"})
+    changes = [upsert(user(key, "after")) for key in "1234"]
+    result = applied(users, *changes, upsert({"user_id": "5"}), delete("6"), created=True)
+    assert (result.upserts, result.deletes, result.refused) == (5, 1, {})
+    assert list(stored(users).items())[:4] == [(key, user(key, "after")) for key in "1234"]
+    assert stored(users).keys() == set("12345")
+    assert ids(users.deleted.find()) == {"6"}
+    assert changes[3].user == user("4", "after")
 
 
 def test_a_user_that_comes_back_is_no_longer_recorded_as_deleted(users: UserStore) -> None:
@@ -161,12 +174,14 @@ def test_a_load_between_the_write_and_the_second_look_is_overwritten_once_more(u
 # what the database refuses
 
 
-def test_the_database_refuses_one_user_and_takes_the_others(users: UserStore) -> None:
+@pytest.mark.parametrize("created", [False, True])
+def test_the_database_refuses_one_user_and_takes_the_others(users: UserStore, *, created: bool) -> None:
     strict = json_schema()
     strict["properties"]["login"] = {"bsonType": "string", "maxLength": 5}
     users.database.command({"collMod": "Users", "validator": {"$jsonSchema": strict}})
     users.deleted.insert_one({"_id": "2"})
-    result = applied(users, upsert(user("1")), upsert(user("2", "too long")), delete("3"), upsert({"user_id": "4"}))
+    changes = [upsert(user("1")), upsert(user("2", "too long")), delete("3"), upsert({"user_id": "4"})]
+    result = applied(users, *changes, created=created)
     assert set(result.refused) == {"2", "4"}
     assert {refused.kind for refused in result.refused.values()} == {"validator"}
     assert "121" in result.refused["2"].text
@@ -175,19 +190,20 @@ def test_the_database_refuses_one_user_and_takes_the_others(users: UserStore) ->
     assert ids(users.deleted.find()) == {"2", "3"}
 
 
-def test_what_is_too_large_or_no_text_is_refused_alone(users: UserStore) -> None:
+@pytest.mark.parametrize("created", [False, True])
+def test_what_is_too_large_or_no_text_is_refused_alone(users: UserStore, *, created: bool) -> None:
     others = [upsert(user(str(key))) for key in range(10, 30)]
-    result = applied(
-        users, *others, upsert(user("1", "x" * 17_000_000)), upsert(user("2", "\ud800")), upsert(user("3"))
-    )
+    bad = [upsert(user("1", "x" * 17_000_000)), upsert(user("2", "\ud800"))]
+    result = applied(users, *others, *bad, upsert(user("3")), created=created)
     assert {key: refused.kind for key, refused in result.refused.items()} == {"1": "too-large", "2": "unencodable"}
     assert len(stored(users)) == 21
 
 
-def test_another_unique_index_refuses_alone(users: UserStore) -> None:
+@pytest.mark.parametrize("created", [False, True])
+def test_another_unique_index_refuses_alone(users: UserStore, *, created: bool) -> None:
     users.users.create_index("login", unique=True)
     applied(users, upsert(user("1", "taken")))
-    result = applied(users, upsert(user("2", "taken")), upsert(user("3", "free")))
+    result = applied(users, upsert(user("2", "taken")), upsert(user("3", "free")), created=created)
     assert {key: refused.kind for key, refused in result.refused.items()} == {"2": "unique-index"}
     assert set(stored(users)) == {"1", "3"}
 

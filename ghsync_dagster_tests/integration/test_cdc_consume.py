@@ -15,6 +15,7 @@ from ghsync_dagster.cdc.dead_letters import read_dead_letters
 from ghsync_dagster.cdc.listener import SilentListener
 from ghsync_dagster.domain.errors import PermanentError, RefusedError, UnavailableError
 from ghsync_dagster.domain.user import BUILT_IN_RULES
+from ghsync_dagster.observability.metrics import ChangeMetrics
 from ghsync_dagster.stores.kafka import KafkaSettings, TopicConsumer
 from ghsync_dagster.stores.mongo import UserStore
 
@@ -388,28 +389,35 @@ def test_a_store_that_is_away_is_waited_for_and_nothing_becomes_a_dead_letter(
     topic.upsert(1)
     topic.flush()
     try:
+        metrics = ChangeMetrics()
         consumer = ChangeConsumer(
-            topic.kafka, lambda: UserStore(proxy.uri, parts.database, "Users", timeout_seconds=0.5)
+            topic.kafka,
+            lambda: UserStore(proxy.uri, parts.database, "Users", timeout_seconds=0.5),
+            listener=metrics,
         )
         stop = threading.Event()
-        reports: list[Any] = []
-        thread = threading.Thread(target=lambda: reports.append(consumer.run(stop)), daemon=True)
+        thread = threading.Thread(target=lambda: consumer.run(stop), daemon=True)
         thread.start()
         until(lambda: "1" in stored(store))
         proxy.cut()
         topic.upsert(2)
         topic.flush()
+        until(lambda: bool(metrics.snapshot().retries))
+        # Nothing is fetched meanwhile; the lag grows all the same.
+        for key in range(3, 13):
+            topic.upsert(key)
+        topic.flush()
+        until(lambda: metrics.snapshot().lag_records == 11)
         time.sleep(topic.kafka.session_timeout_seconds + 2)
         assert "2" not in stored(store)
         proxy.join()
-        until(lambda: "2" in stored(store), 30)
+        until(lambda: stored(store) == topic.expected, 30)
         stop.set()
         thread.join(20)
     finally:
         proxy.cut()
-    assert reports[0].retries
     assert list(read_dead_letters(topic.kafka)) == []
-    until(lambda: topic.committed() == 2)
+    until(lambda: topic.committed() == 12)
 
 
 def test_a_slow_store_is_given_its_time_while_more_waits_than_the_next_batch_may_hold(

@@ -92,6 +92,12 @@ def test_the_last_operation_of_a_key_stays() -> None:
     assert coalesce([gone("1"), put("1")]) == [Segment(truncate=False, changes={"1": put("1")})]
 
 
+def test_keys_are_told_whose_first_change_creates_them() -> None:
+    made = [Change(Op.UPSERT, key, put(key).user, "c") for key in "123"]
+    changes = [made[0], gone("2"), made[1], put("3"), made[2], put("4"), TRUNCATE, made[1], gone("2")]
+    assert [segment.created for segment in coalesce(changes)] == [{"1"}, {"2"}]
+
+
 def test_an_operation_that_nothing_follows_is_passed_on_as_it_is() -> None:
     changes = [put("1"), part("2", login="b"), gone("3")]
     (segment,) = coalesce(changes)

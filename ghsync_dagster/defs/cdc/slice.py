@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 USERS_CHANGES: Final = "users_changes"
 
 _SILENT_SECONDS: Final = 60.0
-"""How long the consumer may say nothing of itself before its run is no longer observed: it waits up to 30 s between
-two tries of a step."""
+"""How long the consumer may say nothing of itself before its run is no longer observed: one look at its servers may
+wait 10 s for each of some answers."""
 _TOLD_TO_END: Final = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED, dg.DagsterRunStatus.FAILURE)
 
 log = get_logger("slice")
