@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from datetime import datetime
 
+    from ghsync_dagster.batch.checks import Finding
     from ghsync_dagster.cdc.consume import ConsumerReport
     from ghsync_dagster.cdc.dead_letters import DeadLetter
     from ghsync_dagster.cdc.replay import Edit, ReplayReport
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.rehearsal import Rehearsal
     from ghsync_dagster.stores.replay import LetterState
 
-NOT_FOUND = LEFT_OPEN = 1
+NOT_FOUND = LEFT_OPEN = NOT_EQUAL = 1
 _STOPPED = 128
 _SHOWN_TEXT = 80
 
@@ -55,6 +56,50 @@ def run(
 def drain(as_json: AsJson = False) -> None:
     """Apply what the topic holds now, then end."""
     _consume(until_end=True, seconds=None, as_json=as_json)
+
+
+@cdc.command("audit")
+def audit_changes(
+    lag_wait: Annotated[float, typer.Option(min=0, help="Seconds to wait until no change waits for the group.")] = 60,
+    patience: Annotated[float, typer.Option(min=0, help="Seconds for which what differs is read again.")] = 30,
+    as_json: AsJson = False,
+) -> None:
+    """Compare MySQL's table with the collection, key by key, while both may change; write nothing.
+
+    Exit code 1 where they differ.
+    """
+    from ghsync_dagster.cdc.audit import AuditResult, Patience, audit
+    from ghsync_dagster.cdc.backlog import await_no_lag
+    from ghsync_dagster.cdc.checks import in_step_with_mysql
+    from ghsync_dagster.stores.retry import retrying
+    from ghsync_dagster.wiring import existing_kafka, open_mysql, store_opener
+
+    settings = load_settings()
+    configure_logging(settings)
+
+    def compare() -> AuditResult:
+        with open_mysql(settings) as mysql, store_opener(settings)() as store:
+            return audit(mysql, store, patience=Patience(seconds=patience))
+
+    kafka = existing_kafka(settings)
+    attempts = settings.retry_attempts
+    waiting = retrying("Asking for the lag", lambda: await_no_lag(kafka, lag_wait), attempts=attempts)
+    finding = in_step_with_mysql(retrying("Comparing", compare, attempts=attempts), waiting)
+    _print_json(asdict(finding)) if as_json else _show_finding(finding)
+    if not finding.passed:
+        raise typer.Exit(NOT_EQUAL)
+
+
+def _show_finding(finding: Finding) -> None:
+    typer.echo(finding.summary)
+    for offender in finding.offenders:
+        differs = "; ".join(
+            f"{name}: MySQL {values['mysql']}, MongoDB {values['mongodb']}"
+            for name, values in offender["fields"].items()
+        )
+        typer.echo(f"  {offender['kind']:9} {offender['user_id']}{f': {differs}' if differs else ''}")
+    if finding.way_out:
+        typer.echo(f"way out: {finding.way_out}", err=True)
 
 
 @cdc.command()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ghsync_dagster.batch.reports import Artifacts
 from ghsync_dagster.batch.rules import load_rules
+from ghsync_dagster.domain.errors import UnavailableError
 from ghsync_dagster.observability.logging import get_logger
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.settings import Settings
     from ghsync_dagster.stores.kafka import KafkaSettings
     from ghsync_dagster.stores.mongo import UserStore
+    from ghsync_dagster.stores.mysql import MySqlStore
     from ghsync_dagster.stores.spark import SparkHandle, SparkOptions
 
 
@@ -116,6 +118,40 @@ def kafka_settings(settings: Settings) -> KafkaSettings:
         ssl_certificate_location=settings.kafka_ssl_certificate_location,
         ssl_key_location=settings.kafka_ssl_key_location,
         ssl_key_password=secret(settings.kafka_ssl_key_password),
+    )
+
+
+def existing_kafka(settings: Settings) -> KafkaSettings:
+    """Return the topic, the group and the way to brokers that are there: nothing is started.
+
+    Raises:
+        UnavailableError: KAFKA_BOOTSTRAP_SERVERS is not set and the local broker is not up.
+    """
+    from ghsync_dagster.local import kafka
+
+    if not settings.kafka_bootstrap_servers and kafka.status(settings).state != "up":
+        raise _missing("Kafka", "KAFKA_BOOTSTRAP_SERVERS")
+    return kafka_settings(settings)
+
+
+def open_mysql(settings: Settings) -> MySqlStore:
+    """Open the table of users; nothing is started.
+
+    Raises:
+        UnavailableError: MYSQL_URL is not set and the local server is not up.
+    """
+    from ghsync_dagster.local import mysql
+    from ghsync_dagster.stores.mysql import MySqlStore
+
+    if not settings.mysql_url and mysql.status(settings).state != "up":
+        raise _missing("MySQL", "MYSQL_URL")
+    return MySqlStore(mysql.ensure_mysql(settings), timeout_seconds=settings.server_timeout_seconds)
+
+
+def _missing(server: str, variable: str) -> UnavailableError:
+    return UnavailableError(
+        f"There is no {server}: {variable} is not set, and the local one is not up.",
+        way_out=f"Set {variable}, or start the local servers: ghsync up.",
     )
 
 

@@ -6,12 +6,15 @@ running consumer tells of itself (``cdc.listener``).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from ghsync_dagster.stores.kafka import KafkaSettings
+
+_POLL_SECONDS: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +110,18 @@ def read_backlog(kafka: KafkaSettings) -> Backlog:
         finally:
             consumer.close()
     return Backlog(kafka.topic, kafka.group_id, tuple(found))
+
+
+def await_no_lag(kafka: KafkaSettings, seconds: float) -> int:
+    """Wait until no change waits for the group, at most so long; return how many wait then.
+
+    Raises:
+        GhsyncError: As ``read_backlog`` does.
+    """
+    deadline = time.monotonic() + seconds
+    while (waiting := read_backlog(kafka).waiting) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+    return waiting
 
 
 def ask_for_topic(kafka: KafkaSettings, *, seconds: float) -> None:

@@ -172,6 +172,6 @@ def in_step_with_mysql(result: AuditResult, waiting: int) -> Finding:
         if result.equal
         else f"{_LOOK}; then run the check again."
         if waiting
-        else "Look for dead letters of these users and for who else writes to the collection; an incremental snapshot "
-        "of these keys writes them anew.",
+        else "Look for dead letters of these users and for who else writes to the collection; then write their rows "
+        "anew, see docs/operations.md, A user is wrong.",
     )

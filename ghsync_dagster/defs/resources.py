@@ -11,7 +11,6 @@ import dagster as dg
 from pydantic import PrivateAttr
 
 from ghsync_dagster.batch.flow import BatchFlow
-from ghsync_dagster.domain.errors import UnavailableError
 from ghsync_dagster.observability.logging import bind_run, configure_logging
 from ghsync_dagster.settings import load_settings
 
@@ -85,6 +84,8 @@ class ChangesResource(dg.ConfigurableResource["ChangesResource"]):
         Raises:
             UnavailableError: KAFKA_BOOTSTRAP_SERVERS is not set and the local broker is not up.
         """
+        from ghsync_dagster.wiring import existing_kafka
+
         return existing_kafka(self.settings())
 
     def consumer(self, listener: ChangeListener) -> ChangeConsumer:
@@ -120,13 +121,9 @@ class ChangesResource(dg.ConfigurableResource["ChangesResource"]):
         Raises:
             UnavailableError: MYSQL_URL is not set and the local server is not up.
         """
-        from ghsync_dagster.local import mysql
-        from ghsync_dagster.stores.mysql import MySqlStore
+        from ghsync_dagster.wiring import open_mysql
 
-        settings = self.settings()
-        if not settings.mysql_url and mysql.status(settings).state != "up":
-            raise _missing("MySQL", "MYSQL_URL")
-        return MySqlStore(mysql.ensure_mysql(settings), timeout_seconds=settings.server_timeout_seconds)
+        return open_mysql(self.settings())
 
     def dead_letters(self) -> Iterator[DeadLetter]:
         """Yield the dead letters that were neither replayed nor skipped, oldest first."""
@@ -136,26 +133,5 @@ class ChangesResource(dg.ConfigurableResource["ChangesResource"]):
             yield from open_dead_letters(self.kafka(), store)
 
 
-def existing_kafka(settings: Settings) -> KafkaSettings:
-    """Return the topic, the group and the way to brokers that are there: nothing is started.
-
-    Raises:
-        UnavailableError: KAFKA_BOOTSTRAP_SERVERS is not set and the local broker is not up.
-    """
-    from ghsync_dagster.local import kafka
-    from ghsync_dagster.wiring import kafka_settings
-
-    if not settings.kafka_bootstrap_servers and kafka.status(settings).state != "up":
-        raise _missing("Kafka", "KAFKA_BOOTSTRAP_SERVERS")
-    return kafka_settings(settings)
-
-
 def _words(server: str, variable: str) -> str:
     return f"there is no {server} here: {variable} is not set, and no local one was ever started"
-
-
-def _missing(server: str, variable: str) -> UnavailableError:
-    return UnavailableError(
-        f"There is no {server}: {variable} is not set, and the local one is not up.",
-        way_out=f"Set {variable}, or start the local servers: ghsync up.",
-    )

@@ -144,7 +144,7 @@ class Refusal(Enum):
     MISSING_KEY = (
         "missing-key",
         "A delete or a tombstone that does not tell whose.",
-        "Look for a transformation that drops keys; find the row with `ghsync audit`.",
+        "Look for a transformation that drops keys; find the row with `ghsync cdc audit`.",
     )
     KEY_MISMATCH = (
         "key-mismatch",

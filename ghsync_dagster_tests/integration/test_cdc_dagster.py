@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import signal
 import socket
@@ -25,12 +26,13 @@ from ghsync_dagster.cdc.backlog import read_backlog
 from ghsync_dagster.definitions import build_defs
 from ghsync_dagster.defs.cdc.jobs import SYNC_JOB, SYNC_OP
 from ghsync_dagster.defs.cdc.slice import USERS_CHANGES
-from ghsync_dagster.defs.resources import ChangesResource, existing_kafka
+from ghsync_dagster.defs.resources import ChangesResource
 from ghsync_dagster.domain.user import USER_FIELDS, json_schema
 from ghsync_dagster.local.dagster_home import ensure_dagster_home
 from ghsync_dagster.settings import Settings, load_settings
 from ghsync_dagster.stores.mongo import UserStore
 from ghsync_dagster.stores.mysql import MySqlStore
+from ghsync_dagster.wiring import existing_kafka
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -364,6 +366,43 @@ def test_the_collection_is_in_step_with_mysql_until_somebody_else_writes(stack: 
     counts = {name: check.metadata[name].value for name in ("missing", "extra", "different")}
     assert counts == {"missing": 1, "extra": 1, "different": 1}
     assert {offender["user_id"] for offender in check.metadata["offenders"].value} == {"3", "4", "99"}
+
+
+def test_the_command_names_users_that_are_wrong_and_rows_written_anew_put_them_right(stack: Stack) -> None:
+    stack.insert(*range(1, 6))
+    stack.await_topic(5)
+    _ghsync(stack, "cdc", "drain")
+    assert _ghsync(stack, "cdc", "audit").stdout.startswith("equal: 5 rows against 5 documents")
+    with stack.store() as store:
+        store.users.update_one({"user_id": "3"}, {"$set": {"login": "evil"}})
+        store.users.delete_one({"user_id": "4"})
+        store.users.insert_one({**dict.fromkeys(USER_FIELDS), "user_id": "99"})
+    differing = _ghsync(stack, "cdc", "audit", "--patience", "1")
+    assert differing.returncode == 1
+    told = {tuple(line.split(maxsplit=2)) for line in differing.stdout.splitlines()[1:]}
+    assert told == {("missing", "4"), ("extra", "99"), ("different", "3:", "login: MySQL 'octo', MongoDB 'evil'")}
+    assert "A user is wrong" in differing.stderr
+    as_json = json.loads(_ghsync(stack, "cdc", "audit", "--patience", "0", "--json").stdout)
+    assert (as_json["passed"], as_json["counts"]["missing"]) == (False, 1)
+    # As docs/operations.md has it.
+    stack.mysql.execute(
+        [
+            ("UPDATE Users SET user_id = -user_id WHERE user_id IN (3, 4)", ()),
+            ("UPDATE Users SET user_id = -user_id WHERE user_id IN (-3, -4)", ()),
+            ("INSERT INTO Users (user_id) VALUES (99)", ()),
+            ("DELETE FROM Users WHERE user_id = 99", ()),
+        ]
+    )
+    stack.await_topic(15)
+    _ghsync(stack, "cdc", "drain")
+    assert _ghsync(stack, "cdc", "audit").returncode == 0
+
+
+def _ghsync(stack: Stack, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ghsync_dagster.cli", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=stack.environment(), capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_every_check_passes_after_a_drain(stack: Stack, runs: InProcess) -> None:

@@ -213,6 +213,21 @@ def test_a_connector_that_was_changed_or_halted_is_put_right(
     arrived(up, insert(up))
 
 
+def test_a_new_snapshot_as_the_operations_manual_has_it_brings_every_row_again(
+    up: dict[str, stack.ServiceStatus],
+) -> None:
+    before = [insert(up), insert(up)]
+    arrived(up, *before)
+    with httpx.Client(base_url=str(up["connect"].uri), timeout=30) as client:
+        for method, what in (("PUT", "stop"), ("DELETE", "offsets"), ("PUT", "resume")):
+            client.request(method, f"/connectors/ghsync-users/{what}").raise_for_status()
+    after = insert(up)
+    deadline = time.monotonic() + 60
+    while [event["op"] for event in arrived(up, *before, after)].count("r") < len(before):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
 def test_a_connector_that_can_not_run_is_an_error_with_its_reason(
     settings: Settings, up: dict[str, stack.ServiceStatus]
 ) -> None:

@@ -26,7 +26,6 @@ CDC_CHECKS = (KAFKA_LAG, CDC_LATENCY, DEAD_LETTERS_EMPTY, IN_STEP_WITH_MYSQL)
 _WINDOW_REPORTS = 6
 _LEAST_WINDOW_SECONDS = 60.0
 _MOST_OBSERVATIONS = 500
-_LAG_POLL_SECONDS = 0.5
 
 T = TypeVar("T")
 
@@ -125,29 +124,20 @@ def dead_letters_empty(changes: ChangesResource) -> dg.AssetCheckResult:
 def in_step_with_mysql(config: AuditConfig, changes: ChangesResource) -> dg.AssetCheckResult:
     """Compare the collection with MySQL's table, once no change waits."""
     from ghsync_dagster.cdc.audit import AuditResult, Patience, audit
+    from ghsync_dagster.cdc.backlog import await_no_lag
 
     # The check is on an asset that deployments have which load files only.
     with as_failure():
         missing = changes.missing()
     if missing:
         return as_result(checks.nothing_to_compare(missing))
-    waiting = _retrying(changes, lambda: await_no_lag(changes, config.lag_wait_seconds))
+    waiting = _retrying(changes, lambda: await_no_lag(changes.kafka(), config.lag_wait_seconds))
 
     def compare() -> AuditResult:
         with changes.open_mysql() as mysql, changes.open_store() as store:
             return audit(mysql, store, patience=Patience(seconds=config.patience_seconds))
 
     return as_result(checks.in_step_with_mysql(_retrying(changes, compare), waiting))
-
-
-def await_no_lag(changes: ChangesResource, seconds: float) -> int:
-    """Wait until no change waits for the group, at most so long; return how many wait then."""
-    from ghsync_dagster.cdc.backlog import read_backlog
-
-    deadline = time.monotonic() + seconds
-    while (waiting := read_backlog(changes.kafka()).waiting) and time.monotonic() < deadline:
-        time.sleep(_LAG_POLL_SECONDS)
-    return waiting
 
 
 CHECKS = [kafka_lag, cdc_latency, dead_letters_empty, in_step_with_mysql]

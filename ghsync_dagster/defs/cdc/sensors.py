@@ -14,10 +14,10 @@ import dagster as dg
 
 from ghsync_dagster.defs.cdc.jobs import FLOW_TAG, SYNC_JOB, SYNC_OP, cdc_sync_job
 from ghsync_dagster.defs.cdc.supervisor import Phase, Replace, Rules, Slice, Wait, decide, is_silent
-from ghsync_dagster.defs.resources import existing_kafka
 from ghsync_dagster.domain.errors import TransientError
 from ghsync_dagster.observability.logging import configure_logging, get_logger
 from ghsync_dagster.settings import load_settings
+from ghsync_dagster.wiring import existing_kafka
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
