@@ -389,7 +389,7 @@ def test_the_command_names_users_that_are_wrong_and_rows_written_anew_put_them_r
         [
             ("UPDATE Users SET user_id = -user_id WHERE user_id IN (3, 4)", ()),
             ("UPDATE Users SET user_id = -user_id WHERE user_id IN (-3, -4)", ()),
-            ("INSERT INTO Users (user_id) VALUES (99)", ()),
+            ("INSERT INTO Users (user_id, login) VALUES (99, '')", ()),
             ("DELETE FROM Users WHERE user_id = 99", ()),
         ]
     )
