@@ -127,15 +127,18 @@ def make_topic(brokers: str) -> Iterator[Callable[..., Topic]]:
     admin = AdminClient({"bootstrap.servers": brokers})
     made: list[str] = []
 
-    def make(partitions: int = 1, **settings: Any) -> Topic:
+    def make(partitions: int = 1, largest_bytes: int = 1_000_000, **settings: Any) -> Topic:
         name = f"changes-{uuid.uuid4().hex[:8]}"
-        for future in admin.create_topics([NewTopic(name, partitions, 1)]).values():
+        config = {"max.message.bytes": str(largest_bytes)}
+        for future in admin.create_topics([NewTopic(name, partitions, 1, config=config)]).values():
             future.result()
         made.extend([name, f"{name}.dlq"])
         kafka = KafkaSettings(
             bootstrap_servers=brokers, topic=name, group_id=f"group-{name}", session_timeout_seconds=6, **settings
         )
-        return Topic(kafka, Producer({"bootstrap.servers": brokers, "linger.ms": 5}))
+        return Topic(
+            kafka, Producer({"bootstrap.servers": brokers, "linger.ms": 5, "message.max.bytes": largest_bytes})
+        )
 
     yield make
     for future in admin.delete_topics(made).values():

@@ -10,10 +10,12 @@ and need no write of their own.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -50,6 +52,8 @@ _PATIENCE_SECONDS: Final = 5.0
 """How long a full batch waits for the writer before the partitions are paused."""
 _GIVE_UP_SECONDS: Final = 5.0
 """How long a batch at work may still take when its partitions are to be given up."""
+_SWITCH_SECONDS: Final = 0.0005
+"""How long a thread may keep the interpreter while another one waits for it; 5 ms by default."""
 _LAG_SECONDS: Final = 1.0
 _END_LOOK_SECONDS: Final = 0.5
 _ATTEMPTS: Final = 4
@@ -125,7 +129,7 @@ class ChangeConsumer:
         try:
             store = _ready_store(self.open_store, until, listener)
             if store is not None:
-                with store:
+                with store, _quick_turns():
                     reached_end = _Run(self, store, listener, until).consume(until_end=until_end)
         except Exception as error:
             listener.failed(type(error).__name__)
@@ -205,6 +209,17 @@ def _ready_store(open_store: Callable[[], UserStore], until: _Until, listener: C
             trouble.is_over()
             return store
     raise AssertionError("waits have no end")
+
+
+@contextmanager
+def _quick_turns() -> Iterator[None]:
+    """Let the thread that writes go on soon after each answer of the store, while the other one decodes."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(before, _SWITCH_SECONDS))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 class _InterruptedError(Exception):

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 SERVICE = "kafka"
 DEFAULT_PORT, DEFAULT_CONTROLLER_PORT = 9092, 9093
-DEAD_LETTERS_SUFFIX = ".dlq"
 EXTERNAL = "external"
 _HEAP_MEGABYTES = 256
 _PING_SECONDS = 3.0
@@ -35,7 +34,6 @@ _TOPIC_SECONDS = 30.0
 _FORMAT_SECONDS = 120
 _SEPARATORS = frozenset(":,}")
 # Dead letters wait for a person; changes are kept as long as Kafka does by default, a week.
-_FOREVER = {"retention.ms": "-1"}
 
 _LOG4J = """status=warn
 appender.out.type=Console
@@ -85,8 +83,7 @@ def up(settings: Settings, progress: Callable[[str], None]) -> ServiceStatus:
     status = _supervisor(settings).up(lambda: _choose_server(settings, progress), progress)
     if status.uri is None:
         raise AssertionError("a server that is up has an address")
-    topics = {settings.kafka_topic: {}, f"{settings.kafka_topic}{DEAD_LETTERS_SUFFIX}": _FOREVER}
-    _ensure_topics(status.uri, topics, progress)
+    _ensure_topic(status.uri, settings.kafka_topic, progress)
     return status
 
 
@@ -302,20 +299,19 @@ def _admin(bootstrap: str) -> Any:  # noqa: ANN401  the library has no types
     return AdminClient({"bootstrap.servers": bootstrap, "log_level": 0})
 
 
-def _ensure_topics(bootstrap: str, topics: Mapping[str, dict[str, str]], progress: Callable[[str], None]) -> None:
-    """Make those topics that are missing, with one partition each.
+def _ensure_topic(bootstrap: str, name: str, progress: Callable[[str], None]) -> None:
+    """Make the topic, with one partition, if it is missing. That of dead letters is made by who writes the first one.
 
     Raises:
-        UnavailableError: The broker does not answer, or refuses one.
+        UnavailableError: The broker does not answer, or refuses it.
     """
     from confluent_kafka import KafkaError, KafkaException
     from confluent_kafka.cimpl import NewTopic
 
     admin = _admin(bootstrap)
     try:
-        there = admin.list_topics(timeout=_TOPIC_SECONDS).topics
-        new = [NewTopic(name, 1, 1, config=config) for name, config in topics.items() if name not in there]
-        for name, future in admin.create_topics(new, request_timeout=_TOPIC_SECONDS).items() if new else ():
+        if name not in admin.list_topics(timeout=_TOPIC_SECONDS).topics:
+            [future] = admin.create_topics([NewTopic(name, 1, 1)], request_timeout=_TOPIC_SECONDS).values()
             try:
                 future.result()
             except KafkaException as error:
@@ -325,7 +321,7 @@ def _ensure_topics(bootstrap: str, topics: Mapping[str, dict[str, str]], progres
             progress(f"{SERVICE}: topic {name} is there")
     except KafkaException as error:
         raise UnavailableError(
-            f"The topics {', '.join(topics)} could not be made at {bootstrap}: {error.args[0].str()}.",
+            f"The topic {name} could not be made at {bootstrap}: {error.args[0].str()}.",
             way_out="Read the broker's log, then run ghsync up again.",
         ) from None
 

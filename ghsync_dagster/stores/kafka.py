@@ -73,6 +73,9 @@ _FENCED: Final = frozenset({KafkaError.ILLEGAL_GENERATION, KafkaError.UNKNOWN_ME
 _REQUEST_SECONDS: Final = 10.0
 _LOOK_SECONDS: Final = 1.0
 _DELIVERY_SECONDS: Final = 20.0
+_LARGEST_BYTES: Final = 100_000_000
+"""Just below what a broker takes in one request by default."""
+_KEPT: Final = {"retention.ms": "-1", "cleanup.policy": "delete", "max.message.bytes": str(_LARGEST_BYTES)}
 _POLL_LIMIT_SECONDS: Final = 120.0
 """How long a consumer may go without asking for records before the group takes it for hung."""
 
@@ -189,7 +192,7 @@ def producer_config(kafka: KafkaSettings) -> dict[str, Any]:
         "linger.ms": 5,
         "delivery.timeout.ms": int(_DELIVERY_SECONDS * 1000),
         # The topic's own limit decides.
-        "message.max.bytes": 100_000_000,
+        "message.max.bytes": _LARGEST_BYTES,
     }
 
 
@@ -535,7 +538,7 @@ class RecordWriter:
 
 
 def ensure_topic(kafka: KafkaSettings, topic: str) -> None:
-    """Make a topic of one partition whose records are kept for good, unless it is there or may not be made by us.
+    """Make a topic of one partition that keeps records of any size for good, unless it is there or we may not make it.
 
     Raises:
         UnavailableError: No broker can be reached.
@@ -546,7 +549,7 @@ def ensure_topic(kafka: KafkaSettings, topic: str) -> None:
         found = admin.list_topics(topic, timeout=kafka.timeout_seconds).topics[topic]
         if found.error is None:
             return
-        wanted = NewTopic(topic, num_partitions=1, config={"retention.ms": "-1", "cleanup.policy": "delete"})
+        wanted = NewTopic(topic, num_partitions=1, config=_KEPT)
         [made] = admin.create_topics([wanted], request_timeout=kafka.timeout_seconds).values()
         try:
             made.result()

@@ -132,6 +132,18 @@ def test_poison_goes_to_the_dead_letters_alone(topic: Topic, parts: Parts, store
     assert topic.committed() == 15
 
 
+def test_poison_as_large_as_its_topic_takes_has_room_among_the_dead_letters(
+    make_topic: Callable[..., Topic], parts: Parts, store: UserStore
+) -> None:
+    topic = make_topic(largest_bytes=6_000_000)
+    poison = b"{" * 5_999_000
+    topic.raw({"user_id": 1}, poison)
+    topic.upsert(2)
+    assert parts.drain(topic).records == {"dead_letter": 1, "applied": 1}
+    assert stored(store) == topic.expected
+    assert [letter.value for letter in read_dead_letters(topic.kafka)] == [poison]
+
+
 def test_the_states_before_a_refused_one_are_applied_in_order(topic: Topic, parts: Parts, store: UserStore) -> None:
     make_strict(store)
     topic.upsert(1, "good")
