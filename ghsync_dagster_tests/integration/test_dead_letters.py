@@ -12,6 +12,7 @@ import pytest
 from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.admin._config import ConfigResource
+from confluent_kafka.cimpl import NewTopic
 
 from ghsync_dagster.cdc.dead_letters import DeadLetter, DeadLetters, read_dead_letters
 from ghsync_dagster.domain.errors import RefusedError, UnavailableError
@@ -112,7 +113,10 @@ def test_dead_letters_are_kept_for_good(topic: Topic) -> None:
     assert future.result()["retention.ms"].value == "-1"
 
 
-def test_a_record_that_is_too_large_for_the_topic_is_refused_with_the_way_out(topic: Topic) -> None:
+def test_a_record_that_is_too_large_for_a_topic_that_others_made_is_refused_with_the_way_out(topic: Topic) -> None:
+    admin = AdminClient({"bootstrap.servers": topic.kafka.bootstrap_servers})
+    [made] = admin.create_topics([NewTopic(topic.kafka.dead_letter_topic, 1, 1)]).values()
+    made.result(10)
     with pytest.raises(RefusedError, match=r"max\.message\.bytes"):
         written(topic, letter(topic, value=b"x" * 3_000_000))
 
