@@ -227,10 +227,10 @@ class StreamStore:
         """
         refused: dict[str, Refused] = {}
         # One kind a bulk: PyMongo 4.20 keeps only the first kind of one that it tries again after a refused connection.
-        new = {key for key in created if len(upserts.get(key, ())) == len(USER_FIELDS)}
-        stored = self._insert([(key, InsertOne(dict(upserts[key]))) for key in new], refused)
-        new.difference_update(stored)
-        self._replace([(key, _upsert(key, user)) for key, user in upserts.items() if key not in new], refused)
+        new = {key: user for key, user in upserts.items() if key in created and len(user) == len(USER_FIELDS)}
+        stored = set(self._insert([(key, InsertOne(dict(user))) for key, user in new.items()], refused))
+        others = {key: user for key, user in upserts.items() if key not in new or key in stored}
+        self._replace([(key, _upsert(key, user)) for key, user in others.items()], refused)
         for part in chunks(deletes, _KEYS):
             with self._command("Deleting users"):
                 self.store.users.delete_many({"user_id": {"$in": part}})
