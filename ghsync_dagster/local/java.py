@@ -104,7 +104,7 @@ def wrap(runtime: Path, folder: Path) -> Path:
     Raises:
         ConfigError: The folder can't be written.
     """
-    home = folder / f"{runtime.name}-{hashlib.sha256(str(runtime).encode()).hexdigest()[:12]}"
+    home = folder / f"{runtime.name}-{_short_hash(str(runtime))}"
     command = home / "bin" / "java"
     script = _wrapper_script(runtime / "bin" / "java")
     try:
@@ -164,11 +164,27 @@ def keeps_own_archive(java: Java) -> bool:
 
 
 def archive_file(java: Java, settings: Settings) -> Path:
-    """Return where the archive of loaded classes is kept: one for each Java and each installed Spark."""
+    """Return where the archive of loaded classes is kept: by Java, by place of the installed Spark, by its jars.
+
+    The JVM uses an archive only with the jars it was made from, known by time and size: installed again at the same
+    place, they ask for an archive of their own.
+    """
     spark = find_spec("pyspark")
-    what = f"{java.home}|{spark.origin if spark else ''}|{version('pyspark')}"
-    key = hashlib.sha256(what.encode()).hexdigest()[:12]
-    return settings.cache_dir / "java" / f"classes-{java.version}-{key}.jsa"
+    origin = spark.origin if spark and spark.origin else ""
+    classes = [*sorted(Path(origin).parent.glob("jars/*.jar")), java.home / "lib" / "modules"]
+    known_by = [f"{path.name}|{path.stat().st_mtime_ns}|{path.stat().st_size}" for path in classes if path.is_file()]
+    place = _short_hash(f"{java.home}|{origin}|{version('pyspark')}")
+    return settings.cache_dir / "java" / f"classes-{java.version}-{place}-{_short_hash(*known_by)}.jsa"
+
+
+def superseded_archives(archive: Path) -> list[Path]:
+    """Return the archives that jars earlier at the same place have left beside ``archive``."""
+    place = "-".join(archive.stem.split("-")[:3])
+    return [path for path in archive.parent.glob(f"{place}*.jsa") if path != archive]
+
+
+def _short_hash(*words: str) -> str:
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:12]
 
 
 def jvm_options(java: Java, settings: Settings) -> list[str]:

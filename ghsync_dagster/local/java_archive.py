@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 import psutil
 
 from ghsync_dagster.domain.errors import GhsyncError
-from ghsync_dagster.local.java import archive_file, find_java, keeps_own_archive
+from ghsync_dagster.local.java import archive_file, find_java, keeps_own_archive, superseded_archives
 from ghsync_dagster.observability.logging import get_logger
 from ghsync_dagster.settings import load_settings
 
@@ -36,7 +36,7 @@ log = get_logger("java")
 
 
 def make_archive(settings: Settings) -> bool:
-    """Make the archive for the Java in use, unless it is there.
+    """Make the archive for the Java in use, unless it is there; one that it supersedes is removed.
 
     Returns:
         Whether it is there now. Without one everything works, only slower.
@@ -67,7 +67,11 @@ def make_archive(settings: Settings) -> bool:
             _stop_server(folder, environment)
         if part != archive and part.exists():
             part.replace(archive)
-    return archive.exists()
+    if not archive.exists():
+        return False
+    for superseded in superseded_archives(archive):
+        superseded.unlink(missing_ok=True)
+    return True
 
 
 def _ghsync(folder: str, environment: dict[str, str], *arguments: str) -> None:

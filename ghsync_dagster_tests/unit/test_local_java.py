@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
 
 from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.local import java
-from ghsync_dagster.local.java import Java, find_java, jvm_options, wrap
+from ghsync_dagster.local.java import Java, archive_file, find_java, jvm_options, superseded_archives, wrap
 from ghsync_dagster.local.java_probe import SystemJava, search_system_java
 from ghsync_dagster.settings import Settings, load_settings
 
@@ -116,6 +118,26 @@ def test_the_class_archive_is_kept_apart_by_version_and_home(settings: Settings,
     }
     assert len(archives) == 3
     assert all(str(settings.cache_dir) in archive for archive in archives)
+
+
+def test_jars_installed_again_at_the_same_place_supersede_the_archive(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jar, modules = tmp_path / "pyspark" / "jars" / "a.jar", tmp_path / "jdk" / "lib" / "modules"
+    for path in (jar, modules):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"classes")
+    monkeypatch.setattr(java, "find_spec", lambda _: SimpleNamespace(origin=str(jar.parents[1] / "__init__.py")))
+    here, elsewhere = Java(tmp_path / "jdk", 17, "PATH"), Java(tmp_path / "other", 17, "PATH")
+    archives = [archive_file(elsewhere, settings), archive_file(here, settings)]
+    for path in (jar, modules):
+        os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
+        archives.append(archive_file(here, settings))
+    archives[0].parent.mkdir(parents=True)
+    for archive in archives:
+        archive.touch()
+    assert len(set(archives)) == 4
+    assert set(superseded_archives(archives[-1])) == set(archives[1:-1])
 
 
 def test_a_java_without_self_made_archives_gets_no_option_that_it_refuses(settings: Settings, tmp_path: Path) -> None:
