@@ -4,8 +4,8 @@ Belongs here: which letters, and the order of the steps for many keys at once. N
 themselves (``domain.replay``), reading the topic (``cdc.look``), and how the stream applies changes.
 
 A replay is a load of a few users: it holds the same lease, marks what it touches, and is recovered as a dead load is.
-What became of a letter is recorded in ``_ghsync_replayed``, by its id and the place at which the letter was read: a
-record that the stream refuses once more, because the group was moved back, is open again.
+What became of a letter is recorded in ``_ghsync_replayed``, by its id and the time at which the letter was made: a
+record that the stream refuses once more, because the group was moved back or the topic was made anew, is open again.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -251,8 +252,8 @@ def _state(letter: DeadLetter, resolution: Resolution | None) -> tuple[LetterSta
 
     if resolution is None:
         return LetterState.OPEN, ""
-    if not resolution.state.is_open and letter.place is not None and letter.place > resolution.place:
-        return LetterState.OPEN, "the stream met and refused the record once more"
+    if not resolution.state.is_open and letter.failed_at != resolution.failed_at:
+        return LetterState.OPEN, "the stream refused a record at this place once more"
     return resolution.state, resolution.reason
 
 
@@ -350,6 +351,13 @@ class _Chosen:
         if missing:
             raise ConfigError(f"There is no dead letter {', '.join(sorted(missing))}.", way_out="See: ghsync dlq list.")
 
+    @cached_property
+    def topic_id(self) -> str:
+        """The id of the topic that there is now."""
+        from ghsync_dagster.stores.kafka import topic_id
+
+        return topic_id(self._kafka, self.topic)
+
     def _add(self, letter: DeadLetter, only: str | None) -> None:
         found = self._decoded(letter)
         users = {found.change.key if found.change else None, user_of_key(self._decoder, letter.key)}
@@ -412,12 +420,13 @@ class _Chosen:
             found.by = f"{self.topic}-{judgement.by.partition}-{judgement.by.offset}"
 
     def _written_letters(self) -> dict[str, list[Sighting]]:
-        """Return the letters that replays have written, or began to, by user."""
+        """Return the letters that replays have written, or began to, by user; offsets of another topic say nothing."""
         from ghsync_dagster.stores.replay import LetterState
 
         written: dict[str, list[Sighting]] = {}
         for found in self.resolutions.values():
-            if found.state in (LetterState.REPLAYING, LetterState.REPLAYED) and found.topic == self.topic:
+            is_of_topic = found.topic == self.topic and found.topic_id == self.topic_id
+            if found.state in (LetterState.REPLAYING, LetterState.REPLAYED) and is_of_topic:
                 sighting = Sighting(Seen.REPLAYED, found.partition, found.offset, found.position, letter=True)
                 for key in found.keys:
                     written.setdefault(key, []).append(sighting)
@@ -552,7 +561,8 @@ class _Run:
             topic=letter.topic,
             partition=letter.partition,
             offset=letter.offset,
-            place=letter.place or (0, 0),
+            topic_id=self._chosen.topic_id,
+            failed_at=letter.failed_at,
             state=state,
             reason=found.reason,
             keys=(found.key,) if state in (LetterState.REPLAYING, LetterState.REPLAYED) else (),

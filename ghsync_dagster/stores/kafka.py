@@ -21,6 +21,7 @@ from confluent_kafka import (
     KafkaException,
     Message,
     Producer,
+    TopicCollection,
     TopicPartition,
 )
 from confluent_kafka.admin import AdminClient
@@ -480,7 +481,7 @@ class TopicConsumer:
 
 
 class RecordWriter:
-    """Writes records to one topic, all or an error. It makes the topic if it is missing.
+    """Writes records to one topic, all or an error, in one order: to its first partition. It makes a topic that is missing.
 
     Args:
         kafka: The way to the brokers.
@@ -507,6 +508,7 @@ class RecordWriter:
                 for key, value, headers in records:
                     producer.produce(
                         self.topic,
+                        partition=0,
                         key=key,
                         value=value,
                         headers=headers,
@@ -561,6 +563,19 @@ def ensure_topic(kafka: KafkaSettings, topic: str) -> None:
                 KafkaError.CLUSTER_AUTHORIZATION_FAILED,
             ):
                 raise
+
+
+def topic_id(kafka: KafkaSettings, topic: str) -> str:
+    """Return the id that a topic got when it was made: another one with the same name has another id (KIP-516).
+
+    Raises:
+        UnavailableError: No broker can be reached, or there is no such topic.
+        RefusedError: The credentials or rights are refused.
+    """
+    with kafka_errors(f"Asking for the id of {topic}"):
+        admin = AdminClient(client_config(kafka))
+        [asked] = admin.describe_topics(TopicCollection([topic]), request_timeout=kafka.timeout_seconds).values()
+        return str(asked.result().topic_id)
 
 
 def read_to_end(kafka: KafkaSettings, topic: str) -> Iterator[Message]:

@@ -58,7 +58,8 @@ class Resolution:
         topic: The topic of its record.
         partition: The partition of its record.
         offset: The offset of its record.
-        place: Where the letter itself was read: a later letter with the same id is open again.
+        topic_id: The id of that topic, of which there may be another one by that name later.
+        failed_at: When the letter was made: another letter with the same id is open again.
         state: How far its replay is.
         reason: Why, in words.
         keys: The users that replays of it wrote to, or began to.
@@ -69,7 +70,8 @@ class Resolution:
     topic: str
     partition: int
     offset: int
-    place: tuple[int, int]
+    topic_id: str
+    failed_at: str
     state: LetterState
     reason: str
     keys: tuple[str, ...] = ()
@@ -82,7 +84,8 @@ class Resolution:
             "topic": self.topic,
             "partition": self.partition,
             "offset": self.offset,
-            "place": list(self.place),
+            "topic_id": self.topic_id,
+            "failed_at": self.failed_at,
             "state": self.state.value,
             "reason": self.reason,
             "position": None if position is None else [position.file, position.pos, position.row],
@@ -170,13 +173,13 @@ def read_resolutions(store: UserStore) -> dict[str, Resolution]:
 
 
 def _resolution(found: Document) -> Resolution:
-    partition, offset = found["place"]
     return Resolution(
         id=found["_id"],
         topic=found["topic"],
         partition=found["partition"],
         offset=found["offset"],
-        place=(partition, offset),
+        topic_id=found["topic_id"],
+        failed_at=found["failed_at"],
         state=LetterState(found["state"]),
         reason=found["reason"],
         keys=tuple(found.get("keys", ())),

@@ -21,8 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from cdc_parts import ALL, StrictStore, assert_nothing_half_done, fates, make_strict, replayed, stored, until
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
+from confluent_kafka.cimpl import NewTopic
 from typer.testing import CliRunner
 
 from ghsync_dagster import cli
@@ -314,6 +315,51 @@ def test_a_record_that_is_refused_again_is_open_again(topic: Topic, parts: Parts
     parts.drain(topic)
     assert fates(replayed(topic, store)) == {1: Fate.MOVED_ON}
     assert states(topic, store) == {1: "skipped"}
+
+
+@pytest.mark.parametrize("letters_too", [True, False], ids=["letters-anew", "letters-kept"])
+@pytest.mark.parametrize(("before", "key"), [(0, 1), (1, 2)], ids=["lower-offset", "same-offset"])
+def test_what_was_replayed_of_a_topic_says_nothing_of_one_that_was_made_anew(
+    topic: Topic, parts: Parts, store: UserStore, before: int, key: int, *, letters_too: bool
+) -> None:
+    topic.upsert(1, "old")
+    poison(topic, 1)
+    parts.drain(topic)
+    assert fates(replayed(topic, store)) == {1: Fate.REPLAYED}
+    again = make_anew(topic, letters_too=letters_too)
+    for number in range(before):
+        again.upsert(9, f"nine-{number}")
+    poison(again, key, "poison-anew")
+    parts.drain(again)
+    assert [letter.offset for letter in open_dead_letters(again.kafka, store)] == [before]
+    report = replayed(again, store)
+    assert (fates(report), report.left_open) == ({before: Fate.REPLAYED}, 0)
+    assert logins(store)[str(key)] == "poison-anew"
+    assert list(open_dead_letters(again.kafka, store)) == []
+
+
+def make_anew(topic: Topic, *, letters_too: bool) -> Topic:
+    """Delete the topic, and make one with its name for another group; its dead letters go too, or stay."""
+    admin = AdminClient({"bootstrap.servers": topic.kafka.bootstrap_servers})
+    name = topic.kafka.topic
+    for future in admin.delete_topics([name, f"{name}.dlq"] if letters_too else [name]).values():
+        future.result(30)
+
+    def is_made() -> bool:
+        [made] = admin.create_topics([NewTopic(name, 1, 1)]).values()
+        error = made.exception(30)
+        if error is not None and error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+            raise error
+        return error is None
+
+    # A broker goes on for a moment with a topic that is to go.
+    until(is_made)
+    return dataclasses.replace(
+        topic,
+        kafka=dataclasses.replace(topic.kafka, group_id=f"{topic.kafka.group_id}-anew"),
+        producer=Producer({"bootstrap.servers": topic.kafka.bootstrap_servers}),
+        expected={},
+    )
 
 
 def test_where_the_topic_no_longer_holds_the_record_nothing_is_guessed(
