@@ -235,6 +235,10 @@ def list_letters(
     """List dead letters, oldest first, and whether they are replayed."""
     from collections import deque
 
+    from ghsync_dagster.stores.replay import LetterState
+
+    if state is not None and state not in list(LetterState):
+        raise typer.BadParameter(f"{state} is none of {', '.join(LetterState)}.", param_hint="--state")
     found = ((letter, at, why) for letter, at, why in _letters() if kind in (None, letter.kind) and state in (None, at))
     letters = deque(found, maxlen=limit)
     if as_json:
@@ -274,12 +278,13 @@ def show(
 
 def _letters() -> Iterator[tuple[DeadLetter, LetterState, str]]:
     from ghsync_dagster.cdc.replay import letter_states
-    from ghsync_dagster.wiring import kafka_settings, store_opener
+    from ghsync_dagster.wiring import existing_kafka, store_opener
 
     settings = load_settings()
     configure_logging(settings)
+    kafka = existing_kafka(settings)
     with store_opener(settings)() as store:
-        yield from letter_states(kafka_settings(settings), store)
+        yield from letter_states(kafka, store)
 
 
 @dlq.command("replay")
@@ -303,13 +308,13 @@ def replay_letters(
     """
     from ghsync_dagster.cdc.replay import Selection, plan_replay, replay
     from ghsync_dagster.stores.retry import retrying
-    from ghsync_dagster.wiring import kafka_settings, store_opener
+    from ghsync_dagster.wiring import existing_kafka, store_opener
 
     settings = load_settings()
     configure_logging(settings)
     selection = Selection(frozenset(ids or ()), key, kind, None if since is None else _time(since))
     edit = _edit(with_key, with_value)
-    kafka = kafka_settings(settings)
+    kafka = existing_kafka(settings)
     with store_opener(settings)() as store:
 
         def once() -> ReplayReport:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.cdc.workload import RowChange, WorkloadReport
     from ghsync_dagster.local.supervisor import ServiceStatus
     from ghsync_dagster.settings import Settings
+    from ghsync_dagster.stores.kafka import KafkaSettings
 
 _TELL_SECONDS: Final = 1.0
 _CATCH_UP_SECONDS: Final = 120.0
@@ -154,13 +155,14 @@ def rehearse(
     _assert_local(settings)
     from ghsync_dagster.cdc.audit import Patience, audit
     from ghsync_dagster.stores.mysql import MySqlStore
-    from ghsync_dagster.wiring import store_opener
+    from ghsync_dagster.wiring import existing_kafka, store_opener
 
     with ExitStack() as around:
         own = around.enter_context(_stack(settings, tell))
         clock, metrics = CommitClock(), ChangeMetrics()
         consumer = around.enter_context(_Consuming(own, Listeners(metrics, clock)))
-        _await(lambda: _is_caught_up(metrics), consumer, "what was there")
+        kafka = existing_kafka(own)
+        _await(lambda: _is_caught_up(metrics, kafka), consumer, "what was there")
         mysql = around.enter_context(MySqlStore(_secret(own), timeout_seconds=own.server_timeout_seconds))
         mysql.ensure_table()
         loading = around.enter_context(_loading(own, load)) if load else None
@@ -171,7 +173,7 @@ def rehearse(
         report = workload.run(seconds=seconds, stop=consumer.failed)
         tell(f"workload done: {report.total:,} changes; waiting for the consumer")
         load_exit = loading.wait() if loading else None
-        _await(lambda: clock.waiting == 0 and _is_caught_up(metrics), consumer, "the workload's changes")
+        _await(lambda: clock.waiting == 0 and _is_caught_up(metrics, kafka), consumer, "the workload's changes")
         stop.set()
         tell("comparing MySQL with MongoDB")
         with store_opener(own)() as store:
@@ -327,9 +329,11 @@ def _line(workload: Workload, metrics: ChangeMetrics, clock: CommitClock) -> str
     )
 
 
-def _is_caught_up(metrics: ChangeMetrics) -> bool:
-    seen = metrics.snapshot()
-    return bool(seen.lag) and seen.lag_records == 0
+def _is_caught_up(metrics: ChangeMetrics, kafka: KafkaSettings) -> bool:
+    """Tell whether the consumer has partitions, and by the brokers' word nothing waits in them."""
+    from ghsync_dagster.cdc.backlog import read_backlog
+
+    return bool(metrics.snapshot().lag) and read_backlog(kafka).waiting == 0
 
 
 def _await(done: Callable[[], bool], consumer: _Consuming, what: str) -> None:

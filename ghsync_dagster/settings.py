@@ -237,6 +237,8 @@ class Settings(BaseSettings):
     cdc_report_seconds: float = Field(
         default=10,
         gt=0,
+        # What is measured is kept for five minutes.
+        le=300,
         validation_alias="GHSYNC_CDC_REPORT_SECONDS",
         description="How often the consumer logs and observes counts, lag and latency.",
     )

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Final
 
 import psutil
 
+from ghsync_dagster import clock
 from ghsync_dagster.domain.errors import GhsyncError, LeaseHeldError, LeaseLostError, TransientError
 from ghsync_dagster.observability.logging import get_logger
 
@@ -40,14 +41,8 @@ QUIET_SECONDS: Final = 6.0
 """How long a server may take for one command of a load: a thousand writes, or a bulk of five thousand inserts."""
 _RENEW_SECONDS: Final = 8.0
 _POLL_SECONDS: Final = 0.5
-_CLOCK: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 _GONE_STATES: Final = "ZXx"
 log = get_logger("lease")
-
-
-def _now() -> float:
-    """Return seconds of a clock that never goes back and, where the system has one, counts sleep."""
-    return time.clock_gettime(_CLOCK)
 
 
 @dataclass
@@ -57,7 +52,7 @@ class HeldLease:
     name: str
     token: str
     quiet_seconds: float = QUIET_SECONDS
-    _renewed: float = field(default_factory=_now)
+    _renewed: float = field(default_factory=clock.now)
     _lost: bool = False
 
     def assert_held(self) -> None:
@@ -66,14 +61,14 @@ class HeldLease:
         Raises:
             LeaseLostError: It was taken, or could not be renewed in time.
         """
-        if self._lost or _now() - self._renewed > TTL_SECONDS - self.quiet_seconds:
+        if self._lost or clock.now() - self._renewed > TTL_SECONDS - self.quiet_seconds:
             raise LeaseLostError(
                 "The load's lease ran out before the load was done; nothing was written after that.",
                 way_out="Run again: the next load settles what this one left.",
             )
 
     def renewed(self, at: float) -> None:
-        """Note a renewal that was asked for at the time ``at`` of ``_now``."""
+        """Note a renewal that was asked for at the time ``at`` of ``clock.now``."""
         self._renewed = at
 
     def lose(self) -> None:
@@ -134,13 +129,13 @@ def _give_back(store: UserStore, held: HeldLease, *, answered: bool) -> None:
 def _acquire(store: UserStore, name: str, wait_seconds: float, quiet_seconds: float) -> HeldLease:
     from ghsync_dagster.stores.mongo import Lease
 
-    deadline = _now() + wait_seconds
+    deadline = clock.now() + wait_seconds
     token = uuid.uuid4().hex
     announced = False
     dead_since: dict[str, float] = {}
     last: Lease | None = None
     while True:
-        asked = _now()
+        asked = clock.now()
         now = store.server_time()
         standing = store.lease(name)
         dead = standing is not None and _is_dead(standing)
@@ -152,7 +147,7 @@ def _acquire(store: UserStore, name: str, wait_seconds: float, quiet_seconds: fl
             if store.take_lease(name, mine, instead_of=standing):
                 return HeldLease(name, token, quiet_seconds, asked)
             continue
-        if not dead and _now() >= deadline:
+        if not dead and clock.now() >= deadline:
             last = last or standing
             # A lease that was given up has no longer than this to go; one that is renewed meanwhile was not given up.
             if standing != last or standing.expires_at - now > timedelta(seconds=quiet_seconds):
@@ -170,7 +165,7 @@ def _acquire(store: UserStore, name: str, wait_seconds: float, quiet_seconds: fl
 
 def _renew(store: UserStore, held: HeldLease, stop: threading.Event) -> None:
     while not stop.wait(_RENEW_SECONDS):
-        asked = _now()
+        asked = clock.now()
         try:
             end = store.server_time() + timedelta(seconds=TTL_SECONDS)
             if not store.extend_lease(held.name, held.token, end):

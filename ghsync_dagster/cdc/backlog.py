@@ -34,9 +34,15 @@ class PartitionBacklog:
     committed: int | None
 
     @property
+    def is_anew(self) -> bool:
+        """Whether the group's place is beyond the end: it is one of a topic that is gone, made anew since."""
+        return self.committed is not None and self.committed > self.end
+
+    @property
     def waiting(self) -> int:
         """Records that the group has not applied."""
-        return max(self.end - max(self.low if self.committed is None else self.committed, self.low), 0)
+        begin = self.low if self.committed is None or self.is_anew else max(self.committed, self.low)
+        return self.end - begin
 
     @property
     def lost(self) -> int:
@@ -67,6 +73,11 @@ class Backlog:
     def lost(self) -> int:
         """Records that were removed from the topic before the group had applied them."""
         return sum(partition.lost for partition in self.partitions)
+
+    @property
+    def anew(self) -> int:
+        """How many partitions are of a topic that was made anew, which the group does not know."""
+        return sum(partition.is_anew for partition in self.partitions)
 
     def ends(self) -> dict[int, int]:
         """Return where those partitions end that hold anything."""

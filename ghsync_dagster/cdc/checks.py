@@ -57,25 +57,26 @@ def certain_p99(commit: Latency, kafka: Latency) -> int:
 
 def kafka_lag(backlog: Backlog, limit: int) -> Finding:
     """Hold that no more than ``limit`` records wait for the group, and that none was removed before it was applied."""
-    worst = sorted(backlog.partitions, key=lambda found: (-found.lost, -found.waiting, found.partition))
+    worst = sorted(backlog.partitions, key=lambda found: (not found.is_anew, -found.lost, -found.waiting))
     lost = f"; {backlog.lost} were removed from the topic before they were applied" if backlog.lost else ""
-    passed = backlog.waiting <= limit and not backlog.lost
+    anew = "; the topic was made anew, and the group's place is none of it" if backlog.anew else ""
+    passed = backlog.waiting <= limit and not backlog.lost and not backlog.anew
     return Finding(
         KAFKA_LAG,
         passed,
-        f"{backlog.waiting} changes wait for group {backlog.group} (at most {limit} may){lost}",
+        f"{backlog.waiting} changes wait for group {backlog.group} (at most {limit} may){lost}{anew}",
         {"waiting": backlog.waiting, "limit": limit, "lost": backlog.lost, "partitions": len(backlog.partitions)},
         []
         if passed
         else [
-            {**asdict(found), "waiting": found.waiting, "lost": found.lost}
+            {**asdict(found), "waiting": found.waiting, "lost": found.lost, "anew": found.is_anew}
             for found in worst[:OFFENDERS]
-            if found.waiting or found.lost
+            if found.waiting or found.lost or found.is_anew
         ],
         ""
         if passed
-        else "Take a new snapshot, and move the group to the beginning."
-        if backlog.lost
+        else "Take a new snapshot, and let a new group begin at the beginning; see docs/operations.md."
+        if backlog.lost or backlog.anew
         else f"{_LOOK}; a lag that shrinks needs only time, or a higher GHSYNC_MAX_LAG_RECORDS.",
     )
 
@@ -142,6 +143,21 @@ def nothing_to_compare(why: str) -> Finding:
         why: What it lacks, in words.
     """
     return Finding(IN_STEP_WITH_MYSQL, passed=True, summary=f"not compared: {why}", counts={"rows": 0})
+
+
+def nothing_to_compare_with(why: str) -> Finding:
+    """Return the finding of a deployment that changes reach, but whose table nobody can look at.
+
+    Args:
+        why: What it lacks, in words.
+    """
+    return Finding(
+        IN_STEP_WITH_MYSQL,
+        passed=False,
+        summary=f"not compared: {why}",
+        counts={"rows": 0},
+        way_out="Set MYSQL_URL to an account that may read the table.",
+    )
 
 
 def in_step_with_mysql(result: AuditResult, waiting: int) -> Finding:

@@ -19,10 +19,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from ghsync_dagster import clock
 from ghsync_dagster.cdc.batch import Batch, decode
 from ghsync_dagster.cdc.dead_letters import DeadLetters
 from ghsync_dagster.cdc.listener import KAFKA, MONGO, AppliedBatch, ChangeListener, Listeners, SilentListener
-from ghsync_dagster.cdc.order import OrderedTruncates, Truncate
+from ghsync_dagster.cdc.order import OrderedTruncates, Truncate, nexts
 from ghsync_dagster.cdc.write import Membership, Trouble, Writer, Written
 from ghsync_dagster.domain.change import Change, ChangeDecoder, rule_tests
 from ghsync_dagster.domain.errors import GhsyncError, TransientError
@@ -243,8 +244,12 @@ class _Run:
         """A batch that is written and not yet committed."""
         self._more = False
         """Whether more records wait in this process to be taken."""
+        self._to_rewind = False
+        """Whether what was taken is forgotten, so that the committed places are to be gone to before anything else."""
         self._assignment = 0
         """How often partitions came or went."""
+        self._committed: dict[int, int] = {}
+        """Where the group is in the partitions that this consumer has, as far as it was asked or told."""
         self._next_lag = self._next_look = 0.0
         self._trouble = Trouble("changes can't be consumed")
         self._unacknowledged = Trouble("changes can't be acknowledged")
@@ -263,7 +268,9 @@ class _Run:
         """Go round until told to stop, or until all is applied that was there at the start; tell which."""
         reached = False
         try:
-            ends = retrying("Looking for the topic's end", self._ends, attempts=_ATTEMPTS) if until_end else None
+            ends = (
+                retrying("Looking for the topic's end", self._consumer.ends, attempts=_ATTEMPTS) if until_end else None
+            )
             while not (reached or self._until.over):
                 try:
                     self._turn()
@@ -284,7 +291,7 @@ class _Run:
     def _turn(self) -> None:
         """Acknowledge what is written, hand over what is pending if the writer is free, and take more."""
         self._raise_failure()
-        held_up = not self._advance() or self._writer.trouble is not None
+        held_up = not self._advance() or self._writer.trouble is not None or self._to_rewind
         full = self._is_full()
         if held_up or (full and not self._is_free_soon()):
             # Asking goes on, since who does not ask is put out of the group.
@@ -312,6 +319,9 @@ class _Run:
         try:
             self._acknowledge()
             if not self._is_writing:
+                # What comes after a batch that failed must not be committed.
+                self._raise_failure()
+                self._rewind()
                 self._go_back()
                 # While more is there at once, a larger batch means fewer writes, but the store is not to stand idle.
                 if len(self._pending) and (not self._more or len(self._pending) >= _TAKE or self._is_full()):
@@ -327,8 +337,8 @@ class _Run:
         """Go back in partitions of which another consumer, or this one before, left a note."""
         for partition, asked in self._writer.asked_again(self._consumer.partitions).items():
             committed = self._consumer.committed([partition])[partition] or 0
-            if asked < committed:
-                offset = max(asked, self._consumer.offsets(partition)[0])
+            if asked.offset < committed:
+                offset = max(asked.offset, self._consumer.offsets(partition)[0])
                 log.warning("going back, as a command may have come late", partition=partition, offset=offset)
                 # Committed first, so that whoever has the partition next goes back too.
                 self._commit({partition: offset})
@@ -336,10 +346,18 @@ class _Run:
                 self._pending = self._pending.without({partition})
             self._writer.went_back(partition, asked)
 
+    def _rewind(self) -> None:
+        """Go on from what is committed, where what was taken since is forgotten."""
+        if self._to_rewind:
+            self._pending = Batch()
+            if partitions := sorted(self._consumer.partitions):
+                self._consumer.go_to(nexts(self._consumer, partitions))
+            self._to_rewind = False
+
     def _take(self, limit: int, seconds: float) -> None:
         messages = self._consumer.take(limit, seconds)
         self._more = len(messages) >= limit > 1
-        if messages:
+        if messages and not self._to_rewind:
             self._pending.add(messages, decode(self._decoder, messages))
 
     def _is_full(self) -> bool:
@@ -367,8 +385,9 @@ class _Run:
             self._commit(self._batch.begins)
 
     def _commit(self, offsets: Mapping[int, int]) -> None:
-        asked = time.monotonic()
+        asked = clock.now()
         self._consumer.commit(offsets)
+        self._committed |= offsets
         self._membership.confirmed(asked)
 
     def _acknowledge(self) -> None:
@@ -405,6 +424,8 @@ class _Run:
     def _give_up(self, partitions: set[int], seconds: float) -> None:
         """Finish the batch at work within some seconds, or stop it; forget what is pending of these partitions."""
         self._assignment += 1
+        for partition in partitions:
+            self._committed.pop(partition, None)
         if not partitions.isdisjoint(self._batch.offsets) and not self._finished(seconds):
             self._pending = _joined(self._batch, self._pending)
         self._pending = self._pending.without(partitions)
@@ -439,7 +460,7 @@ class _Run:
         message, change = self._pending.messages[at], self._pending.changes[at]
         position = change.position if isinstance(change, Change) else None
         truncate = Truncate(self._consumer.kafka.topic, *place(message), position)
-        first, self._pending = self._pending.cut(at), Batch()
+        first, self._to_rewind = self._pending.cut(at), True
         assignment = self._assignment
 
         def breathe(seconds: float) -> None:
@@ -456,6 +477,7 @@ class _Run:
                     self._acknowledge()
                     self._writer.wait(_TURN_SECONDS)
                     breathe(_TURN_SECONDS)
+                self._raise_failure()
 
         log.info("a truncate is put in order", partition=truncate.partition, offset=truncate.offset)
         truncates = OrderedTruncates(self._consumer, write, breathe, self._truncate_wait)
@@ -465,22 +487,15 @@ class _Run:
             truncates.apply(truncate)
         except _InterruptedError:
             log.info("putting a truncate in order was interrupted", partition=truncate.partition)
-        finally:
-            self._pending = Batch()
-        if not self._until.over:
-            self._consumer.go_to(truncates.nexts(sorted(self._consumer.partitions)))
 
     # The end, and the lag
-
-    def _ends(self) -> dict[int, int]:
-        """Return where the partitions end that hold anything."""
-        found = {partition: self._consumer.offsets(partition) for partition in self._consumer.all_partitions()}
-        return {partition: high for partition, (low, high) in found.items() if high > low}
 
     def _reached(self, ends: Mapping[int, int]) -> bool:
         """Tell whether the group has applied everything up to ``ends``, whichever of its consumers did."""
         if self._is_busy or time.monotonic() < self._next_look:
             return False
+        # A batch that failed is at work no more; the writer notes the failure first.
+        self._raise_failure()
         self._next_look = time.monotonic() + _END_LOOK_SECONDS
         committed = self._consumer.committed(ends)
         # The last thing in a partition may be no record, such as the mark of a transaction.
@@ -496,7 +511,7 @@ class _Run:
     @property
     def _is_busy(self) -> bool:
         """Whether anything that was taken is not acknowledged yet."""
-        return bool(len(self._pending)) or self._is_writing
+        return bool(len(self._pending)) or self._is_writing or self._to_rewind
 
     @property
     def _is_writing(self) -> bool:
@@ -528,8 +543,10 @@ class _Run:
         if self._is_writing:
             first = self._batch.firsts.get(partition, first)
         if first is None:
+            if partition not in self._committed:
+                self._committed |= nexts(self._consumer, [partition])
             # What waits, if anything, has only just come.
-            self._listener.lag(partition, max(end - self._batch.offsets.get(partition, end), 0), 0.0)
+            self._listener.lag(partition, max(end - self._committed[partition], 0), 0.0)
         else:
             appended = timestamp_ms(first)
             seconds = 0.0 if appended is None else max(time.time() - appended / 1000, 0.0)

@@ -8,7 +8,7 @@ A record may be written twice, when a consumer dies before its offsets are commi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
@@ -172,8 +172,24 @@ class DeadLetters:
         self._writer.close()
 
 
-def read_dead_letters(kafka: KafkaSettings) -> Iterator[DeadLetter]:
+def dead_letter_ends(kafka: KafkaSettings) -> dict[int, int]:
+    """Return up to where there are dead letters now, by partition.
+
+    Raises:
+        UnavailableError: No broker can be reached.
+        RefusedError: The credentials or rights are refused.
+    """
+    from ghsync_dagster.stores.kafka import ends_of
+
+    return ends_of(kafka, kafka.dead_letter_topic)
+
+
+def read_dead_letters(kafka: KafkaSettings, since: Mapping[int, int] | None = None) -> Iterator[DeadLetter]:
     """Yield the dead letters that there are now, oldest first; of those of one record only the first.
+
+    Args:
+        kafka: The topic of changes and the way to the brokers.
+        since: Only those written behind these offsets, by partition, as ``dead_letter_ends`` gave them earlier.
 
     Raises:
         UnavailableError: No broker can be reached.
@@ -183,7 +199,7 @@ def read_dead_letters(kafka: KafkaSettings) -> Iterator[DeadLetter]:
 
     seen: set[str] = set()
     strangers = 0
-    for message in read_to_end(kafka, kafka.dead_letter_topic):
+    for message in read_to_end(kafka, kafka.dead_letter_topic, since):
         letter = parse(message)
         if letter is None:
             strangers += 1

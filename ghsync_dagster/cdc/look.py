@@ -103,7 +103,7 @@ class TopicLook:
         self._nexts[partition] = stop
 
     def _note_gap(self, partition: int, offset: int) -> None:
-        self.stretches[partition] = self.stretches[partition]._replace(last_gap=offset)
+        self.stretches[partition] = self.stretches[partition]._replace(last_gap=offset, first=None)
 
     def _see(self, partition: int, offset: int, message: Message) -> None:
         letter = self._letters.get((partition, offset))

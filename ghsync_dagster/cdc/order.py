@@ -13,7 +13,7 @@ a record that does not tell its place may be from either side. Then there is no 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ghsync_dagster.cdc.batch import Batch, decode
@@ -117,6 +117,15 @@ def _look(truncate: Truncate, partition: int, messages: Sequence[Message]) -> _S
     return _Seen(before, None, unsure)
 
 
+def nexts(consumer: TopicConsumer, partitions: Iterable[int]) -> dict[int, int]:
+    """Return where the group goes on in each partition."""
+    committed = consumer.committed(partitions)
+    return {
+        partition: consumer.offsets(partition)[0] if offset is None else offset
+        for partition, offset in committed.items()
+    }
+
+
 class OrderedTruncates:
     """Applies a truncate, and before it what is from before it in all partitions.
 
@@ -149,13 +158,13 @@ class OrderedTruncates:
         """
         while True:
             stops = self._stops(truncate)
-            nexts = self.nexts(stops)
-            earlier = self._earlier(truncate, nexts, stops)
+            starts = nexts(self._consumer, stops)
+            earlier = self._earlier(truncate, starts, stops)
             if earlier is None:
                 break
             truncate = earlier
         for partition, stop in stops.items():
-            for messages in self._chunks(partition, nexts[partition], stop):
+            for messages in self._chunks(partition, starts[partition], stop):
                 batch = Batch()
                 batch.add(messages, decode(ChangeDecoder(), messages))
                 self._write(batch)
@@ -165,14 +174,6 @@ class OrderedTruncates:
         # Where the other partitions are behind the truncate already, they go back in the same commit.
         batch.offsets = {**stops, **batch.offsets}
         self._write(batch)
-
-    def nexts(self, partitions: Mapping[int, int] | Sequence[int]) -> dict[int, int]:
-        """Return where the group goes on in each partition."""
-        committed = self._consumer.committed(partitions)
-        return {
-            partition: self._consumer.offsets(partition)[0] if offset is None else offset
-            for partition, offset in committed.items()
-        }
 
     def _stops(self, truncate: Truncate) -> dict[int, int]:
         """Return up to where each partition is from before the truncate."""
@@ -197,11 +198,11 @@ class OrderedTruncates:
                 raise truncate.refused(f"partition {partition} holds no change from behind it yet")
             self._breathe(_LOOK_SECONDS)
 
-    def _earlier(self, truncate: Truncate, nexts: Mapping[int, int], stops: Mapping[int, int]) -> Truncate | None:
+    def _earlier(self, truncate: Truncate, starts: Mapping[int, int], stops: Mapping[int, int]) -> Truncate | None:
         """Return the earliest truncate among what is to be applied before this one."""
         found: list[Truncate] = []
         for partition, stop in stops.items():
-            for messages in self._chunks(partition, nexts[partition], stop):
+            for messages in self._chunks(partition, starts[partition], stop):
                 for message, change in zip(messages, decode(ChangeDecoder(), messages), strict=True):
                     if isinstance(change, Change) and change.op is Op.TRUNCATE:
                         found.append(Truncate(truncate.topic, partition, message.offset() or 0, change.position))

@@ -12,7 +12,8 @@ Still a command may come late: a process can be frozen between this look and the
 doing it. It would write a state that a key had over a newer one. So who gives a batch up and is not sure of a command
 leaves a note in the database from which offset on its partitions are to be consumed again, and whoever has them goes
 back to it within a second or so. What remains: a process that is killed after it sent a command late and before it left
-the note; and a server that does a command after it has refused or forgotten the connection that it came by.
+the note; a server that does a command after it has refused or forgotten the connection that it came by; and a command
+that the network brings to the server only after its time was over and the batch was written by another one.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, Final
 
+from ghsync_dagster import clock
 from ghsync_dagster.cdc.apply import apply
 from ghsync_dagster.cdc.batch import TRUNCATE
 from ghsync_dagster.cdc.dead_letters import DeadLetters, dead_letter
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.cdc.listener import ChangeListener
     from ghsync_dagster.domain.change import RuleTest
     from ghsync_dagster.stores.mongo import UserStore
+    from ghsync_dagster.stores.stream import Note
 
 _UNDECODABLE: Final = "undecodable"
 """What stands for ``Change.what`` in the counts of records that can't be decoded."""
@@ -102,13 +105,13 @@ class Membership:
         self._until = float("-inf")
 
     def confirmed(self, asked: float) -> None:
-        """Note that the group answered to what it was asked at this ``time.monotonic()``."""
+        """Note that the group answered to what it was asked at this time of ``clock.now``."""
         self._until = asked + self._session
 
     @property
     def left(self) -> float:
         """Seconds that are left of the last answer."""
-        return self._until - time.monotonic()
+        return self._until - clock.now()
 
     @property
     def is_fresh(self) -> bool:
@@ -157,8 +160,8 @@ class Writer:
         self._name = name
         self._partitions: list[int] = []
         self._to_ask: dict[int, int] = {}
-        self._asked_again: dict[int, int] = {}
-        self._went_back: dict[int, int] = {}
+        self._asked_again: dict[int, Note] = {}
+        self._went_back: dict[int, Note] = {}
         self._next_look = 0.0
         self._closing = False
         self._changed = threading.Condition()
@@ -199,17 +202,17 @@ class Writer:
             written, self._written = self._written, None
             return written
 
-    def asked_again(self, partitions: Iterable[int]) -> dict[int, int]:
+    def asked_again(self, partitions: Iterable[int]) -> dict[int, Note]:
         """Say which partitions this consumer has, and return where some of them are to go back to."""
         with self._changed:
             self._partitions = sorted(partitions)
             asked, self._asked_again = self._asked_again, {}
-            return {partition: offset for partition, offset in asked.items() if partition in self._partitions}
+            return {partition: note for partition, note in asked.items() if partition in self._partitions}
 
-    def went_back(self, partition: int, offset: int) -> None:
-        """Have the note that asked for this forgotten."""
+    def went_back(self, partition: int, note: Note) -> None:
+        """Have a note that was heeded forgotten."""
         with self._changed:
-            self._went_back[partition] = offset
+            self._went_back[partition] = note
 
     def stop_batch(self) -> None:
         """Have the batch at work end before its next command."""
@@ -267,13 +270,13 @@ class Writer:
                 self._store.ask_again({self._note(partition): offset for partition, offset in self._to_ask.items()})
                 log.warning("changes are to be applied again, as a command may have come late", offsets=self._to_ask)
                 self._to_ask = {}
-            for partition, offset in heeded.items():
-                self._store.went_back(self._note(partition), offset)
+            for partition, note in heeded.items():
+                self._store.went_back(self._note(partition), note)
             if partitions and not self._closing:
                 asked = self._store.asked_again([self._note(partition) for partition in partitions])
                 found = {p: asked[self._note(p)] for p in partitions if self._note(p) in asked}
                 with self._changed:
-                    self._asked_again = {p: offset for p, offset in found.items() if p not in self._went_back}
+                    self._asked_again = {p: note for p, note in found.items() if self._went_back.get(p) != note}
         except TransientError as error:
             with self._changed:
                 self._went_back = heeded | self._went_back

@@ -95,19 +95,24 @@ class ChangesResource(dg.ConfigurableResource["ChangesResource"]):
         self.kafka()
         return change_consumer(self.settings(), listener)
 
-    def missing(self) -> str | None:
-        """Return in words what of a change stream was never set up here; None where all is named or was once started.
+    def no_kafka(self) -> str | None:
+        """Return in words that Kafka was never set up here; None where it is named or was once started.
 
-        A server that was set up and is away is not missing: asking it raises.
+        One that was set up and is away is not missing: asking it raises.
         """
-        from ghsync_dagster.local import kafka, mysql
+        from ghsync_dagster.local import kafka
 
         settings = self.settings()
-        if not settings.kafka_bootstrap_servers and kafka.status(settings).data is None:
-            return _words("Kafka", "KAFKA_BOOTSTRAP_SERVERS")
-        if not settings.mysql_url and mysql.status(settings).data is None:
-            return _words("MySQL", "MYSQL_URL")
-        return None
+        known = settings.kafka_bootstrap_servers or kafka.status(settings).data is not None
+        return None if known else _words("Kafka", "KAFKA_BOOTSTRAP_SERVERS")
+
+    def no_mysql(self) -> str | None:
+        """Return the same of MySQL."""
+        from ghsync_dagster.local import mysql
+
+        settings = self.settings()
+        known = settings.mysql_url or mysql.status(settings).data is not None
+        return None if known else _words("MySQL", "MYSQL_URL")
 
     def open_store(self) -> UserStore:
         """Open the users' collection."""

@@ -176,8 +176,11 @@ class Refusal(Enum):
         return UndecodableError(self.kind, message, way_out=self.way_out)
 
 
+_BigInt = Annotated[int, msgspec.Meta(ge=_BIGINT_MIN, le=_BIGINT_MAX)]
+
+
 class _Row(msgspec.Struct, forbid_unknown_fields=True, gc=False):
-    user_id: Annotated[int, msgspec.Meta(ge=_BIGINT_MIN, le=_BIGINT_MAX)]
+    user_id: _BigInt
     login: str | None
     gravatar_id: str | None
     avatar_url: str | None
@@ -185,15 +188,15 @@ class _Row(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 
 
 class _Before(msgspec.Struct, gc=False):
-    user_id: Annotated[int, msgspec.Meta(ge=_BIGINT_MIN, le=_BIGINT_MAX)] | None = None
+    user_id: _BigInt | None = None
 
 
 class _Source(msgspec.Struct, gc=False):
-    ts_ms: int | None = None
+    ts_ms: _BigInt | None = None
     snapshot: str | bool | None = None
     file: str | None = None
-    pos: int | None = None
-    row: int = 0
+    pos: _BigInt | None = None
+    row: _BigInt = 0
 
 
 class _Event(msgspec.Struct, gc=False):
@@ -466,17 +469,25 @@ def _when_and_where(
 ) -> tuple[int | None, Position | None]:
     if op == "r" or (snapshot != "false" and snapshot):
         return None, None
-    committed_ms = ts_ms if type(ts_ms) is int else None
+    committed_ms = ts_ms if _is_bigint(ts_ms) else None
     number = _file_number(file if isinstance(file, str) else None)
-    if number is None or type(pos) is not int:
+    if number is None or not _is_bigint(pos):
         return committed_ms, None
-    return committed_ms, Position(number, pos, row if type(row) is int else 0)
+    return committed_ms, Position(number, pos, row if _is_bigint(row) else 0)
+
+
+def _is_bigint(value: Any) -> bool:  # noqa: ANN401
+    return type(value) is int and _BIGINT_MIN <= value <= _BIGINT_MAX
+
+
+_FILE_DIGITS: Final = 18
+"""More than any binlog has, and what every reader of numbers takes."""
 
 
 def _file_number(file: str | None) -> int | None:
     """Return the number that MySQL gives a binlog file: `mysql-bin.000003` is 3."""
     number = (file or "").rpartition(".")[2]
-    return int(number) if number.isascii() and number.isdigit() else None
+    return int(number) if len(number) <= _FILE_DIGITS and number.isascii() and number.isdigit() else None
 
 
 def _bystander(payload: dict[str, Any]) -> str | None:
@@ -604,7 +615,8 @@ def _shape(value: Any) -> str:  # noqa: ANN401
 
 
 def _shown(value: Any, limit: int = 60) -> str:  # noqa: ANN401
-    text = json.dumps(value)
+    # What is nested is as deep as its writer liked.
+    text = _shape(value) if isinstance(value, dict | list) else json.dumps(value)
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 

@@ -108,7 +108,7 @@ class Stretch(NamedTuple):
     Attributes:
         low: The first offset that it still holds.
         committed: Where the group goes on in it, None where it has never committed.
-        first: The first place in the binlog that was read in it, None where none was.
+        first: The first place in the binlog that was read in it behind the last gap, None where none was.
         last_gap: The highest offset that was not there to be read, None where each was.
     """
 
@@ -229,8 +229,9 @@ def _by_what_is_gone(letter: Candidate, stretches: Mapping[int, Stretch]) -> Jud
     if own.last_gap is not None and own.last_gap > letter.offset and not letter.keyed:
         return Judgement(Outcome.UNSURE, f"offset {own.last_gap} is gone, and the record's key does not tell whose")
     for partition, other in stretches.items():
-        if partition != letter.partition and other.low > 0 and not _is_earlier(other.first, letter.position):
-            return Judgement(Outcome.UNSURE, f"partition {partition} begins at {other.low}: newer records may be gone")
+        gone = other.low - 1 if other.last_gap is None else other.last_gap
+        if partition != letter.partition and gone >= 0 and not _is_earlier(other.first, letter.position):
+            return Judgement(Outcome.UNSURE, f"offset {gone} of partition {partition} is gone: it may have been newer")
     return None
 
 

@@ -275,6 +275,8 @@ class TopicConsumer:
         self.trouble: GhsyncError | None = None
         """What keeps the brokers away; None since they last answered."""
         self._to_begin: set[int] = set()
+        self._gone: set[int] = set()
+        """Partitions that went since this was last emptied."""
         self._paused = False
         self._assigned, self._revoked, self._lost = assigned, revoked, lost
         with kafka_errors("Opening the consumer"):
@@ -309,6 +311,7 @@ class TopicConsumer:
     def _forget(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         for partition in partitions:
             self.partitions.discard(partition.partition)
+            self._gone.add(partition.partition)
             self.ends_met.pop(partition.partition, None)
             self._to_begin.discard(partition.partition)
         consumer.incremental_unassign(partitions)
@@ -327,8 +330,11 @@ class TopicConsumer:
         with kafka_errors(f"Consuming {self.kafka.topic}"):
             if seconds > 0 and (first := self._consumer.poll(seconds)) is not None:
                 found = [first]
+            self._gone.clear()
             if seconds <= 0 or found:
-                found += self._consumer.consume(limit, 0)
+                more = self._consumer.consume(limit, 0)
+                # A partition that went meanwhile is another's, or is read anew from what is committed.
+                found = [message for message in found if message.partition() not in self._gone] + more
         if isinstance(self.trouble, PermanentError):
             raise self.trouble
         records = [message for message in found if message.error() is None]
@@ -357,18 +363,36 @@ class TopicConsumer:
         """Go to the beginning of a partition that the group has never committed; refuse to skip what is gone."""
         committed = self.committed([partition])[partition]
         if committed is not None:
-            low, high = self.offsets(partition)
-            raise PermanentError(
-                f"{self.kafka.topic} partition {partition}: group {self.kafka.group_id} is at offset {committed}, but "
-                f"the topic holds {low} to {high}: changes were removed before they were applied, or the topic is new.",
-                way_out="Take a new snapshot, and move the group to the beginning; see docs/operations.md.",
-            )
+            raise self._displaced(partition, committed, *self.offsets(partition))
         beginning = TopicPartition(self.kafka.topic, partition, OFFSET_BEGINNING)
         with kafka_errors(f"Beginning {self.kafka.topic}"):
             # A seek is refused in this state.
             self._consumer.incremental_unassign([beginning])
             self._consumer.incremental_assign([beginning])
         self._to_begin.discard(partition)
+
+    def _displaced(self, partition: int, committed: int, low: int, high: int) -> PermanentError:
+        return PermanentError(
+            f"{self.kafka.topic} partition {partition}: group {self.kafka.group_id} is at offset {committed}, but "
+            f"the topic holds {low} to {high}: changes were removed before they were applied, or the topic is new.",
+            way_out="Take a new snapshot, and let a new group begin at the beginning; see docs/operations.md.",
+        )
+
+    def ends(self) -> dict[int, int]:
+        """Return where each partition ends that holds anything.
+
+        Raises:
+            PermanentError: The group is to go on from a place that a partition does not have.
+            UnavailableError: No broker can be reached, or there is no such topic.
+        """
+        # The commits first: the end may have moved on since, never the other way round.
+        committed = self.committed(self.all_partitions())
+        found = {partition: self.offsets(partition) for partition in committed}
+        for partition, (low, high) in found.items():
+            place = committed[partition]
+            if place is not None and not low <= place <= high:
+                raise self._displaced(partition, place, low, high)
+        return {partition: high for partition, (low, high) in found.items() if high > low}
 
     def commit(self, offsets: Mapping[int, int]) -> None:
         """Commit the next offset of each partition, and return when the group has it.
@@ -481,7 +505,7 @@ class TopicConsumer:
 
 
 class RecordWriter:
-    """Writes records to one topic, all or an error, in one order: to its first partition. It makes a topic that is missing.
+    """Writes records to one topic, all or an error, in one order: in its first partition. It makes a missing topic.
 
     Args:
         kafka: The way to the brokers.
@@ -578,17 +602,38 @@ def topic_id(kafka: KafkaSettings, topic: str) -> str:
         return str(asked.result().topic_id)
 
 
-def read_to_end(kafka: KafkaSettings, topic: str) -> Iterator[Message]:
-    """Yield the records of a topic from its beginning to where it ends now; none where there is no such topic.
-
-    No group is joined and nothing is committed.
+def ends_of(kafka: KafkaSettings, topic: str) -> dict[int, int]:
+    """Return where the partitions of a topic end that hold anything; none where there is no such topic.
 
     Raises:
         UnavailableError: No broker can be reached.
         RefusedError: The credentials or rights are refused.
     """
     with _reader(kafka) as consumer:
-        yield from _read(consumer, kafka, topic, _ends(consumer, kafka, topic))
+        return {partition: high for partition, (_, high) in _ranges(consumer, kafka, topic).items()}
+
+
+def read_to_end(kafka: KafkaSettings, topic: str, since: Mapping[int, int] | None = None) -> Iterator[Message]:
+    """Yield the records of a topic from its beginning to where it ends now; none where there is no such topic.
+
+    No group is joined and nothing is committed.
+
+    Args:
+        kafka: The way to the brokers.
+        topic: What to read.
+        since: Offsets by partition to begin at instead; what is gone by now is left out.
+
+    Raises:
+        UnavailableError: No broker can be reached.
+        RefusedError: The credentials or rights are refused.
+    """
+    with _reader(kafka) as consumer:
+        ranges = {
+            partition: (max(low, begin), high)
+            for partition, (low, high) in _ranges(consumer, kafka, topic).items()
+            if (begin := (since or {}).get(partition, low)) < high
+        }
+        yield from _read(consumer, kafka, topic, ranges)
 
 
 def read_range(kafka: KafkaSettings, partition: int, start: int, stop: int) -> list[Message]:
@@ -644,7 +689,7 @@ def _read(
                 left.pop(partition, None)
 
 
-def _ends(consumer: Consumer, kafka: KafkaSettings, topic: str) -> dict[int, tuple[int, int]]:
+def _ranges(consumer: Consumer, kafka: KafkaSettings, topic: str) -> dict[int, tuple[int, int]]:
     """Return where the partitions of a topic begin and end, without the empty ones."""
     what = f"Looking for {topic}"
     with kafka_errors(what):

@@ -7,6 +7,7 @@ operations, which is ``domain.precedence``'s and ``cdc.apply``'s. Filters name o
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
 from collections.abc import Collection as Collected
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from bson.errors import BSONError
 from pymongo import InsertOne, ReplaceOne, UpdateOne
 from pymongo.errors import BulkWriteError, ConnectionFailure, ExecutionTimeout, NetworkTimeout, PyMongoError
 
+from ghsync_dagster import clock
 from ghsync_dagster.domain.errors import RefusedError, UnavailableError
 from ghsync_dagster.domain.user import MARKER_FIELD, USER_FIELDS
 from ghsync_dagster.observability.logging import redact
@@ -80,6 +82,18 @@ class Refused(NamedTuple):
     text: str
 
 
+class Note(NamedTuple):
+    """What was left for whoever has a partition.
+
+    Attributes:
+        offset: Where it is to go back to.
+        asking: Names the last one of those who asked.
+    """
+
+    offset: int
+    asking: str
+
+
 @contextmanager
 def _limited(what: str, seconds: float) -> Iterator[None]:
     """Give commands so much time, and translate their failures."""
@@ -119,7 +133,7 @@ class StreamStore:
     def _command(self, what: str) -> Iterator[None]:
         """Allow one command to be sent, for a limited time, and translate its failures."""
         seconds = self._may_write()
-        deadline = time.monotonic() + seconds
+        deadline = clock.now() + seconds
         try:
             with _limited(what, seconds):
                 yield
@@ -127,7 +141,7 @@ class StreamStore:
             self.unsure = True
             raise
         finally:
-            if time.monotonic() > deadline:
+            if clock.now() > deadline:
                 self.unsure = True
 
     @contextmanager
@@ -160,17 +174,19 @@ class StreamStore:
         """Ask whoever has a partition, by name, to go back to an offset; of several askings the earliest counts."""
         with _limited("Asking for changes again", _ASIDE_SECONDS):
             for name, offset in names.items():
-                self._again.update_one({"_id": name}, {"$min": {"offset": offset}}, upsert=True)
+                asking = {"$min": {"offset": offset}, "$set": {"asking": uuid.uuid4().hex}}
+                self._again.update_one({"_id": name}, asking, upsert=True)
 
-    def asked_again(self, names: Sequence[str]) -> dict[str, int]:
+    def asked_again(self, names: Sequence[str]) -> dict[str, Note]:
         """Return where partitions are to go back to, by name."""
         with _limited("Reading what is asked again", _ASIDE_SECONDS):
-            return {asked["_id"]: asked["offset"] for asked in self._again.find({"_id": {"$in": list(names)}})}
+            found = self._again.find({"_id": {"$in": list(names)}})
+            return {asked["_id"]: Note(asked["offset"], asked["asking"]) for asked in found}
 
-    def went_back(self, name: str, offset: int) -> None:
-        """Forget that a partition is to go back, unless it was asked to go further meanwhile."""
+    def went_back(self, name: str, note: Note) -> None:
+        """Forget that a partition is to go back, unless somebody asked for it again meanwhile."""
         with _limited("Forgetting what was asked again", _ASIDE_SECONDS):
-            self._again.delete_one({"_id": name, "offset": offset})
+            self._again.delete_one({"_id": name, "offset": note.offset, "asking": note.asking})
 
     def _drop(self, collection: Collection[Document], keys: Collected[str], what: str) -> set[str]:
         found = self._among(collection, keys, what)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from cdc_parts import Parts, StrictStore, make_strict, stored, until, user
+from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient
 
+from ghsync_dagster.cdc.backlog import read_backlog
+from ghsync_dagster.cdc.checks import kafka_lag
 from ghsync_dagster.cdc.consume import ChangeConsumer
 from ghsync_dagster.cdc.dead_letters import read_dead_letters
 from ghsync_dagster.cdc.listener import SilentListener
@@ -18,6 +22,7 @@ from ghsync_dagster.domain.user import BUILT_IN_RULES
 from ghsync_dagster.observability.metrics import ChangeMetrics
 from ghsync_dagster.stores.kafka import KafkaSettings, TopicConsumer
 from ghsync_dagster.stores.mongo import UserStore
+from ghsync_dagster.stores.stream import Refused, StreamStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -179,13 +184,9 @@ def test_the_states_before_a_refused_one_are_applied_in_order(topic: Topic, part
 def test_changes_that_were_removed_before_they_were_applied_are_told_and_nothing_is_skipped(
     topic: Topic, parts: Parts
 ) -> None:
-    from confluent_kafka import Consumer, TopicPartition
-
     topic.upsert(1)
     topic.flush()
-    consumer = Consumer({"bootstrap.servers": topic.kafka.bootstrap_servers, "group.id": topic.kafka.group_id})
-    consumer.commit(offsets=[TopicPartition(topic.kafka.topic, 0, 500)], asynchronous=False)
-    consumer.close()
+    topic.commit(500)
     with pytest.raises(PermanentError, match=r"at offset 500, but the topic holds 0 to 1.*snapshot"):
         parts.consumer(topic).run(threading.Event(), seconds=20)
 
@@ -201,7 +202,66 @@ def test_a_refused_write_stops_with_nothing_committed(topic: Topic, parts: Parts
     assert topic.committed() == -1001
 
 
+def test_a_refused_batch_at_the_end_of_a_drain_is_not_committed(
+    topic: Topic, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> dict[str, Refused]:
+        # By then the drain has seen that the topic ends, and looks whether all is applied.
+        time.sleep(1)
+        raise RefusedError("The database refuses.", way_out="Ask it.")
+
+    topic.upsert(1)
+    topic.flush()
+    monkeypatch.setattr(StreamStore, "write", refuse)
+    with pytest.raises(RefusedError, match="The database refuses"):
+        parts.consumer(topic).run(threading.Event(), until_end=True, seconds=20)
+    # Where the batch begins may be committed, as a sign of life.
+    assert topic.committed() in (-1001, 0)
+
+
+@pytest.mark.parametrize("records", [0, 3])
+def test_a_drain_of_a_topic_that_was_made_anew_is_no_success(topic: Topic, parts: Parts, records: int) -> None:
+    for key in range(records):
+        topic.upsert(key)
+    topic.flush()
+    topic.commit(1_000)
+    with pytest.raises(PermanentError, match=rf"at offset 1000, but the topic holds 0 to {records}.*snapshot"):
+        parts.consumer(topic).run(threading.Event(), until_end=True, seconds=20)
+    assert topic.committed() == 1_000
+    backlog = read_backlog(topic.kafka)
+    assert (backlog.anew, backlog.waiting) == (1, records)
+    found = kafka_lag(backlog, limit=10)
+    assert not found.passed
+    assert "made anew" in found.summary
+    assert "snapshot" in found.way_out
+
+
 # the group
+
+
+def test_a_record_of_a_partition_that_goes_before_it_is_returned_is_not_returned(
+    topic: Topic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    consumer = TopicConsumer(topic.kafka, assigned=lambda _: None, revoked=lambda _: None, lost=lambda _: None)
+    until(lambda: not consumer.take(1, 0.05) and bool(consumer.partitions))
+    inner = consumer._consumer
+
+    class Rebalancing:
+        """The client, to which a rebalance comes between two calls."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(inner, name)
+
+        def consume(self, limit: int, seconds: float) -> list[Any]:
+            consumer._on_revoke(inner, [TopicPartition(topic.kafka.topic, 0)])
+            return inner.consume(limit, seconds)
+
+    topic.upsert(1)
+    topic.flush()
+    monkeypatch.setattr(consumer, "_consumer", Rebalancing())
+    assert consumer.take(10, 10) == []
+    assert consumer.partitions == set()
+    consumer.close()
 
 
 def test_two_consumers_share_partitions_and_hand_over_without_loss(
@@ -286,6 +346,48 @@ def test_a_truncate_is_put_in_the_order_of_the_binlog(
     parts.drain(topic)
     assert stored(store) == topic.expected
     assert {found["_id"] for found in store.deleted.find()} == {"1", "2", "7"}
+
+
+@pytest.mark.parametrize("failing", range(1, 6))
+def test_a_fault_while_a_truncate_is_put_in_order_loses_nothing(
+    make_topic: Callable[..., Topic], parts: Parts, store: UserStore, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    topic = make_topic(partitions=2)
+    topic.upsert(1, "old", partition=0, pos=10)
+    topic.upsert(2, "old", partition=1, pos=20)
+    topic.write(None, "t", partition=0, pos=100)
+    topic.upsert(3, "new", partition=0, pos=110)
+    topic.upsert(4, "new", partition=1, pos=120)
+    commits = itertools.count(1)
+    commit = TopicConsumer.commit
+
+    def fail_once(consumer: TopicConsumer, offsets: dict[int, int]) -> None:
+        if next(commits) == failing:
+            raise UnavailableError("The group is in a rebalance.", way_out="Try again.")
+        commit(consumer, offsets)
+
+    monkeypatch.setattr(TopicConsumer, "commit", fail_once)
+    assert parts.drain(topic).retries == {"UnavailableError": 1}
+    assert stored(store) == topic.expected
+    assert set(topic.expected) == {"3", "4"}
+    assert (topic.committed(0), topic.committed(1)) == (3, 2)
+
+
+def test_a_drain_that_is_stopped_while_a_truncate_waits_has_not_reached_the_end(
+    make_topic: Callable[..., Topic], parts: Parts, store: UserStore
+) -> None:
+    topic = make_topic(partitions=2)
+    topic.upsert(1, partition=0, pos=10)
+    topic.upsert(2, partition=1, pos=20)
+    topic.write(None, "t", partition=0, pos=100)
+    topic.upsert(3, partition=0, pos=110)
+    topic.flush()
+    report = parts.consumer(topic).run(threading.Event(), until_end=True, seconds=6)
+    assert not report.reached_end
+    assert topic.committed(0) == 1
+    topic.upsert(4, partition=1, pos=120)
+    parts.drain(topic)
+    assert set(stored(store)) == {"3", "4"}
 
 
 def test_two_truncates_in_two_partitions_are_put_in_order(

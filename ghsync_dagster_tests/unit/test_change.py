@@ -109,6 +109,9 @@ def test_records_that_are_no_snapshot_keep_time_and_place(snapshot: object) -> N
         ({"ts_ms": 7, "file": "binlog", "pos": 4, "row": 0}, (7, None)),
         ({"ts_ms": 7, "file": "", "pos": 0, "row": 0}, (7, None)),
         ({"ts_ms": 7, "file": "a.b.1000000", "pos": 4, "row": 2}, (7, Position(1_000_000, 4, 2))),
+        ({"ts_ms": 7, "file": "b." + "9" * 5_000, "pos": 4}, (7, None)),
+        ({"ts_ms": 2**63, "file": "b.1", "pos": 2**63}, NOWHERE),
+        ({"ts_ms": 7, "file": "b.1", "pos": 4, "row": 2**63}, (7, Position(1, 4, 0))),
     ],
 )
 def test_time_and_place_are_told_as_far_as_the_source_tells_them(given_source: object, at: tuple[Any, Any]) -> None:
@@ -369,6 +372,8 @@ REFUSED: list[tuple[Refusal, bytes | None, bytes | None, str]] = [
     (Refusal.UNKNOWN_OP, key(), envelope(["c"], None, row()), "got an array"),
     (Refusal.UNKNOWN_OP, key(), flattened(row(), op="t"), '__op must be one of c, u, d and r, got "t"'),
     (Refusal.UNKNOWN_OP, key(), flattened(row(), op=["c"]), "__op"),
+    (Refusal.UNKNOWN_OP, key(), b'{"user_id":1,"__op":' + b"[" * 900 + b"]" * 900 + b"}", "got an array"),
+    (Refusal.CONTRADICTION, key(), b'{"user_id":1,"__deleted":' + b"[" * 900 + b"]" * 900 + b"}", "got an array"),
     (Refusal.MISSING_ROW, key(), envelope("c", None, None), "after must be the row that op c leaves, got null"),
     (Refusal.MISSING_ROW, key(), envelope("u", row(), None), "op u"),
     (Refusal.MISSING_ROW, key(), envelope("r", None, [1]), "got an array"),

@@ -68,8 +68,8 @@ users_changes = dg.AssetSpec(
 def dead_letters(changes: ChangesResource) -> dg.MaterializeResult[None]:
     """List the dead letters."""
     with as_failure():
-        if missing := changes.missing():
-            return dg.MaterializeResult(metadata={"dagster/row_count": 0, "why": missing})
+        if no_kafka := changes.no_kafka():
+            return dg.MaterializeResult(metadata={"dagster/row_count": 0, "why": no_kafka})
         found = metadata.of_dead_letters(changes.dead_letters(), changes.kafka().dead_letter_topic)
     return dg.MaterializeResult(metadata=found)
 

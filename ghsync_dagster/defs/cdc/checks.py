@@ -128,9 +128,11 @@ def in_step_with_mysql(config: AuditConfig, changes: ChangesResource) -> dg.Asse
 
     # The check is on an asset that deployments have which load files only.
     with as_failure():
-        missing = changes.missing()
-    if missing:
-        return as_result(checks.nothing_to_compare(missing))
+        no_kafka, no_mysql = changes.no_kafka(), changes.no_mysql()
+    if no_kafka:
+        return as_result(checks.nothing_to_compare(no_kafka))
+    if no_mysql:
+        return as_result(checks.nothing_to_compare_with(no_mysql))
     waiting = _retrying(changes, lambda: await_no_lag(changes.kafka(), config.lag_wait_seconds))
 
     def compare() -> AuditResult:

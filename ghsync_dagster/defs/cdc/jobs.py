@@ -4,6 +4,7 @@ Belongs here: ops, their config, and what makes a drain fail. Not here: how chan
 """
 
 # No annotations from __future__: Dagster wants the types of context and config, not their names.
+from collections import Counter
 from collections.abc import Mapping
 
 import dagster as dg
@@ -42,7 +43,7 @@ class GateConfig(dg.Config):
     """What the launchpad may set for the gate of ``cdc_drain_job``."""
 
     max_new_dead_letters: int = 0
-    """Dead letters that the drain may make without failing: 0, since each is a change that is not applied."""
+    """Dead letters that may be made while it drains: 0, since each is a change that is not applied."""
 
 
 @dg.op(name=SYNC_OP, out=dg.Out(dg.Nothing), description="Consumes changes until the slice ends; observes them.")
@@ -70,15 +71,18 @@ def drain_changes(context: dg.OpExecutionContext, config: DrainConfig, changes: 
     """Consume to the end.
 
     Returns:
-        The dead letters that were made, by kind.
+        The dead letters that were made meanwhile, by kind: by this run, or by another consumer of the group.
     """
     from ghsync_dagster.cdc.backlog import read_backlog
+    from ghsync_dagster.cdc.dead_letters import dead_letter_ends, read_dead_letters
 
     with as_failure():
         attempts = changes.settings().retry_attempts
+        letters = retrying("drain", lambda: dead_letter_ends(changes.kafka()), attempts=attempts)
         ends = retrying("drain", lambda: read_backlog(changes.kafka()), attempts=attempts).ends()
         report = consume(context, changes, until_end=True, seconds=config.timeout_seconds)
         left = retrying("drain", lambda: read_backlog(changes.kafka()), attempts=attempts).before(ends)
+        new = retrying("drain", lambda: list(read_dead_letters(changes.kafka(), letters)), attempts=attempts)
     context.add_output_metadata({"seconds": report.seconds, "records": sum(report.records.values()), "left": left})
     if left:
         raise dg.Failure(
@@ -86,14 +90,14 @@ def drain_changes(context: dg.OpExecutionContext, config: DrainConfig, changes: 
             metadata={"left": left, "kind": "data", "way_out": "Run it again; raise timeout_seconds if it is set."},
             allow_retries=False,
         )
-    return report.dead_letters
+    return dict(Counter(letter.kind for letter in new))
 
 
 @dg.op(out=dg.Out(dg.Nothing), description="Fails on what must not be after a drain.")
 def gate_drain(
     context: dg.OpExecutionContext, config: GateConfig, changes: ChangesResource, dead_letters: dict[str, int]
 ) -> None:
-    """Judge the collection, and the dead letters that the drain made."""
+    """Judge the collection, and the dead letters that were made meanwhile."""
     with as_failure():
         findings = [
             _new_dead_letters(dead_letters, config.max_new_dead_letters),
