@@ -9,7 +9,9 @@ import pytest
 from pymongo import MongoClient
 from pymongo.synchronous import pool
 
+from ghsync_dagster import clock
 from ghsync_dagster.cdc.apply import Applied, apply
+from ghsync_dagster.cdc.write import Membership
 from ghsync_dagster.domain.change import Change, Op
 from ghsync_dagster.domain.coalesce import Segment
 from ghsync_dagster.domain.errors import RefusedError, UnavailableError
@@ -206,6 +208,31 @@ def test_another_unique_index_refuses_alone(users: UserStore, *, created: bool) 
     result = applied(users, upsert(user("2", "taken")), upsert(user("3", "free")), created=created)
     assert {key: refused.kind for key, refused in result.refused.items()} == {"2": "unique-index"}
     assert set(stored(users)) == {"1", "3"}
+
+
+# notes
+
+
+def test_a_note_is_forgotten_only_by_who_heeded_the_newest_asking(users: UserStore) -> None:
+    stream = StreamStore(users)
+    stream.ask_again({"g/0": 100})
+    heeded = stream.asked_again(["g/0", "g/1"])["g/0"]
+    assert heeded.offset == 100
+    stream.ask_again({"g/0": 120})
+    stream.went_back("g/0", heeded)
+    again = stream.asked_again(["g/0"])["g/0"]
+    assert again.offset == 100, "the earliest counts"
+    stream.went_back("g/0", again)
+    assert stream.asked_again(["g/0"]) == {}
+
+
+def test_sleep_counts_in_the_time_that_the_group_s_answer_is_good_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    membership = Membership(10)
+    asked = clock.now()
+    membership.confirmed(asked)
+    assert membership.is_fresh
+    monkeypatch.setattr(clock, "now", lambda: asked + 60)
+    assert membership.left == -50
 
 
 # truncates

@@ -23,9 +23,11 @@ from confluent_kafka.admin import AdminClient
 from dagster._core.storage.tags import SENSOR_NAME_TAG
 
 from ghsync_dagster.cdc.backlog import read_backlog
+from ghsync_dagster.cdc.consume import ChangeConsumer, ConsumerReport
 from ghsync_dagster.definitions import build_defs
+from ghsync_dagster.defs.cdc import jobs
 from ghsync_dagster.defs.cdc.jobs import SYNC_JOB, SYNC_OP
-from ghsync_dagster.defs.cdc.slice import USERS_CHANGES
+from ghsync_dagster.defs.cdc.slice import USERS_CHANGES, consume
 from ghsync_dagster.defs.resources import ChangesResource
 from ghsync_dagster.domain.user import USER_FIELDS, json_schema
 from ghsync_dagster.local.dagster_home import ensure_dagster_home
@@ -309,6 +311,23 @@ def test_a_drain_that_makes_a_dead_letter_ends_with_one(stack: Stack) -> None:
     # What was good is applied, and the record is not made a dead letter twice.
     assert stack.stored() == {"1"}
     assert drain(stack).returncode == 0
+
+
+def test_a_dead_letter_that_another_consumer_makes_fails_the_drain_too(
+    stack: Stack, runs: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack.produce(b"no JSON")
+
+    def after_another(*arguments: Any, **more: Any) -> ConsumerReport:
+        ChangeConsumer(stack.kafka, stack.store).run(threading.Event(), until_end=True, seconds=60)
+        return consume(*arguments, **more)
+
+    monkeypatch.setattr(jobs, "consume", after_another)
+    result = runs.run("cdc_drain_job")
+    assert not result.success
+    assert "new_dead_letters: 1 new" in result.failure_data_for_node("gate_drain").user_failure_data.description
+    monkeypatch.undo()
+    assert runs.run("cdc_drain_job").success
 
 
 def test_dead_letters_that_are_allowed_fail_no_drain(stack: Stack, runs: InProcess) -> None:

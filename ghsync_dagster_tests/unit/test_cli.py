@@ -175,3 +175,16 @@ def _opened_by_a_reader(pipe: Path) -> int:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.02)
+
+
+@pytest.mark.parametrize("command", [["list"], ["show", "t-0-0"], ["replay"], ["replay", "--apply"]])
+def test_dead_letters_are_not_looked_for_where_there_is_no_kafka(
+    ghsync: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.setenv("GHSYNC_HOME", str(tmp_path))
+    monkeypatch.delenv("KAFKA_BOOTSTRAP_SERVERS", raising=False)
+    result = ghsync("dlq", *command)
+    assert result.exit_code == 3
+    assert "There is no Kafka: KAFKA_BOOTSTRAP_SERVERS is not set" in result.stderr
+    assert "ghsync up" in result.stderr
+    assert not (tmp_path / "kafka").exists()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ghsync_dagster.domain.errors import ConfigError
+from ghsync_dagster.observability.metrics import LONGEST_WINDOW_SECONDS
 from ghsync_dagster.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -60,6 +61,12 @@ def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> N
     settings = load_settings()
     assert uri(settings) is None
     assert settings.max_quarantined_ratio == pytest.approx(0.01)
+
+
+def test_reports_are_asked_for_within_what_is_remembered() -> None:
+    assert load_settings(GHSYNC_CDC_REPORT_SECONDS=LONGEST_WINDOW_SECONDS).cdc_report_seconds == LONGEST_WINDOW_SECONDS
+    with pytest.raises(ConfigError, match="GHSYNC_CDC_REPORT_SECONDS"):
+        load_settings(GHSYNC_CDC_REPORT_SECONDS=LONGEST_WINDOW_SECONDS + 1)
 
 
 def test_unknown_variables_in_the_file_env_are_left_alone(tmp_path: Path) -> None:
