@@ -321,8 +321,8 @@ class _Run:
             if not self._is_writing:
                 # What comes after a batch that failed must not be committed.
                 self._raise_failure()
-                self._rewind()
                 self._go_back()
+                self._rewind()
                 # While more is there at once, a larger batch means fewer writes, but the store is not to stand idle.
                 if len(self._pending) and (not self._more or len(self._pending) >= _TAKE or self._is_full()):
                     self._hand_over()
@@ -340,10 +340,11 @@ class _Run:
             if asked.offset < committed:
                 offset = max(asked.offset, self._consumer.offsets(partition)[0])
                 log.warning("going back, as a command may have come late", partition=partition, offset=offset)
-                # Committed first, so that whoever has the partition next goes back too.
+                self._writer.ask_for_truncate_behind(partition, offset)
+                # Before the commit, whose answer may be lost.
+                self._to_rewind = True
+                # Committed, so that whoever has the partition next goes back too.
                 self._commit({partition: offset})
-                self._consumer.go_to({partition: offset})
-                self._pending = self._pending.without({partition})
             self._writer.went_back(partition, asked)
 
     def _rewind(self) -> None:
@@ -424,10 +425,10 @@ class _Run:
     def _give_up(self, partitions: set[int], seconds: float) -> None:
         """Finish the batch at work within some seconds, or stop it; forget what is pending of these partitions."""
         self._assignment += 1
-        for partition in partitions:
-            self._committed.pop(partition, None)
         if not partitions.isdisjoint(self._batch.offsets) and not self._finished(seconds):
             self._pending = _joined(self._batch, self._pending)
+        for partition in partitions:
+            self._committed.pop(partition, None)
         self._pending = self._pending.without(partitions)
         log.info("partitions went", partitions=sorted(partitions))
         self._listener.assigned(self._consumer.partitions - partitions)
@@ -480,7 +481,7 @@ class _Run:
                 self._raise_failure()
 
         log.info("a truncate is put in order", partition=truncate.partition, offset=truncate.offset)
-        truncates = OrderedTruncates(self._consumer, write, breathe, self._truncate_wait)
+        truncates = OrderedTruncates(self._consumer, write, breathe, self._writer.keep_truncate, self._truncate_wait)
         self._consumer.pause()
         try:
             write(first)

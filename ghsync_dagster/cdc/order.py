@@ -133,6 +133,7 @@ class OrderedTruncates:
         consumer: The member of the group; it must have all partitions.
         write: Applies and acknowledges a batch, or raises.
         breathe: Waits so many seconds, and raises when the work must not go on.
+        keep: Keeps the place of a truncate that is about to be applied, and where the other partitions stand then.
         wait_seconds: How long to wait for a record from behind the truncate in each other partition.
     """
 
@@ -141,11 +142,13 @@ class OrderedTruncates:
         consumer: TopicConsumer,
         write: Callable[[Batch], None],
         breathe: Callable[[float], None],
+        keep: Callable[[int, int, Mapping[int, int]], None],
         wait_seconds: float = _WAIT_SECONDS,
     ) -> None:
         self._consumer = consumer
         self._write = write
         self._breathe = breathe
+        self._keep = keep
         self._wait_seconds = wait_seconds
 
     def apply(self, truncate: Truncate) -> None:
@@ -171,6 +174,7 @@ class OrderedTruncates:
         batch = Batch()
         messages = self._read(truncate.partition, truncate.offset, truncate.offset + 1)
         batch.add(messages, decode(ChangeDecoder(), messages))
+        self._keep(truncate.partition, truncate.offset, stops)
         # Where the other partitions are behind the truncate already, they go back in the same commit.
         batch.offsets = {**stops, **batch.offsets}
         self._write(batch)

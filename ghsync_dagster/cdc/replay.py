@@ -556,6 +556,10 @@ class _Run:
         from ghsync_dagster.stores.replay import LetterState, Resolution
 
         letter, change = found.letter, found.change
+        before = self._chosen.resolutions.get(letter.id)
+        keys = set(before.keys) if before is not None and before.topic_id == self._chosen.topic_id else set()
+        if state in (LetterState.REPLAYING, LetterState.REPLAYED):
+            keys.add(found.key)
         return Resolution(
             id=letter.id,
             topic=letter.topic,
@@ -565,7 +569,7 @@ class _Run:
             failed_at=letter.failed_at,
             state=state,
             reason=found.reason,
-            keys=(found.key,) if state in (LetterState.REPLAYING, LetterState.REPLAYED) else (),
+            keys=tuple(sorted(keys)),
             position=change.position if change else None,
         )
 

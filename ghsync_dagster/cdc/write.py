@@ -43,7 +43,7 @@ from ghsync_dagster.observability.logging import get_logger
 from ghsync_dagster.stores.retry import waits
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from ghsync_dagster.cdc.batch import Batch, Part
     from ghsync_dagster.cdc.listener import ChangeListener
@@ -213,6 +213,26 @@ class Writer:
         """Have a note that was heeded forgotten."""
         with self._changed:
             self._went_back[partition] = note
+
+    def keep_truncate(self, partition: int, offset: int, stops: Mapping[int, int]) -> None:
+        """Keep the place of a truncate that is about to be applied, and where other partitions are from behind it.
+
+        Raises:
+            UnavailableError: The store is away.
+        """
+        from ghsync_dagster.stores.stream import Truncated
+
+        self._store.keep_truncate(self._name, Truncated(partition, offset, dict(stops)))
+
+    def ask_for_truncate_behind(self, partition: int, offset: int) -> None:
+        """Have the last truncate applied again where it came after what a partition is to apply again.
+
+        Raises:
+            UnavailableError: The store is away.
+        """
+        last = self._store.last_truncate(self._name)
+        if last is not None and last.partition != partition and offset < last.stops.get(partition, 0):
+            self._store.ask_again({self._note(last.partition): last.offset})
 
     def stop_batch(self) -> None:
         """Have the batch at work end before its next command."""

@@ -491,7 +491,7 @@ class TopicConsumer:
             self._consumer.incremental_unassign(places)
             self._consumer.incremental_assign(places)
             # They are as paused as before.
-            self._consumer.resume(places)
+            self._consumer.resume(self._places())
         for partition in offsets:
             self.ends_met.pop(partition, None)
 

@@ -78,7 +78,7 @@ class Resolution:
     position: Position | None = None
 
     def as_update(self) -> UpdateOne:
-        """Return it as an update, which keeps the users of earlier replays."""
+        """Return it as an update."""
         position = self.position
         fields = {
             "topic": self.topic,
@@ -89,11 +89,10 @@ class Resolution:
             "state": self.state.value,
             "reason": self.reason,
             "position": None if position is None else [position.file, position.pos, position.row],
+            "keys": [*self.keys],
             "at": datetime.now(UTC),
         }
-        return UpdateOne(
-            {"_id": self.id}, {"$set": fields, "$addToSet": {"keys": {"$each": [*self.keys]}}}, upsert=True
-        )
+        return UpdateOne({"_id": self.id}, {"$set": fields}, upsert=True)
 
 
 class ReplayStore(StreamStore):
@@ -178,8 +177,8 @@ def _resolution(found: Document) -> Resolution:
         topic=found["topic"],
         partition=found["partition"],
         offset=found["offset"],
-        topic_id=found["topic_id"],
-        failed_at=found["failed_at"],
+        topic_id=found.get("topic_id", ""),
+        failed_at=found.get("failed_at", ""),
         state=LetterState(found["state"]),
         reason=found["reason"],
         keys=tuple(found.get("keys", ())),

@@ -94,6 +94,20 @@ class Note(NamedTuple):
     asking: str
 
 
+class Truncated(NamedTuple):
+    """Where a truncate stands in a topic of several partitions.
+
+    Attributes:
+        partition: Its partition.
+        offset: Its offset.
+        stops: The first offset of each partition that is from behind it.
+    """
+
+    partition: int
+    offset: int
+    stops: Mapping[int, int]
+
+
 @contextmanager
 def _limited(what: str, seconds: float) -> Iterator[None]:
     """Give commands so much time, and translate their failures."""
@@ -125,7 +139,9 @@ class StreamStore:
         self.unsure = False
         """Whether a command may still reach the server, or reached it after its time; the owner sets it back."""
         # Beside the other companions.
-        self._again = store.database[f"{store.deleted.name.removesuffix('deleted')}again"]
+        beside = store.deleted.name.removesuffix("deleted")
+        self._again = store.database[f"{beside}again"]
+        self._truncates = store.database[f"{beside}truncates"]
         self._size = CHUNK
         self._may_write = may_write
 
@@ -181,12 +197,28 @@ class StreamStore:
         """Return where partitions are to go back to, by name."""
         with _limited("Reading what is asked again", _ASIDE_SECONDS):
             found = self._again.find({"_id": {"$in": list(names)}})
-            return {asked["_id"]: Note(asked["offset"], asked["asking"]) for asked in found}
+            return {asked["_id"]: Note(asked["offset"], asked.get("asking", "")) for asked in found}
 
     def went_back(self, name: str, note: Note) -> None:
         """Forget that a partition is to go back, unless somebody asked for it again meanwhile."""
         with _limited("Forgetting what was asked again", _ASIDE_SECONDS):
             self._again.delete_one({"_id": name, "offset": note.offset, "asking": note.asking})
+
+    def keep_truncate(self, name: str, truncated: Truncated) -> None:
+        """Keep the place of a truncate in a topic of several partitions, in place of the one before."""
+        stops = {str(partition): stop for partition, stop in truncated.stops.items()}
+        fields = {"partition": truncated.partition, "offset": truncated.offset, "stops": stops}
+        with _limited("Keeping a truncate's place", _ASIDE_SECONDS):
+            self._truncates.replace_one({"_id": name}, fields, upsert=True)
+
+    def last_truncate(self, name: str) -> Truncated | None:
+        """Return the place of the last truncate that was kept."""
+        with _limited("Reading a truncate's place", _ASIDE_SECONDS):
+            found = self._truncates.find_one({"_id": name})
+        if found is None:
+            return None
+        stops = {int(partition): stop for partition, stop in found["stops"].items()}
+        return Truncated(found["partition"], found["offset"], stops)
 
     def _drop(self, collection: Collection[Document], keys: Collected[str], what: str) -> set[str]:
         found = self._among(collection, keys, what)

@@ -390,6 +390,60 @@ def test_a_drain_that_is_stopped_while_a_truncate_waits_has_not_reached_the_end(
     assert set(stored(store)) == {"3", "4"}
 
 
+def test_who_goes_back_behind_a_truncate_of_another_partition_applies_it_again(
+    make_topic: Callable[..., Topic], parts: Parts, store: UserStore
+) -> None:
+    topic = make_topic(partitions=2)
+    topic.upsert(3, "old", partition=1, pos=10)
+    topic.write(None, "t", partition=0, pos=100)
+    topic.upsert(5, "new", partition=0, pos=110)
+    topic.upsert(4, "new", partition=1, pos=120)
+    parts.drain(topic)
+    assert stored(store) == topic.expected
+    ask_to_go_back(topic, store, partition=1, offset=0)
+    with parts.running(topic) as running:
+        until(lambda: running.metrics.snapshot().records >= 4 and notes(store) == 0)
+        until(lambda: (topic.committed(0), topic.committed(1)) == (2, 2))
+    assert stored(store) == topic.expected
+    assert set(topic.expected) == {"4", "5"}
+
+
+def ask_to_go_back(topic: Topic, store: UserStore, *, partition: int, offset: int) -> None:
+    """Leave the note that a consumer leaves when it is not sure of a command."""
+    StreamStore(store).ask_again({f"{topic.kafka.group_id}/{topic.kafka.topic}/{partition}": offset})
+
+
+def notes(store: UserStore) -> int:
+    """How many notes there are."""
+    return store.database["_ghsync_again"].count_documents({})
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_a_note_to_go_back_is_heeded_also_where_the_commit_s_answer_is_lost(
+    topic: Topic, parts: Parts, store: UserStore, monkeypatch: pytest.MonkeyPatch, answered: bool
+) -> None:
+    for key in range(4):
+        topic.upsert(key, "right")
+    parts.drain(topic)
+    store.users.update_one({"user_id": "2"}, {"$set": {"login": "what a late command left"}})
+    ask_to_go_back(topic, store, partition=0, offset=1)
+    commit = TopicConsumer.commit
+    lost: list[dict[int, int]] = []
+
+    def lose_answer(consumer: TopicConsumer, offsets: dict[int, int]) -> None:
+        commit(consumer, offsets)
+        if offsets == {0: 1} and not answered and not lost:
+            lost.append(offsets)
+            raise UnavailableError("The answer is lost.", way_out="Try again.")
+
+    monkeypatch.setattr(TopicConsumer, "commit", lose_answer)
+    with parts.running(topic) as running:
+        until(lambda: running.metrics.snapshot().records >= 3 and notes(store) == 0)
+        until(lambda: topic.committed() == 4)
+    assert bool(lost) is not answered
+    assert stored(store) == topic.expected
+
+
 def test_two_truncates_in_two_partitions_are_put_in_order(
     make_topic: Callable[..., Topic], parts: Parts, store: UserStore
 ) -> None:

@@ -331,6 +331,23 @@ def test_what_was_replayed_of_a_topic_says_nothing_of_one_that_was_made_anew(
     assert list(open_dead_letters(again.kafka, store)) == []
 
 
+def test_a_letter_of_a_new_topic_is_replayed_for_its_own_user_only(
+    topic: Topic, parts: Parts, store: UserStore
+) -> None:
+    topic.upsert(9)
+    poison(topic, 1)
+    parts.drain(topic)
+    assert replayed(topic, store).left_open == 0
+    again = make_anew(topic, letters_too=False)
+    poison(again, 1, "poison-of-1")
+    poison(again, 2, "poison-of-2")
+    parts.drain(again)
+    # Of user 2, and at the place at which the old topic had one of user 1.
+    assert fates(replayed(again, store, Selection(key="2"))) == {1: Fate.REPLAYED}
+    assert fates(replayed(again, store)) == {0: Fate.REPLAYED}
+    assert logins(store) == {"9": "octo", "1": "poison-of-1", "2": "poison-of-2"}
+
+
 def make_anew(topic: Topic, *, letters_too: bool) -> Topic:
     """Delete the topic, and make one with its name for another group; its dead letters go too, or stay."""
     admin = AdminClient({"bootstrap.servers": topic.kafka.bootstrap_servers})
