@@ -68,8 +68,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program t
 
 
 def main() -> None:
-    """Run the command; SIGTERM ends it as Ctrl-C does, with everything closed."""
-    signal.signal(signal.SIGTERM, _terminate)
+    """Run the command; SIGTERM and a closed terminal end it as Ctrl-C does, with everything closed."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _terminate)
     try:
         app()
     except Exception:  # noqa: BLE001  a fault of ghsync itself must not end as 1, which says that a gate failed
@@ -77,8 +79,8 @@ def main() -> None:
         sys.exit(CRASHED)
 
 
-def _terminate(_signal: int, _frame: object) -> NoReturn:
-    raise SystemExit(143)
+def _terminate(number: int, _frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def _settings() -> Settings:

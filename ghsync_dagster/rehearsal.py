@@ -22,6 +22,7 @@ from ghsync_dagster.domain.errors import ConfigError, PermanentError, Unavailabl
 from ghsync_dagster.local import stack
 from ghsync_dagster.observability.metrics import ChangeMetrics, Percentiles, percentiles
 from ghsync_dagster.settings import load_settings
+from ghsync_dagster.stopping import uninterrupted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -217,7 +218,8 @@ def _stack(settings: Settings, tell: Callable[[str], None]) -> Iterator[Settings
         yield addresses(settings, stack.up(settings, progress=tell))
     finally:
         if started:
-            stack.down(settings, started, progress=tell)
+            with uninterrupted():
+                stack.down(settings, started, progress=tell)
 
 
 def addresses(settings: Settings, servers: Mapping[str, ServiceStatus]) -> Settings:

@@ -99,13 +99,18 @@ def kafka_settings(settings: Settings) -> KafkaSettings:
         ConfigError: It can't be started here.
     """
     from ghsync_dagster.local.kafka import ensure_kafka
+
+    return _kafka_settings(settings, ensure_kafka(settings))
+
+
+def _kafka_settings(settings: Settings, servers: str) -> KafkaSettings:
     from ghsync_dagster.stores.kafka import KafkaSettings
 
     def secret(value: SecretStr | None) -> str | None:
         return None if value is None else value.get_secret_value()
 
     return KafkaSettings(
-        bootstrap_servers=ensure_kafka(settings),
+        bootstrap_servers=servers,
         topic=settings.kafka_topic,
         group_id=settings.kafka_group_id,
         session_timeout_seconds=settings.cdc_session_timeout_seconds,
@@ -129,9 +134,13 @@ def existing_kafka(settings: Settings) -> KafkaSettings:
     """
     from ghsync_dagster.local import kafka
 
-    if not settings.kafka_bootstrap_servers and kafka.status(settings).state != "up":
+    servers = settings.kafka_bootstrap_servers
+    if not servers:
+        found = kafka.status(settings)
+        servers = found.uri if found.state == "up" else None
+    if not servers:
         raise _missing("Kafka", "KAFKA_BOOTSTRAP_SERVERS")
-    return kafka_settings(settings)
+    return _kafka_settings(settings, servers)
 
 
 def open_mysql(settings: Settings) -> MySqlStore:
@@ -143,9 +152,13 @@ def open_mysql(settings: Settings) -> MySqlStore:
     from ghsync_dagster.local import mysql
     from ghsync_dagster.stores.mysql import MySqlStore
 
-    if not settings.mysql_url and mysql.status(settings).state != "up":
+    url = settings.mysql_url.get_secret_value() if settings.mysql_url else None
+    if not url:
+        found = mysql.status(settings)
+        url = found.login if found.state == "up" else None
+    if not url:
         raise _missing("MySQL", "MYSQL_URL")
-    return MySqlStore(mysql.ensure_mysql(settings), timeout_seconds=settings.server_timeout_seconds)
+    return MySqlStore(url, timeout_seconds=settings.server_timeout_seconds)
 
 
 def _missing(server: str, variable: str) -> UnavailableError:

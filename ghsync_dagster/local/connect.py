@@ -335,6 +335,12 @@ def _serves(url: str, seconds: float) -> bool:
 
 def _up_external(settings: Settings, url: str, progress: Callable[[str], None]) -> ServiceStatus:
     found = _external(url)
+    if found.more.get("connector") == _FAILED:
+        raise UnavailableError(
+            f"The connector {CONNECTOR} on {found.uri} does not run: {found.more['connector_error']}.",
+            way_out="Mend what it names, then restart it there: POST /connectors/"
+            f"{CONNECTOR}/restart?includeTasks=true&onlyFailed=true.",
+        )
     if found.state != "up" or found.more["connector"] != _NONE:
         return found
     _refuse_security(settings, "The connector", f"Register a connector named {CONNECTOR} on {found.uri} yourself.")

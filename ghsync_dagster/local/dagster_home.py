@@ -5,6 +5,7 @@ Belongs here: what a local instance needs. Not here: how Dagster is deployed els
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Final
 
@@ -52,7 +53,9 @@ def ensure_dagster_home(settings: Settings) -> Path:
     home.mkdir(parents=True, exist_ok=True)
     instance = home / "dagster.yaml"
     if not instance.exists():
-        instance.write_text(INSTANCE, encoding="utf-8")
+        part = home / f"dagster.{os.getpid()}.part"
+        part.write_text(INSTANCE, encoding="utf-8")
+        part.replace(instance)
     return home
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ghsync_dagster.domain.errors import ConfigError
-from ghsync_dagster.local.supervisor import ServerSpec, ServiceStatus, Supervisor
+from ghsync_dagster.local.supervisor import ServerSpec, ServiceStatus, Supervisor, server_to_use
 from ghsync_dagster.observability.logging import get_logger
 
 if TYPE_CHECKING:
@@ -79,19 +79,23 @@ def status(settings: Settings) -> ServiceStatus:
 
 
 def choose_server(settings: Settings) -> ServerSpec:
-    """Choose the local server: a mongod on PATH, else the embedded one of the virtual environment.
+    """Choose the local server: the one whose data is there, else a mongod on PATH, else the embedded one.
 
     Each has a data folder of its own, as neither can read the other's files.
 
     Raises:
-        ConfigError: There is neither.
+        ConfigError: There is neither, or the one whose data is there is gone.
     """
     folder = _folder(settings)
+    commands: dict[str, Callable[[ServerSpec, int], list[str]]] = {}
     if mongod := shutil.which("mongod"):
-        return _spec(folder, "mongod", partial(_mongod_command, mongod))
+        commands["mongod"] = partial(_mongod_command, mongod)
     beside_python = shutil.which(EMBEDDED_PROGRAM, path=str(Path(sys.executable).parent))
     if embedded := beside_python or shutil.which(EMBEDDED_PROGRAM):
-        return _spec(folder, "secantusdb", partial(_embedded_command, embedded, folder / "empty.toml"))
+        commands["secantusdb"] = partial(_embedded_command, embedded, folder / "empty.toml")
+    if commands:
+        server = server_to_use([*commands], folder / "data", "MONGODB_URI")
+        return _spec(folder, server, commands[server])
     raise ConfigError(
         "MONGODB_URI is unset and there is no local server: no mongod on PATH, and the embedded one is not installed.",
         way_out="Set MONGODB_URI, put a mongod on PATH, or run make setup, which installs the embedded server.",

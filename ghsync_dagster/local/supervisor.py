@@ -22,7 +22,7 @@ import psutil
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 State = Literal["up", "down", "failed"]
 
@@ -34,8 +34,6 @@ _TERMINATE_SECONDS = 45
 _KILL_SECONDS = 15
 _LOCK_SECONDS = 240
 _STARTS = 3
-# The kernel counts a process's start in ticks from boot, and the boot's time of day drifts a little.
-_SAME_START_SECONDS = 2.0
 _LOG_TAIL_BYTES = 2_000
 _LOG_LIMIT_BYTES = 16_000_000
 
@@ -117,7 +115,7 @@ class Record(msgspec.Struct, frozen=True):
         log: Its log file.
         port: Where it serves.
         pid: Its process; None before it is started and after it was stopped.
-        created: When that process began, in seconds since 1970: tells it from a later one of the same pid.
+        born: When that process began, see ``_born``: tells it from a later one of the same pid.
         started: Whether a start was begun that no stop has ended.
         other_ports: Where it listens besides.
     """
@@ -127,7 +125,7 @@ class Record(msgspec.Struct, frozen=True):
     log: str
     port: int
     pid: int | None = None
-    created: float | None = None
+    born: str | None = None
     started: bool = False
     other_ports: tuple[int, ...] = ()
 
@@ -195,7 +193,7 @@ class Supervisor:
             if process := self._find(record):
                 progress(f"{self._service}: stopping {record.server}, process {process.pid}")
                 self._end(process, record)
-            stopped = msgspec.structs.replace(record, pid=None, created=None, started=False)
+            stopped = msgspec.structs.replace(record, pid=None, born=None, started=False)
             self._write(stopped)
             return self._status(stopped, "down", None)
 
@@ -241,11 +239,15 @@ class Supervisor:
         )
 
     def _read(self) -> Record | None:
-        """Return the state file's content; None where it is missing or half written by something else."""
+        """Return the state file's content; None where it is missing, half written by something else, or a copy's."""
         try:
-            return msgspec.json.decode(self._state_file.read_bytes(), type=Record)
+            record = msgspec.json.decode(self._state_file.read_bytes(), type=Record)
         except (OSError, msgspec.MsgspecError):
             return None
+        data = Path(record.data).resolve()
+        # In a copied folder the record is of the original's server; where that is gone, the folder was moved.
+        is_copy = data.exists() and not data.is_relative_to(self._folder.resolve())
+        return None if is_copy else record
 
     def _write(self, record: Record) -> None:
         part = self._state_file.with_suffix(".part")
@@ -259,14 +261,13 @@ class Supervisor:
         """Return the recorded server's process if it lives, and never somebody else's."""
         if not record.started:
             return None
-        if record.pid is None:
+        if record.pid is None or record.born is None:
             return _search(record)
         try:
             process = psutil.Process(record.pid)
-            same_start = abs(process.create_time() - (record.created or 0)) < _SAME_START_SECONDS
+            return process if _born(process) == record.born and _is_server(process, record) else None
         except psutil.Error:
             return None
-        return process if same_start and _is_server(process, record) else None
 
     def _unknown(self) -> ServiceStatus:
         return ServiceStatus(self._service, "down", address_key=self._address_key)
@@ -295,8 +296,8 @@ class Supervisor:
                 f"End of its log {record.log}:\n{_tail(Path(record.log), 0)}",
                 way_out="Run ghsync down, then ghsync up.",
             )
-        if record.pid is None:
-            self._write(msgspec.structs.replace(record, pid=process.pid, created=process.create_time()))
+        if record.pid is None or record.born is None:
+            self._write(msgspec.structs.replace(record, pid=process.pid, born=_born(process)))
         return self._status(record, "up", process.pid)
 
     def _start(self, spec: ServerSpec, last: tuple[int, ...], progress: Callable[[str], None]) -> ServiceStatus:
@@ -308,8 +309,8 @@ class Supervisor:
             log_start = self._prepare(spec)
             # Written before the start too: whoever is killed in between leaves enough to find the server by.
             self._write(record)
-            process = self._spawn(spec, ports)
-            record = msgspec.structs.replace(record, pid=process.pid, created=process.create_time())
+            process, born = self._spawn(spec, ports)
+            record = msgspec.structs.replace(record, pid=process.pid, born=born)
             self._write(record)
             if self._await_ready(process, record):
                 progress(f"{self._service}: {spec.server} is up after {time.monotonic() - started:.1f} s")
@@ -332,8 +333,8 @@ class Supervisor:
             raise self._unusable_folder(error) from None
         return size
 
-    def _spawn(self, spec: ServerSpec, ports: tuple[int, ...]) -> psutil.Process:
-        """Start the server in a session of its own, so that no terminal or parent takes it along."""
+    def _spawn(self, spec: ServerSpec, ports: tuple[int, ...]) -> tuple[psutil.Process, str]:
+        """Start the server in a session of its own, which no terminal or parent takes along; tell when it began."""
         command = spec.command(*ports)
         try:
             with spec.log.open("ab") as log:
@@ -351,11 +352,11 @@ class Supervisor:
                 way_out="Make it executable, or take it off PATH.",
             ) from None
         process = psutil.Process(child.pid)
-        # Asked, and so remembered, while nothing can have reaped a server that ended at once.
-        process.create_time()
+        # Asked while nothing can have reaped a server that ended at once.
+        born = _born(process)
         # A parent that outlives the server must reap it, else it stays as a zombie.
         threading.Thread(target=child.wait, name=f"reap-{child.pid}", daemon=True).start()
-        return process
+        return process, born
 
     def _await_ready(self, process: psutil.Process, record: Record) -> bool:
         """Wait until the server serves; False once it ended or the time is over."""
@@ -371,7 +372,7 @@ class Supervisor:
         what = f"did not answer within {_READY_SECONDS} s" if _alive(process) else "ended while it started"
         if _alive(process):
             self._end(process, record)
-        self._write(msgspec.structs.replace(record, pid=None, created=None, started=False))
+        self._write(msgspec.structs.replace(record, pid=None, born=None, started=False))
         raise UnavailableError(
             f"{record.server} {what}. End of its log {record.log}:\n{_tail(Path(record.log), log_start)}",
             way_out=f"Read the log; or set {self._variable} to a server of your own.",
@@ -394,6 +395,48 @@ class Supervisor:
             f"{record.server}, process {process.pid}, can't be stopped: {reason}.",
             way_out=f"End process {process.pid} yourself.",
         )
+
+
+def server_to_use(offered: Sequence[str], data: Path, variable: str) -> str:
+    """Return which of the servers that can be run is to be: the first one that has data, else the first.
+
+    Args:
+        offered: Their names, the preferred one first.
+        data: Where each has a folder by its name.
+        variable: The setting that names a server of the user's own instead.
+
+    Raises:
+        ConfigError: Only a server that is not offered has data here.
+    """
+    found = [entry.name for entry in sorted(data.glob("[!.]*")) if entry.is_dir() and any(entry.iterdir())]
+    if having_data := [server for server in offered if server in found]:
+        return having_data[0]
+    if found:
+        raise ConfigError(
+            f"The data in {data} is of {found[0]}, which is not here any more; {offered[0]} would begin with none.",
+            way_out=f"Put {found[0]} on PATH again, set {variable}, or begin anew: ghsync down, then move {data} away.",
+        )
+    return offered[0]
+
+
+def _born(process: psutil.Process) -> str:
+    """Return what tells a process from any other of its pid: when it began, by a clock that nobody sets.
+
+    Linux counts the start of a process in ticks from boot (proc(5), field 22 of ``stat``); its time of day moves with
+    the system's clock.
+
+    Raises:
+        psutil.NoSuchProcess: It is gone.
+    """
+    if not psutil.LINUX:
+        return str(process.create_time())
+    try:
+        stat = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8", errors="replace")
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    except OSError:
+        raise psutil.NoSuchProcess(process.pid) from None
+    # The program's name stands in parentheses and may hold any character.
+    return f"{boot}/{stat.rpartition(')')[2].split()[19]}"
 
 
 def _await_end(process: psutil.Process, seconds: float) -> bool:

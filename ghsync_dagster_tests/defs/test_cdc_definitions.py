@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +13,12 @@ import pytest
 from dagster._core.run_coordinator.queued_run_coordinator import QueuedRunCoordinator
 
 from ghsync_dagster.cdc.backlog import Backlog, PartitionBacklog
+from ghsync_dagster.cdc.consume import ChangeConsumer, ConsumerReport
 from ghsync_dagster.cdc.dead_letters import DeadLetter
 from ghsync_dagster.cdc.listener import APPLIED, AppliedBatch
 from ghsync_dagster.definitions import build_defs, defs
 from ghsync_dagster.defs.cdc import metadata, sensors
+from ghsync_dagster.defs.cdc import slice as slices
 from ghsync_dagster.defs.cdc.checks import CDC_CHECKS, latency_window, measured_since
 from ghsync_dagster.defs.cdc.jobs import SYNC_JOB, SYNC_OP, cdc_sync_job
 from ghsync_dagster.defs.cdc.sensors import REPLACED_TAG, cdc_supervisor, end_slice, read_slices
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
+
+    from ghsync_dagster.cdc.listener import ChangeListener
 
 KAFKA = KafkaSettings("127.0.0.1:1", "mysql-server.new_data.Users", "ghsync-users", timeout_seconds=0.5)
 
@@ -503,6 +509,37 @@ def test_a_stream_whose_table_nobody_can_look_at_is_not_in_step(
     assert not found.passed
     assert found.description.startswith("not compared: there is no MySQL here")
     assert "MYSQL_URL" in values(found)["way_out"]
+
+
+def test_a_consumer_that_does_not_end_takes_its_process_along(
+    instance: dg.DagsterInstance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = threading.Event()
+    codes: list[int] = []
+
+    class Hung(ChangeConsumer):
+        """Hears of nothing."""
+
+        def run(self, stop: threading.Event, **_: object) -> ConsumerReport:
+            stop.set()
+            assert released.wait(30)
+            return ConsumerReport(False, 0, 0, {}, {}, {})
+
+    class Changes(Parts):
+        """Consumes by that."""
+
+        def consumer(self, listener: ChangeListener) -> ChangeConsumer:
+            return Hung(self.kafka(), self.open_store, listener=listener)
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        released.set()
+
+    monkeypatch.setattr(slices, "_END_SECONDS", 0.2)
+    monkeypatch.setattr(os, "_exit", leave)
+    job = build_defs({"changes": Changes(home=str(tmp_path))}).resolve_job_def("cdc_sync_job")
+    job.execute_in_process(instance=instance, raise_on_error=False)
+    assert codes == [70]
 
 
 @pytest.mark.usefixtures("nowhere")

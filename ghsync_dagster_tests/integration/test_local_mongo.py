@@ -20,6 +20,7 @@ from pymongo import MongoClient
 
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
 from ghsync_dagster.local import mongo, stack
+from ghsync_dagster.local.supervisor import _born
 from ghsync_dagster.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def test_a_state_file_whose_pid_now_belongs_to_another_process(settings: Setting
     first = start(settings)
     kill(first)
     own = psutil.Process()
-    content = state(settings) | {"pid": own.pid, "created": own.create_time()}
+    content = state(settings) | {"pid": own.pid, "born": _born(own)}
     state_file(settings).write_text(json.dumps(content))
     assert stack.status(settings)["mongo"].state == "failed"
     assert stack.down(settings, progress=print)["mongo"].state == "down"
@@ -159,10 +160,43 @@ def test_a_state_file_whose_pid_now_belongs_to_another_process(settings: Setting
 def test_the_same_command_line_started_at_another_time_is_not_ours(settings: Settings) -> None:
     status = start(settings)
     content = state(settings)
-    state_file(settings).write_text(json.dumps(content | {"created": content["created"] - 60}))
+    state_file(settings).write_text(json.dumps(content | {"born": f"{content['born']}0"}))
     assert stack.status(settings)["mongo"].state == "failed"
     state_file(settings).write_text(json.dumps(content))
     assert stack.status(settings)["mongo"] == status
+
+
+def test_a_clock_that_is_set_makes_no_stranger_of_a_server(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    status = start(settings)
+    told = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: told(process) + 3_600)
+    assert stack.status(settings)["mongo"] == status
+    stack.down(settings, progress=print)
+    assert servers_of(settings) == []
+
+
+def test_a_copied_home_has_no_hold_on_the_servers_of_the_original(settings: Settings, tmp_path: Path) -> None:
+    status = start(settings)
+    insert(status, 1)
+    copied = load_settings(GHSYNC_HOME=tmp_path / "copy")
+    shutil.copytree(settings.home_dir, copied.home_dir)
+    assert stack.status(copied)["mongo"].state == "down"
+    stack.down(copied, progress=print)
+    assert stack.status(settings)["mongo"] == status
+    assert stored(status) == [1]
+
+
+def test_data_is_served_by_the_program_that_made_it(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    insert(start(settings), 1)
+    stack.down(settings, progress=print)
+    mongod = tmp_path / "mongod"
+    mongod.write_text("#!/bin/sh\nexit 1\n")
+    mongod.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    again = start(settings)
+    assert (again.server, stored(again)) == ("secantusdb", [1])
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"pid": 1}', b"\x00\xff"])
@@ -175,7 +209,7 @@ def test_a_broken_state_file_is_no_obstacle(settings: Settings, content: bytes) 
 
 def test_a_server_whose_starter_was_killed_before_it_noted_the_pid_is_found(settings: Settings) -> None:
     first = start(settings)
-    content = state(settings) | {"pid": None, "created": None}
+    content = state(settings) | {"pid": None, "born": None}
     state_file(settings).write_text(json.dumps(content))
     assert start(settings) == first
     assert state(settings)["pid"] == first.pid
@@ -201,8 +235,7 @@ def test_somebody_elses_server_on_the_port_is_neither_taken_nor_killed(settings:
         insert(other, 99)
         settings.home_dir.joinpath("mongo").mkdir(parents=True)
         data = settings.home_dir / "mongo" / "data" / "secantusdb"
-        created = psutil.Process(other.pid).create_time()
-        claim = state(other_settings) | {"data": str(data), "pid": other.pid, "created": created}
+        claim = state(other_settings) | {"data": str(data)}
         state_file(settings).write_text(json.dumps(claim))
         ours = start(settings)
         assert (ours.pid == other.pid, port_of(ours) == port_of(other)) == (False, False)

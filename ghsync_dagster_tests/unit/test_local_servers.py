@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from ghsync_dagster.domain.errors import ConfigError
+from ghsync_dagster.domain.errors import ConfigError, UnavailableError
 from ghsync_dagster.local import connect, kafka, mysql, stack
-from ghsync_dagster.local.supervisor import ServiceStatus, _free_ports
+from ghsync_dagster.local.supervisor import ServiceStatus, _free_ports, server_to_use
 from ghsync_dagster.settings import load_settings
+from ghsync_dagster.wiring import existing_kafka, open_mysql
 
 
 def test_a_free_port_is_taken_in_the_order_last_default_any() -> None:
@@ -136,3 +137,39 @@ def test_the_reason_of_a_failure_is_its_first_line_and_its_innermost_cause() -> 
     assert connect._reason(trace) == "a.B: stopped; e.F: timed out"
     assert connect._reason("c.D: at mysql://u:s3cret@h\n") == "c.D: at mysql://***@h"
     assert connect._reason("") == "no reason is given"
+
+
+def test_data_decides_which_server_is_run_and_is_never_left_for_an_empty_one(tmp_path: Path) -> None:
+    assert server_to_use(["mongod", "embedded"], tmp_path / "data", "MONGODB_URI") == "mongod"
+    for name in (".making-it", "mongod", "embedded"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    assert server_to_use(["mongod", "embedded"], tmp_path / "data", "MONGODB_URI") == "mongod"
+    (tmp_path / "data" / "embedded" / "users").touch()
+    (tmp_path / "data" / ".making-it" / "users").touch()
+    assert server_to_use(["mongod", "embedded"], tmp_path / "data", "MONGODB_URI") == "embedded"
+    with pytest.raises(ConfigError, match=r"is of embedded, which is not here any more.*MONGODB_URI.*move"):
+        server_to_use(["mongod"], tmp_path / "data", "MONGODB_URI")
+    (tmp_path / "data" / "mongod" / "users").touch()
+    assert server_to_use(["mongod", "embedded"], tmp_path / "data", "MONGODB_URI") == "mongod"
+
+
+def test_who_needs_servers_that_are_there_starts_none_that_goes_just_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = load_settings(GHSYNC_HOME=tmp_path)
+    for module, address in ((kafka, "127.0.0.1:9"), (mysql, "mysql://u:p@127.0.0.1:9/new_data")):
+        up = ServiceStatus(module.SERVICE, "up", 1, address, login=address)
+        monkeypatch.setattr(module, "status", lambda _, up=up: up)
+    assert existing_kafka(settings).bootstrap_servers == "127.0.0.1:9"
+    with open_mysql(settings) as table, pytest.raises(UnavailableError, match=r"127\.0\.0\.1"):
+        table.execute([("SELECT 1", ())])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_connector_elsewhere_that_failed_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load_settings(GHSYNC_HOME=tmp_path, CONNECT_URL="http://127.0.0.1:9")
+    more = {"connector": "FAILED", "connector_error": "Access denied"}
+    found = ServiceStatus(connect.SERVICE, "up", uri="http://127.0.0.1:9", server="external", more=more)
+    monkeypatch.setattr(connect, "_external", lambda _: found)
+    with pytest.raises(UnavailableError, match=r"does not run: Access denied.*restart"):
+        stack.up(settings, ["connect"], progress=print)

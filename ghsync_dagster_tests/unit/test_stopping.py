@@ -7,9 +7,7 @@ import threading
 
 import pytest
 
-from ghsync_dagster.stopping import stop_on_signals
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from ghsync_dagster.stopping import SIGNALS, stop_on_signals, uninterrupted
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -56,3 +54,27 @@ def test_in_another_thread_nothing_is_changed() -> None:
     thread.start()
     thread.join(10)
     assert seen == before
+
+
+def test_a_closed_terminal_that_is_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signals(threading.Event()) as came:
+            signal.raise_signal(signal.SIGHUP)
+        assert came == []
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_is_not_to_be_interrupted_is_done_before_the_signal_acts() -> None:
+    done: list[str] = []
+
+    def work() -> None:
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            done.append("work")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert done == ["work"]

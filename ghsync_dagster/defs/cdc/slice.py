@@ -6,6 +6,7 @@ are consumed (``cdc.consume``), and when a run starts (``defs.cdc.supervisor``).
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -34,6 +35,9 @@ USERS_CHANGES: Final = "users_changes"
 _SILENT_SECONDS: Final = 60.0
 """How long the consumer may say nothing of itself before its run is no longer observed: one look at its servers may
 wait 10 s for each of some answers."""
+_END_SECONDS: Final = 120.0
+"""How long the consumer may take to end: it waits for answers of the store and the brokers, each for a limited time."""
+_CRASHED: Final = 70
 _TOLD_TO_END: Final = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED, dg.DagsterRunStatus.FAILURE)
 
 log = get_logger("slice")
@@ -95,7 +99,7 @@ def consume(
         finally:
             told = stop.is_set()
             stop.set()
-            wait([future])
+            _await_end(future)
             observer.observe()
     report = future.result()
     if told and _told_to_end(context):
@@ -103,6 +107,13 @@ def consume(
     if told:
         context.log.info("stopped by a signal; the batch at work was finished and committed")
     return report
+
+
+def _await_end(future: Future[ConsumerReport]) -> None:
+    """Wait until the consumer has ended; one that does not takes its process along, or it would live for ever."""
+    if not wait([future], timeout=_END_SECONDS).done:
+        log.error("the consumer does not end: its process is ended", seconds=_END_SECONDS)
+        os._exit(_CRASHED)
 
 
 class _Observer:
@@ -125,15 +136,15 @@ class _Observer:
         self._endpoint.close()
 
     def watch(self, future: Future[ConsumerReport], stop: threading.Event) -> None:
-        """Observe until the consumer has ended; stop it where Dagster holds the run for ended."""
+        """Observe until the consumer has ended or was told to; tell it to where Dagster holds the run for ended."""
         self.observe()
-        while not wait([future], timeout=self._settings.cdc_report_seconds).done:
+        while not stop.is_set() and not wait([future], timeout=self._settings.cdc_report_seconds).done:
             self._endpoint.open()
             if self._heartbeat.silence < _SILENT_SECONDS:
                 self.observe()
             else:
                 log.warning("the consumer says nothing", seconds=round(self._heartbeat.silence, 1))
-            if not stop.is_set() and _told_to_end(self._context):
+            if _told_to_end(self._context):
                 stop.set()
 
     def observe(self) -> None:
