@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -128,7 +128,9 @@ def rehearse(
 
 
 def _say(line: str) -> None:
-    typer.echo(line, err=True)
+    # Who tells what goes on must not fail because the terminal is closed.
+    with suppress(OSError):
+        typer.echo(line, err=True)
 
 
 def _rehearsed(found: Rehearsal) -> dict[str, str]:

@@ -118,6 +118,7 @@ class Record(msgspec.Struct, frozen=True):
         born: When that process began, see ``_born``: tells it from a later one of the same pid.
         started: Whether a start was begun that no stop has ended.
         other_ports: Where it listens besides.
+        folder: Names the folder that this was written in, see ``_named``; None where it is not told.
     """
 
     server: str
@@ -128,6 +129,7 @@ class Record(msgspec.Struct, frozen=True):
     born: str | None = None
     started: bool = False
     other_ports: tuple[int, ...] = ()
+    folder: str | None = None
 
 
 class Supervisor:
@@ -244,15 +246,13 @@ class Supervisor:
             record = msgspec.json.decode(self._state_file.read_bytes(), type=Record)
         except (OSError, msgspec.MsgspecError):
             return None
-        data = Path(record.data).resolve()
-        # In a copied folder the record is of the original's server; where that is gone, the folder was moved.
-        is_copy = data.exists() and not data.is_relative_to(self._folder.resolve())
-        return None if is_copy else record
+        # In a copied folder the record is of the original's server.
+        return record if record.folder in (None, _named(self._folder)) else None
 
     def _write(self, record: Record) -> None:
         part = self._state_file.with_suffix(".part")
         try:
-            part.write_bytes(msgspec.json.encode(record))
+            part.write_bytes(msgspec.json.encode(msgspec.structs.replace(record, folder=_named(self._folder))))
             part.replace(self._state_file)
         except OSError as error:
             raise self._unusable_folder(error) from None
@@ -408,7 +408,7 @@ def server_to_use(offered: Sequence[str], data: Path, variable: str) -> str:
     Raises:
         ConfigError: Only a server that is not offered has data here.
     """
-    found = [entry.name for entry in sorted(data.glob("[!.]*")) if entry.is_dir() and any(entry.iterdir())]
+    found = [entry.name for entry in sorted(data.glob("[!.]*")) if _holds_something(entry)]
     if having_data := [server for server in offered if server in found]:
         return having_data[0]
     if found:
@@ -417,6 +417,20 @@ def server_to_use(offered: Sequence[str], data: Path, variable: str) -> str:
             way_out=f"Put {found[0]} on PATH again, set {variable}, or begin anew: ghsync down, then move {data} away.",
         )
     return offered[0]
+
+
+def _holds_something(folder: Path) -> bool:
+    try:
+        return any(folder.iterdir())
+    except OSError:
+        # No folder, or not ours, such as a file system's own.
+        return False
+
+
+def _named(folder: Path) -> str:
+    """Return what names a folder by whatever path it is reached, also after it was moved."""
+    stat = folder.stat()
+    return f"{stat.st_dev}:{stat.st_ino}"
 
 
 def _born(process: psutil.Process) -> str:

@@ -91,7 +91,7 @@ class Note(NamedTuple):
     """
 
     offset: int
-    asking: str
+    asking: str | None
 
 
 class Truncated(NamedTuple):
@@ -197,11 +197,12 @@ class StreamStore:
         """Return where partitions are to go back to, by name."""
         with _limited("Reading what is asked again", _ASIDE_SECONDS):
             found = self._again.find({"_id": {"$in": list(names)}})
-            return {asked["_id"]: Note(asked["offset"], asked.get("asking", "")) for asked in found}
+            return {asked["_id"]: Note(asked["offset"], asked.get("asking")) for asked in found}
 
     def went_back(self, name: str, note: Note) -> None:
         """Forget that a partition is to go back, unless somebody asked for it again meanwhile."""
         with _limited("Forgetting what was asked again", _ASIDE_SECONDS):
+            # None stands for a note that does not tell.
             self._again.delete_one({"_id": name, "offset": note.offset, "asking": note.asking})
 
     def keep_truncate(self, name: str, truncated: Truncated) -> None:

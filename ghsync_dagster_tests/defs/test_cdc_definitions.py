@@ -535,7 +535,7 @@ def test_a_consumer_that_does_not_end_takes_its_process_along(
         codes.append(code)
         released.set()
 
-    monkeypatch.setattr(slices, "_END_SECONDS", 0.2)
+    monkeypatch.setattr(slices, "_END_SECONDS", -9.8)
     monkeypatch.setattr(os, "_exit", leave)
     job = build_defs({"changes": Changes(home=str(tmp_path))}).resolve_job_def("cdc_sync_job")
     job.execute_in_process(instance=instance, raise_on_error=False)

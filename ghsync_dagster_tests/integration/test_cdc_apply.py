@@ -224,6 +224,10 @@ def test_a_note_is_forgotten_only_by_who_heeded_the_newest_asking(users: UserSto
     assert again.offset == 100, "the earliest counts"
     stream.went_back("g/0", again)
     assert stream.asked_again(["g/0"]) == {}
+    # One that does not tell who asked.
+    users.database["_ghsync_again"].insert_one({"_id": "g/0", "offset": 7})
+    stream.went_back("g/0", stream.asked_again(["g/0"])["g/0"])
+    assert stream.asked_again(["g/0"]) == {}
 
 
 def test_sleep_counts_in_the_time_that_the_group_s_answer_is_good_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,6 +186,21 @@ def test_a_copied_home_has_no_hold_on_the_servers_of_the_original(settings: Sett
     assert stored(status) == [1]
 
 
+def test_a_home_that_is_reached_by_another_path_or_keeps_data_elsewhere_is_the_same(
+    settings: Settings, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "another disk"
+    elsewhere.mkdir()
+    (settings.home_dir / "mongo").mkdir(parents=True)
+    (settings.home_dir / "mongo" / "data").symlink_to(elsewhere)
+    status = start(settings)
+    (tmp_path / "link").symlink_to(settings.home_dir)
+    linked = load_settings(GHSYNC_HOME=tmp_path / "link")
+    assert stack.status(linked)["mongo"] == stack.status(settings)["mongo"] == status
+    stack.down(linked, progress=print)
+    assert not alive(status.pid)
+
+
 def test_data_is_served_by_the_program_that_made_it(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,7 +250,7 @@ def test_somebody_elses_server_on_the_port_is_neither_taken_nor_killed(settings:
         insert(other, 99)
         settings.home_dir.joinpath("mongo").mkdir(parents=True)
         data = settings.home_dir / "mongo" / "data" / "secantusdb"
-        claim = state(other_settings) | {"data": str(data)}
+        claim = state(other_settings) | {"data": str(data), "folder": None}
         state_file(settings).write_text(json.dumps(claim))
         ours = start(settings)
         assert (ours.pid == other.pid, port_of(ours) == port_of(other)) == (False, False)

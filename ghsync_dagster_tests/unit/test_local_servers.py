@@ -146,6 +146,7 @@ def test_data_decides_which_server_is_run_and_is_never_left_for_an_empty_one(tmp
     assert server_to_use(["mongod", "embedded"], tmp_path / "data", "MONGODB_URI") == "mongod"
     (tmp_path / "data" / "embedded" / "users").touch()
     (tmp_path / "data" / ".making-it" / "users").touch()
+    (tmp_path / "data" / "README").touch()
     assert server_to_use(["mongod", "embedded"], tmp_path / "data", "MONGODB_URI") == "embedded"
     with pytest.raises(ConfigError, match=r"is of embedded, which is not here any more.*MONGODB_URI.*move"):
         server_to_use(["mongod"], tmp_path / "data", "MONGODB_URI")

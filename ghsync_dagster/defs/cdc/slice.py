@@ -36,7 +36,8 @@ _SILENT_SECONDS: Final = 60.0
 """How long the consumer may say nothing of itself before its run is no longer observed: one look at its servers may
 wait 10 s for each of some answers."""
 _END_SECONDS: Final = 120.0
-"""How long the consumer may take to end: it waits for answers of the store and the brokers, each for a limited time."""
+"""How long the consumer may take to end, besides its session time-out, which a command at work may use up: it waits for
+answers of the store and the brokers, each for a limited time."""
 _CRASHED: Final = 70
 _TOLD_TO_END: Final = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED, dg.DagsterRunStatus.FAILURE)
 
@@ -99,7 +100,7 @@ def consume(
         finally:
             told = stop.is_set()
             stop.set()
-            _await_end(future)
+            _await_end(future, _END_SECONDS + changes.settings().cdc_session_timeout_seconds)
             observer.observe()
     report = future.result()
     if told and _told_to_end(context):
@@ -109,10 +110,10 @@ def consume(
     return report
 
 
-def _await_end(future: Future[ConsumerReport]) -> None:
+def _await_end(future: Future[ConsumerReport], seconds: float) -> None:
     """Wait until the consumer has ended; one that does not takes its process along, or it would live for ever."""
-    if not wait([future], timeout=_END_SECONDS).done:
-        log.error("the consumer does not end: its process is ended", seconds=_END_SECONDS)
+    if not wait([future], timeout=seconds).done:
+        log.error("the consumer does not end: its process is ended", seconds=seconds)
         os._exit(_CRASHED)
 
 
