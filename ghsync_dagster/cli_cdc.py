@@ -117,7 +117,7 @@ def rehearse(
     settings = load_settings()
     configure_logging(settings)
     events = settings.events_path if load else None
-    found = run_rehearsal(settings, rate=rate, seconds=seconds, load=events, tell=_say)
+    found = run_rehearsal(settings, rate=rate, seconds=seconds, load=events, tell=say)
     if as_json:
         _print_json({**asdict(found), "ok": found.ok})
     else:
@@ -127,7 +127,8 @@ def rehearse(
         raise typer.Exit(1)
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Print a line of progress for a person."""
     # Who tells what goes on must not fail because the terminal is closed.
     with suppress(OSError):
         typer.echo(line, err=True)
