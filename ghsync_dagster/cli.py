@@ -242,7 +242,7 @@ def up(services: Services = None, as_json: AsJson = False) -> None:
     """Start the local servers, for development; those that are up stay as they are."""
     from ghsync_dagster.local import stack
 
-    servers = stack.up(_settings(), **_named(services), progress=_say)
+    servers = stack.up(_settings(), **_named(services), progress=cli_cdc.say)
     _show_servers(servers, as_json=as_json)
     if any(server.state != "up" for server in servers.values()):
         raise typer.Exit(TRANSIENT)
@@ -253,7 +253,7 @@ def down(services: Services = None) -> None:
     """Stop the local servers; their data stays."""
     from ghsync_dagster.local import stack
 
-    _show_servers(stack.down(_settings(), **_named(services), progress=_say), as_json=False)
+    _show_servers(stack.down(_settings(), **_named(services), progress=cli_cdc.say), as_json=False)
 
 
 @app.command()
@@ -266,10 +266,6 @@ def status(as_json: AsJson = False) -> None:
 
 def _named(services: Sequence[str] | None) -> dict[str, Any]:
     return {"services": tuple(services)} if services else {}
-
-
-def _say(line: str) -> None:
-    typer.echo(line, err=True)
 
 
 def _show_servers(servers: Any, *, as_json: bool) -> None:  # noqa: ANN401
