@@ -103,7 +103,7 @@ class AuditResult:
         rows: Rows of MySQL that were compared.
         documents: Documents of MongoDB that were looked at.
         missing: Users with a row and no document.
-        extra: Documents with no row that no file brought.
+        extra: Documents with no row that no file brought, and further documents of one user.
         different: Users whose document has other fields than their row.
         from_files: Documents with no row that a file brought; no difference.
         offenders: Up to 20 of the differences.
@@ -268,15 +268,26 @@ class _Audit:
         """Look up every document's row; note what has none and is not known to be a file's."""
         from ghsync_dagster.stores.mongo import chunks
 
+        once: set[str] | None = None if self._mongo.has_unique_index() else set()
         for part in chunks(self._stored_keys()):
             self._documents += len(part)
             keys = {key for key in part if isinstance(key, str)}
+            if once is not None:
+                self._sort_out_repeated([key for key in part if isinstance(key, str)], once)
             for odd in (key for key in part if not isinstance(key, str)):
                 self._count(Verdict.EXTRA, Offender(f"{odd!r} ({type(odd).__name__})"[:_SHOWN], Verdict.EXTRA.value))
             self._sort_out(keys - self._mysql.ids_among(keys))
             if len(self._suspects) >= _SUSPECTS:
                 self._settle()
         self._settle()
+
+    def _sort_out_repeated(self, keys: Sequence[str], once: set[str]) -> None:
+        """Count documents whose user has another one, which only the unique index rules out."""
+        for key in keys:
+            # One that was met again may have been deleted and inserted meanwhile.
+            if key in once and self._mongo.count_of(key) > 1:
+                self._count(Verdict.EXTRA, Offender(key, Verdict.EXTRA.value))
+            once.add(key)
 
     def _stored_keys(self) -> Iterator[object]:
         from ghsync_dagster.stores.mongo import CHUNK, mongo_errors

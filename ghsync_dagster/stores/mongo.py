@@ -286,6 +286,11 @@ class UserStore:
         with mongo_errors("Reading users"):
             return {found["user_id"]: found for found in self.users.find({"user_id": {"$in": list(keys)}}, {"_id": 0})}
 
+    def count_of(self, key: str) -> int:
+        """Return how many documents one user has."""
+        with mongo_errors("Counting a user's documents"):
+            return self.users.count_documents({"user_id": key})
+
     def versions_by_id(self, keys: Sequence[str]) -> dict[str, StoredVersion]:
         """Return the version entries of ``keys``."""
         with mongo_errors("Reading versions"):

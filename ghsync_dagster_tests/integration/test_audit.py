@@ -182,6 +182,14 @@ def test_counts_are_exact_beyond_the_bounded_number_of_suspects(
     assert found.reread == 5_000
 
 
+def test_a_second_document_of_a_user_is_extra(mysql: MySqlStore, store: UserStore) -> None:
+    put_rows(mysql, [user(1), user(2)])
+    put_documents(store, [user(1, login="old"), user(2), user(1)])
+    found = audit(mysql, store, patience=NO_PATIENCE)
+    assert (found.documents, found.missing, found.extra, found.different) == (3, 0, 1, 0)
+    assert found.offenders == (Offender("1", "extra"),)
+
+
 def test_keys_that_are_no_text_or_no_number_are_extra(mysql: MySqlStore, store: UserStore) -> None:
     put_rows(mysql, [user(1)])
     put_documents(store, [user(1), {**user(0), "user_id": "007"}, {**user(0), "user_id": "octo"}])
