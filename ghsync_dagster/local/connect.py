@@ -393,17 +393,29 @@ def _ensure_connector(
         gone |= followers()
         _ask(client, "PUT", f"/connectors/{CONNECTOR}/config", config)
     elif state == _FAILED:
-        progress(f"{SERVICE}: restarting the connector {CONNECTOR}, which failed")
         gone |= followers()
-        _ask(client, "POST", f"/connectors/{CONNECTOR}/restart?includeTasks=true&onlyFailed=true")
+        _restart(client, progress)
     if state in _HALTED:
         progress(f"{SERVICE}: resuming the connector {CONNECTOR}, which was {state.lower()}")
         gone |= followers()
         _ask(client, "PUT", f"/connectors/{CONNECTOR}/resume")
-    running = _await_running(client, lambda: bool(followers() - gone))
+    try:
+        running = _await_running(client, lambda: bool(followers() - gone))
+    except UnavailableError:
+        # Debezium's task may fail once as it starts right after another one has stopped.
+        if state == _FAILED or _state(client).state != _FAILED:
+            raise
+        gone |= followers()
+        _restart(client, progress)
+        running = _await_running(client, lambda: bool(followers() - gone))
     if gone or state != _RUNNING:
         progress(f"{SERVICE}: the connector {CONNECTOR} runs")
     return running
+
+
+def _restart(client: httpx.Client, progress: Callable[[str], None]) -> None:
+    progress(f"{SERVICE}: restarting the connector {CONNECTOR}, which failed")
+    _ask(client, "POST", f"/connectors/{CONNECTOR}/restart?includeTasks=true&onlyFailed=true")
 
 
 def _await_running(client: httpx.Client, follows: Callable[[], bool]) -> ConnectorState:

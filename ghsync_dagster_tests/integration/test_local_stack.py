@@ -214,13 +214,14 @@ def test_a_connector_that_was_changed_or_halted_is_put_right(
 
 
 def test_a_new_snapshot_as_the_operations_manual_has_it_brings_every_row_again(
-    up: dict[str, stack.ServiceStatus],
+    settings: Settings, up: dict[str, stack.ServiceStatus]
 ) -> None:
     before = [insert(up), insert(up)]
     arrived(up, *before)
     with httpx.Client(base_url=str(up["connect"].uri), timeout=30) as client:
         for method, what in (("PUT", "stop"), ("DELETE", "offsets"), ("PUT", "resume")):
             client.request(method, f"/connectors/ghsync-users/{what}").raise_for_status()
+    assert stack.up(settings, ["connect"], progress=print)["connect"].more["connector"] == "RUNNING"
     after = insert(up)
     deadline = time.monotonic() + 60
     while [event["op"] for event in arrived(up, *before, after)].count("r") < len(before):
