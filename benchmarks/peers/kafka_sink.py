@@ -140,6 +140,8 @@ def connector(topic: str, *, schemas: bool) -> dict[str, str]:
         "consumer.override.isolation.level": "read_committed",
         "consumer.override.auto.offset.reset": "earliest",
         "consumer.override.max.poll.records": str(POLL_RECORDS),
+        # With Kafka's default of 1 MiB a poll of one partition gets fewer records than that.
+        "consumer.override.max.partition.fetch.bytes": str(16 * 1024 * 1024),
     }
 
 
