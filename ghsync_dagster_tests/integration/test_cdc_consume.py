@@ -373,13 +373,19 @@ def test_a_fault_while_a_truncate_is_put_in_order_loses_nothing(
     assert (topic.committed(0), topic.committed(1)) == (3, 2)
 
 
-def test_a_drain_that_is_stopped_while_a_truncate_waits_has_not_reached_the_end(
-    make_topic: Callable[..., Topic], parts: Parts, store: UserStore
-) -> None:
+def with_a_truncate_that_waits(make_topic: Callable[..., Topic]) -> Topic:
+    """Make a topic with a truncate from behind which the other partition has no change yet."""
     topic = make_topic(partitions=2)
     topic.upsert(1, partition=0, pos=10)
     topic.upsert(2, partition=1, pos=20)
     topic.write(None, "t", partition=0, pos=100)
+    return topic
+
+
+def test_a_drain_that_is_stopped_while_a_truncate_waits_has_not_reached_the_end(
+    make_topic: Callable[..., Topic], parts: Parts, store: UserStore
+) -> None:
+    topic = with_a_truncate_that_waits(make_topic)
     topic.upsert(3, partition=0, pos=110)
     topic.flush()
     report = parts.consumer(topic).run(threading.Event(), until_end=True, seconds=6)
@@ -463,10 +469,7 @@ def test_two_truncates_in_two_partitions_are_put_in_order(
 def test_a_truncate_whose_order_is_not_sure_is_refused_with_its_place(
     make_topic: Callable[..., Topic], parts: Parts, store: UserStore
 ) -> None:
-    topic = make_topic(partitions=2)
-    topic.upsert(1, partition=0, pos=10)
-    topic.upsert(2, partition=1, pos=20)
-    topic.write(None, "t", partition=0, pos=100)
+    topic = with_a_truncate_that_waits(make_topic)
     topic.flush()
     with pytest.raises(PermanentError, match=r"partition 0 offset 1 .* partition 1 holds no change from behind it"):
         parts.consumer(topic, truncate_wait_seconds=1).run(threading.Event(), seconds=30)
