@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from ghsync_dagster.batch.checks import Finding
 
-GATE_FAILED, PERMANENT, TRANSIENT, CRASHED = 1, 2, 3, 70
+GATE_FAILED, PERMANENT, TRANSIENT = 1, 2, 3
 _PLAIN_WIDTH = 160
 
 
@@ -76,7 +76,7 @@ def main() -> None:
         app()
     except Exception:  # noqa: BLE001  a fault of ghsync itself must not end as 1, which says that a gate failed
         sys.stderr.write(redact(traceback.format_exc()))
-        sys.exit(CRASHED)
+        sys.exit(os.EX_SOFTWARE)
 
 
 def _terminate(number: int, _frame: object) -> NoReturn:

@@ -38,7 +38,6 @@ wait 10 s for each of some answers."""
 _END_SECONDS: Final = 120.0
 """How long the consumer may take to end, besides its session time-out, which a command at work may use up: it waits for
 answers of the store and the brokers, each for a limited time."""
-_CRASHED: Final = 70
 _TOLD_TO_END: Final = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED, dg.DagsterRunStatus.FAILURE)
 
 log = get_logger("slice")
@@ -114,7 +113,7 @@ def _await_end(future: Future[ConsumerReport], seconds: float) -> None:
     """Wait until the consumer has ended; one that does not takes its process along, or it would live for ever."""
     if not wait([future], timeout=seconds).done:
         log.error("the consumer does not end: its process is ended", seconds=seconds)
-        os._exit(_CRASHED)
+        os._exit(os.EX_SOFTWARE)
 
 
 class _Observer:
