@@ -448,7 +448,8 @@ class _Run:
             except GhsyncError as error:
                 log.warning("a batch is written, but can't be committed", reason=error.message)
         finished = in_time and not self._is_writing
-        self._writer.take_written()
+        if (written := self._written or self._writer.take_written()) is not None:
+            self._writer.give_up(written)
         self._written = None
         return finished
 
@@ -507,7 +508,8 @@ class _Run:
         }
         if met:
             self._consumer.commit(met)
-        return all((met.get(partition) or committed[partition] or 0) >= end for partition, end in ends.items())
+        places = {partition: met.get(partition) or committed[partition] or 0 for partition in ends}
+        return all(places[p] >= end for p, end in ends.items()) and not self._writer.is_to_go_back(places)
 
     @property
     def _is_busy(self) -> bool:

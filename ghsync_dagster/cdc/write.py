@@ -38,9 +38,9 @@ from ghsync_dagster.cdc.listener import (
 )
 from ghsync_dagster.domain.change import Change, Op, broken_rule_names
 from ghsync_dagster.domain.coalesce import Segment
-from ghsync_dagster.domain.errors import TransientError, UnavailableError
+from ghsync_dagster.domain.errors import GhsyncError, TransientError, UnavailableError
 from ghsync_dagster.observability.logging import get_logger
-from ghsync_dagster.stores.retry import waits
+from ghsync_dagster.stores.retry import retrying, waits
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -55,6 +55,8 @@ _UNDECODABLE: Final = "undecodable"
 """What stands for ``Change.what`` in the counts of records that can't be decoded."""
 _NOTE_SECONDS: Final = 1.0
 """How often to look for notes to go back."""
+_LAST_ATTEMPTS: Final = 7
+"""Tries to leave notes at the end, which take up to a minute."""
 _LEAST_SECONDS: Final = 1.0
 """The least time that a command is given."""
 _TELLING: Final = 200
@@ -234,12 +236,28 @@ class Writer:
         if last is not None and last.partition != partition and offset < last.stops.get(partition, 0):
             self._store.ask_again({self._note(last.partition): last.offset})
 
+    def is_to_go_back(self, places: Mapping[int, int]) -> bool:
+        """Whether partitions, each applied up to a place, are to be applied again from before it.
+
+        Raises:
+            UnavailableError: The store is away.
+        """
+        notes = self._store.asked_again([self._note(partition) for partition in places])
+        left = {partition: notes[name].offset for partition in places if (name := self._note(partition)) in notes}
+        with self._changed:
+            left |= self._to_ask
+        return any(offset < places.get(partition, 0) for partition, offset in left.items())
+
+    def give_up(self, written: Written) -> None:
+        """Forget a batch that is written and can't be committed."""
+        self._given_up(written.batch, unsure=written.unsure)
+
     def stop_batch(self) -> None:
         """Have the batch at work end before its next command."""
         self._stopped.set()
 
     def close(self) -> None:
-        """End the thread, before the next command of the batch at work."""
+        """End the thread, before the next command of the batch at work and with every note left, or ``failure`` set."""
         with self._changed:
             self._closing = True
             self._stopped.set()
@@ -260,10 +278,13 @@ class Writer:
                     self._look_at_notes()
                 if batch is not None:
                     written = self._work(batch)
-            except _StoppedError:
-                self._give_up(batch)
+                elif closing:
+                    retrying("Noting what is to be applied again", self._leave_notes, attempts=_LAST_ATTEMPTS)
             except BaseException as error:  # noqa: BLE001  the thread that takes records raises it
-                self.failure = error
+                if not isinstance(error, _StoppedError):
+                    self.failure = self.failure or error
+                if batch is not None:
+                    self._given_up(batch, unsure=self._store.unsure)
             if batch is None and closing:
                 return
             if batch is not None:
@@ -272,12 +293,42 @@ class Writer:
                     self.trouble = None
                     self._changed.notify_all()
 
-    def _give_up(self, batch: Batch | None) -> None:
-        begins = {} if batch is None else batch.begins
-        log.info("a batch was given up", begins=begins, unsure=self._store.unsure)
-        if self._store.unsure:
-            for partition, offset in begins.items():
-                self._to_ask[partition] = min(offset, self._to_ask.get(partition, offset))
+    def _given_up(self, batch: Batch, *, unsure: bool) -> None:
+        """Have what was not committed applied again, where a command of it may come late."""
+        begins = batch.begins
+        log.info("a batch was given up", begins=begins, unsure=unsure)
+        if unsure:
+            with self._changed:
+                self._to_ask = {p: min(begins.get(p, at), at) for p, at in {**begins, **self._to_ask}.items()}
+            try:
+                # Before the partitions are another's.
+                self._leave_notes()
+            except GhsyncError as error:
+                log.warning("a note is to be left, which is tried on", offsets=begins, reason=error.message)
+
+    def _leave_notes(self) -> None:
+        """Leave the notes that are to be left.
+
+        Raises:
+            UnavailableError: The store is away.
+            RefusedError: The store refuses.
+        """
+        with self._changed:
+            asked = dict(self._to_ask)
+        if not asked:
+            return
+        try:
+            self._store.ask_again({self._note(partition): offset for partition, offset in asked.items()})
+        except GhsyncError as error:
+            places = ", ".join(f"partition {partition} from offset {offset}" for partition, offset in asked.items())
+            raise type(error)(
+                f"{self._name}: {places} is to be applied again, since a command to the store may have come late, and "
+                f"this can't be noted: {error.message}",
+                way_out="Set the group back to these offsets before another consumer runs; see docs/operations.md.",
+            ) from error
+        log.warning("changes are to be applied again, as a command may have come late", offsets=asked)
+        with self._changed:
+            self._to_ask = {p: offset for p, offset in self._to_ask.items() if asked.get(p) != offset}
 
     def _look_at_notes(self) -> None:
         """Leave notes, forget those that were heeded, and look for new ones."""
@@ -286,10 +337,7 @@ class Writer:
             heeded, self._went_back = self._went_back, {}
             partitions = self._partitions
         try:
-            if self._to_ask:
-                self._store.ask_again({self._note(partition): offset for partition, offset in self._to_ask.items()})
-                log.warning("changes are to be applied again, as a command may have come late", offsets=self._to_ask)
-                self._to_ask = {}
+            self._leave_notes()
             for partition, note in heeded.items():
                 self._store.went_back(self._note(partition), note)
             if partitions and not self._closing:
@@ -297,12 +345,9 @@ class Writer:
                 found = {p: asked[self._note(p)] for p in partitions if self._note(p) in asked}
                 with self._changed:
                     self._asked_again = {p: note for p, note in found.items() if self._went_back.get(p) != note}
-        except TransientError as error:
+        except TransientError:
             with self._changed:
                 self._went_back = heeded | self._went_back
-            if self._to_ask and self._closing:
-                lost = dict(self._to_ask)
-                log.warning("could not note that changes are to be applied again", offsets=lost, reason=error.message)
 
     def _note(self, partition: int) -> str:
         return f"{self._name}/{partition}"
@@ -327,6 +372,7 @@ class Writer:
                     raise _StoppedError from None
             else:
                 self._said.is_over()
+                written.unsure = self._store.unsure
                 return written
         raise AssertionError("waits have no end")
 
@@ -404,6 +450,7 @@ class Written:
         broken_rules: Applied records that break a rule, by rule.
         seconds: How long the store took.
         acknowledged_ms: When it had all, in milliseconds since 1970 UTC.
+        unsure: Whether a command may still reach the store, or reached it after its time.
     """
 
     def __init__(self, batch: Batch) -> None:
@@ -414,6 +461,7 @@ class Written:
         self.broken_rules: Counter[str] = Counter()
         self.seconds = 0.0
         self.acknowledged_ms = 0
+        self.unsure = False
 
     @property
     def kinds(self) -> Counter[str]:

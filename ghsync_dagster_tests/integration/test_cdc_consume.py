@@ -11,7 +11,11 @@ import pytest
 from cdc_parts import Parts, StrictStore, make_strict, stored, until, user
 from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient
+from pymongo.collection import Collection
+from pymongo.errors import AutoReconnect, OperationFailure
 
+from ghsync_dagster import clock
+from ghsync_dagster.cdc import write
 from ghsync_dagster.cdc.backlog import read_backlog
 from ghsync_dagster.cdc.checks import kafka_lag
 from ghsync_dagster.cdc.consume import ChangeConsumer
@@ -448,6 +452,112 @@ def test_a_note_to_go_back_is_heeded_also_where_the_commit_s_answer_is_lost(
         until(lambda: topic.committed() == 4)
     assert bool(lost) is not answered
     assert stored(store) == topic.expected
+
+
+def test_a_drain_heeds_a_note_to_go_back_before_it_says_that_all_is_applied(
+    topic: Topic, parts: Parts, store: UserStore
+) -> None:
+    for key in range(4):
+        topic.upsert(key, "right")
+    parts.drain(topic)
+    store.users.update_one({"user_id": "2"}, {"$set": {"login": "what a late command left"}})
+    ask_to_go_back(topic, store, partition=0, offset=1)
+    parts.drain(topic)
+    assert stored(store) == topic.expected
+    assert notes(store) == 0
+
+
+def test_the_last_command_of_a_batch_that_came_late_leaves_a_note(
+    topic: Topic, parts: Parts, store: UserStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topic.upsert(1)
+    parts.drain(topic)
+    topic.delete(1)
+    topic.flush()
+    delete_many, now, commit = Collection.delete_many, clock.now, TopicConsumer.commit
+    slept = [0.0]
+
+    def late(collection: Any, *args: Any, **more: Any) -> Any:
+        # As a process that was frozen, or a machine that slept, between the look and the sending.
+        slept[0] += 60 * (collection.name == "Users")
+        return delete_many(collection, *args, **more)
+
+    def out_of_the_group(consumer: TopicConsumer, offsets: dict[int, int]) -> None:
+        if slept[0]:
+            raise UnavailableError("This consumer is out of the group.", way_out="Join.")
+        commit(consumer, offsets)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Collection, "delete_many", late)
+        patched.setattr(clock, "now", lambda: now() + slept[0])
+        patched.setattr(TopicConsumer, "commit", out_of_the_group)
+        with parts.running(topic) as running:
+            until(lambda: slept[0] > 0)
+            running.end()
+    assert [note["offset"] for note in store.database["_ghsync_again"].find()] == [1]
+    parts.drain(topic)
+    assert stored(store) == topic.expected == {}
+    assert notes(store) == 0
+
+
+def test_a_batch_that_is_refused_after_a_command_that_may_come_late_leaves_a_note(
+    topic: Topic, parts: Parts, store: UserStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topic.upsert(1)
+    topic.flush()
+    answers = [AutoReconnect("connection closed"), OperationFailure("not authorized", 13)]
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise answers.pop(0)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Collection, "bulk_write", fail)
+        with pytest.raises(RefusedError, match="Writing users"):
+            parts.consumer(topic).run(threading.Event(), seconds=20)
+    assert answers == []
+    assert notes(store) == 1
+    parts.drain(topic)
+    assert stored(store) == topic.expected
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_a_note_is_left_though_the_store_comes_back_only_after_the_end_or_the_run_fails(
+    topic: Topic, parts: Parts, store: UserStore, monkeypatch: pytest.MonkeyPatch, back: bool
+) -> None:
+    proxy = Proxy(parts.uri)
+    tries = threading.Semaphore(0)
+    ask_again = StreamStore.ask_again
+
+    def ask(stream: StreamStore, names: dict[str, int]) -> None:
+        try:
+            ask_again(stream, names)
+        finally:
+            tries.release()
+
+    monkeypatch.setattr(StreamStore, "ask_again", ask)
+    monkeypatch.setattr(write, "_LAST_ATTEMPTS", 7 if back else 2)
+    topic.upsert(1)
+    topic.flush()
+    try:
+        with Parts(proxy.uri, parts.database).running(topic) as running:
+            until(lambda: topic.committed() == 1)
+            proxy.cut()
+            topic.upsert(2)
+            topic.flush()
+            until(lambda: bool(running.metrics.snapshot().retries))
+            running.stop.set()
+            for _ in range(3):
+                assert tries.acquire(timeout=20)
+            if back:
+                proxy.join()
+                running.end()
+                assert notes(store) == 1
+            else:
+                with pytest.raises(UnavailableError, match="partition 0 from offset 1 .*operations.md"):
+                    running.end()
+                assert notes(store) == 0
+    finally:
+        proxy.cut()
 
 
 def test_two_truncates_in_two_partitions_are_put_in_order(
