@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from ghsync_dagster.cdc.batch import Batch, decode
+from ghsync_dagster.cdc.batch import Batch, Decoded, decode
 from ghsync_dagster.domain.change import Change, ChangeDecoder, Op
 from ghsync_dagster.domain.errors import PermanentError
 
@@ -30,12 +30,13 @@ _LOOK_BACK: Final = 1_000
 """How many records the first look goes back from a partition's end; each further look goes ten times as far."""
 _TOMBSTONE: Final = "tombstone"
 _CHUNK: Final = 5_000
+"""How many records are read at once."""
 _WAIT_SECONDS: Final = 30.0
 """How long to wait for a record from behind the truncate in each other partition."""
 _LOOK_SECONDS: Final = 0.5
 
-ReadRange = Callable[[int, int, int], "list[Message]"]
-"""Reads the records of a partition from one offset to before another."""
+Chunks = Callable[[int, int, int], "Iterable[Sequence[Message]]"]
+"""Reads the records of a partition from one offset to before another, in order and some at a time."""
 
 
 class Truncate(NamedTuple):
@@ -71,15 +72,17 @@ class _Seen(NamedTuple):
     unsure: int | None
 
 
-def first_behind(truncate: Truncate, partition: int, low: int, high: int, read: ReadRange) -> int | None:
+def first_behind(truncate: Truncate, partition: int, low: int, high: int, chunks: Chunks) -> int | None:
     """Return the offset of a partition's first record from behind a truncate; None where there is none yet.
+
+    No chunk is read behind the one that holds it.
 
     Args:
         truncate: The truncate, in another partition.
         partition: Where to look.
         low: The first offset that the partition holds.
         high: Its end.
-        read: Reads a range of it.
+        chunks: Reads a range of it.
 
     Raises:
         PermanentError: The places of the records do not tell.
@@ -87,7 +90,7 @@ def first_behind(truncate: Truncate, partition: int, low: int, high: int, read: 
     back = _LOOK_BACK
     while True:
         start = max(low, high - back)
-        seen = _look(truncate, partition, read(partition, start, high))
+        seen = _look(truncate, partition, chunks(partition, start, high))
         if seen.before or start == low:
             break
         back *= 10
@@ -96,11 +99,11 @@ def first_behind(truncate: Truncate, partition: int, low: int, high: int, read: 
     return seen.behind
 
 
-def _look(truncate: Truncate, partition: int, messages: Sequence[Message]) -> _Seen:
+def _look(truncate: Truncate, partition: int, chunks: Iterable[Sequence[Message]]) -> _Seen:
     if truncate.position is None:
         raise truncate.refused("it does not tell its own place in the binlog")
     before, unsure, last = False, None, None
-    for at, (message, change) in enumerate(zip(messages, decode(ChangeDecoder(), messages), strict=True)):
+    for at, (message, change) in enumerate(_decoded(chunks)):
         if not isinstance(change, Change) or change.op is Op.SKIP:
             continue
         if change.position is None:
@@ -115,6 +118,13 @@ def _look(truncate: Truncate, partition: int, messages: Sequence[Message]) -> _S
             return _Seen(before, message.offset(), unsure)
         before, unsure = True, None
     return _Seen(before, None, unsure)
+
+
+def _decoded(chunks: Iterable[Sequence[Message]]) -> Iterator[tuple[Message, Decoded]]:
+    """Yield each record with what it is; a chunk is read when the one before it is used up."""
+    decoder = ChangeDecoder()
+    for messages in chunks:
+        yield from zip(messages, decode(decoder, messages), strict=True)
 
 
 def nexts(consumer: TopicConsumer, partitions: Iterable[int]) -> dict[int, int]:
@@ -195,7 +205,7 @@ class OrderedTruncates:
         deadline = time.monotonic() + self._wait_seconds
         while True:
             low, high = self._consumer.offsets(partition)
-            found = first_behind(truncate, partition, low, high, self._read)
+            found = first_behind(truncate, partition, low, high, self._chunks)
             if found is not None:
                 return found
             if time.monotonic() > deadline:
@@ -206,10 +216,9 @@ class OrderedTruncates:
         """Return the earliest truncate among what is to be applied before this one."""
         found: list[Truncate] = []
         for partition, stop in stops.items():
-            for messages in self._chunks(partition, starts[partition], stop):
-                for message, change in zip(messages, decode(ChangeDecoder(), messages), strict=True):
-                    if isinstance(change, Change) and change.op is Op.TRUNCATE:
-                        found.append(Truncate(truncate.topic, partition, message.offset() or 0, change.position))
+            for message, change in _decoded(self._chunks(partition, starts[partition], stop)):
+                if isinstance(change, Change) and change.op is Op.TRUNCATE:
+                    found.append(Truncate(truncate.topic, partition, message.offset() or 0, change.position))
         for other in found:
             if other.position is None:
                 raise other.refused("it does not tell its own place in the binlog")
