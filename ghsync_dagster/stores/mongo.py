@@ -17,7 +17,7 @@ from datetime import datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from pymongo import MongoClient, ReadPreference, UpdateOne
+from pymongo import MongoClient, ReadPreference, UpdateOne, WriteConcern
 from pymongo.errors import (
     BulkWriteError,
     CollectionInvalid,
@@ -28,6 +28,7 @@ from pymongo.errors import (
     InvalidURI,
     OperationFailure,
     PyMongoError,
+    WriteConcernError,
 )
 
 from ghsync_dagster.domain.errors import ConfigError, RefusedError, UnavailableError
@@ -58,7 +59,7 @@ def mongo_errors(what: str) -> Iterator[None]:
     """Translate the driver's failures to ours, credentials masked.
 
     Raises:
-        UnavailableError: The server can't be reached, is electing, or timed out.
+        UnavailableError: The server can't be reached, is electing, timed out, or did not confirm a write.
         RefusedError: The server answered and refused.
         ConfigError: The URI is malformed.
     """
@@ -76,7 +77,8 @@ def mongo_errors(what: str) -> Iterator[None]:
             way_out="Check that the server is up (ghsync status) and that MONGODB_URI names it; then run again.",
         ) from None
     except OperationFailure as error:
-        if error.has_error_label("TransientTransactionError") or error.has_error_label("RetryableWriteError"):
+        labels = ("TransientTransactionError", "RetryableWriteError")
+        if _is_unconfirmed(error) or any(error.has_error_label(label) for label in labels):
             raise UnavailableError(
                 f"{what}: MongoDB could not finish now ({_first_line(error)}).", way_out="Run again."
             ) from None
@@ -90,6 +92,11 @@ def mongo_errors(what: str) -> Iterator[None]:
         ) from None
     except PyMongoError as error:
         raise UnavailableError(f"{what}: {_first_line(error)}.", way_out="Run again.") from None
+
+
+def _is_unconfirmed(error: OperationFailure) -> bool:
+    """Tell whether a write was made that a majority did not confirm: a failover may undo it."""
+    return isinstance(error, WriteConcernError) or bool((error.details or {}).get("writeConcernErrors"))
 
 
 def _first_line(error: Exception) -> str:
@@ -147,7 +154,10 @@ class UserStore:
                 # Such as a port that is no number, which pymongo does not wrap.
                 raise InvalidURI(redact(str(error))) from None
         # Decisions stand on what was written last: a URI that prefers secondaries must not make them stale.
-        self.database: Database[Document] = self.client.get_database(database, read_preference=ReadPreference.PRIMARY)
+        # What is acknowledged must outlive a failover: a URI with w=1 or w=0 must not weaken it.
+        self.database: Database[Document] = self.client.get_database(
+            database, read_preference=ReadPreference.PRIMARY, write_concern=WriteConcern("majority")
+        )
         self.users: Collection[Document] = self.database[collection]
         # Another collection of the same database keeps its own books.
         prefix = "_ghsync_" if collection == _DEFAULT_COLLECTION else f"_ghsync_{collection}_"
@@ -206,7 +216,10 @@ class UserStore:
                 way_out="Check the documents against docs/batch.md, then set the validator that it shows with collMod.",
             )
         change = {"validator": wanted, "validationLevel": "strict", "validationAction": "error"}
-        self.database.command({"collMod": self.users.name, **change})
+        # A plain command takes no write concern from the database.
+        self.database.command(
+            {"collMod": self.users.name, **change, "writeConcern": self.database.write_concern.document}
+        )
 
     def _ensure_unique_index(self, *, empty: bool) -> None:
         if self.has_unique_index():

@@ -62,6 +62,8 @@ _CONNECTOR: Final = "mongodb"
 _BATCH_SIZE: Final = "5000"
 _OF_SECONDARIES: Final = ("readpreferencetags", "maxstalenessseconds")
 """Options of a URI that the Java driver refuses beside the read preference "primary"."""
+_OF_WRITES: Final = ("w", "journal", "wtimeoutms")
+"""Options of a URI that would weaken the write concern, or give up on it."""
 _AWAY: Final = re.compile(
     "MongoTimeoutException|MongoSocket|MongoNotPrimary|MongoNodeIsRecovering"
     "|MongoConnectionPoolCleared|MongoServerUnavailable|MongoInternalException"
@@ -286,12 +288,20 @@ def insert_users(users: DataFrame, store: UserStore) -> None:
             users.select(*USER_FIELDS, F.lit(MARKER_VALUE).alias(MARKER_FIELD))
             .write.format(_CONNECTOR)
             .mode("append")
-            .options(**_connection(store))
-            .option("operationType", "insert")
-            .option("ordered", "false")
-            .option("maxBatchSize", _BATCH_SIZE)
+            .options(**write_options(store))
             .save()
         )
+
+
+def write_options(store: UserStore) -> dict[str, str]:
+    """Return the connector's options for inserts that a majority confirms, as the store's own writes."""
+    return {
+        **_connection(store),
+        "operationType": "insert",
+        "ordered": "false",
+        "maxBatchSize": _BATCH_SIZE,
+        "writeConcern.w": "majority",
+    }
 
 
 def read_marked(session: SparkSession, store: UserStore) -> DataFrame:
@@ -311,7 +321,7 @@ def _connection(store: UserStore) -> dict[str, str]:
     # A load gains nothing from streamed monitoring, and some servers of the wire protocol answer it out of step.
     ours = {"serverMonitoringMode": "poll", "readPreference": "primary"}
     address, _, query = store.uri.partition("?")
-    left_out = {*map(str.lower, ours), *_OF_SECONDARIES}
+    left_out = {*map(str.lower, ours), *_OF_SECONDARIES, *_OF_WRITES}
     given = [part for part in query.split("&") if part and part.partition("=")[0].lower() not in left_out]
     if "serverselectiontimeoutms" not in {part.partition("=")[0].lower() for part in given}:
         ours["serverSelectionTimeoutMS"] = str(store.timeout_ms)

@@ -3,19 +3,45 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
+from pymongo import MongoClient, WriteConcern
 from pymongo.errors import DuplicateKeyError, WriteError
+from pymongo.monitoring import CommandFailedEvent, CommandListener, CommandStartedEvent, CommandSucceededEvent
 
 from ghsync_dagster.domain.errors import RefusedError
 from ghsync_dagster.domain.user import json_schema
+from ghsync_dagster.stores import mongo
 from ghsync_dagster.stores.mongo import UserStore
+from ghsync_dagster.stores.stream import StreamStore
 
 pytestmark = pytest.mark.integration
 
 CONTRACT = {"$jsonSchema": json_schema()}
 USER = {"user_id": "1", "login": "one", "gravatar_id": None, "avatar_url": "a", "url": "u"}
+
+
+READS = {"find", "aggregate", "listCollections", "listIndexes", "getMore", "hello", "endSessions"}
+
+
+class WriteConcerns(CommandListener):
+    """The write concern of each command that is no read, by the command's name."""
+
+    def __init__(self) -> None:
+        self.sent: dict[str, list[Any]] = {}
+
+    def started(self, event: CommandStartedEvent) -> None:
+        """Note what the command asks for."""
+        if event.command_name not in READS:
+            self.sent.setdefault(event.command_name, []).append(event.command.get("writeConcern"))
+
+    def succeeded(self, event: CommandSucceededEvent) -> None:
+        """Nothing is to be noted."""
+
+    def failed(self, event: CommandFailedEvent) -> None:
+        """Nothing is to be noted."""
 
 
 def setup_of(store: UserStore) -> tuple[Any, ...]:
@@ -121,3 +147,24 @@ def test_two_stores_that_set_up_the_collection_at_once_both_succeed(mongo_uri: s
     finally:
         for store in stores:
             store.close()
+
+
+@pytest.mark.parametrize("weak", ["w=0", "w=1", "w=1&journal=false&wTimeoutMS=1"])
+def test_a_uri_can_t_weaken_what_a_write_waits_for(
+    mongo_uri: str, database: str, weak: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = WriteConcerns()
+    monkeypatch.setattr(mongo, "MongoClient", partial(MongoClient, event_listeners=[seen]))
+    with UserStore(f"{mongo_uri}/?{weak}", database, "Users", timeout_seconds=5) as store:
+        assert store.users.write_concern == store.leases.write_concern == WriteConcern("majority")
+        store.database.create_collection("Users", validator={"$jsonSchema": {"required": ["a"]}})
+        store.ensure_collection()
+        assert StreamStore(store).write({"1": USER, "2": USER | {"user_id": "2"}}, ["2"], created={"1"}) == {}
+        store.record_load("a-load", state="done")
+        with pytest.raises(DuplicateKeyError):
+            store.users.insert_one(dict(USER))
+        with pytest.raises(WriteError):
+            store.users.insert_one(USER | {"user_id": "3", "extra": 1})
+        assert [found["user_id"] for found in store.users.find()] == ["1"]
+    assert seen.sent.keys() == {"create", "collMod", "createIndexes", "insert", "update", "delete"}
+    assert [given for each in seen.sent.values() for given in each if given != {"w": "majority"}] == []

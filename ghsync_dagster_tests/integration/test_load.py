@@ -13,13 +13,15 @@ from bson.raw_bson import RawBSONDocument
 
 from ghsync_dagster.batch.load import ROUNDS, Step
 from ghsync_dagster.domain.errors import InputError
+from ghsync_dagster.stores.mongo import UserStore
+from ghsync_dagster.stores.spark import USER_SCHEMA, DuplicateUserError, insert_users, write_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ghsync_dagster.batch.flow import BatchFlow
     from ghsync_dagster.batch.reports import FlattenReport, LoadReport
-    from ghsync_dagster.stores.mongo import UserStore
+    from ghsync_dagster.stores.spark import SparkHandle
 
 pytestmark = pytest.mark.integration
 
@@ -475,3 +477,22 @@ def test_users_that_were_removed_before_the_load_are_an_error_and_not_an_empty_s
         with pytest.raises(InputError):
             world.flow.load("run")
     assert world.logins() == {"9": "nine"}
+
+
+@pytest.mark.parametrize("weak", ["", "?w=0", "?w=1&journal=false&wTimeoutMS=1"])
+def test_what_spark_writes_waits_for_a_majority_whatever_the_uri_says(
+    spark: SparkHandle, mongo_uri: str, database: str, weak: str
+) -> None:
+    session = spark.session()
+    gateway: Any = session.sparkContext._gateway
+    config = gateway.jvm.com.mongodb.spark.sql.connector.config.MongoConfig
+    with UserStore(f"{mongo_uri}/{weak}", database, "Users", timeout_seconds=5) as store:
+        # As the connector takes a write's options.
+        concern = config.writeConfig({}).withOptions(write_options(store)).getWriteConcern()
+        assert concern.asDocument().toJson() == '{"w": "majority"}'
+        store.ensure_collection()
+        users = session.createDataFrame([foreign("1", "one")], USER_SCHEMA)
+        insert_users(users, store)
+        with pytest.raises(DuplicateUserError):
+            insert_users(users, store)
+        assert store.count_marked() == 1

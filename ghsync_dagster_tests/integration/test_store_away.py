@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 import psutil
 import pytest
+from pymongo.errors import BulkWriteError, OperationFailure, WriteConcernError, WTimeoutError
 
 from ghsync_dagster.batch.load import Step
 from ghsync_dagster.definitions import build_defs
@@ -18,7 +19,7 @@ from ghsync_dagster.domain.errors import UnavailableError
 from ghsync_dagster.local import stack
 from ghsync_dagster.local.mongo import ensure_mongo
 from ghsync_dagster.settings import Settings, load_settings
-from ghsync_dagster.stores.mongo import UserStore
+from ghsync_dagster.stores.mongo import UserStore, mongo_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -116,6 +117,20 @@ def test_an_audit_fails_as_infrastructure_and_no_check_says_failed(
     evaluations = result.get_asset_check_evaluations()
     assert {evaluation.check_name for evaluation in evaluations} & on_store == set()
     assert all(evaluation.passed for evaluation in evaluations)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        WTimeoutError("waiting for replication timed out", 64, {"code": 64}),
+        WriteConcernError("primary stepped down while waiting for replication", 189, {"code": 189}),
+        BulkWriteError({"writeErrors": [], "writeConcernErrors": [{"code": 91, "errmsg": "shutdown in progress"}]}),
+    ],
+    ids=["time-out", "step-down", "bulk"],
+)
+def test_a_write_that_no_majority_confirms_is_tried_again(error: OperationFailure) -> None:
+    with pytest.raises(UnavailableError, match="could not finish now"), mongo_errors("Writing"):
+        raise error
 
 
 class Server:
