@@ -10,13 +10,13 @@ import threading
 import time
 import uuid
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
-from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
@@ -155,6 +155,30 @@ def make_topic(brokers: str) -> Iterator[Callable[..., Topic]]:
 def topic(make_topic: Callable[..., Topic]) -> Topic:
     """A topic of one partition."""
     return make_topic()
+
+
+def make_anew(topic: Topic, *, letters_too: bool = False, group: str = "") -> Topic:
+    """Delete the topic, and make one with its name, for the same or another group; its dead letters go too, or stay."""
+    admin = AdminClient({"bootstrap.servers": topic.kafka.bootstrap_servers})
+    name = topic.kafka.topic
+    for future in admin.delete_topics([name, f"{name}.dlq"] if letters_too else [name]).values():
+        future.result(30)
+
+    def is_made() -> bool:
+        [made] = admin.create_topics([NewTopic(name, 1, 1)]).values()
+        error = made.exception(30)
+        if error is not None and error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+            raise error
+        return error is None
+
+    # A broker goes on for a moment with a topic that is to go.
+    until(is_made)
+    return replace(
+        topic,
+        kafka=replace(topic.kafka, group_id=group or topic.kafka.group_id),
+        producer=Producer({"bootstrap.servers": topic.kafka.bootstrap_servers}),
+        expected={},
+    )
 
 
 @dataclass

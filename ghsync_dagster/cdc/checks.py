@@ -55,12 +55,19 @@ def certain_p99(commit: Latency, kafka: Latency) -> int:
     return max(commit.window.p99 - (commit.grain_ms - 1), kafka.window.p99, 0)
 
 
-def kafka_lag(backlog: Backlog, limit: int) -> Finding:
-    """Hold that no more than ``limit`` records wait for the group, and that none was removed before it was applied."""
+def kafka_lag(backlog: Backlog, limit: int, *, is_another: bool = False) -> Finding:
+    """Hold that no more than ``limit`` records wait for the group, and that none was removed before it was applied.
+
+    Args:
+        backlog: What waits.
+        limit: How many records may wait.
+        is_another: Whether the topic is another one than the group has consumed.
+    """
     worst = sorted(backlog.partitions, key=lambda found: (not found.is_anew, -found.lost, -found.waiting))
     lost = f"; {backlog.lost} were removed from the topic before they were applied" if backlog.lost else ""
-    anew = "; the topic was made anew, and the group's place is none of it" if backlog.anew else ""
-    passed = backlog.waiting <= limit and not backlog.lost and not backlog.anew
+    is_anew = is_another or backlog.anew > 0
+    anew = "; the topic was made anew, and the group's place is none of it" if is_anew else ""
+    passed = backlog.waiting <= limit and not backlog.lost and not is_anew
     return Finding(
         KAFKA_LAG,
         passed,
@@ -76,7 +83,7 @@ def kafka_lag(backlog: Backlog, limit: int) -> Finding:
         ""
         if passed
         else "Take a new snapshot, and let a new group begin at the beginning; see docs/operations.md."
-        if backlog.lost or backlog.anew
+        if backlog.lost or is_anew
         else f"{_LOOK}; a lag that shrinks needs only time, or a higher GHSYNC_MAX_LAG_RECORDS.",
     )
 

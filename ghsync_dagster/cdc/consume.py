@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final
 from ghsync_dagster import clock
 from ghsync_dagster.cdc.batch import Batch, decode
 from ghsync_dagster.cdc.dead_letters import DeadLetters
+from ghsync_dagster.cdc.known_topic import group_name, see_topic
 from ghsync_dagster.cdc.listener import KAFKA, MONGO, AppliedBatch, ChangeListener, Listeners, SilentListener
 from ghsync_dagster.cdc.order import OrderedTruncates, Truncate, nexts
 from ghsync_dagster.cdc.write import Membership, Trouble, Writer, Written
@@ -56,6 +57,8 @@ _GIVE_UP_SECONDS: Final = 5.0
 _SWITCH_SECONDS: Final = 0.0005
 """How long a thread may keep the interpreter while another one waits for it; 5 ms by default."""
 _LAG_SECONDS: Final = 1.0
+_TOPIC_SECONDS: Final = 10.0
+"""How often to see that the topic is still the same."""
 _END_LOOK_SECONDS: Final = 0.5
 _ATTEMPTS: Final = 4
 """Tries to learn where the topic ends, before a run that is to end there fails."""
@@ -234,6 +237,7 @@ class _Run:
         from ghsync_dagster.stores.kafka import TopicConsumer
 
         self._until = until
+        self._store = store
         self._listener = listener
         self._truncate_wait = owner.truncate_wait_seconds
         self._decoder = ChangeDecoder()
@@ -250,7 +254,7 @@ class _Run:
         """How often partitions came or went."""
         self._committed: dict[int, int] = {}
         """Where the group is in the partitions that this consumer has, as far as it was asked or told."""
-        self._next_lag = self._next_look = 0.0
+        self._next_lag = self._next_look = self._next_topic = 0.0
         self._trouble = Trouble("changes can't be consumed")
         self._unacknowledged = Trouble("changes can't be acknowledged")
         self._consumer = TopicConsumer(owner.kafka, assigned=self._assigned, revoked=self._revoked, lost=self._lost)
@@ -261,7 +265,7 @@ class _Run:
             listener,
             self._membership,
             owner.rules,
-            name=f"{owner.kafka.group_id}/{owner.kafka.topic}",
+            name=group_name(owner.kafka),
         )
 
     def consume(self, *, until_end: bool) -> bool:
@@ -271,6 +275,8 @@ class _Run:
             ends = (
                 retrying("Looking for the topic's end", self._consumer.ends, attempts=_ATTEMPTS) if until_end else None
             )
+            if until_end:
+                retrying("Looking whether the topic is the same", self._see_topic, attempts=_ATTEMPTS)
             while not (reached or self._until.over):
                 try:
                     self._turn()
@@ -325,6 +331,7 @@ class _Run:
                 self._rewind()
                 # While more is there at once, a larger batch means fewer writes, but the store is not to stand idle.
                 if len(self._pending) and (not self._more or len(self._pending) >= _TAKE or self._is_full()):
+                    self._see_topic()
                     self._hand_over()
         except TransientError as error:
             self._unacknowledged.goes_on(error)
@@ -332,6 +339,12 @@ class _Run:
             return False
         self._unacknowledged.is_over()
         return True
+
+    def _see_topic(self) -> None:
+        """See now and then, and when partitions came, that the topic is the one that the group began with."""
+        if time.monotonic() >= self._next_topic:
+            see_topic(self._consumer.kafka, self._store)
+            self._next_topic = time.monotonic() + _TOPIC_SECONDS
 
     def _go_back(self) -> None:
         """Go back in partitions of which another consumer, or this one before, left a note."""
@@ -412,6 +425,7 @@ class _Run:
 
     def _assigned(self, partitions: set[int]) -> None:
         self._assignment += 1
+        self._next_topic = 0.0
         log.info("partitions came", partitions=sorted(partitions), all=sorted(self._consumer.partitions))
         self._listener.assigned(self._consumer.partitions)
 

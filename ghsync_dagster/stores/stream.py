@@ -10,13 +10,20 @@ import time
 import uuid
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
 from collections.abc import Collection as Collected
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import pymongo
 from bson.errors import BSONError
 from pymongo import InsertOne, ReplaceOne, UpdateOne
-from pymongo.errors import BulkWriteError, ConnectionFailure, ExecutionTimeout, NetworkTimeout, PyMongoError
+from pymongo.errors import (
+    BulkWriteError,
+    ConnectionFailure,
+    DuplicateKeyError,
+    ExecutionTimeout,
+    NetworkTimeout,
+    PyMongoError,
+)
 
 from ghsync_dagster import clock
 from ghsync_dagster.domain.errors import RefusedError, UnavailableError
@@ -142,6 +149,7 @@ class StreamStore:
         beside = store.deleted.name.removesuffix("deleted")
         self._again = store.database[f"{beside}again"]
         self._truncates = store.database[f"{beside}truncates"]
+        self._topics = store.database[f"{beside}topics"]
         self._size = CHUNK
         self._may_write = may_write
 
@@ -220,6 +228,21 @@ class StreamStore:
             return None
         stops = {int(partition): stop for partition, stop in found["stops"].items()}
         return Truncated(found["partition"], found["offset"], stops)
+
+    def topic_of(self, name: str) -> str | None:
+        """Return the id of the topic that a group, by name, consumes; None where none is kept."""
+        with _limited("Reading a group's topic", _ASIDE_SECONDS):
+            found = self._topics.find_one({"_id": name})
+        return None if found is None else str(found["topic_id"])
+
+    def keep_topic(self, name: str, topic_id: str) -> str:
+        """Keep the id of the topic that a group consumes, unless there is one; return the one that is kept."""
+        known = self.topic_of(name)
+        if known is None:
+            with _limited("Keeping a group's topic", _ASIDE_SECONDS), suppress(DuplicateKeyError):
+                self._topics.insert_one({"_id": name, "topic_id": topic_id})
+            known = self.topic_of(name)
+        return topic_id if known is None else known
 
     def _drop(self, collection: Collection[Document], keys: Collected[str], what: str) -> set[str]:
         found = self._among(collection, keys, what)

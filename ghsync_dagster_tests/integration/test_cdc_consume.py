@@ -5,21 +5,23 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from cdc_parts import Parts, StrictStore, make_strict, stored, until, user
+from cdc_parts import Parts, StrictStore, make_anew, make_strict, stored, until, user
 from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient
 from pymongo.collection import Collection
 from pymongo.errors import AutoReconnect, OperationFailure
 
 from ghsync_dagster import clock
-from ghsync_dagster.cdc import write
+from ghsync_dagster.cdc import consume, write
 from ghsync_dagster.cdc.backlog import read_backlog
 from ghsync_dagster.cdc.checks import kafka_lag
 from ghsync_dagster.cdc.consume import ChangeConsumer
 from ghsync_dagster.cdc.dead_letters import read_dead_letters
+from ghsync_dagster.cdc.known_topic import is_another_topic
 from ghsync_dagster.cdc.listener import SilentListener
 from ghsync_dagster.domain.errors import PermanentError, RefusedError, UnavailableError
 from ghsync_dagster.domain.user import BUILT_IN_RULES
@@ -238,6 +240,51 @@ def test_a_drain_of_a_topic_that_was_made_anew_is_no_success(topic: Topic, parts
     assert not found.passed
     assert "made anew" in found.summary
     assert "snapshot" in found.way_out
+
+
+@pytest.mark.parametrize("place", [None, 1])
+def test_a_topic_that_was_deleted_and_made_anew_is_refused_wherever_the_group_is_in_it(
+    topic: Topic, parts: Parts, store: UserStore, place: int | None
+) -> None:
+    topic.upsert(1)
+    parts.drain(topic)
+    assert not is_another_topic(topic.kafka, store)
+    again = make_anew(topic)
+    for key in (2, 3):
+        again.upsert(key)
+    again.flush()
+    until(lambda: again.committed() == -1001)
+    if place is not None:
+        # What a consumer may commit that has not noticed.
+        again.commit(place)
+    for until_end in (True, False):
+        with pytest.raises(PermanentError, match=r"another topic .*snapshot"):
+            parts.consumer(again).run(threading.Event(), until_end=until_end, seconds=20)
+    assert set(stored(store)) == {"1"}
+    found = kafka_lag(read_backlog(again.kafka), 10, is_another=is_another_topic(again.kafka, store))
+    assert not found.passed
+    assert "made anew" in found.summary
+    assert "snapshot" in found.way_out
+    new_group = replace(again, kafka=replace(again.kafka, group_id=f"{again.kafka.group_id}-2"))
+    parts.drain(new_group)
+    assert set(stored(store)) == {"1", "2", "3"}
+
+
+def test_a_consumer_that_runs_notices_that_its_topic_was_made_anew(
+    topic: Topic, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consume, "_TOPIC_SECONDS", 0.1)
+    topic.upsert(1)
+    topic.flush()
+    with parts.running(topic) as running:
+        until(lambda: topic.committed() == 1)
+        again = make_anew(topic)
+        for key in range(2, 12):
+            again.upsert(key)
+        again.flush()
+        running.thread.join(30)
+        with pytest.raises(PermanentError, match=r"another topic|the topic is new"):
+            running.end()
 
 
 # the group
@@ -553,7 +600,7 @@ def test_a_note_is_left_though_the_store_comes_back_only_after_the_end_or_the_ru
                 running.end()
                 assert notes(store) == 1
             else:
-                with pytest.raises(UnavailableError, match="partition 0 from offset 1 .*operations.md"):
+                with pytest.raises(UnavailableError, match=r"partition 0 from offset 1 .*operations\.md"):
                     running.end()
                 assert notes(store) == 0
     finally:

@@ -20,10 +20,9 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from cdc_parts import ALL, StrictStore, assert_nothing_half_done, fates, make_strict, replayed, stored, until
-from confluent_kafka import Consumer, KafkaError, Producer, TopicPartition
+from cdc_parts import ALL, StrictStore, assert_nothing_half_done, fates, make_anew, make_strict, replayed, stored, until
+from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient
-from confluent_kafka.cimpl import NewTopic
 from typer.testing import CliRunner
 
 from ghsync_dagster import cli
@@ -319,7 +318,7 @@ def test_what_was_replayed_of_a_topic_says_nothing_of_one_that_was_made_anew(
     poison(topic, 1)
     parts.drain(topic)
     assert fates(replayed(topic, store)) == {1: Fate.REPLAYED}
-    again = make_anew(topic, letters_too=letters_too)
+    again = make_anew(topic, letters_too=letters_too, group="anew")
     for number in range(before):
         again.upsert(9, f"nine-{number}")
     poison(again, key, "poison-anew")
@@ -338,7 +337,7 @@ def test_a_letter_of_a_new_topic_is_replayed_for_its_own_user_only(
     poison(topic, 1)
     parts.drain(topic)
     assert replayed(topic, store).left_open == 0
-    again = make_anew(topic, letters_too=False)
+    again = make_anew(topic, group="anew")
     poison(again, 1, "poison-of-1")
     poison(again, 2, "poison-of-2")
     parts.drain(again)
@@ -346,30 +345,6 @@ def test_a_letter_of_a_new_topic_is_replayed_for_its_own_user_only(
     assert fates(replayed(again, store, Selection(key="2"))) == {1: Fate.REPLAYED}
     assert fates(replayed(again, store)) == {0: Fate.REPLAYED}
     assert logins(store) == {"9": "octo", "1": "poison-of-1", "2": "poison-of-2"}
-
-
-def make_anew(topic: Topic, *, letters_too: bool) -> Topic:
-    """Delete the topic, and make one with its name for another group; its dead letters go too, or stay."""
-    admin = AdminClient({"bootstrap.servers": topic.kafka.bootstrap_servers})
-    name = topic.kafka.topic
-    for future in admin.delete_topics([name, f"{name}.dlq"] if letters_too else [name]).values():
-        future.result(30)
-
-    def is_made() -> bool:
-        [made] = admin.create_topics([NewTopic(name, 1, 1)]).values()
-        error = made.exception(30)
-        if error is not None and error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
-            raise error
-        return error is None
-
-    # A broker goes on for a moment with a topic that is to go.
-    until(is_made)
-    return dataclasses.replace(
-        topic,
-        kafka=dataclasses.replace(topic.kafka, group_id=f"{topic.kafka.group_id}-anew"),
-        producer=Producer({"bootstrap.servers": topic.kafka.bootstrap_servers}),
-        expected={},
-    )
 
 
 def test_where_the_topic_no_longer_holds_the_record_nothing_is_guessed(

@@ -1,0 +1,56 @@
+"""Which topic a group consumes: one that was deleted and made again by the same name is another one.
+
+Belongs here: keeping the id of a group's topic beside the users, and comparing. Not here: places within a topic.
+Brokers forget a group's places with its topic, or take those that a consumer still commits for places in the new one:
+neither tells that changes are gone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ghsync_dagster.domain.errors import PermanentError
+
+if TYPE_CHECKING:
+    from ghsync_dagster.stores.kafka import KafkaSettings
+    from ghsync_dagster.stores.mongo import UserStore
+
+
+def group_name(kafka: KafkaSettings) -> str:
+    """Return what names the group and its topic in the database."""
+    return f"{kafka.group_id}/{kafka.topic}"
+
+
+def is_another_topic(kafka: KafkaSettings, store: UserStore) -> bool:
+    """Tell whether the topic is another than the one that the group consumed; False where it consumed none yet.
+
+    Raises:
+        UnavailableError: A server is away, or there is no such topic.
+        RefusedError: Credentials or rights.
+    """
+    from ghsync_dagster.stores.kafka import topic_id
+    from ghsync_dagster.stores.stream import StreamStore
+
+    known = StreamStore(store).topic_of(group_name(kafka))
+    return known is not None and known != topic_id(kafka, kafka.topic)
+
+
+def see_topic(kafka: KafkaSettings, store: UserStore) -> None:
+    """Keep which topic the group consumes, or see that it is still the same.
+
+    Raises:
+        PermanentError: It is another one.
+        UnavailableError: A server is away, or there is no such topic.
+        RefusedError: Credentials or rights.
+    """
+    from ghsync_dagster.stores.kafka import topic_id
+    from ghsync_dagster.stores.stream import StreamStore
+
+    found = topic_id(kafka, kafka.topic)
+    known = StreamStore(store).keep_topic(group_name(kafka), found)
+    if found != known:
+        raise PermanentError(
+            f"{kafka.topic} is another topic (id {found}) than the one that group {kafka.group_id} has consumed (id "
+            f"{known}): it was made anew, and changes of the old one may never have been applied.",
+            way_out="Take a new snapshot, and let a new group begin at the beginning; see docs/operations.md.",
+        )
