@@ -248,13 +248,13 @@ def _consume() -> int:
     from ghsync_dagster.observability.logging import configure_logging
     from ghsync_dagster.settings import load_settings
     from ghsync_dagster.stopping import stop_on_signals
-    from ghsync_dagster.wiring import change_consumer
+    from ghsync_dagster.wiring import change_consumer, existing_kafka
 
     settings = load_settings()
     configure_logging(settings)
     stop = threading.Event()
     with stop_on_signals(stop):
-        change_consumer(settings, _Told()).run(stop)
+        change_consumer(settings, existing_kafka(settings), _Told()).run(stop)
     return 128 + signal.SIGTERM
 
 

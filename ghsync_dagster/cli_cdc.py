@@ -151,12 +151,12 @@ def _rehearsed(found: Rehearsal) -> dict[str, str]:
 def _consume(*, until_end: bool, seconds: float | None, as_json: bool) -> None:
     """Run a consumer until its end or a signal, and print what it did."""
     from ghsync_dagster.observability.metrics import ChangeMetrics, MetricsEndpoint
-    from ghsync_dagster.wiring import change_consumer
+    from ghsync_dagster.wiring import change_consumer, existing_kafka
 
     settings = load_settings()
     configure_logging(settings)
     metrics = ChangeMetrics()
-    consumer = change_consumer(settings, metrics)
+    consumer = change_consumer(settings, existing_kafka(settings), metrics)
     with ExitStack() as around:
         if settings.metrics_port is not None:
             around.enter_context(MetricsEndpoint(metrics, host=settings.metrics_host, port=settings.metrics_port))

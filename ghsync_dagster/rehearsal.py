@@ -161,8 +161,8 @@ def rehearse(
     with ExitStack() as around:
         own = around.enter_context(_stack(settings, tell))
         clock, metrics = CommitClock(), ChangeMetrics()
-        consumer = around.enter_context(_Consuming(own, Listeners(metrics, clock)))
         kafka = existing_kafka(own)
+        consumer = around.enter_context(_Consuming(own, kafka, Listeners(metrics, clock)))
         _await(lambda: _is_caught_up(metrics, kafka), consumer, "what was there")
         mysql = around.enter_context(MySqlStore(_secret(own), timeout_seconds=own.server_timeout_seconds))
         mysql.ensure_table()
@@ -236,12 +236,12 @@ def addresses(settings: Settings, servers: Mapping[str, ServiceStatus]) -> Setti
 class _Consuming:
     """A consumer in a thread of its own."""
 
-    def __init__(self, settings: Settings, listener: Listeners) -> None:
+    def __init__(self, settings: Settings, kafka: KafkaSettings, listener: Listeners) -> None:
         from ghsync_dagster.wiring import change_consumer
 
         self.failed = threading.Event()
         self._stop = threading.Event()
-        self._consumer = change_consumer(settings, listener)
+        self._consumer = change_consumer(settings, kafka, listener)
         self._thread = threading.Thread(target=self._run, name="rehearsal-consumer", daemon=True)
         self._report: ConsumerReport | None = None
         self._error: Exception | None = None

@@ -91,18 +91,6 @@ def batch_flow(settings: Settings, run_id: str | None = None) -> BatchFlow:
     )
 
 
-def kafka_settings(settings: Settings) -> KafkaSettings:
-    """Return the topic, the group and the way to the brokers; the local broker is started where none is named.
-
-    Raises:
-        UnavailableError: The local broker did not start.
-        ConfigError: It can't be started here.
-    """
-    from ghsync_dagster.local.kafka import ensure_kafka
-
-    return _kafka_settings(settings, ensure_kafka(settings))
-
-
 def _kafka_settings(settings: Settings, servers: str) -> KafkaSettings:
     from ghsync_dagster.stores.kafka import KafkaSettings
 
@@ -168,12 +156,16 @@ def _missing(server: str, variable: str) -> UnavailableError:
     )
 
 
-def change_consumer(settings: Settings, listener: ChangeListener | None = None) -> ChangeConsumer:
-    """Return a consumer of the changes, which tells the listener what it does."""
+def change_consumer(settings: Settings, kafka: KafkaSettings, listener: ChangeListener | None = None) -> ChangeConsumer:
+    """Return a consumer of the changes, which tells the listener what it does.
+
+    Raises:
+        ConfigError: GHSYNC_RULES_MODULE can't be used.
+    """
     from ghsync_dagster.cdc.consume import ChangeConsumer
 
     return ChangeConsumer(
-        kafka_settings(settings),
+        kafka,
         store_opener(settings),
         listener=listener,
         rules=load_rules(settings.rules_module),

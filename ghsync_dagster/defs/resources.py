@@ -89,11 +89,14 @@ class ChangesResource(dg.ConfigurableResource["ChangesResource"]):
         return existing_kafka(self.settings())
 
     def consumer(self, listener: ChangeListener) -> ChangeConsumer:
-        """Return a consumer of the changes."""
+        """Return a consumer of the changes.
+
+        Raises:
+            UnavailableError: KAFKA_BOOTSTRAP_SERVERS is not set and the local broker is not up.
+        """
         from ghsync_dagster.wiring import change_consumer
 
-        self.kafka()
-        return change_consumer(self.settings(), listener)
+        return change_consumer(self.settings(), self.kafka(), listener)
 
     def no_kafka(self) -> str | None:
         """Return in words that Kafka was never set up here; None where it is named or was once started.

@@ -15,7 +15,7 @@ from dagster._core.run_coordinator.queued_run_coordinator import QueuedRunCoordi
 from ghsync_dagster.cdc.backlog import Backlog, PartitionBacklog
 from ghsync_dagster.cdc.consume import ChangeConsumer, ConsumerReport
 from ghsync_dagster.cdc.dead_letters import DeadLetter
-from ghsync_dagster.cdc.listener import APPLIED, AppliedBatch
+from ghsync_dagster.cdc.listener import APPLIED, AppliedBatch, SilentListener
 from ghsync_dagster.definitions import build_defs, defs
 from ghsync_dagster.defs.cdc import metadata, sensors
 from ghsync_dagster.defs.cdc import slice as slices
@@ -26,7 +26,9 @@ from ghsync_dagster.defs.cdc.slice import USERS_CHANGES
 from ghsync_dagster.defs.cdc.supervisor import Phase, Replace, Rules
 from ghsync_dagster.defs.resources import ChangesResource
 from ghsync_dagster.domain.errors import UnavailableError
+from ghsync_dagster.local import kafka
 from ghsync_dagster.local.dagster_home import ensure_dagster_home
+from ghsync_dagster.local.supervisor import ServiceStatus
 from ghsync_dagster.observability.metrics import ChangeMetrics
 from ghsync_dagster.settings import Settings, load_settings
 from ghsync_dagster.stores.kafka import KafkaSettings
@@ -509,6 +511,14 @@ def test_a_stream_whose_table_nobody_can_look_at_is_not_in_step(
     assert not found.passed
     assert found.description.startswith("not compared: there is no MySQL here")
     assert "MYSQL_URL" in values(found)["way_out"]
+
+
+def test_a_slice_starts_no_kafka_that_goes_just_then(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KAFKA_BOOTSTRAP_SERVERS", raising=False)
+    monkeypatch.setattr(kafka, "status", lambda _: ServiceStatus(kafka.SERVICE, "up", 1, "127.0.0.1:9"))
+    monkeypatch.setattr(kafka, "up", lambda *_: pytest.fail("Kafka was started"))
+    assert ChangesResource().consumer(SilentListener()).kafka.bootstrap_servers == "127.0.0.1:9"
+    assert list(nowhere.iterdir()) == []
 
 
 def test_a_consumer_that_does_not_end_takes_its_process_along(

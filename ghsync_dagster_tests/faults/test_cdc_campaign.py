@@ -26,7 +26,7 @@ from ghsync_dagster.cdc.dead_letters import read_dead_letters
 from ghsync_dagster.cdc.workload import Workload
 from ghsync_dagster.local import stack
 from ghsync_dagster.stores.mysql import MySqlStore
-from ghsync_dagster.wiring import kafka_settings
+from ghsync_dagster.wiring import existing_kafka
 
 if TYPE_CHECKING:
     import subprocess
@@ -54,7 +54,7 @@ class Campaign:
     """The stack under a workload, and what is seen of it from outside."""
 
     def __init__(self, settings: Settings, servers: Settings, tables: tuple[MySqlStore, MySqlStore], log: Path) -> None:
-        self.kafka = dataclasses.replace(kafka_settings(settings), session_timeout_seconds=SESSION_SECONDS)
+        self.kafka = dataclasses.replace(existing_kafka(settings), session_timeout_seconds=SESSION_SECONDS)
         self.parts = Parts(_secret(settings.mongodb_uri), settings.mongodb_database)
         self._servers = servers
         self._mysql, changed = tables

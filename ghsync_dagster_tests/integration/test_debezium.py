@@ -12,7 +12,7 @@ import pytest
 
 from ghsync_dagster.cdc.listener import SilentListener
 from ghsync_dagster.stores.mysql import MySqlStore
-from ghsync_dagster.wiring import change_consumer, store_opener
+from ghsync_dagster.wiring import change_consumer, existing_kafka, store_opener
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -70,7 +70,8 @@ class Both:
         deadline = time.monotonic() + 60
         while any(self._counts.what[what] < count for what, count in expected.items()):
             assert time.monotonic() < deadline, self._counts.what
-            report = change_consumer(self.settings, self._counts).run(threading.Event(), until_end=True, seconds=60)
+            consumer = change_consumer(self.settings, existing_kafka(self.settings), self._counts)
+            report = consumer.run(threading.Event(), until_end=True, seconds=60)
             assert not report.dead_letters
         return dict(self._counts.what)
 

@@ -23,6 +23,7 @@ from ghsync_dagster.domain.errors import (
     RefusedError,
     UnavailableError,
 )
+from ghsync_dagster.local import kafka
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -177,13 +178,17 @@ def _opened_by_a_reader(pipe: Path) -> int:
             time.sleep(0.02)
 
 
-@pytest.mark.parametrize("command", [["list"], ["show", "t-0-0"], ["replay"], ["replay", "--apply"]])
-def test_dead_letters_are_not_looked_for_where_there_is_no_kafka(
-    ghsync: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+@pytest.mark.parametrize(
+    "command",
+    ["cdc run", "cdc drain", "cdc audit", "dlq list", "dlq show t-0-0", "dlq replay", "dlq replay --apply"],
+)
+def test_what_needs_kafka_starts_none_where_there_is_none(
+    ghsync: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     monkeypatch.setenv("GHSYNC_HOME", str(tmp_path))
     monkeypatch.delenv("KAFKA_BOOTSTRAP_SERVERS", raising=False)
-    result = ghsync("dlq", *command)
+    monkeypatch.setattr(kafka, "up", lambda *_: pytest.fail("Kafka was started"))
+    result = ghsync(*command.split())
     assert result.exit_code == 3
     assert "There is no Kafka: KAFKA_BOOTSTRAP_SERVERS is not set" in result.stderr
     assert "ghsync up" in result.stderr

@@ -20,7 +20,7 @@ from ghsync_dagster.stores.kafka import (
     kafka_errors,
     producer_config,
 )
-from ghsync_dagster.wiring import kafka_settings
+from ghsync_dagster.wiring import existing_kafka
 
 PLAIN = KafkaSettings("broker:9092", "changes", "group")
 SECURE = KafkaSettings(
@@ -109,7 +109,7 @@ def test_the_settings_of_the_environment_arrive(monkeypatch: pytest.MonkeyPatch,
         "GHSYNC_CDC_SESSION_TIMEOUT_SECONDS": "7",
     }.items():
         monkeypatch.setenv(name, value)
-    kafka = kafka_settings(load_settings())
+    kafka = existing_kafka(load_settings())
     assert kafka.bootstrap_servers == "one:1,two:2"
     assert kafka.dead_letter_topic == "changes.dlq"
     assert (kafka.sasl_password, kafka.ssl_ca_location) == ("s3cret", Path("/ca.pem"))
