@@ -521,8 +521,9 @@ def test_a_slice_starts_no_kafka_that_goes_just_then(nowhere: Path, monkeypatch:
     assert list(nowhere.iterdir()) == []
 
 
+@pytest.mark.parametrize("told", [True, False], ids=["told to end", "its time is over"])
 def test_a_consumer_that_does_not_end_takes_its_process_along(
-    instance: dg.DagsterInstance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    instance: dg.DagsterInstance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: bool
 ) -> None:
     released = threading.Event()
     codes: list[int] = []
@@ -531,7 +532,8 @@ def test_a_consumer_that_does_not_end_takes_its_process_along(
         """Hears of nothing."""
 
         def run(self, stop: threading.Event, **_: object) -> ConsumerReport:
-            stop.set()
+            if told:
+                stop.set()
             assert released.wait(30)
             return ConsumerReport(False, 0, 0, {}, {}, {})
 
@@ -548,7 +550,9 @@ def test_a_consumer_that_does_not_end_takes_its_process_along(
     monkeypatch.setattr(slices, "_END_SECONDS", -9.8)
     monkeypatch.setattr(os, "_exit", leave)
     job = build_defs({"changes": Changes(home=str(tmp_path))}).resolve_job_def("cdc_sync_job")
-    job.execute_in_process(instance=instance, raise_on_error=False)
+    seconds = 600.0 if told else 0.1
+    config = {"ops": {SYNC_OP: {"config": {"seconds": seconds}}}}
+    job.execute_in_process(run_config=config, instance=instance, raise_on_error=False)
     assert codes == [70]
 
 

@@ -6,6 +6,7 @@ are consumed (``cdc.consume``), and when a run starts (``defs.cdc.supervisor``).
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -93,13 +94,16 @@ def consume(
         ThreadPoolExecutor(1, thread_name_prefix="cdc") as pool,
     ):
         consumer = changes.consumer(observer.listener)
+        ending = _END_SECONDS + changes.settings().cdc_session_timeout_seconds
+        # Nobody tells it to end when its time is over, and it may hang then too.
+        latest = time.monotonic() + ending + (math.inf if seconds is None else seconds)
         future = pool.submit(consumer.run, stop, until_end=until_end, seconds=seconds)
         try:
-            observer.watch(future, stop)
+            observer.watch(future, stop, latest)
         finally:
             told = stop.is_set()
             stop.set()
-            _await_end(future, _END_SECONDS + changes.settings().cdc_session_timeout_seconds)
+            _await_end(future, max(min(ending, latest - time.monotonic()), 0))
             observer.observe()
     report = future.result()
     if told and _told_to_end(context):
@@ -112,7 +116,7 @@ def consume(
 def _await_end(future: Future[ConsumerReport], seconds: float) -> None:
     """Wait until the consumer has ended; one that does not takes its process along, or it would live for ever."""
     if not wait([future], timeout=seconds).done:
-        log.error("the consumer does not end: its process is ended", seconds=seconds)
+        log.error("the consumer does not end: its process is ended")
         os._exit(os.EX_SOFTWARE)
 
 
@@ -135,10 +139,15 @@ class _Observer:
     def __exit__(self, *_: object) -> None:
         self._endpoint.close()
 
-    def watch(self, future: Future[ConsumerReport], stop: threading.Event) -> None:
-        """Observe until the consumer has ended or was told to; tell it to where Dagster holds the run for ended."""
+    def watch(self, future: Future[ConsumerReport], stop: threading.Event, latest: float) -> None:
+        """Observe until the consumer has ended or was told to, or until ``latest``, by when it should have.
+
+        Tells it to end where Dagster holds the run for ended.
+        """
         self.observe()
-        while not stop.is_set() and not wait([future], timeout=self._settings.cdc_report_seconds).done:
+        while not stop.is_set() and (left := latest - time.monotonic()) > 0:
+            if wait([future], timeout=min(left, self._settings.cdc_report_seconds)).done:
+                return
             self._endpoint.open()
             if self._heartbeat.silence < _SILENT_SECONDS:
                 self.observe()
