@@ -231,7 +231,9 @@ Kind = Annotated[str | None, typer.Option(help="Only those of this kind, such as
 @dlq.command("list")
 def list_letters(
     kind: Kind = None,
-    state: Annotated[str | None, typer.Option(help="Only open, replaying, replayed or skipped ones.")] = None,
+    state: Annotated[
+        str | None, typer.Option(help="Only open (replaying ones too), replaying, replayed or skipped ones.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the newest so many.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -242,7 +244,11 @@ def list_letters(
 
     if state is not None and state not in list(LetterState):
         raise typer.BadParameter(f"{state} is none of {', '.join(LetterState)}.", param_hint="--state")
-    found = ((letter, at, why) for letter, at, why in _letters() if kind in (None, letter.kind) and state in (None, at))
+
+    def fits(at: LetterState) -> bool:
+        return at.is_open if state == LetterState.OPEN else state in (None, at)
+
+    found = ((letter, at, why) for letter, at, why in _letters() if kind in (None, letter.kind) and fits(at))
     letters = deque(found, maxlen=limit)
     if as_json:
         _print_json([{**letter.as_json(), "state": at, "state_reason": why} for letter, at, why in letters])

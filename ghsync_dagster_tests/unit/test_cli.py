@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +15,8 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from ghsync_dagster import cli
+from ghsync_dagster import cli, cli_cdc
+from ghsync_dagster.cdc.dead_letters import DeadLetter
 from ghsync_dagster.domain.errors import (
     ConfigError,
     GhsyncError,
@@ -24,6 +26,7 @@ from ghsync_dagster.domain.errors import (
     UnavailableError,
 )
 from ghsync_dagster.local import kafka
+from ghsync_dagster.stores.replay import LetterState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -193,3 +196,19 @@ def test_what_needs_kafka_starts_none_where_there_is_none(
     assert "There is no Kafka: KAFKA_BOOTSTRAP_SERVERS is not set" in result.stderr
     assert "ghsync up" in result.stderr
     assert not (tmp_path / "kafka").exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "listed"),
+    [("open", ["open", "replaying"]), *([state, [state]] for state in ("replaying", "replayed", "skipped"))],
+)
+def test_dead_letters_whose_replay_began_are_listed_as_open_too(
+    ghsync: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, state: str, listed: list[str]
+) -> None:
+    letters = [
+        (DeadLetter("t", 0, at, None, b"1", b"{", [], "not-json", "no JSON", "2026-01-01T00:00:00+00:00"), found, "")
+        for at, found in enumerate(LetterState)
+    ]
+    monkeypatch.setattr(cli_cdc, "_letters", lambda: letters)
+    result = ghsync("dlq", "list", "--state", state, "--json")
+    assert [letter["state"] for letter in json.loads(result.stdout)] == listed
