@@ -105,17 +105,13 @@ class ChangesResource(dg.ConfigurableResource["ChangesResource"]):
         """
         from ghsync_dagster.local import kafka
 
-        settings = self.settings()
-        known = settings.kafka_bootstrap_servers or kafka.status(settings).data is not None
-        return None if known else _words("Kafka", "KAFKA_BOOTSTRAP_SERVERS")
+        return None if kafka.was_set_up(self.settings()) else _words("Kafka", "KAFKA_BOOTSTRAP_SERVERS")
 
     def no_mysql(self) -> str | None:
         """Return the same of MySQL."""
         from ghsync_dagster.local import mysql
 
-        settings = self.settings()
-        known = settings.mysql_url or mysql.status(settings).data is not None
-        return None if known else _words("MySQL", "MYSQL_URL")
+        return None if mysql.was_set_up(self.settings()) else _words("MySQL", "MYSQL_URL")
 
     def open_store(self) -> UserStore:
         """Open the users' collection."""

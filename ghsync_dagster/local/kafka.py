@@ -96,6 +96,11 @@ def down(settings: Settings, progress: Callable[[str], None]) -> ServiceStatus:
     return _supervisor(settings).down(progress)
 
 
+def was_set_up(settings: Settings) -> bool:
+    """Tell whether a broker is named, or a local one was ever started here."""
+    return bool(settings.kafka_bootstrap_servers) or _supervisor(settings).was_set_up()
+
+
 def status(settings: Settings) -> ServiceStatus:
     """Tell how the broker in use is."""
     if settings.kafka_bootstrap_servers:

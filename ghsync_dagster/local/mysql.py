@@ -138,6 +138,11 @@ def down(settings: Settings, progress: Callable[[str], None]) -> ServiceStatus:
     return _supervisor(settings).down(progress)
 
 
+def was_set_up(settings: Settings) -> bool:
+    """Tell whether a server is named, or a local one was ever started here."""
+    return bool(settings.mysql_url) or _supervisor(settings).was_set_up()
+
+
 def status(settings: Settings) -> ServiceStatus:
     """Tell how the server in use is.
 

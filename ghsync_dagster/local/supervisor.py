@@ -209,6 +209,10 @@ class Supervisor:
             return self._status(record, "failed" if record.started else "down", None)
         return self._status(record, "up" if self._ready(process, record) else "failed", process.pid)
 
+    def was_set_up(self) -> bool:
+        """Tell whether a server was ever started here, also where its state file can't be read or is a copy's."""
+        return self._state_file.exists() or (self._folder / "data").exists()
+
     @property
     def _state_file(self) -> Path:
         return self._folder / "state.json"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
+import msgspec
 import pytest
 from dagster._core.run_coordinator.queued_run_coordinator import QueuedRunCoordinator
 
@@ -28,7 +29,7 @@ from ghsync_dagster.defs.resources import ChangesResource
 from ghsync_dagster.domain.errors import UnavailableError
 from ghsync_dagster.local import kafka
 from ghsync_dagster.local.dagster_home import ensure_dagster_home
-from ghsync_dagster.local.supervisor import ServiceStatus
+from ghsync_dagster.local.supervisor import Record, ServiceStatus
 from ghsync_dagster.observability.metrics import ChangeMetrics
 from ghsync_dagster.settings import Settings, load_settings
 from ghsync_dagster.stores.kafka import KafkaSettings
@@ -500,6 +501,24 @@ def test_where_no_change_stream_was_set_up_there_is_nothing_to_compare(
     found = evaluate(instance, "mongo_users_in_step_with_mysql", ChangesResource())
     assert found.passed
     assert found.description.startswith("not compared: there is no Kafka here")
+
+
+@pytest.mark.parametrize("left", ["a copy's record", "a broken record", "data alone"])
+def test_a_stream_that_was_set_up_is_not_taken_for_none_by_its_record(
+    instance: dg.DagsterInstance, nowhere: Path, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    monkeypatch.setenv("GHSYNC_RETRY_ATTEMPTS", "1")
+    for service in ("kafka", "mysql"):
+        data = nowhere / service / "data" / service
+        data.mkdir(parents=True)
+        record = Record(service, str(data), "log", 1, pid=1, born="then", started=True, folder="1:2")
+        contents = {"a copy's record": msgspec.json.encode(record), "a broken record": b"{"}
+        if left in contents:
+            (nowhere / service / "state.json").write_bytes(contents[left])
+    assert (ChangesResource().no_kafka(), ChangesResource().no_mysql()) == (None, None)
+    failure = evaluate(instance, "mongo_users_in_step_with_mysql", ChangesResource())
+    assert not isinstance(failure, dg.AssetCheckEvaluation)
+    assert "There is no Kafka: KAFKA_BOOTSTRAP_SERVERS is not set" in failure.user_failure_data.description
 
 
 @pytest.mark.usefixtures("nowhere")
