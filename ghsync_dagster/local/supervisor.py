@@ -135,6 +135,10 @@ class Record(msgspec.Struct, frozen=True):
 class Supervisor:
     """The one who starts and stops a service's server.
 
+    A record that was written in another folder is of a copy while that folder still stands: its server is the other's
+    and left alone. Where that folder is gone, this one was moved or restored from it: a server that it left runs on
+    files that no path leads to, and is stopped, by ``down`` and before ``up`` starts one here.
+
     Args:
         service: The service's name, such as ``mongo``.
         folder: Where its state file and lock are kept.
@@ -169,14 +173,17 @@ class Supervisor:
             progress: Gets a line of text for each thing done.
 
         Raises:
-            UnavailableError: It ended early or did not answer in time; holds the end of its log.
+            UnavailableError: It ended early or did not answer in time, with the end of its log; or one that a moved
+                folder left could not be ended.
             ConfigError: The folder can't be used, or ``choose`` found no server.
         """
         with self._locked():
             record = self._read()
             process = self._find(record) if record else None
             if record and process:
-                return self._adopt(record, process)
+                if self._is_here(record):
+                    return self._adopt(record, process)
+                self._stop(record, process, progress)
             return self._start(choose(), (record.port, *record.other_ports) if record else (), progress)
 
     def down(self, progress: Callable[[str], None]) -> ServiceStatus:
@@ -193,8 +200,7 @@ class Supervisor:
             if record is None:
                 return self._unknown()
             if process := self._find(record):
-                progress(f"{self._service}: stopping {record.server}, process {process.pid}")
-                self._end(process, record)
+                self._stop(record, process, progress)
             stopped = msgspec.structs.replace(record, pid=None, born=None, started=False)
             self._write(stopped)
             return self._status(stopped, "down", None)
@@ -207,7 +213,8 @@ class Supervisor:
         process = self._find(record)
         if process is None:
             return self._status(record, "failed" if record.started else "down", None)
-        return self._status(record, "up" if self._ready(process, record) else "failed", process.pid)
+        up = self._is_here(record) and self._ready(process, record)
+        return self._status(record, "up" if up else "failed", process.pid)
 
     def was_set_up(self) -> bool:
         """Tell whether a server was ever started here, also where its state file can't be read or is a copy's."""
@@ -251,7 +258,11 @@ class Supervisor:
         except (OSError, msgspec.MsgspecError):
             return None
         # In a copied folder the record is of the original's server.
-        return record if record.folder in (None, _named(self._folder)) else None
+        return record if self._is_here(record) or not _still_stands(record, self._find(record)) else None
+
+    def _is_here(self, record: Record) -> bool:
+        """Tell whether a record was written in this very folder."""
+        return record.folder in (None, _named(self._folder))
 
     def _write(self, record: Record) -> None:
         part = self._state_file.with_suffix(".part")
@@ -382,6 +393,10 @@ class Supervisor:
             way_out=f"Read the log; or set {self._variable} to a server of your own.",
         )
 
+    def _stop(self, record: Record, process: psutil.Process, progress: Callable[[str], None]) -> None:
+        progress(f"{self._service}: stopping {record.server}, process {process.pid}")
+        self._end(process, record)
+
     def _end(self, process: psutil.Process, record: Record) -> None:
         try:
             process.terminate()
@@ -432,9 +447,22 @@ def _holds_something(folder: Path) -> bool:
 
 
 def _named(folder: Path) -> str:
-    """Return what names a folder by whatever path it is reached, also after it was moved."""
+    """Return what names a folder by whatever path it is reached, also after it was renamed."""
     stat = folder.stat()
     return f"{stat.st_dev}:{stat.st_ino}"
+
+
+def _still_stands(record: Record, process: psutil.Process | None) -> bool:
+    """Tell whether the folder that a record was written in is there: above its data, or where its server works."""
+    places = [Path(record.data)]
+    # The system tells a server's working folder by its present path, also after it was renamed.
+    with contextlib.suppress(psutil.Error):
+        places += [Path(process.cwd())] if process else []
+    for folder in {each for place in places for each in (place, *place.parents)}:
+        with contextlib.suppress(OSError):
+            if _named(folder) == record.folder:
+                return True
+    return False
 
 
 def _born(process: psutil.Process) -> str:

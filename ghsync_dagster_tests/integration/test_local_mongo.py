@@ -186,6 +186,57 @@ def test_a_copied_home_has_no_hold_on_the_servers_of_the_original(settings: Sett
     assert stored(status) == [1]
 
 
+def test_a_copied_home_has_no_hold_on_them_either_where_the_original_was_renamed(
+    settings: Settings, tmp_path: Path
+) -> None:
+    status = start(settings)
+    copied, renamed = load_settings(GHSYNC_HOME=tmp_path / "copy"), load_settings(GHSYNC_HOME=tmp_path / "renamed")
+    shutil.copytree(settings.home_dir, copied.home_dir)
+    settings.home_dir.rename(renamed.home_dir)
+    try:
+        assert stack.down(copied, ["mongo"], progress=print)["mongo"].state == "down"
+        assert stack.status(renamed)["mongo"] == status
+    finally:
+        stack.down(renamed, progress=print)
+    assert not alive(status.pid)
+
+
+@pytest.mark.parametrize("place", ["elsewhere", "a home"])
+def test_the_server_of_a_home_that_was_moved_to_another_disk_is_stopped(
+    settings: Settings, tmp_path: Path, place: str
+) -> None:
+    left = start(settings)
+    moved = moved_to_another_disk(settings, tmp_path / place)
+    status = stack.status(moved)["mongo"]
+    assert (status.state, status.pid) == ("failed", left.pid)
+    stopped = stack.down(moved, ["mongo"], progress=print)["mongo"]
+    assert (stopped.state, stopped.pid) == ("down", None)
+    assert not alive(left.pid)
+
+
+def test_up_in_a_home_that_was_moved_to_another_disk_starts_on_the_data_there(
+    settings: Settings, tmp_path: Path
+) -> None:
+    left = start(settings)
+    moved = moved_to_another_disk(settings, tmp_path / "elsewhere")
+    try:
+        again = start(moved)
+        assert (again.state, again.data) == ("up", moved.home_dir / "mongo" / "data" / "secantusdb")
+        assert not alive(left.pid)
+    finally:
+        stack.down(moved, progress=print)
+    assert servers_of(moved) == []
+
+
+def moved_to_another_disk(settings: Settings, place: Path) -> Settings:
+    """Move the home as ``mv`` does between file systems, which copies it and removes the original."""
+    copy = place.with_name("copy on the way")
+    shutil.copytree(settings.home_dir, copy)
+    shutil.rmtree(settings.home_dir)
+    copy.rename(place)
+    return load_settings(GHSYNC_HOME=place)
+
+
 def test_a_home_that_is_reached_by_another_path_or_keeps_data_elsewhere_is_the_same(
     settings: Settings, tmp_path: Path
 ) -> None:
