@@ -276,9 +276,9 @@ class Supervisor:
         """Return the recorded server's process if it lives, and never somebody else's."""
         if not record.started:
             return None
-        if record.pid is None or record.born is None:
-            return _search(record)
         try:
+            if record.pid is None or record.born is None:
+                return _search(record)
             process = psutil.Process(record.pid)
             return process if _born(process) == record.born and _is_server(process, record) else None
         except psutil.Error:
@@ -305,15 +305,18 @@ class Supervisor:
 
     def _adopt(self, record: Record, process: psutil.Process) -> ServiceStatus:
         """Wait for a server that was found running, such as one whose starter was killed."""
-        if not self._await_ready(process, record):
-            raise UnavailableError(
-                f"{record.server}, process {process.pid}, runs but does not answer on port {record.port}. "
-                f"End of its log {record.log}:\n{_tail(Path(record.log), 0)}",
-                way_out="Run ghsync down, then ghsync up.",
-            )
-        if record.pid is None or record.born is None:
-            self._write(msgspec.structs.replace(record, pid=process.pid, born=_born(process)))
-        return self._status(record, "up", process.pid)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if record.pid is None or record.born is None:
+                record = msgspec.structs.replace(record, pid=process.pid, born=_born(process))
+                self._write(record)
+            if self._await_ready(process, record):
+                return self._status(record, "up", process.pid)
+        what = "runs but does not answer" if _alive(process) else "ended before it answered"
+        raise UnavailableError(
+            f"{record.server}, process {process.pid}, {what} on port {record.port}. "
+            f"End of its log {record.log}:\n{_tail(Path(record.log), 0)}",
+            way_out="Run ghsync down, then ghsync up.",
+        )
 
     def _start(self, spec: ServerSpec, last: tuple[int, ...], progress: Callable[[str], None]) -> ServiceStatus:
         for attempt in range(1, _STARTS + 1):
@@ -469,7 +472,7 @@ def _born(process: psutil.Process) -> str:
     """Return what tells a process from any other of its pid: when it began, by a clock that nobody sets.
 
     Linux counts the start of a process in ticks from boot (proc(5), field 22 of ``stat``); its time of day moves with
-    the system's clock.
+    the system's clock. Where the boot is not told, such as in a sandbox, the ticks have to do.
 
     Raises:
         psutil.NoSuchProcess: It is gone.
@@ -478,9 +481,11 @@ def _born(process: psutil.Process) -> str:
         return str(process.create_time())
     try:
         stat = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8", errors="replace")
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:
         raise psutil.NoSuchProcess(process.pid) from None
+    boot = ""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     # The program's name stands in parentheses and may hold any character.
     return f"{boot}/{stat.rpartition(')')[2].split()[19]}"
 

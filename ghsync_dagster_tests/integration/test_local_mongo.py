@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from cdc_parts import kill
 from pymongo import MongoClient
 
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
-from ghsync_dagster.local import mongo, stack
+from ghsync_dagster.local import mongo, stack, supervisor
 from ghsync_dagster.local.supervisor import _born
 from ghsync_dagster.settings import Settings, load_settings
 
@@ -280,6 +281,42 @@ def test_a_server_whose_starter_was_killed_before_it_noted_the_pid_is_found(sett
     assert start(settings) == first
     assert state(settings)["pid"] == first.pid
     assert servers_of(settings) == [first.pid]
+
+
+def test_a_found_server_that_dies_just_then_is_an_error_with_its_last_words(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = start(settings)
+    state_file(settings).write_text(json.dumps(state(settings) | {"pid": None, "born": None}))
+
+    def born(process: psutil.Process) -> str:
+        process.kill()
+        process.wait(30)
+        return _born(process)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(supervisor, "_born", born)
+        with pytest.raises(UnavailableError, match=rf"(?s)process {first.pid}, ended .*End of its log .*ghsync up"):
+            start(settings)
+    assert stack.status(settings)["mongo"].state == "failed"
+    assert start(settings).state == "up"
+
+
+def test_a_system_that_does_not_tell_its_boot_is_no_obstacle(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_text = Path.read_text
+
+    def refuse(path: Path, *arguments: Any, **more: Any) -> str:
+        if path.name == "boot_id":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read_text(path, *arguments, **more)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    status = start(settings)
+    assert start(settings) == status
+    stack.down(settings, progress=print)
+    assert not alive(status.pid)
 
 
 def test_a_taken_port_is_left_alone_for_a_free_one(settings: Settings) -> None:
