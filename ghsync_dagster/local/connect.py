@@ -35,11 +35,12 @@ _HEAP_MEGABYTES = 384
 _REQUEST_SECONDS = 10.0
 _PING_SECONDS = 3.0
 _RUNNING_SECONDS = 90.0
-# A state that is left behind, such as by a worker that was killed, is not yet a verdict.
-_FAILED_FOR_SECONDS = 3.0
+# A state that is left behind, such as by a worker that was killed or before a resume, is not yet a verdict.
+_VERDICT_SECONDS = 3.0
 _POLL_SECONDS = 0.1
 _NOT_FOUND, _CONFLICT, _ERRORS_FROM = 404, 409, 400
 _RUNNING, _FAILED, _NONE = "RUNNING", "FAILED", "NONE"
+_SETTLED = (_RUNNING, _FAILED, _NONE)
 _HALTED = ("PAUSED", "STOPPED")
 _RIGHTS = "the database user needs SELECT, RELOAD, SHOW DATABASES, REPLICATION SLAVE and REPLICATION CLIENT"
 # MySQL tells its followers apart by a number, which must be no other server's.
@@ -81,10 +82,10 @@ def ensure_connect(settings: Settings, progress: Callable[[str], None] | None = 
 def up(settings: Settings, progress: Callable[[str], None]) -> ServiceStatus:
     """Start the local worker unless it runs, with what it needs, and see that the connector runs as configured.
 
-    With CONNECT_URL ask that worker; a connector that it has is left as it is.
+    With CONNECT_URL ask that worker; a connector that it has is left as it is, and has to run.
 
     Raises:
-        UnavailableError: A server did not start, or the connector does not run; holds the reason.
+        UnavailableError: A server did not start, or the connector does not run; holds its state or the reason.
         ConfigError: A setting does not fit a local worker.
     """
     if settings.connect_url:
@@ -323,25 +324,40 @@ def _client(url: str, seconds: float = _REQUEST_SECONDS) -> httpx.Client:
 
 
 def _serves(url: str, seconds: float) -> bool:
-    """Tell whether a worker serves: it has read its topics and joined its group."""
+    """Tell whether a worker serves: it has read its topics and joined its group, as far as its version tells."""
     import httpx
 
     try:
         with _client(url, seconds) as client:
-            return client.get("/health").is_success
+            answer = client.get("/health")
+            # Workers before Kafka 3.9 have no such path.
+            return (client.get("/") if answer.status_code == _NOT_FOUND else answer).is_success
     except httpx.HTTPError:
         return False
 
 
 def _up_external(settings: Settings, url: str, progress: Callable[[str], None]) -> ServiceStatus:
     found = _external(url)
-    if found.more.get("connector") == _FAILED:
+    if found.state == "up" and found.more["connector"] not in _SETTLED:
+        found = replace(found, more=_await_settled(url).as_json())
+    state = found.more.get("connector")
+    if state == _FAILED:
         raise UnavailableError(
             f"The connector {CONNECTOR} on {found.uri} does not run: {found.more['connector_error']}.",
             way_out="Mend what it names, then restart it there: POST /connectors/"
             f"{CONNECTOR}/restart?includeTasks=true&onlyFailed=true.",
         )
-    if found.state != "up" or found.more["connector"] != _NONE:
+    if state in _HALTED:
+        raise UnavailableError(
+            f"The connector {CONNECTOR} on {found.uri} does not run: it is {state}.",
+            way_out=f'Resume it there: curl -X PUT "$CONNECT_URL/connectors/{CONNECTOR}/resume".',
+        )
+    if found.state == "up" and state not in _SETTLED:
+        raise UnavailableError(
+            f"The connector {CONNECTOR} on {found.uri} does not run: it is {state} after {_RUNNING_SECONDS:.0f} s.",
+            way_out="Read the worker's log, mend what it names, then run ghsync up again.",
+        )
+    if state != _NONE:
         return found
     _refuse_security(settings, "The connector", f"Register a connector named {CONNECTOR} on {found.uri} yourself.")
     source = mysql.ensure_mysql(settings, progress)
@@ -353,6 +369,17 @@ def _up_external(settings: Settings, url: str, progress: Callable[[str], None]) 
     with _client(url) as client:
         state = _ensure_connector(client, config, lambda: mysql.followers(source), frozenset(), progress)
     return replace(found, more=state.as_json())
+
+
+def _await_settled(url: str) -> ConnectorState:
+    """Wait while the connector is on its way to run, and tell how it is then."""
+    began = time.monotonic()
+    with _client(url) as client:
+        while (found := _state(client)).state not in _SETTLED:
+            if time.monotonic() - began > (_VERDICT_SECONDS if found.state in _HALTED else _RUNNING_SECONDS):
+                break
+            time.sleep(_POLL_SECONDS)
+    return found
 
 
 def _external(url: str) -> ServiceStatus:
@@ -432,7 +459,7 @@ def _await_running(client: httpx.Client, follows: Callable[[], bool]) -> Connect
         if state.state == _RUNNING and follows():
             return state
         failed_since = (failed_since or time.monotonic()) if state.state == _FAILED else None
-        if failed_since and time.monotonic() - failed_since > _FAILED_FOR_SECONDS:
+        if failed_since and time.monotonic() - failed_since > _VERDICT_SECONDS:
             break
         time.sleep(_POLL_SECONDS)
     if state.state == _RUNNING:

@@ -6,6 +6,7 @@ import json
 import socket
 from pathlib import Path
 
+import httpx
 import pytest
 
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
@@ -174,3 +175,61 @@ def test_a_connector_elsewhere_that_failed_is_no_success(tmp_path: Path, monkeyp
     monkeypatch.setattr(connect, "_external", lambda _: found)
     with pytest.raises(UnavailableError, match=r"does not run: Access denied.*restart"):
         stack.up(settings, ["connect"], progress=print)
+
+
+def worker(monkeypatch: pytest.MonkeyPatch, *states: str, health: int = 200) -> None:
+    """Put a Connect worker in place whose connector goes through these states and stays in the last."""
+    left = list(states)
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/":
+            return httpx.Response(200, json={"version": "3.8.0"})
+        if request.url.path == "/health":
+            return httpx.Response(health)
+        assert (request.method, request.url.path) == ("GET", "/connectors/ghsync-users/status")
+        state = left.pop(0) if len(left) > 1 else left[0]
+        tasks = [] if state == "STOPPED" else [{"id": 0, "state": state}]
+        return httpx.Response(200, json={"connector": {"state": state}, "tasks": tasks})
+
+    def client(url: str, seconds: float = 1) -> httpx.Client:
+        return httpx.Client(base_url=url, timeout=seconds, transport=httpx.MockTransport(answer))
+
+    monkeypatch.setattr(connect, "_client", client)
+    monkeypatch.setattr(connect, "_POLL_SECONDS", 0)
+    monkeypatch.setattr(connect, "_VERDICT_SECONDS", 0.05)
+
+
+@pytest.mark.parametrize("state", ["PAUSED", "STOPPED"])
+def test_a_connector_elsewhere_that_is_halted_is_no_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    settings = load_settings(GHSYNC_HOME=tmp_path, CONNECT_URL="http://u:s3cret@127.0.0.1:9")
+    worker(monkeypatch, state)
+    with pytest.raises(UnavailableError, match=rf"does not run: it is {state}\..*PUT .*/ghsync-users/resume") as caught:
+        stack.up(settings, ["connect"], progress=print)
+    assert "s3cret" not in str(caught.value)
+    assert stack.status(settings)["connect"].more["connector"] == state
+
+
+def test_a_connector_elsewhere_that_is_on_its_way_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = load_settings(GHSYNC_HOME=tmp_path, CONNECT_URL="http://127.0.0.1:9")
+    worker(monkeypatch, "STOPPED", "UNASSIGNED", "RESTARTING", "RUNNING")
+    assert stack.up(settings, ["connect"], progress=print)["connect"].more["connector"] == "RUNNING"
+    worker(monkeypatch, "UNASSIGNED")
+    monkeypatch.setattr(connect, "_RUNNING_SECONDS", 0.1)
+    with pytest.raises(UnavailableError, match=r"does not run: it is UNASSIGNED after .*worker's log"):
+        stack.up(settings, ["connect"], progress=print)
+    worker(monkeypatch, "UNASSIGNED", "PAUSED")
+    with pytest.raises(UnavailableError, match=r"it is PAUSED.*/ghsync-users/resume"):
+        stack.up(settings, ["connect"], progress=print)
+
+
+@pytest.mark.parametrize(("health", "state"), [(404, "up"), (503, "down")])
+def test_a_worker_that_knows_no_health_is_asked_for_its_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, health: int, state: str
+) -> None:
+    worker(monkeypatch, "RUNNING", health=health)
+    settings = load_settings(GHSYNC_HOME=tmp_path, CONNECT_URL="http://127.0.0.1:9")
+    assert stack.up(settings, ["connect"], progress=print)["connect"].state == state
