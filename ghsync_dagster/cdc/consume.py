@@ -523,7 +523,11 @@ class _Run:
         if met:
             self._consumer.commit(met)
         places = {partition: met.get(partition) or committed[partition] or 0 for partition in ends}
-        return all(places[p] >= end for p, end in ends.items()) and not self._writer.is_to_go_back(places)
+        if any(places[partition] < end for partition, end in ends.items()) or self._writer.is_to_go_back(places):
+            return False
+        # Another consumer may have heeded a note, and forgotten it, since the places were asked for.
+        now = self._consumer.committed(ends)
+        return all((now[partition] or 0) >= end for partition, end in ends.items())
 
     @property
     def _is_busy(self) -> bool:

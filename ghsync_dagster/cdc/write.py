@@ -245,7 +245,7 @@ class Writer:
         notes = self._store.asked_again([self._note(partition) for partition in places])
         left = {partition: notes[name].offset for partition in places if (name := self._note(partition)) in notes}
         with self._changed:
-            left |= self._to_ask
+            left = {p: min(left.get(p, at), at) for p, at in {**left, **self._to_ask}.items()}
         return any(offset < places.get(partition, 0) for partition, offset in left.items())
 
     def give_up(self, written: Written) -> None:
@@ -324,7 +324,8 @@ class Writer:
             raise type(error)(
                 f"{self._name}: {places} is to be applied again, since a command to the store may have come late, and "
                 f"this can't be noted: {error.message}",
-                way_out="Set the group back to these offsets before another consumer runs; see docs/operations.md.",
+                way_out="Set the group back to them where it is beyond, before another consumer runs; see "
+                "docs/operations.md.",
             ) from error
         log.warning("changes are to be applied again, as a command may have come late", offsets=asked)
         with self._changed:
@@ -371,6 +372,8 @@ class Writer:
                 if self._stopped.wait(seconds):
                     raise _StoppedError from None
             else:
+                # One whose partitions were given up meanwhile must not be committed any more.
+                self._go_on()
                 self._said.is_over()
                 written.unsure = self._store.unsure
                 return written

@@ -456,16 +456,29 @@ def _named(folder: Path) -> str:
 
 
 def _still_stands(record: Record, process: psutil.Process | None) -> bool:
-    """Tell whether the folder that a record was written in is there: above its data, or where its server works."""
+    """Tell whether the folder that a record was written in is there: above its data, or where its server works.
+
+    One that may not be looked at counts as there, since it is another user's.
+    """
     places = [Path(record.data)]
-    # The system tells a server's working folder by its present path, also after it was renamed.
-    with contextlib.suppress(psutil.Error):
-        places += [Path(process.cwd())] if process else []
-    for folder in {each for place in places for each in (place, *place.parents)}:
-        with contextlib.suppress(OSError):
-            if _named(folder) == record.folder:
-                return True
-    return False
+    try:
+        if process:
+            # The system tells a server's working folder by its present path, also after it was renamed.
+            works = process.cwd()
+            # What a process sees by a path need not be what is here: in Linux there is a way through its own root.
+            places += [Path(works), Path(f"/proc/{process.pid}/root/{works}")]
+        return any(_is_named(folder, record) for place in places for folder in (place, *place.parents))
+    except psutil.NoSuchProcess:
+        return _still_stands(record, None)
+    except (psutil.AccessDenied, OSError):
+        return True
+
+
+def _is_named(folder: Path, record: Record) -> bool:
+    try:
+        return _named(folder) == record.folder
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def _born(process: psutil.Process) -> str:

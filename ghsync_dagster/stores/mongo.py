@@ -45,6 +45,8 @@ T = TypeVar("T")
 UNIQUE_INDEX: Final = "user_id_unique"
 CHUNK: Final = 1_000
 """How many keys or documents one command carries."""
+CONFIRM_MS: Final = 60_000
+"""How long a majority may take to confirm a write, before who waits is told that it is not confirmed."""
 
 _REFUSED: Final = frozenset({11, 13, 18, 31, 33, 8000})
 """UserNotFound, Unauthorized, AuthenticationFailed, RoleNotFound, and the hosted services' own code for the same."""
@@ -155,8 +157,9 @@ class UserStore:
                 raise InvalidURI(redact(str(error))) from None
         # Decisions stand on what was written last: a URI that prefers secondaries must not make them stale.
         # What is acknowledged must outlive a failover: a URI with w=1 or w=0 must not weaken it.
+        concern = WriteConcern("majority", wtimeout=CONFIRM_MS)
         self.database: Database[Document] = self.client.get_database(
-            database, read_preference=ReadPreference.PRIMARY, write_concern=WriteConcern("majority")
+            database, read_preference=ReadPreference.PRIMARY, write_concern=concern
         )
         self.users: Collection[Document] = self.database[collection]
         # Another collection of the same database keeps its own books.

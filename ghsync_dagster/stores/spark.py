@@ -26,6 +26,7 @@ from pyspark.sql.types import LongType, StringType, StructField, StructType
 from ghsync_dagster.domain.errors import ConfigError, PermanentError, RefusedError, UnavailableError
 from ghsync_dagster.domain.user import MARKER_FIELD, MARKER_VALUE, USER_FIELDS
 from ghsync_dagster.observability.logging import redact
+from ghsync_dagster.stores.mongo import CONFIRM_MS
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -67,6 +68,7 @@ _OF_WRITES: Final = ("w", "journal", "wtimeoutms")
 _AWAY: Final = re.compile(
     "MongoTimeoutException|MongoSocket|MongoNotPrimary|MongoNodeIsRecovering"
     "|MongoConnectionPoolCleared|MongoServerUnavailable|MongoInternalException"
+    "|MongoWriteConcernException|Write concern error"
 )
 
 
@@ -301,6 +303,7 @@ def write_options(store: UserStore) -> dict[str, str]:
         "ordered": "false",
         "maxBatchSize": _BATCH_SIZE,
         "writeConcern.w": "majority",
+        "writeConcern.wTimeoutMS": str(CONFIRM_MS),
     }
 
 

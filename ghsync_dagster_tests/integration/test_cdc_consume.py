@@ -20,7 +20,7 @@ from ghsync_dagster.cdc import consume, write
 from ghsync_dagster.cdc.backlog import read_backlog
 from ghsync_dagster.cdc.checks import kafka_lag
 from ghsync_dagster.cdc.consume import ChangeConsumer
-from ghsync_dagster.cdc.dead_letters import read_dead_letters
+from ghsync_dagster.cdc.dead_letters import DeadLetters, read_dead_letters
 from ghsync_dagster.cdc.known_topic import is_another_topic
 from ghsync_dagster.cdc.listener import SilentListener
 from ghsync_dagster.domain.errors import PermanentError, RefusedError, UnavailableError
@@ -512,6 +512,89 @@ def test_a_drain_heeds_a_note_to_go_back_before_it_says_that_all_is_applied(
     parts.drain(topic)
     assert stored(store) == topic.expected
     assert notes(store) == 0
+
+
+def test_a_drain_looks_again_where_the_group_is_once_no_note_is_left(
+    topic: Topic, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topic.upsert(1)
+    parts.drain(topic)
+    is_to_go_back, committed = write.Writer.is_to_go_back, TopicConsumer.committed
+    heeded: list[str] = []
+
+    def heed(writer: write.Writer, places: dict[int, int]) -> bool:
+        heeded.append("no note is left")
+        return is_to_go_back(writer, places)
+
+    def went_back(consumer: TopicConsumer, partitions: Any) -> dict[int, int | None]:
+        if heeded == ["no note is left"]:
+            heeded.append("the group is where the note said")
+            return {0: 0}
+        return committed(consumer, partitions)
+
+    monkeypatch.setattr(write.Writer, "is_to_go_back", heed)
+    monkeypatch.setattr(TopicConsumer, "committed", went_back)
+    parts.drain(topic)
+    assert heeded == ["no note is left", "the group is where the note said", "no note is left"]
+
+
+def test_of_a_note_and_one_that_is_to_be_left_the_earlier_counts(
+    topic: Topic, store: UserStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask_to_go_back(topic, store, partition=0, offset=5)
+
+    def fail(*_: Any) -> None:
+        raise UnavailableError("away", way_out="wait")
+
+    monkeypatch.setattr(StreamStore, "ask_again", fail)
+    monkeypatch.setattr(write, "_LAST_ATTEMPTS", 1)
+    membership = write.Membership(6)
+    name = f"{topic.kafka.group_id}/{topic.kafka.topic}"
+    writer = write.Writer(store, DeadLetters(topic.kafka), SilentListener(), membership, name=name)
+    try:
+        assert writer.is_to_go_back({0: 6})
+        assert not writer.is_to_go_back({0: 5})
+        writer._to_ask = {0: 100}
+        assert writer.is_to_go_back({0: 100})
+    finally:
+        writer.close()
+
+
+def test_a_batch_whose_partitions_were_given_up_while_its_letters_are_written_is_not_written(
+    topic: Topic, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, stop_batch = write.Writer._work, write.Writer.stop_batch
+    at_work, stopped = threading.Event(), threading.Event()
+    became: list[str] = []
+
+    def wait(*_: Any) -> None:
+        at_work.set()
+        assert stopped.wait(30)
+
+    def stop(writer: write.Writer) -> None:
+        stop_batch(writer)
+        stopped.set()
+
+    def watched(writer: write.Writer, batch: Any) -> Any:
+        try:
+            written = work(writer, batch)
+        except Exception as error:
+            became.append(type(error).__name__)
+            raise
+        became.append("written")
+        return written
+
+    monkeypatch.setattr(DeadLetters, "write", wait)
+    monkeypatch.setattr(write.Writer, "stop_batch", stop)
+    monkeypatch.setattr(write.Writer, "_work", watched)
+    monkeypatch.setattr(consume, "_GIVE_UP_SECONDS", 0.5)
+    topic.raw({"user_id": 1}, b"no JSON")
+    topic.flush()
+    with parts.running(topic) as running:
+        assert at_work.wait(30)
+        running.end()
+    assert became == ["_StoppedError"]
+    assert topic.committed() in (-1001, 0)
 
 
 def test_the_last_command_of_a_batch_that_came_late_leaves_a_note(

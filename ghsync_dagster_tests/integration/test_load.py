@@ -489,7 +489,7 @@ def test_what_spark_writes_waits_for_a_majority_whatever_the_uri_says(
     with UserStore(f"{mongo_uri}/{weak}", database, "Users", timeout_seconds=5) as store:
         # As the connector takes a write's options.
         concern = config.writeConfig({}).withOptions(write_options(store)).getWriteConcern()
-        assert concern.asDocument().toJson() == '{"w": "majority"}'
+        assert concern.asDocument().toJson() == '{"w": "majority", "wtimeout": 60000}'
         store.ensure_collection()
         users = session.createDataFrame([foreign("1", "one")], USER_SCHEMA)
         insert_users(users, store)

@@ -202,6 +202,25 @@ def test_a_copied_home_has_no_hold_on_them_either_where_the_original_was_renamed
     assert not alive(status.pid)
 
 
+def test_a_copied_home_has_no_hold_on_them_where_the_original_may_not_be_looked_at(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = start(settings)
+    copied = load_settings(GHSYNC_HOME=tmp_path / "copy")
+    shutil.copytree(settings.home_dir, copied.home_dir)
+    named = supervisor._named
+
+    def forbidden(folder: Path) -> str:
+        if "copy" not in str(folder):
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return named(folder)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(supervisor, "_named", forbidden)
+        assert stack.down(copied, ["mongo"], progress=print)["mongo"].state == "down"
+    assert stack.status(settings)["mongo"] == status
+
+
 @pytest.mark.parametrize("place", ["elsewhere", "a home"])
 def test_the_server_of_a_home_that_was_moved_to_another_disk_is_stopped(
     settings: Settings, tmp_path: Path, place: str

@@ -11,6 +11,7 @@ import dagster as dg
 import psutil
 import pytest
 from pymongo.errors import BulkWriteError, OperationFailure, WriteConcernError, WTimeoutError
+from pyspark.errors import PySparkException
 
 from ghsync_dagster.batch.load import Step
 from ghsync_dagster.definitions import build_defs
@@ -20,6 +21,7 @@ from ghsync_dagster.local import stack
 from ghsync_dagster.local.mongo import ensure_mongo
 from ghsync_dagster.settings import Settings, load_settings
 from ghsync_dagster.stores.mongo import UserStore, mongo_errors
+from ghsync_dagster.stores.spark import spark_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -131,6 +133,12 @@ def test_an_audit_fails_as_infrastructure_and_no_check_says_failed(
 def test_a_write_that_no_majority_confirms_is_tried_again(error: OperationFailure) -> None:
     with pytest.raises(UnavailableError, match="could not finish now"), mongo_errors("Writing"):
         raise error
+
+
+def test_what_spark_writes_and_no_majority_confirms_is_tried_again() -> None:
+    text = "com.mongodb.MongoBulkWriteException: Bulk write error. Write concern error: code=91, shutting down"
+    with pytest.raises(UnavailableError), spark_errors("Writing"):
+        raise PySparkException(text)
 
 
 class Server:
