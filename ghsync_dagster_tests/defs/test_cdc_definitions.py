@@ -27,7 +27,7 @@ from ghsync_dagster.defs.cdc.slice import USERS_CHANGES
 from ghsync_dagster.defs.cdc.supervisor import Phase, Replace, Rules
 from ghsync_dagster.defs.resources import ChangesResource
 from ghsync_dagster.domain.errors import UnavailableError
-from ghsync_dagster.local import kafka
+from ghsync_dagster.local import kafka, stack
 from ghsync_dagster.local.dagster_home import ensure_dagster_home
 from ghsync_dagster.local.supervisor import Record, ServiceStatus
 from ghsync_dagster.observability.metrics import ChangeMetrics
@@ -42,6 +42,13 @@ if TYPE_CHECKING:
     from ghsync_dagster.cdc.listener import ChangeListener
 
 KAFKA = KafkaSettings("127.0.0.1:1", "mysql-server.new_data.Users", "ghsync-users", timeout_seconds=0.5)
+
+
+@pytest.fixture(autouse=True)
+def _no_server_left(tmp_path: Path) -> Iterator[None]:
+    """Stop what a check or a slice started in the test's own home, such as the embedded MongoDB."""
+    yield
+    stack.down(load_settings(GHSYNC_HOME=tmp_path), progress=print)
 
 
 @pytest.fixture(scope="module")
