@@ -21,7 +21,7 @@ from ghsync_dagster.cdc.backlog import read_backlog
 from ghsync_dagster.cdc.checks import kafka_lag
 from ghsync_dagster.cdc.consume import ChangeConsumer
 from ghsync_dagster.cdc.dead_letters import DeadLetters, read_dead_letters
-from ghsync_dagster.cdc.known_topic import is_another_topic
+from ghsync_dagster.cdc.known_topic import group_name, is_another_topic
 from ghsync_dagster.cdc.listener import SilentListener
 from ghsync_dagster.domain.errors import PermanentError, RefusedError, UnavailableError
 from ghsync_dagster.domain.user import BUILT_IN_RULES
@@ -467,7 +467,16 @@ def test_who_goes_back_behind_a_truncate_of_another_partition_applies_it_again(
 
 def ask_to_go_back(topic: Topic, store: UserStore, *, partition: int, offset: int) -> None:
     """Leave the note that a consumer leaves when it is not sure of a command."""
-    StreamStore(store).ask_again({f"{topic.kafka.group_id}/{topic.kafka.topic}/{partition}": offset})
+    StreamStore(store).ask_again({f"{group_name(topic.kafka)}/{partition}": offset})
+
+
+def let_a_command_come_late(topic: Topic, parts: Parts, store: UserStore) -> None:
+    """Apply four users, leave an older state of one as a late command does, and the note that is left then."""
+    for key in range(4):
+        topic.upsert(key, "right")
+    parts.drain(topic)
+    store.users.update_one({"user_id": "2"}, {"$set": {"login": "what a late command left"}})
+    ask_to_go_back(topic, store, partition=0, offset=1)
 
 
 def notes(store: UserStore) -> int:
@@ -479,11 +488,7 @@ def notes(store: UserStore) -> int:
 def test_a_note_to_go_back_is_heeded_also_where_the_commit_s_answer_is_lost(
     topic: Topic, parts: Parts, store: UserStore, monkeypatch: pytest.MonkeyPatch, answered: bool
 ) -> None:
-    for key in range(4):
-        topic.upsert(key, "right")
-    parts.drain(topic)
-    store.users.update_one({"user_id": "2"}, {"$set": {"login": "what a late command left"}})
-    ask_to_go_back(topic, store, partition=0, offset=1)
+    let_a_command_come_late(topic, parts, store)
     commit = TopicConsumer.commit
     lost: list[dict[int, int]] = []
 
@@ -504,11 +509,7 @@ def test_a_note_to_go_back_is_heeded_also_where_the_commit_s_answer_is_lost(
 def test_a_drain_heeds_a_note_to_go_back_before_it_says_that_all_is_applied(
     topic: Topic, parts: Parts, store: UserStore
 ) -> None:
-    for key in range(4):
-        topic.upsert(key, "right")
-    parts.drain(topic)
-    store.users.update_one({"user_id": "2"}, {"$set": {"login": "what a late command left"}})
-    ask_to_go_back(topic, store, partition=0, offset=1)
+    let_a_command_come_late(topic, parts, store)
     parts.drain(topic)
     assert stored(store) == topic.expected
     assert notes(store) == 0
@@ -549,7 +550,7 @@ def test_of_a_note_and_one_that_is_to_be_left_the_earlier_counts(
     monkeypatch.setattr(StreamStore, "ask_again", fail)
     monkeypatch.setattr(write, "_LAST_ATTEMPTS", 1)
     membership = write.Membership(6)
-    name = f"{topic.kafka.group_id}/{topic.kafka.topic}"
+    name = group_name(topic.kafka)
     writer = write.Writer(store, DeadLetters(topic.kafka), SilentListener(), membership, name=name)
     try:
         assert writer.is_to_go_back({0: 6})
