@@ -124,7 +124,8 @@ class ChangeConsumer:
         Raises:
             PermanentError: Credentials, rights or settings are wrong, changes are gone from the topic, or a truncate
                 can't be put in order. What was not applied is not committed.
-            UnavailableError: ``until_end``: nobody tells where the topic ends.
+            UnavailableError: ``until_end``: nobody tells where the topic ends, or which topic it is. Or a note that
+                changes are to be applied again can't be left, see ``cdc.write``.
         """
         tally = _Tally()
         listener = Listeners(tally, self.listener)
@@ -255,6 +256,8 @@ class _Run:
         self._committed: dict[int, int] = {}
         """Where the group is in the partitions that this consumer has, as far as it was asked or told."""
         self._next_lag = self._next_look = self._next_topic = 0.0
+        self._to_see = False
+        """Whether anything was handed over since the topic was seen to be the same."""
         self._trouble = Trouble("changes can't be consumed")
         self._unacknowledged = Trouble("changes can't be acknowledged")
         self._consumer = TopicConsumer(owner.kafka, assigned=self._assigned, revoked=self._revoked, lost=self._lost)
@@ -329,9 +332,12 @@ class _Run:
                 self._raise_failure()
                 self._go_back()
                 self._rewind()
+                if self._to_see:
+                    self._see_topic()
                 # While more is there at once, a larger batch means fewer writes, but the store is not to stand idle.
                 if len(self._pending) and (not self._more or len(self._pending) >= _TAKE or self._is_full()):
                     self._see_topic()
+                    self._to_see = True
                     self._hand_over()
         except TransientError as error:
             self._unacknowledged.goes_on(error)
@@ -341,9 +347,10 @@ class _Run:
         return True
 
     def _see_topic(self) -> None:
-        """See now and then, and when partitions came, that the topic is the one that the group began with."""
+        """See that the topic is the one that the group began with: now and then, and when partitions came."""
         if time.monotonic() >= self._next_topic:
             see_topic(self._consumer.kafka, self._store)
+            self._to_see = False
             self._next_topic = time.monotonic() + _TOPIC_SECONDS
 
     def _go_back(self) -> None:

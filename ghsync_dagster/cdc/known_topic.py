@@ -2,7 +2,7 @@
 
 Belongs here: keeping the id of a group's topic beside the users, and comparing. Not here: places within a topic.
 Brokers forget a group's places with its topic, or take those that a consumer still commits for places in the new one:
-neither tells that changes are gone.
+neither tells that changes are gone. Where brokers give topics no ids nothing is kept, and nothing can be seen.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def is_another_topic(kafka: KafkaSettings, store: UserStore) -> bool:
     from ghsync_dagster.stores.stream import StreamStore
 
     known = StreamStore(store).topic_of(group_name(kafka))
-    return known is not None and known != topic_id(kafka, kafka.topic)
+    return known is not None and topic_id(kafka, kafka.topic) not in {known, ""}
 
 
 def see_topic(kafka: KafkaSettings, store: UserStore) -> None:
@@ -47,6 +47,8 @@ def see_topic(kafka: KafkaSettings, store: UserStore) -> None:
     from ghsync_dagster.stores.stream import StreamStore
 
     found = topic_id(kafka, kafka.topic)
+    if not found:
+        return
     known = StreamStore(store).keep_topic(group_name(kafka), found)
     if found != known:
         raise PermanentError(

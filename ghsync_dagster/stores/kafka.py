@@ -23,6 +23,7 @@ from confluent_kafka import (
     Producer,
     TopicCollection,
     TopicPartition,
+    Uuid,
 )
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
@@ -71,6 +72,7 @@ _EOF: Final = KafkaError._PARTITION_EOF  # noqa: SLF001
 _NO_OFFSET: Final = KafkaError._AUTO_OFFSET_RESET  # noqa: SLF001
 _FENCED: Final = frozenset({KafkaError.ILLEGAL_GENERATION, KafkaError.UNKNOWN_MEMBER_ID, KafkaError.FENCED_INSTANCE_ID})
 
+_NO_ID: Final = str(Uuid(0, 0))
 _REQUEST_SECONDS: Final = 10.0
 _LOOK_SECONDS: Final = 1.0
 _DELIVERY_SECONDS: Final = 20.0
@@ -592,6 +594,8 @@ def ensure_topic(kafka: KafkaSettings, topic: str) -> None:
 def topic_id(kafka: KafkaSettings, topic: str) -> str:
     """Return the id that a topic got when it was made: another one with the same name has another id (KIP-516).
 
+    It is empty where the brokers, older than 2.8, give none.
+
     Raises:
         UnavailableError: No broker can be reached, or there is no such topic.
         RefusedError: The credentials or rights are refused.
@@ -599,7 +603,8 @@ def topic_id(kafka: KafkaSettings, topic: str) -> str:
     with kafka_errors(f"Asking for the id of {topic}"):
         admin = AdminClient(client_config(kafka))
         [asked] = admin.describe_topics(TopicCollection([topic]), request_timeout=kafka.timeout_seconds).values()
-        return str(asked.result().topic_id)
+        found = str(asked.result().topic_id)
+    return "" if found == _NO_ID else found
 
 
 def ends_of(kafka: KafkaSettings, topic: str) -> dict[int, int]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from cdc_parts import Parts, StrictStore, make_anew, make_strict, stored, until, user
-from confluent_kafka import TopicPartition
+from confluent_kafka import TopicPartition, Uuid
 from confluent_kafka.admin import AdminClient
 from pymongo.collection import Collection
 from pymongo.errors import AutoReconnect, OperationFailure
@@ -270,10 +272,11 @@ def test_a_topic_that_was_deleted_and_made_anew_is_refused_wherever_the_group_is
     assert set(stored(store)) == {"1", "2", "3"}
 
 
+@pytest.mark.parametrize("between_looks", [0.1, 6])
 def test_a_consumer_that_runs_notices_that_its_topic_was_made_anew(
-    topic: Topic, parts: Parts, monkeypatch: pytest.MonkeyPatch
+    topic: Topic, parts: Parts, monkeypatch: pytest.MonkeyPatch, between_looks: float
 ) -> None:
-    monkeypatch.setattr(consume, "_TOPIC_SECONDS", 0.1)
+    monkeypatch.setattr(consume, "_TOPIC_SECONDS", between_looks)
     topic.upsert(1)
     topic.flush()
     with parts.running(topic) as running:
@@ -285,6 +288,24 @@ def test_a_consumer_that_runs_notices_that_its_topic_was_made_anew(
         running.thread.join(30)
         with pytest.raises(PermanentError, match=r"another topic|the topic is new"):
             running.end()
+
+
+def test_brokers_that_give_topics_no_ids_can_be_replaced_by_some_that_do(
+    topic: Topic, parts: Parts, store: UserStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described: Future[Any] = Future()
+    described.set_result(SimpleNamespace(topic_id=Uuid(0, 0)))
+    with monkeypatch.context() as old_brokers:
+        old_brokers.setattr(AdminClient, "describe_topics", lambda *_, **__: {topic.kafka.topic: described})
+        topic.upsert(1)
+        parts.drain(topic)
+        assert not is_another_topic(topic.kafka, store)
+    topic.upsert(2)
+    parts.drain(topic)
+    assert set(stored(store)) == {"1", "2"}
+    with monkeypatch.context() as old_brokers:
+        old_brokers.setattr(AdminClient, "describe_topics", lambda *_, **__: {topic.kafka.topic: described})
+        assert not is_another_topic(topic.kafka, store)
 
 
 # the group

@@ -24,6 +24,7 @@ from dagster._core.storage.tags import SENSOR_NAME_TAG
 
 from ghsync_dagster.cdc.backlog import read_backlog
 from ghsync_dagster.cdc.consume import ChangeConsumer, ConsumerReport
+from ghsync_dagster.cdc.known_topic import group_name
 from ghsync_dagster.definitions import build_defs
 from ghsync_dagster.defs.cdc import jobs
 from ghsync_dagster.defs.cdc.jobs import SYNC_JOB, SYNC_OP
@@ -32,8 +33,10 @@ from ghsync_dagster.defs.resources import ChangesResource
 from ghsync_dagster.domain.user import USER_FIELDS, json_schema
 from ghsync_dagster.local.dagster_home import ensure_dagster_home
 from ghsync_dagster.settings import Settings, load_settings
+from ghsync_dagster.stores.kafka import consumer_config
 from ghsync_dagster.stores.mongo import UserStore
 from ghsync_dagster.stores.mysql import MySqlStore
+from ghsync_dagster.stores.stream import StreamStore
 from ghsync_dagster.wiring import existing_kafka
 
 if TYPE_CHECKING:
@@ -362,6 +365,29 @@ def test_a_drain_that_may_not_go_on_long_enough_fails(stack: Stack, runs: InProc
     assert "1 changes that were there at the start are not applied" in str(
         result.failure_data_for_node("drain_changes").user_failure_data.description
     )
+
+
+def test_a_drain_that_could_not_heed_a_note_to_go_back_fails(stack: Stack, runs: InProcess) -> None:
+    stack.insert(1)
+    stack.await_topic(1)
+    assert runs.run("cdc_drain_job").success
+    with stack.store() as store:
+        StreamStore(store).ask_again({f"{group_name(stack.kafka)}/0": 0})
+    # Another consumer has the partition, and hangs.
+    hanging = Consumer(consumer_config(stack.kafka))
+    try:
+        hanging.subscribe([stack.kafka.topic])
+        wait_for(lambda: hanging.poll(0.1) or hanging.assignment(), "the partition")
+        result = runs.run("cdc_drain_job", {"drain_changes": {"timeout_seconds": 3}})
+    finally:
+        hanging.close()
+    assert not result.success
+    assert "whether changes are to be applied again" in str(
+        result.failure_data_for_node("drain_changes").user_failure_data.description
+    )
+    assert runs.run("cdc_drain_job").success
+    with stack.store() as store:
+        assert StreamStore(store).asked_again([f"{group_name(stack.kafka)}/0"]) == {}
 
 
 # Checks

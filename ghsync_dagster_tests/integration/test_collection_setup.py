@@ -11,6 +11,8 @@ from pymongo import MongoClient, WriteConcern
 from pymongo.errors import DuplicateKeyError, WriteError
 from pymongo.monitoring import CommandFailedEvent, CommandListener, CommandStartedEvent, CommandSucceededEvent
 
+from ghsync_dagster.cdc.apply import apply
+from ghsync_dagster.domain.coalesce import Segment
 from ghsync_dagster.domain.errors import RefusedError
 from ghsync_dagster.domain.user import json_schema
 from ghsync_dagster.stores import mongo
@@ -168,3 +170,16 @@ def test_a_uri_can_t_weaken_what_a_write_waits_for(
         assert [found["user_id"] for found in store.users.find()] == ["1"]
     assert seen.sent.keys() == {"create", "collMod", "createIndexes", "insert", "update", "delete"}
     assert [given for each in seen.sent.values() for given in each if (given or {}).get("w") != "majority"] == []
+
+
+def test_a_truncate_that_finds_nobody_left_is_confirmed_too(
+    mongo_uri: str, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = WriteConcerns()
+    monkeypatch.setattr(mongo, "MongoClient", partial(MongoClient, event_listeners=[seen]))
+    with UserStore(mongo_uri, database, "Users", timeout_seconds=5) as store:
+        store.ensure_collection()
+        seen.sent.clear()
+        assert apply(StreamStore(store), Segment(truncate=True, changes={})).truncated == 0
+    # A try before it may have deleted all of them without a majority's word.
+    assert [(given or {}).get("w") for given in seen.sent["delete"]] == ["majority"]

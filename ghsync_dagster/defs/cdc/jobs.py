@@ -84,9 +84,14 @@ def drain_changes(context: dg.OpExecutionContext, config: DrainConfig, changes: 
         left = retrying("drain", lambda: read_backlog(changes.kafka()), attempts=attempts).before(ends)
         new = retrying("drain", lambda: list(read_dead_letters(changes.kafka(), letters)), attempts=attempts)
     context.add_output_metadata({"seconds": report.seconds, "records": sum(report.records.values()), "left": left})
-    if left:
+    if left or not report.reached_end:
+        why = (
+            f"{left} changes that were there at the start are not applied"
+            if left
+            else "whether changes are to be applied again was not seen, or they were not yet"
+        )
         raise dg.Failure(
-            description=f"Stopped before the end: {left} changes that were there at the start are not applied.",
+            description=f"Stopped before the end: {why}.",
             metadata={"left": left, "kind": "data", "way_out": "Run it again; raise timeout_seconds if it is set."},
             allow_retries=False,
         )
