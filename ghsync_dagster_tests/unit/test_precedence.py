@@ -51,6 +51,8 @@ OPS = ("a", "b", "s", DELETE)
 
 PROTOCOL = Protocol()
 
+pytestmark = pytest.mark.usefixtures("without_gc")
+
 
 # the decisions
 

@@ -12,6 +12,8 @@ from replay_model import Counted, Record, Scenario, loaded, walk
 from ghsync_dagster.domain.change import Position
 from ghsync_dagster.domain.replay import Candidate, Outcome, Seen, Sighting, Stretch, judge
 
+pytestmark = pytest.mark.usefixtures("without_gc")
+
 # the decision
 
 OWN = Stretch(low=0, committed=100)
