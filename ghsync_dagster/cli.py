@@ -9,13 +9,12 @@ fault of ghsync itself; 130 and 143 stopped by Ctrl-C and SIGTERM.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 import traceback
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -24,6 +23,7 @@ from ghsync_dagster import cli_cdc
 from ghsync_dagster.domain.errors import GhsyncError, TransientError
 from ghsync_dagster.observability.logging import configure_logging, redact
 from ghsync_dagster.settings import Settings, load_settings
+from ghsync_dagster.stopping import exit_on_signals
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,18 +69,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program t
 
 def main() -> None:
     """Run the command; SIGTERM and a closed terminal end it as Ctrl-C does, with everything closed."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _terminate)
+    exit_on_signals()
     try:
         app()
     except Exception:  # noqa: BLE001  a fault of ghsync itself must not end as 1, which says that a gate failed
         sys.stderr.write(redact(traceback.format_exc()))
         sys.exit(os.EX_SOFTWARE)
-
-
-def _terminate(number: int, _frame: object) -> NoReturn:
-    raise SystemExit(128 + number)
 
 
 def _settings() -> Settings:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 _TELL_SECONDS: Final = 1.0
 _CATCH_UP_SECONDS: Final = 120.0
+_JOIN_SECONDS: Final = 20.0
 _END_SECONDS: Final = 60.0
 _ROW_CHANGES: Final = frozenset({"c", "u", "d"})
 
@@ -163,6 +164,7 @@ def rehearse(
         clock, metrics = CommitClock(), ChangeMetrics()
         kafka = existing_kafka(own)
         consumer = around.enter_context(_Consuming(own, kafka, Listeners(metrics, clock)))
+        _await_partitions(metrics, kafka, consumer)
         _await(lambda: _is_caught_up(metrics, kafka), consumer, "what was there")
         mysql = around.enter_context(MySqlStore(_secret(own), timeout_seconds=own.server_timeout_seconds))
         mysql.ensure_table()
@@ -213,7 +215,8 @@ def _secret(settings: Settings) -> str:
 def _stack(settings: Settings, tell: Callable[[str], None]) -> Iterator[Settings]:
     """Give settings that name the running servers, and stop those again that were started for it."""
     before = stack.status(settings)
-    started = [name for name, status in before.items() if status.state != "up" and status.server != "external"]
+    # One that lives and does not answer was started by somebody else, and may be on its way up.
+    started = [name for name, status in before.items() if status.pid is None and status.server != "external"]
     try:
         yield addresses(settings, stack.up(settings, progress=tell))
     finally:
@@ -338,13 +341,31 @@ def _is_caught_up(metrics: ChangeMetrics, kafka: KafkaSettings) -> bool:
     return bool(metrics.snapshot().lag) and read_backlog(kafka).waiting == 0
 
 
+def _await_partitions(metrics: ChangeMetrics, kafka: KafkaSettings, consumer: _Consuming) -> None:
+    """Wait until the consumer has partitions; those of a dead one are free after its session."""
+    seconds = kafka.session_timeout_seconds + _JOIN_SECONDS
+    if not _happens(lambda: bool(metrics.snapshot().lag), consumer, seconds):
+        raise UnavailableError(
+            f"The consumer got no partition of {kafka.topic} within {seconds:.0f} s: another one of the group "
+            f"{kafka.group_id} seems to be at work.",
+            way_out="Stop it for the rehearsal: ghsync cdc run, or the sensor cdc_supervisor and its slices.",
+        )
+
+
 def _await(done: Callable[[], bool], consumer: _Consuming, what: str) -> None:
-    deadline = time.monotonic() + _CATCH_UP_SECONDS
+    if not _happens(done, consumer, _CATCH_UP_SECONDS):
+        raise UnavailableError(
+            f"The consumer did not apply {what} within {_CATCH_UP_SECONDS:.0f} s.",
+            way_out="Look at ghsync status and at the logs that it names; see docs/operations.md.",
+        )
+
+
+def _happens(done: Callable[[], bool], consumer: _Consuming, seconds: float) -> bool:
+    """Wait for something for so long, or until the consumer fails; tell whether it has come."""
+    deadline = time.monotonic() + seconds
     while not done():
         consumer.raise_failure()
         if time.monotonic() > deadline:
-            raise UnavailableError(
-                f"The consumer did not apply {what} within {_CATCH_UP_SECONDS:.0f} s.",
-                way_out="Look at ghsync status and at the logs that it names; see docs/operations.md.",
-            )
+            return False
         consumer.failed.wait(0.1)
+    return True

@@ -1,6 +1,6 @@
 """How SIGTERM, Ctrl-C and a closed terminal reach a loop that goes on until an event is set, or wait for what must end.
 
-Belongs here: the one handler for these signals. Not here: what ends, how, or with which exit code.
+Belongs here: the handlers for these signals. Not here: what ends, and how.
 """
 
 from __future__ import annotations
@@ -8,13 +8,27 @@ from __future__ import annotations
 import signal
 import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def exit_on_signals() -> None:
+    """Have SIGTERM and a closed terminal end this process as Ctrl-C does, with everything closed: by ``SystemExit``.
+
+    One that is ignored, as nohup has it of SIGHUP, stays so. The exit code is 128 and the signal's number.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _exit)
+
+
+def _exit(number: int, _frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 @contextmanager

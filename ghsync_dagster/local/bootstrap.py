@@ -33,6 +33,7 @@ EMBEDDED_LOCK = "requirements-embedded.lock"
 JAVA_LOCK = "requirements-java.lock"
 PROJECT_FILE = "pyproject.toml"
 JARS_LOCK = "ghsync_dagster/local/jars.lock.json"
+WHEEL_OPTIONS = "ghsync_dagster/local/wheel_options.cfg"
 ARCHIVE_MAKER = "ghsync_dagster/local/java_archive.py"
 
 # Settings of other tools that would make uv install somewhere else.
@@ -139,12 +140,16 @@ def one_at_a_time() -> Iterator[None]:
 
 
 def installer_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment for uv and the installed Python: what was set for pip counts for them too."""
+    """Return the environment for uv and the installed Python: what was set for pip counts for them too.
+
+    A package that comes as source only, as Spark with its 400 MB, is installed at once: it is not compressed before.
+    """
     result = {name: value for name, value in environment.items() if name not in _MISLEADING}
     for pip_name, others in _PIP_NAMES.items():
         for other in others:
             if result.get(pip_name):
                 result.setdefault(other, result[pip_name])
+    result.setdefault("DIST_EXTRA_CONFIG", str(ROOT / WHEEL_OPTIONS))
     return result
 
 

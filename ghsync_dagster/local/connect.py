@@ -39,7 +39,7 @@ _RUNNING_SECONDS = 90.0
 _VERDICT_SECONDS = 3.0
 _POLL_SECONDS = 0.1
 _NOT_FOUND, _CONFLICT, _ERRORS_FROM = 404, 409, 400
-_RUNNING, _FAILED, _NONE = "RUNNING", "FAILED", "NONE"
+_RUNNING, _FAILED, _UNASSIGNED, _NONE = "RUNNING", "FAILED", "UNASSIGNED", "NONE"
 _SETTLED = (_RUNNING, _FAILED, _NONE)
 _HALTED = ("PAUSED", "STOPPED")
 _RIGHTS = "the database user needs SELECT, RELOAD, SHOW DATABASES, REPLICATION SLAVE and REPLICATION CLIENT"
@@ -54,10 +54,12 @@ class ConnectorState:
     Attributes:
         state: ``RUNNING`` where it and its task run, else the state of what does not; ``NONE`` where there is none.
         reason: Why it failed, in one line; None unless it did.
+        halted: Whether the connector itself was halted, in whatever state its task is.
     """
 
     state: str
     reason: str | None = None
+    halted: bool = False
 
     def as_json(self) -> dict[str, object]:
         """Return the fields as the status shows them."""
@@ -319,8 +321,11 @@ def _uri(port: int) -> str:
 def _client(url: str, seconds: float = _REQUEST_SECONDS) -> httpx.Client:
     import httpx
 
-    # A proxy of the environment knows no server of this machine.
-    return httpx.Client(base_url=url, timeout=seconds, trust_env=not url.startswith("http://127.0.0.1:"))
+    try:
+        # A proxy of the environment knows no server of this machine.
+        return httpx.Client(base_url=url, timeout=seconds, trust_env=not url.startswith("http://127.0.0.1:"))
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"CONNECT_URL is malformed: {redact(str(error))}.", way_out="Correct CONNECT_URL.") from None
 
 
 def _serves(url: str, seconds: float) -> bool:
@@ -329,10 +334,12 @@ def _serves(url: str, seconds: float) -> bool:
 
     try:
         with _client(url, seconds) as client:
-            answer = client.get("/health")
+            health = client.get("/health")
             # Workers before Kafka 3.9 have no such path.
-            return (client.get("/") if answer.status_code == _NOT_FOUND else answer).is_success
-    except httpx.HTTPError:
+            serves = health.is_success or health.status_code == _NOT_FOUND
+            return serves and "kafka_cluster_id" in client.get("/").json()
+    except (httpx.HTTPError, ValueError, TypeError):
+        # Something else than a worker may answer there.
         return False
 
 
@@ -414,7 +421,8 @@ def _ensure_connector(
         UnavailableError: It is refused, fails, or does not run in time.
     """
     current = _ask(client, "GET", f"/connectors/{CONNECTOR}/config", missing=None)
-    state = _state(client).state
+    found = _state(client)
+    state = found.state
     if current != config | {"name": CONNECTOR}:
         progress(f"{SERVICE}: {'changing' if current else 'registering'} the connector {CONNECTOR}")
         gone |= followers()
@@ -422,8 +430,8 @@ def _ensure_connector(
     elif state == _FAILED:
         gone |= followers()
         _restart(client, progress)
-    if state in _HALTED:
-        progress(f"{SERVICE}: resuming the connector {CONNECTOR}, which was {state.lower()}")
+    if found.halted:
+        progress(f"{SERVICE}: resuming the connector {CONNECTOR}, which was halted")
         gone |= followers()
         _ask(client, "PUT", f"/connectors/{CONNECTOR}/resume")
     try:
@@ -479,14 +487,17 @@ def _state_at(url: str) -> ConnectorState:
 def _state(client: httpx.Client) -> ConnectorState:
     answer = _ask(client, "GET", f"/connectors/{CONNECTOR}/status", missing=None)
     if answer is None:
-        return ConnectorState(_NONE)
+        # A worker that has just begun, or got its settings, does not tell yet how a connector is.
+        there = _ask(client, "GET", f"/connectors/{CONNECTOR}/config", missing=None) is not None
+        return ConnectorState(_UNASSIGNED if there else _NONE)
     parts = [answer["connector"], *answer["tasks"]]
+    halted = answer["connector"]["state"] in _HALTED
     for part in parts:
         if part["state"] == _FAILED:
-            return ConnectorState(_FAILED, _reason(part.get("trace", "")))
+            return ConnectorState(_FAILED, _reason(part.get("trace", "")), halted)
     others = [part["state"] for part in parts if part["state"] != _RUNNING]
     # A connector whose task is still to come does nothing yet.
-    return ConnectorState(others[0] if others else _RUNNING if answer["tasks"] else "UNASSIGNED")
+    return ConnectorState(others[0] if others else _RUNNING if answer["tasks"] else _UNASSIGNED, halted=halted)
 
 
 def _reason(trace: str) -> str:

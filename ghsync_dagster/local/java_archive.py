@@ -23,6 +23,7 @@ from ghsync_dagster.domain.errors import GhsyncError
 from ghsync_dagster.local.java import archive_file, find_java, keeps_own_archive, superseded_archives
 from ghsync_dagster.observability.logging import get_logger
 from ghsync_dagster.settings import load_settings
+from ghsync_dagster.stopping import exit_on_signals, uninterrupted
 
 if TYPE_CHECKING:
     from ghsync_dagster.settings import Settings
@@ -64,7 +65,8 @@ def make_archive(settings: Settings) -> bool:
             part.unlink(missing_ok=True)
             log.warning("the training run failed", reason=_last_words(error))
         finally:
-            _stop_server(folder, environment)
+            with uninterrupted():
+                _stop_server(folder, environment)
         if part != archive and part.exists():
             part.replace(archive)
     if not archive.exists():
@@ -106,6 +108,7 @@ def _await_exit(archive: str) -> None:
 
 def main() -> int:
     """Make the archive and say so; never fail, since only speed depends on it."""
+    exit_on_signals()
     started = time.monotonic()
     try:
         made = make_archive(load_settings())

@@ -444,7 +444,8 @@ def _connected(address: Address, seconds: float) -> Iterator[Connection[Cursor]]
         host=address.host,
         port=address.port,
         user=address.user,
-        password=address.password,
+        # As text the client would take it for Latin-1, which is neither MySQL's nor every password.
+        password=address.password.encode(),
         connect_timeout=whole,
         read_timeout=whole,
         write_timeout=whole,

@@ -17,17 +17,18 @@ from confluent_kafka.admin import AdminClient
 from pymongo.collection import Collection
 from pymongo.errors import AutoReconnect, OperationFailure
 
-from ghsync_dagster import clock
+from ghsync_dagster import clock, rehearsal
 from ghsync_dagster.cdc import consume, write
 from ghsync_dagster.cdc.backlog import read_backlog
 from ghsync_dagster.cdc.checks import kafka_lag
 from ghsync_dagster.cdc.consume import ChangeConsumer
 from ghsync_dagster.cdc.dead_letters import DeadLetters, read_dead_letters
 from ghsync_dagster.cdc.known_topic import group_name, is_another_topic
-from ghsync_dagster.cdc.listener import SilentListener
+from ghsync_dagster.cdc.listener import Listeners, SilentListener
 from ghsync_dagster.domain.errors import PermanentError, RefusedError, UnavailableError
 from ghsync_dagster.domain.user import BUILT_IN_RULES
 from ghsync_dagster.observability.metrics import ChangeMetrics
+from ghsync_dagster.settings import load_settings
 from ghsync_dagster.stores.kafka import KafkaSettings, TopicConsumer
 from ghsync_dagster.stores.mongo import UserStore
 from ghsync_dagster.stores.stream import Refused, StreamStore
@@ -396,6 +397,24 @@ def test_a_member_without_partitions_leaves_at_once_so_that_nobody_waits_for_it(
     until(lambda: members(topic) == 1, topic.kafka.session_timeout_seconds / 3)
     first.close()
     assert members(topic) == 0
+
+
+def test_a_rehearsal_beside_another_consumer_says_what_is_in_its_way(
+    topic: Topic, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rehearsal, "_JOIN_SECONDS", 3 - topic.kafka.session_timeout_seconds)
+    settings = load_settings(MONGODB_URI=parts.uri, MONGODB_DATABASE=parts.database)
+    metrics = ChangeMetrics()
+    with parts.running(topic) as other:
+        until(lambda: bool(other.metrics.snapshot().lag))
+        with (
+            rehearsal._Consuming(settings, topic.kafka, Listeners(metrics)) as own,
+            pytest.raises(UnavailableError, match=r"got no partition.*cdc_supervisor"),
+        ):
+            rehearsal._await_partitions(metrics, topic.kafka, own)
+        other.end()
+        with rehearsal._Consuming(settings, topic.kafka, Listeners(metrics)) as own:
+            rehearsal._await_partitions(metrics, topic.kafka, own)
 
 
 # a truncate in several partitions

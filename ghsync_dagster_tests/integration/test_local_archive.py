@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 
+from ghsync_dagster.local import java_archive
 from ghsync_dagster.local.java import archive_file, find_java, jvm_options
 from ghsync_dagster.local.java_archive import make_archive
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ghsync_dagster.settings import Settings
     from ghsync_dagster.stores.spark import SparkHandle
 
@@ -37,3 +41,25 @@ def test_the_session_runs_from_the_archive(server_settings: Settings, spark: Spa
     alive = [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
     mapped = [entry.path for child in alive for entry in child.memory_maps()]
     assert archive in mapped
+
+
+def test_a_signal_in_the_training_run_leaves_no_server(
+    server_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def run(_folder: str, _environment: dict[str, str], command: str, *_: str) -> None:
+        asked.append(command)
+        signal.raise_signal(signal.SIGTERM)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    monkeypatch.setattr(java_archive, "_ghsync", run)
+    monkeypatch.setattr(java_archive, "archive_file", lambda *_: tmp_path / "none.jsa")
+    monkeypatch.setattr(java_archive, "load_settings", lambda: server_settings)
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            java_archive.main()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert asked == ["sample", "down"]

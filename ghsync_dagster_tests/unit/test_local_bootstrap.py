@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tomllib
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,13 @@ def test_what_was_set_for_pip_counts_for_uv_unless_uv_was_told_itself() -> None:
     assert told["UV_DEFAULT_INDEX"] == "file:///uv"
     assert told["SSL_CERT_FILE"] == told["REQUESTS_CA_BUNDLE"] == "/ca.pem"
     assert "VIRTUAL_ENV" not in told
+
+
+def test_what_comes_as_source_only_is_not_compressed_before_it_is_installed() -> None:
+    options = ConfigParser()
+    assert options.read(bootstrap.installer_environment({})["DIST_EXTRA_CONFIG"])
+    assert options["bdist_wheel"]["compression"] == "stored"
+    assert bootstrap.installer_environment({"DIST_EXTRA_CONFIG": "mine"})["DIST_EXTRA_CONFIG"] == "mine"
 
 
 def test_a_python_that_is_too_old_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,17 +177,26 @@ def test_a_connector_elsewhere_that_failed_is_no_success(tmp_path: Path, monkeyp
         stack.up(settings, ["connect"], progress=print)
 
 
+UNTOLD = "untold"
+"""The state of a connector that the worker has, and does not tell yet."""
+
+
 def worker(monkeypatch: pytest.MonkeyPatch, *states: str, health: int = 200) -> None:
     """Put a Connect worker in place whose connector goes through these states and stays in the last."""
     left = list(states)
 
     def answer(request: httpx.Request) -> httpx.Response:
         if request.url.path == "/":
-            return httpx.Response(200, json={"version": "3.8.0"})
+            return httpx.Response(200, json={"version": "3.8.0", "kafka_cluster_id": "c"})
         if request.url.path == "/health":
             return httpx.Response(health)
+        if request.url.path == "/connectors/ghsync-users/config":
+            assert request.method == "GET"
+            return httpx.Response(200, json={})
         assert (request.method, request.url.path) == ("GET", "/connectors/ghsync-users/status")
         state = left.pop(0) if len(left) > 1 else left[0]
+        if state == UNTOLD:
+            return httpx.Response(404)
         tasks = [] if state == "STOPPED" else [{"id": 0, "state": state}]
         return httpx.Response(200, json={"connector": {"state": state}, "tasks": tasks})
 
@@ -233,3 +242,33 @@ def test_a_worker_that_knows_no_health_is_asked_for_its_version(
     worker(monkeypatch, "RUNNING", health=health)
     settings = load_settings(GHSYNC_HOME=tmp_path, CONNECT_URL="http://127.0.0.1:9")
     assert stack.up(settings, ["connect"], progress=print)["connect"].state == state
+
+
+def test_a_connector_elsewhere_whose_state_is_not_told_yet_is_not_registered_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = load_settings(GHSYNC_HOME=tmp_path, CONNECT_URL="http://127.0.0.1:9")
+    worker(monkeypatch, UNTOLD, UNTOLD, "RUNNING")
+    assert stack.up(settings, ["connect"], progress=print)["connect"].more["connector"] == "RUNNING"
+
+
+@pytest.mark.parametrize("health", [200, 404])
+def test_another_web_server_is_no_worker_that_is_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, health: int
+) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(health if request.url.path == "/health" else 200, html="<h1>Welcome</h1>")
+
+    def client(url: str, seconds: float = 1) -> httpx.Client:
+        return httpx.Client(base_url=url, timeout=seconds, transport=httpx.MockTransport(answer))
+
+    monkeypatch.setattr(connect, "_client", client)
+    settings = load_settings(GHSYNC_HOME=tmp_path, CONNECT_URL="http://127.0.0.1:9")
+    assert stack.status(settings)["connect"].state == "down"
+
+
+def test_a_malformed_connect_url_is_a_clear_error(tmp_path: Path) -> None:
+    settings = load_settings(GHSYNC_HOME=tmp_path, CONNECT_URL="http://u:s3cret@host:80a3")
+    with pytest.raises(ConfigError, match="CONNECT_URL is malformed") as caught:
+        stack.status(settings)
+    assert "s3cret" not in str(caught.value)
