@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _TELL_SECONDS: Final = 1.0
 _CATCH_UP_SECONDS: Final = 120.0
-_JOIN_SECONDS: Final = 20.0
+_JOIN_SECONDS: Final = 30.0
 _END_SECONDS: Final = 60.0
 _ROW_CHANGES: Final = frozenset({"c", "u", "d"})
 
