@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
@@ -14,6 +14,10 @@ from ghsync_dagster.local import connect, kafka, mysql, stack
 from ghsync_dagster.local.supervisor import ServiceStatus, _free_ports, server_to_use
 from ghsync_dagster.settings import load_settings
 from ghsync_dagster.wiring import existing_kafka, open_mysql
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 
 def test_a_free_port_is_taken_in_the_order_last_default_any() -> None:
@@ -177,6 +181,15 @@ def test_a_connector_elsewhere_that_failed_is_no_success(tmp_path: Path, monkeyp
         stack.up(settings, ["connect"], progress=print)
 
 
+def serve(monkeypatch: pytest.MonkeyPatch, answer: Callable[[httpx.Request], httpx.Response]) -> None:
+    """Put a web server in place where a Connect worker is expected."""
+
+    def client(url: str, seconds: float = 1) -> httpx.Client:
+        return httpx.Client(base_url=url, timeout=seconds, transport=httpx.MockTransport(answer))
+
+    monkeypatch.setattr(connect, "_client", client)
+
+
 UNTOLD = "untold"
 """The state of a connector that the worker has, and does not tell yet."""
 
@@ -200,10 +213,7 @@ def worker(monkeypatch: pytest.MonkeyPatch, *states: str, health: int = 200) -> 
         tasks = [] if state == "STOPPED" else [{"id": 0, "state": state}]
         return httpx.Response(200, json={"connector": {"state": state}, "tasks": tasks})
 
-    def client(url: str, seconds: float = 1) -> httpx.Client:
-        return httpx.Client(base_url=url, timeout=seconds, transport=httpx.MockTransport(answer))
-
-    monkeypatch.setattr(connect, "_client", client)
+    serve(monkeypatch, answer)
     monkeypatch.setattr(connect, "_POLL_SECONDS", 0)
     monkeypatch.setattr(connect, "_VERDICT_SECONDS", 0.05)
 
@@ -259,10 +269,7 @@ def test_another_web_server_is_no_worker_that_is_up(
     def answer(request: httpx.Request) -> httpx.Response:
         return httpx.Response(health if request.url.path == "/health" else 200, html="<h1>Welcome</h1>")
 
-    def client(url: str, seconds: float = 1) -> httpx.Client:
-        return httpx.Client(base_url=url, timeout=seconds, transport=httpx.MockTransport(answer))
-
-    monkeypatch.setattr(connect, "_client", client)
+    serve(monkeypatch, answer)
     settings = load_settings(GHSYNC_HOME=tmp_path, CONNECT_URL="http://127.0.0.1:9")
     assert stack.status(settings)["connect"].state == "down"
 
