@@ -93,7 +93,7 @@ def _watch(process: psutil.Process, seen: set[str]) -> None:
                 seen.add(" ".join(each.cmdline()))
         except psutil.NoSuchProcess:
             continue
-        time.sleep(0.02)
+        time.sleep(0.1)
 
 
 @pytest.fixture
