@@ -264,6 +264,7 @@ class Workload:
         longest_transaction: How many changes that are due may go into one transaction.
         on_commit: Called after each transaction with its changes and the time of the commit's answer, in ms since
             the epoch.
+        clock: Seconds that only grow, by which the schedule goes.
 
     Raises:
         ConfigError: A number is out of range.
@@ -279,7 +280,9 @@ class Workload:
         mix: Mix | None = None,
         longest_transaction: int = 100,
         on_commit: Callable[[Sequence[RowChange], int], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._clock = clock
         self._base_id = fresh_base_id() if base_id is None else base_id
         if rate <= 0 or longest_transaction < 1 or not 0 <= self._base_id <= _LATEST_BASE:
             raise ConfigError(
@@ -314,10 +317,10 @@ class Workload:
             RefusedError: MySQL refused a change.
         """
         stop = stop or threading.Event()
-        began = self._began = self._last = time.monotonic()
+        began = self._began = self._last = self._clock()
         sent = 0
         while not stop.is_set() and (changes is None or sent < changes):
-            now = time.monotonic() - began
+            now = self._clock() - began
             if seconds is not None and now >= seconds:
                 break
             next_due = sent / self._rate
@@ -339,7 +342,7 @@ class Workload:
         touched = self._table.execute([change.statement(self._table.table) for change in batch])
         self._on_commit(batch, time.time_ns() // 1_000_000)
         with self._lock:
-            self._last = time.monotonic()
+            self._last = self._clock()
             self._transactions += 1
             self._kinds.update(change.kind for change in batch)
             self._missed += len(batch) - touched
