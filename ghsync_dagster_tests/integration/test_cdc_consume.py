@@ -840,17 +840,18 @@ def test_a_store_that_is_away_is_waited_for_and_nothing_becomes_a_dead_letter(
     proxy = Proxy(parts.uri)
     topic.upsert(1)
     topic.flush()
+    metrics = ChangeMetrics()
+    consumer = ChangeConsumer(
+        topic.kafka,
+        lambda: UserStore(proxy.uri, parts.database, "Users", timeout_seconds=0.5),
+        listener=metrics,
+    )
+    stop = threading.Event()
+    thread = threading.Thread(target=lambda: consumer.run(stop), daemon=True)
+    thread.start()
     try:
-        metrics = ChangeMetrics()
-        consumer = ChangeConsumer(
-            topic.kafka,
-            lambda: UserStore(proxy.uri, parts.database, "Users", timeout_seconds=0.5),
-            listener=metrics,
-        )
-        stop = threading.Event()
-        thread = threading.Thread(target=lambda: consumer.run(stop), daemon=True)
-        thread.start()
-        until(lambda: "1" in stored(store))
+        until(lambda: metrics.snapshot().kafka.total.count == 1)
+        assert "1" in stored(store)
         proxy.cut()
         topic.upsert(2)
         topic.flush()
@@ -864,9 +865,9 @@ def test_a_store_that_is_away_is_waited_for_and_nothing_becomes_a_dead_letter(
         assert "2" not in stored(store)
         proxy.join()
         until(lambda: stored(store) == topic.expected, 30)
+    finally:
         stop.set()
         thread.join(20)
-    finally:
         proxy.cut()
     assert list(read_dead_letters(topic.kafka)) == []
     until(lambda: topic.committed() == 12)
