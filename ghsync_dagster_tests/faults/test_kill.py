@@ -1,7 +1,7 @@
 """A load that is killed with -9, wherever that hits it, is finished by the next one: nothing lost, nothing twice.
 
 What must be stored is reckoned here from the generated events alone and read by plain pymongo.
-``GHSYNC_FAULT_ROUNDS=N`` tries every step and N random moments, in place of half of the steps and a few moments.
+``GHSYNC_FAULT_ROUNDS=N`` tries every step and N random moments, in place of a third of the steps and a moment of each kind.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SIZE = 3_000 if ROUNDS else 1_000
 FEW = 100
 RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(SEED))
 """Names the whole test run: all of its processes must find the same tests."""
-STEPS = list(Step) if ROUNDS else random.Random(RUN).sample(list(Step), len(Step) // 2)  # noqa: S311
+STEPS = list(Step) if ROUNDS else random.Random(RUN).sample(list(Step), len(Step) // 3)  # noqa: S311
 FIELDS = ("user_id", "login", "gravatar_id", "avatar_url", "url")
 BEGINNINGS: list[dict[str, Any]] = [{"step": Step.COMPARED}, {"step": Step.PLANNED}, {"writes": 5}]
 EARLY, MIDDLE, LATE = (f"2015-01-01T{hour}:00:00Z" for hour in (15, 16, 17))
@@ -239,7 +239,7 @@ def test_a_load_killed_when_a_step_is_done_is_finished_by_the_next(world: World,
     world.assert_right()
 
 
-@pytest.mark.parametrize("number", range(ROUNDS or 2))
+@pytest.mark.parametrize("number", range(ROUNDS or 1))
 def test_a_load_killed_at_a_random_moment_is_finished_by_the_next(world: World, number: int) -> None:
     sys.stdout.write(f"GHSYNC_FAULT_SEED={SEED}\n")
     chance = random.Random(f"{SEED}-moment-{number}").random()  # noqa: S311
@@ -256,7 +256,7 @@ def test_a_load_killed_at_a_random_moment_is_finished_by_the_next(world: World, 
     world.finish(f"{moment:.0f} ms after the lease, round {number}")
 
 
-@pytest.mark.parametrize("number", range(max(ROUNDS // 3, 2)))
+@pytest.mark.parametrize("number", range(max(ROUNDS // 3, 1)))
 def test_a_load_killed_after_a_random_write_of_its_plan_is_finished_by_the_next(world: World, number: int) -> None:
     sys.stdout.write(f"GHSYNC_FAULT_SEED={SEED}\n")
     writes = random.Random(f"{SEED}-write-{number}").randint(2, 8 * SIZE // 1_000)  # noqa: S311
