@@ -1,7 +1,7 @@
 """A load that is killed with -9, wherever that hits it, is finished by the next one: nothing lost, nothing twice.
 
 What must be stored is reckoned here from the generated events alone and read by plain pymongo.
-``GHSYNC_FAULT_ROUNDS=N`` tries every step and N random moments, in place of a third of the steps and a moment of each kind.
+``GHSYNC_FAULT_ROUNDS=N`` tries every step and N random moments, in place of a third of the steps and few moments.
 """
 
 from __future__ import annotations
