@@ -37,6 +37,8 @@ _PING_SECONDS = 3.0
 _RUNNING_SECONDS = 90.0
 # A state that is left behind, such as by a worker that was killed or before a resume, is not yet a verdict.
 _VERDICT_SECONDS = 3.0
+# A task that runs has long reached the database by then, or takes the table in for the first time.
+_FOLLOW_SECONDS = 20.0
 _POLL_SECONDS = 0.1
 _NOT_FOUND, _CONFLICT, _ERRORS_FROM = 404, 409, 400
 _RUNNING, _FAILED, _UNASSIGNED, _NONE = "RUNNING", "FAILED", "UNASSIGNED", "NONE"
@@ -457,17 +459,18 @@ def _await_running(client: httpx.Client, follows: Callable[[], bool]) -> Connect
     """Wait until the connector runs and follows the database.
 
     Its task is called running before it has reached the database, so the database is asked too. While it takes the
-    table in for the first time, it does not follow yet: where that is long, to run is enough.
+    table in for the first time, it does not follow yet, and one that began to just before it was looked at is not
+    told from the one before it: after a while, to run is enough.
     """
-    began = time.monotonic()
-    failed_since: float | None = None
+    began = since = time.monotonic()
     state = ConnectorState(_NONE)
-    while time.monotonic() - began < _RUNNING_SECONDS:
-        state = _state(client)
-        if state.state == _RUNNING and follows():
+    while (now := time.monotonic()) - began < _RUNNING_SECONDS:
+        before, state = state, _state(client)
+        if state.state != before.state:
+            since = now
+        if state.state == _RUNNING and (follows() or now - since > _FOLLOW_SECONDS):
             return state
-        failed_since = (failed_since or time.monotonic()) if state.state == _FAILED else None
-        if failed_since and time.monotonic() - failed_since > _VERDICT_SECONDS:
+        if state.state == _FAILED and now - since > _VERDICT_SECONDS:
             break
         time.sleep(_POLL_SECONDS)
     if state.state == _RUNNING:

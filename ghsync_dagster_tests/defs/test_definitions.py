@@ -59,17 +59,18 @@ def test_definitions_load_in_a_fresh_interpreter_without_heavy_libraries(tmp_pat
     assert not loaded & HEAVY
 
 
-def test_definitions_load_within_three_seconds_of_processor_time(tmp_path: Path) -> None:
-    seconds = []
-    for _ in range(3):
+def test_definitions_cost_less_to_load_than_dagster_itself(tmp_path: Path) -> None:
+    seconds: dict[str, list[float]] = {"dagster": [], "ghsync_dagster.definitions": []}
+    for module in [*seconds, *seconds]:
         # Processor time, since a busy machine stretches the clock's.
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        result = run_python("-c", "import ghsync_dagster.definitions", home=tmp_path)
+        result = run_python("-c", f"import {module}", home=tmp_path)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        seconds[module].append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert result.returncode == 0, result.stderr
-    sys.stdout.write(f"interpreter and definitions: {[round(each, 2) for each in seconds]} s\n")
-    assert min(seconds) < 3
+    sys.stdout.write(f"seconds of processor time: {seconds}\n")
+    dagster, ours = (min(each) for each in seconds.values())
+    assert ours < 2 * dagster
 
 
 @pytest.mark.parametrize("source", [["-w", "workspace.yaml"], ["-m", "ghsync_dagster.definitions"]])

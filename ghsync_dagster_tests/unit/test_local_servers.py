@@ -245,6 +245,23 @@ def test_a_connector_elsewhere_that_is_on_its_way_is_waited_for(
         stack.up(settings, ["connect"], progress=print)
 
 
+@pytest.mark.timeout(30)
+def test_a_connector_whose_following_can_not_be_told_is_not_waited_for_until_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    worker(monkeypatch, "UNASSIGNED", "RUNNING")
+    monkeypatch.setattr(connect, "_FOLLOW_SECONDS", 0.05)
+    asked: list[bool] = []
+
+    def follows() -> bool:
+        asked.append(False)
+        return False
+
+    with connect._client("http://127.0.0.1:9") as client:
+        assert connect._await_running(client, follows).state == "RUNNING"
+    assert len(asked) > 1
+
+
 @pytest.mark.parametrize(("health", "state"), [(404, "up"), (503, "down")])
 def test_a_worker_that_knows_no_health_is_asked_for_its_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, health: int, state: str
