@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 BOOTSTRAP := $(PYTHON) ghsync_dagster/local/bootstrap.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run cdc test dev check bench bench-batch bench-cdc bench-supervised faults lock clean
+.PHONY: help setup setup-dev packages run cdc test dev check bench bench-batch bench-cdc bench-supervised faults lock clean
 
 help: ## show these commands
 	@$(PYTHON) -c 'import re; [print("make {:<17}{}".format(*m)) for m in re.findall(r"(?m)^([a-z-]+):.*?## (.+)", open("Makefile").read())]'
@@ -24,13 +24,16 @@ cdc: setup ## try the change path on local servers: workload, sync, latency, aud
 	@$(BIN)/ghsync cdc rehearse
 
 test: setup-dev ## run all tests, in JOBS processes (2)
-	@$(BIN)/python -m pytest --numprocesses $(or $(JOBS),2) --dist loadfile
+	@$(BIN)/python -m pytest --numprocesses $(or $(JOBS),2) --dist loadfile --no-loadscope-reorder
 
 dev: setup ## serve the Dagster UI with daemon and sensors on 127.0.0.1:3000
 	@home="$$($(BIN)/python -m ghsync_dagster.local.dagster_home)" && \
 		DAGSTER_HOME="$$home" $(BIN)/dagster dev --host 127.0.0.1 --port 3000
 
-check: setup-dev ## lint, format, types, import rules
+packages: ## install the locked packages alone: all that checks need
+	@$(BOOTSTRAP) --dev --packages
+
+check: packages ## lint, format, types, import rules
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy

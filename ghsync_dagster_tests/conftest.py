@@ -41,6 +41,19 @@ MEMORY_BYTES = 6 * 1024**3
 _OURS = ("GHSYNC_", "MONGODB_", "SPARK_", "DAGSTER_", "KAFKA_", "MYSQL_", "CONNECT_")
 
 
+_LONG_ONES = ("ui", "faults", "integration")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the folders of long tests first: short ones fill the end, where processes would wait for each other."""
+
+    def rank(item: pytest.Item) -> int:
+        folder = item.path.parent.name
+        return _LONG_ONES.index(folder) if folder in _LONG_ONES else len(_LONG_ONES)
+
+    items.sort(key=rank)
+
+
 # A test process that another one starts may ignore Ctrl-C, and what it starts would then ignore it too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

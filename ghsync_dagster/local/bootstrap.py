@@ -1,8 +1,8 @@
 """Sets a fresh clone up: uv, the virtual environment, the locked packages, the project itself, the jars.
 
 Belongs here: only what must happen before any package is there, so only the standard library is used. The
-system's Python runs it, as ``python3 ghsync_dagster/local/bootstrap.py [--dev | --lock]``. Not here: what the
-installed project can do itself, such as to fetch jars or to start servers.
+system's Python runs it, as ``python3 ghsync_dagster/local/bootstrap.py``. Not here: what the installed project can do
+itself, such as to fetch jars or to start servers.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 ROOT = Path(__file__).resolve().parents[2]
+STAMP_FILE = ROOT / ".venv" / "ghsync-setup.json"
 PYTHON_FROM, PYTHON_BELOW = (3, 11), (3, 15)
 
 UV_LOCK = "requirements-uv.lock"
@@ -99,7 +100,15 @@ class Stamps:
 
     def mark(self, *names: str) -> None:
         """Record that ``names`` are installed as they are now."""
-        self._done.update({name: file_hash(ROOT / name) for name in names})
+        self._write({name: file_hash(ROOT / name) for name in names})
+
+    def forget(self, name: str) -> None:
+        """Record that what ``name`` led to is of no use any more."""
+        self._write({name: ""})
+
+    def _write(self, changed: dict[str, str]) -> None:
+        # Another set-up may have written since.
+        self._done = self._read() | changed
         part = self._path.with_suffix(".part")
         part.write_text(json.dumps({"owner": self._owner, "done": self._done}, indent=1), encoding="utf-8")
         part.replace(self._path)
@@ -125,9 +134,9 @@ def phase(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def one_at_a_time() -> Iterator[None]:
-    """Hold the project's folder against a second set-up of it."""
-    folder = os.open(ROOT, os.O_RDONLY)
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Hold a folder against a second set-up at work in it."""
+    folder = os.open(path, os.O_RDONLY)
     try:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -227,14 +236,18 @@ def owner_of_stamps() -> str:
 def make_venv(uv: Path) -> Stamps:
     """Make ``.venv`` unless it is there and belongs to this folder and Python; return its stamps."""
     folder = ROOT / ".venv"
-    stamp_file = folder / "ghsync-setup.json"
-    stamps = Stamps(stamp_file, owner_of_stamps())
-    if usable_venv(folder) and not (stamps.empty and stamp_file.exists()):
+    stamps = stamps_of_venv()
+    if usable_venv(folder) and not (stamps.empty and STAMP_FILE.exists()):
         return stamps
     with phase("virtual environment"):
         command = [uv, "venv", "--clear", "--no-python-downloads", "--python", sys.executable, folder]
         run(command, "The virtual environment .venv could not be made", "remove .venv and .uv, and try again")
-    return Stamps(stamp_file, owner_of_stamps())
+    return stamps_of_venv()
+
+
+def stamps_of_venv() -> Stamps:
+    """Return what is known to be installed in ``.venv``."""
+    return Stamps(STAMP_FILE, owner_of_stamps())
 
 
 def usable_venv(folder: Path) -> bool:
@@ -317,6 +330,8 @@ def fetch_jars(stamps: Stamps) -> None:
 
 def make_class_archive(stamps: Stamps) -> None:
     """Have the installed project make the class archive that its Spark sessions start from."""
+    if not stamps.pending(ARCHIVE_MAKER):
+        return
     with phase("class archive (once, for fast starts)"):
         command = [".venv/bin/python", "-m", "ghsync_dagster.local.java_archive"]
         run(command, "The class archive could not be made", "see above")
@@ -363,34 +378,42 @@ def check_python() -> None:
         )
 
 
-def set_up(dev: bool) -> None:
-    """Bring the clone to where ``ghsync`` runs; each part only if it changed."""
-    uv = install_uv()
-    stamps = make_venv(uv)
-    locks = wanted_locks(dev)
-    # Another Spark or Java makes the archive of its classes useless.
-    new_classes = any(stamps.pending(lock) for lock in (BASE_LOCK, JAVA_LOCK) if lock in locks)
-    install_packages(uv, stamps, locks)
-    install_project(uv, stamps)
-    fetch_jars(stamps)
-    if new_classes or stamps.pending(ARCHIVE_MAKER):
-        make_class_archive(stamps)
+def set_up(dev: bool, *, java: bool) -> None:
+    """Bring the clone to where ``ghsync`` runs, or without ``java`` to where its code can be checked.
+
+    Each part is done only if it changed.
+    """
+    with one_at_a_time(ROOT):
+        uv = install_uv()
+        stamps = make_venv(uv)
+        locks = wanted_locks(dev)
+        # Another Spark or Java makes the archive of its classes useless.
+        if any(stamps.pending(lock) for lock in (BASE_LOCK, JAVA_LOCK) if lock in locks):
+            stamps.forget(ARCHIVE_MAKER)
+        install_packages(uv, stamps, locks)
+        install_project(uv, stamps)
+    if java:
+        with one_at_a_time(ROOT / ".venv"):
+            stamps = stamps_of_venv()
+            fetch_jars(stamps)
+            make_class_archive(stamps)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the set-up and return the exit code."""
     parser = argparse.ArgumentParser(description="Set this clone up.")
     parser.add_argument("--dev", action="store_true", help="also install what tests and checks need")
+    parser.add_argument("--packages", action="store_true", help="leave out what only Java needs: jars, class archive")
     parser.add_argument("--lock", action="store_true", help="only resolve the lock files from pyproject.toml")
     parser.add_argument("--upgrade", action="store_true", help="with --lock: take newer versions")
     options = parser.parse_args(arguments)
     try:
         check_python()
-        with one_at_a_time():
-            if options.lock:
+        if options.lock:
+            with one_at_a_time(ROOT):
                 write_locks(install_uv(), options.upgrade)
-            else:
-                set_up(options.dev)
+        else:
+            set_up(options.dev, java=not options.packages)
     except SetupError as error:
         say(f"set-up failed: {error}")
         return 1

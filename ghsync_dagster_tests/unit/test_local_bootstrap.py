@@ -41,6 +41,18 @@ def test_stamps_of_another_folder_or_python_are_void(project: Path) -> None:
     assert Stamps(stamp, "moved").pending("a.lock") == ["a.lock"]
 
 
+def test_what_another_set_up_marked_meanwhile_is_kept_and_what_is_forgotten_is_pending(project: Path) -> None:
+    path = project / "stamps.json"
+    (project / "a.lock").write_text("a")
+    (project / "b.lock").write_text("b")
+    first, second = Stamps(path, "owner"), Stamps(path, "owner")
+    first.mark("a.lock")
+    second.mark("b.lock")
+    assert Stamps(path, "owner").pending("a.lock", "b.lock") == []
+    first.forget("b.lock")
+    assert Stamps(path, "owner").pending("a.lock", "b.lock") == ["b.lock"]
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"owner": "here", "done": 1}', "\x00"])
 def test_a_broken_stamp_file_means_nothing_is_installed(project: Path, content: str) -> None:
     stamp = project / "stamp.json"
