@@ -41,6 +41,8 @@ _VERDICT_SECONDS = 3.0
 _FOLLOW_SECONDS = 20.0
 _POLL_SECONDS = 0.1
 _NOT_FOUND, _CONFLICT, _ERRORS_FROM = 404, 409, 400
+# A worker that is about to find its order anew says so with 409 to some requests and with 500 to others.
+_REBALANCING = "a rebalance is expected"
 _RUNNING, _FAILED, _UNASSIGNED, _NONE = "RUNNING", "FAILED", "UNASSIGNED", "NONE"
 _SETTLED = (_RUNNING, _FAILED, _NONE)
 _HALTED = ("PAUSED", "STOPPED")
@@ -534,7 +536,8 @@ def _ask(client: httpx.Client, method: str, path: str, body: object = None, **mi
                 f"The Connect worker at {redact(str(client.base_url))} does not answer: {type(error).__name__}.",
                 way_out="Read its log; run ghsync up connect.",
             ) from None
-        if answer.status_code != _CONFLICT or time.monotonic() > deadline:
+        rebalancing = answer.status_code == _CONFLICT or _REBALANCING in _message(answer)
+        if not rebalancing or time.monotonic() > deadline:
             break
         time.sleep(_POLL_SECONDS)
     if answer.status_code == _NOT_FOUND and missing:

@@ -245,6 +245,23 @@ def test_a_connector_elsewhere_that_is_on_its_way_is_waited_for(
         stack.up(settings, ["connect"], progress=print)
 
 
+@pytest.mark.parametrize(
+    ("status", "message"), [(409, "no leader"), (500, "Request cannot be completed because a rebalance is expected")]
+)
+def test_a_worker_that_is_about_to_rebalance_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, status: int, message: str
+) -> None:
+    busy = httpx.Response(status, json={"error_code": status, "message": message})
+    answers = [busy, busy, httpx.Response(200, json={"name": "ghsync-users"})]
+    serve(monkeypatch, lambda _: answers.pop(0))
+    monkeypatch.setattr(connect, "_POLL_SECONDS", 0)
+    with connect._client("http://127.0.0.1:9") as client:
+        assert connect._ask(client, "GET", "/connectors/ghsync-users/config") == {"name": "ghsync-users"}
+    serve(monkeypatch, lambda _: httpx.Response(500, json={"message": "Request timed out"}))
+    with connect._client("http://127.0.0.1:9") as client, pytest.raises(UnavailableError, match="Request timed out"):
+        connect._ask(client, "GET", "/connectors/ghsync-users/config")
+
+
 @pytest.mark.timeout(30)
 def test_a_connector_whose_following_can_not_be_told_is_not_waited_for_until_the_end(
     monkeypatch: pytest.MonkeyPatch,
