@@ -175,9 +175,11 @@ def rehearse(
         stop = around.enter_context(_telling(lambda: _line(workload, metrics, clock), tell))
         report = workload.run(seconds=seconds, stop=consumer.failed)
         tell(f"workload done: {report.total:,} changes; waiting for the consumer")
-        load_exit = loading.wait() if loading else None
         _await(lambda: clock.waiting == 0 and _is_caught_up(metrics, kafka), consumer, "the workload's changes")
         stop.set()
+        if loading and loading.poll() is None:
+            tell("all changes are applied; waiting for the load beside")
+        load_exit = loading.wait() if loading else None
         tell("comparing MySQL with MongoDB")
         with store_opener(own)() as store:
             judged = audit(mysql, store, patience=Patience(seconds=30))
