@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "ghsync_dagster"
 STAMP_FILE = ROOT / ".venv" / "ghsync-setup.json"
 PYTHON_FROM, PYTHON_BELOW = (3, 11), (3, 15)
 
@@ -107,7 +108,6 @@ class Stamps:
         self._write({name: ""})
 
     def _write(self, changed: dict[str, str]) -> None:
-        # Another set-up may have written since.
         self._done = self._read() | changed
         part = self._path.with_suffix(".part")
         part.write_text(json.dumps({"owner": self._owner, "done": self._done}, indent=1), encoding="utf-8")
@@ -385,18 +385,27 @@ def set_up(dev: bool, *, java: bool) -> None:
     """
     with one_at_a_time(ROOT):
         uv = install_uv()
-        stamps = make_venv(uv)
         locks = wanted_locks(dev)
-        # Another Spark or Java makes the archive of its classes useless.
-        if any(stamps.pending(lock) for lock in (BASE_LOCK, JAVA_LOCK) if lock in locks):
-            stamps.forget(ARCHIVE_MAKER)
-        install_packages(uv, stamps, locks)
-        install_project(uv, stamps)
+        if packages_pending(locks):
+            # A class archive that is being made is made of these packages.
+            with one_at_a_time(PACKAGE):
+                stamps = make_venv(uv)
+                # Another Spark or Java makes the archive of its classes useless.
+                if any(stamps.pending(lock) for lock in (BASE_LOCK, JAVA_LOCK) if lock in locks):
+                    stamps.forget(ARCHIVE_MAKER)
+                install_packages(uv, stamps, locks)
+                install_project(uv, stamps)
     if java:
-        with one_at_a_time(ROOT / ".venv"):
+        with one_at_a_time(PACKAGE):
             stamps = stamps_of_venv()
             fetch_jars(stamps)
             make_class_archive(stamps)
+
+
+def packages_pending(locks: Sequence[str]) -> bool:
+    """Tell whether the virtual environment lacks anything."""
+    there = usable_venv(ROOT / ".venv") and (ROOT / ".venv/bin/ghsync").exists()
+    return not there or bool(stamps_of_venv().pending(*locks, PROJECT_FILE))
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -37,8 +37,8 @@ _PING_SECONDS = 3.0
 _RUNNING_SECONDS = 90.0
 # A state that is left behind, such as by a worker that was killed or before a resume, is not yet a verdict.
 _VERDICT_SECONDS = 3.0
-# A task that runs has long reached the database by then, or takes the table in for the first time.
-_FOLLOW_SECONDS = 20.0
+# Debezium gives up a database that does not answer after 30 s; later its task follows, or takes the table in at first.
+_FOLLOW_SECONDS = 35.0
 _POLL_SECONDS = 0.1
 _NOT_FOUND, _CONFLICT, _ERRORS_FROM = 404, 409, 400
 # A worker that is about to find its order anew says so with 409 to some requests and with 500 to others.
@@ -466,8 +466,10 @@ def _await_running(client: httpx.Client, follows: Callable[[], bool]) -> Connect
     """
     began = since = time.monotonic()
     state = ConnectorState(_NONE)
-    while (now := time.monotonic()) - began < _RUNNING_SECONDS:
+    while time.monotonic() - began < _RUNNING_SECONDS:
         before, state = state, _state(client)
+        # The answer may have taken long.
+        now = time.monotonic()
         if state.state != before.state:
             since = now
         if state.state == _RUNNING and (follows() or now - since > _FOLLOW_SECONDS):

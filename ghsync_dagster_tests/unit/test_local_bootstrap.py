@@ -53,6 +53,34 @@ def test_what_another_set_up_marked_meanwhile_is_kept_and_what_is_forgotten_is_p
     assert Stamps(path, "owner").pending("a.lock", "b.lock") == ["b.lock"]
 
 
+@pytest.mark.timeout(30)
+def test_another_spark_has_the_class_archive_made_anew_though_a_check_came_first(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (bootstrap.BASE_LOCK, bootstrap.PROJECT_FILE, bootstrap.ARCHIVE_MAKER):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text("one")
+    monkeypatch.setattr(bootstrap, "STAMP_FILE", project / "stamp.json")
+    monkeypatch.setattr(bootstrap, "PACKAGE", project / "ghsync_dagster")
+    monkeypatch.setattr(bootstrap, "install_uv", lambda: project / "uv")
+    monkeypatch.setattr(bootstrap, "wanted_locks", lambda _dev: [bootstrap.BASE_LOCK])
+    monkeypatch.setattr(bootstrap, "make_venv", lambda _uv: bootstrap.stamps_of_venv())
+    monkeypatch.setattr(bootstrap, "install_packages", lambda _uv, stamps, locks: stamps.mark(*locks))
+    monkeypatch.setattr(bootstrap, "install_project", lambda _uv, stamps: stamps.mark(bootstrap.PROJECT_FILE))
+    monkeypatch.setattr(bootstrap, "fetch_jars", lambda _stamps: None)
+    made: list[object] = []
+    monkeypatch.setattr(bootstrap, "run", lambda command, *_: made.append(command))
+    bootstrap.set_up(dev=True, java=False)
+    assert made == []
+    for _ in range(2):
+        bootstrap.set_up(dev=True, java=True)
+        assert len(made) == 1
+    (project / bootstrap.BASE_LOCK).write_text("another Spark")
+    bootstrap.set_up(dev=True, java=False)
+    bootstrap.set_up(dev=True, java=True)
+    assert len(made) == 2
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"owner": "here", "done": 1}', "\x00"])
 def test_a_broken_stamp_file_means_nothing_is_installed(project: Path, content: str) -> None:
     stamp = project / "stamp.json"
