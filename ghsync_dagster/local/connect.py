@@ -538,13 +538,14 @@ def _ask(client: httpx.Client, method: str, path: str, body: object = None, **mi
                 f"The Connect worker at {redact(str(client.base_url))} does not answer: {type(error).__name__}.",
                 way_out="Read its log; run ghsync up connect.",
             ) from None
-        rebalancing = answer.status_code == _CONFLICT or _REBALANCING in _message(answer)
+        refused = answer.status_code >= _ERRORS_FROM
+        rebalancing = refused and (answer.status_code == _CONFLICT or _REBALANCING in _message(answer))
         if not rebalancing or time.monotonic() > deadline:
             break
         time.sleep(_POLL_SECONDS)
     if answer.status_code == _NOT_FOUND and missing:
         return None
-    if answer.status_code >= _ERRORS_FROM:
+    if refused:
         raise UnavailableError(
             f"The Connect worker refuses {method} {path}: {redact(_message(answer))}",
             way_out=f"Mend what it names, or what its log does ({_RIGHTS}), then run ghsync up again.",

@@ -55,8 +55,8 @@ class CountingTable:
 
     table = "`Users`"
 
-    def __init__(self, time: Time | None = None, seconds: float = 0.0, stall: dict[int, float] | None = None) -> None:
-        self.time = time or Time()
+    def __init__(self, seconds: float = 0.0, stall: dict[int, float] | None = None) -> None:
+        self.time = Time()
         self.seconds = seconds
         self.stall = stall or {}
         self.sizes: list[int] = []
