@@ -170,7 +170,8 @@ def connector_config(settings: Settings, bootstrap: str, url: str) -> dict[str, 
         "snapshot.mode": "initial",
         "tombstones.on.delete": "true",
         "skipped.operations": "none",
-        "poll.interval.ms": "10",
+        # A record waits this long at most for others of its batch; each batch costs Connect and Kafka processor time.
+        "poll.interval.ms": "25",
         # How soon it notices that the database is gone, and tries again.
         "connect.keep.alive.interval.ms": "5000",
         # Only the table's own topic is made, so there is nowhere for news of its columns.
