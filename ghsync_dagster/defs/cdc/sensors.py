@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 REPLACED_TAG: Final = "ghsync/replaced"
 MAX_RUNTIME_TAG: Final = "dagster/max_runtime"
 
-_INTERVAL_SECONDS: Final = 5
+# Dagster's daemon looks every 5 s which sensors are due. An interval of 5 is at times some ms from over: 10 s then.
+_INTERVAL_SECONDS: Final = 1
 _ENDED_SEEN: Final = 20
 _PROBE_SECONDS: Final = 3.0
 _PHASES: Final = {
