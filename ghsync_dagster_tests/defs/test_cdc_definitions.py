@@ -173,8 +173,7 @@ def _observation_data(observation: dg.AssetObservation) -> Any:
 
 def test_the_sensor_runs_by_default_at_each_look_of_the_daemon() -> None:
     assert cdc_supervisor.default_status == dg.DefaultSensorStatus.RUNNING
-    assert cdc_supervisor.minimum_interval_seconds is not None
-    assert cdc_supervisor.minimum_interval_seconds < MIN_INTERVAL_LOOP_TIME
+    assert (cdc_supervisor.minimum_interval_seconds, MIN_INTERVAL_LOOP_TIME) == (1, 5)
     assert cdc_supervisor.job_name == SYNC_JOB
 
 

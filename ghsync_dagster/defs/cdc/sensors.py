@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 REPLACED_TAG: Final = "ghsync/replaced"
 MAX_RUNTIME_TAG: Final = "dagster/max_runtime"
 
-# Dagster's daemon looks every 5 s which sensors are due. An interval of 5 is at times some ms from over: 10 s then.
+# Due at each look of Dagster's daemon, every 5 s: 5 is at times a few ms short of due, and waits for the next look.
 _INTERVAL_SECONDS: Final = 1
 _ENDED_SEEN: Final = 20
 _PROBE_SECONDS: Final = 3.0
