@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
-from ghsync_dagster.local import connect, kafka, mysql, stack
+from ghsync_dagster.local import connect, connector, kafka, mysql, stack
 from ghsync_dagster.local.supervisor import ServiceStatus, _free_ports, server_to_use
 from ghsync_dagster.settings import load_settings
 from ghsync_dagster.wiring import existing_kafka, open_mysql
@@ -121,10 +121,10 @@ def test_only_a_real_mysql_on_path_comes_before_the_locked_server(
 
 
 def test_the_topic_must_be_one_that_debezium_can_name() -> None:
-    assert connect._topic_prefix("mysql-server.new_data.Users") == "mysql-server"
+    assert connector._topic_prefix("mysql-server.new_data.Users") == "mysql-server"
     for topic in ("users", ".new_data.Users", "mysql-server.new_data.users"):
         with pytest.raises(ConfigError, match="KAFKA_TOPIC"):
-            connect._topic_prefix(topic)
+            connector._topic_prefix(topic)
 
 
 def test_a_local_worker_refuses_brokers_that_it_has_no_keys_for(tmp_path: Path) -> None:
@@ -139,9 +139,9 @@ def test_the_reason_of_a_failure_is_its_first_line_and_its_innermost_cause() -> 
     trace = (
         "a.B: stopped\n\tat x\nCaused by: c.D: mysql://u:s3cret@h refused\n\tat y\nCaused by: e.F: timed out\n\tat z\n"
     )
-    assert connect._reason(trace) == "a.B: stopped; e.F: timed out"
-    assert connect._reason("c.D: at mysql://u:s3cret@h\n") == "c.D: at mysql://***@h"
-    assert connect._reason("") == "no reason is given"
+    assert connector._reason(trace) == "a.B: stopped; e.F: timed out"
+    assert connector._reason("c.D: at mysql://u:s3cret@h\n") == "c.D: at mysql://***@h"
+    assert connector._reason("") == "no reason is given"
 
 
 def test_data_decides_which_server_is_run_and_is_never_left_for_an_empty_one(tmp_path: Path) -> None:
@@ -174,9 +174,7 @@ def test_who_needs_servers_that_are_there_starts_none_that_goes_just_then(
 
 def test_a_connector_elsewhere_that_failed_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = load_settings(GHSYNC_HOME=tmp_path, CONNECT_URL="http://127.0.0.1:9")
-    more = {"connector": "FAILED", "connector_error": "Access denied"}
-    found = ServiceStatus(connect.SERVICE, "up", uri="http://127.0.0.1:9", server="external", more=more)
-    monkeypatch.setattr(connect, "_external", lambda _: found)
+    worker(monkeypatch, "FAILED")
     with pytest.raises(UnavailableError, match=r"does not run: Access denied.*restart"):
         stack.up(settings, ["connect"], progress=print)
 
@@ -187,7 +185,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, answer: Callable[[httpx.Request], htt
     def client(url: str, seconds: float = 1) -> httpx.Client:
         return httpx.Client(base_url=url, timeout=seconds, transport=httpx.MockTransport(answer))
 
-    monkeypatch.setattr(connect, "_client", client)
+    monkeypatch.setattr(connector, "client_of", client)
 
 
 UNTOLD = "untold"
@@ -211,11 +209,12 @@ def worker(monkeypatch: pytest.MonkeyPatch, *states: str, health: int = 200) -> 
         if state == UNTOLD:
             return httpx.Response(404)
         tasks = [] if state == "STOPPED" else [{"id": 0, "state": state}]
-        return httpx.Response(200, json={"connector": {"state": state}, "tasks": tasks})
+        told = {"state": state} | ({"trace": "Access denied"} if state == "FAILED" else {})
+        return httpx.Response(200, json={"connector": told, "tasks": tasks})
 
     serve(monkeypatch, answer)
-    monkeypatch.setattr(connect, "_POLL_SECONDS", 0)
-    monkeypatch.setattr(connect, "_VERDICT_SECONDS", 0.05)
+    monkeypatch.setattr(connector, "_POLL_SECONDS", 0)
+    monkeypatch.setattr(connector, "_VERDICT_SECONDS", 0.05)
 
 
 @pytest.mark.parametrize("state", ["PAUSED", "STOPPED"])
@@ -237,7 +236,7 @@ def test_a_connector_elsewhere_that_is_on_its_way_is_waited_for(
     worker(monkeypatch, "STOPPED", "UNASSIGNED", "RESTARTING", "RUNNING")
     assert stack.up(settings, ["connect"], progress=print)["connect"].more["connector"] == "RUNNING"
     worker(monkeypatch, "UNASSIGNED")
-    monkeypatch.setattr(connect, "_RUNNING_SECONDS", 0.1)
+    monkeypatch.setattr(connector, "_RUNNING_SECONDS", 0.1)
     with pytest.raises(UnavailableError, match=r"does not run: it is UNASSIGNED after .*worker's log"):
         stack.up(settings, ["connect"], progress=print)
     worker(monkeypatch, "UNASSIGNED", "PAUSED")
@@ -254,12 +253,15 @@ def test_a_worker_that_is_about_to_rebalance_is_asked_again(
     busy = httpx.Response(status, json={"error_code": status, "message": message})
     answers = [busy, busy, httpx.Response(200, json={"name": "ghsync-users"})]
     serve(monkeypatch, lambda _: answers.pop(0))
-    monkeypatch.setattr(connect, "_POLL_SECONDS", 0)
-    with connect._client("http://127.0.0.1:9") as client:
-        assert connect._ask(client, "GET", "/connectors/ghsync-users/config") == {"name": "ghsync-users"}
+    monkeypatch.setattr(connector, "_POLL_SECONDS", 0)
+    with connector.client_of("http://127.0.0.1:9") as client:
+        assert connector._ask(client, "GET", "/connectors/ghsync-users/config") == {"name": "ghsync-users"}
     serve(monkeypatch, lambda _: httpx.Response(500, json={"message": "Request timed out"}))
-    with connect._client("http://127.0.0.1:9") as client, pytest.raises(UnavailableError, match="Request timed out"):
-        connect._ask(client, "GET", "/connectors/ghsync-users/config")
+    with (
+        connector.client_of("http://127.0.0.1:9") as client,
+        pytest.raises(UnavailableError, match="Request timed out"),
+    ):
+        connector._ask(client, "GET", "/connectors/ghsync-users/config")
 
 
 @pytest.mark.timeout(30)
@@ -267,15 +269,15 @@ def test_a_connector_whose_following_can_not_be_told_is_not_waited_for_until_the
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     worker(monkeypatch, "UNASSIGNED", "RUNNING")
-    monkeypatch.setattr(connect, "_FOLLOW_SECONDS", 0.05)
+    monkeypatch.setattr(connector, "_FOLLOW_SECONDS", 0.05)
     asked: list[bool] = []
 
     def follows() -> bool:
         asked.append(False)
         return False
 
-    with connect._client("http://127.0.0.1:9") as client:
-        assert connect._await_running(client, follows).state == "RUNNING"
+    with connector.client_of("http://127.0.0.1:9") as client:
+        assert connector._await_running(client, follows).state == "RUNNING"
     assert len(asked) > 1
 
 
