@@ -99,24 +99,20 @@ def read_backlog(kafka: KafkaSettings) -> Backlog:
     """
     from confluent_kafka import Consumer, TopicPartition
 
-    from ghsync_dagster.stores.kafka import client_config, kafka_error, kafka_errors
+    from ghsync_dagster.stores.kafka import client_config, kafka_errors
+    from ghsync_dagster.stores.kafka_topics import bounds_of, partitions_of
 
-    what = f"Asking how far {kafka.group_id} is in {kafka.topic}"
-    with kafka_errors(what):
+    with kafka_errors(f"Asking how far {kafka.group_id} is in {kafka.topic}"):
         # It neither subscribes nor commits, so the group does not notice.
         consumer = Consumer({**client_config(kafka), "group.id": kafka.group_id, "enable.auto.commit": False})
         try:
-            topic = consumer.list_topics(kafka.topic, timeout=kafka.timeout_seconds).topics[kafka.topic]
-            if topic.error is not None:
-                raise kafka_error(topic.error, what)
-            places = [TopicPartition(kafka.topic, number) for number in sorted(topic.partitions)]
+            partitions = partitions_of(consumer, kafka.topic, kafka.timeout_seconds)
+            places = [TopicPartition(kafka.topic, number) for number in partitions]
             # The commits first: what is committed meanwhile may count as waiting, never the other way round.
             committed = consumer.committed(places, timeout=kafka.timeout_seconds)
             found = []
             for place in committed:
-                low, end = consumer.get_watermark_offsets(
-                    TopicPartition(kafka.topic, place.partition), timeout=kafka.timeout_seconds
-                )
+                low, end = bounds_of(consumer, kafka.topic, place.partition, kafka.timeout_seconds)
                 found.append(PartitionBacklog(place.partition, low, end, place.offset if place.offset >= 0 else None))
         finally:
             consumer.close()
@@ -149,10 +145,9 @@ def ask_for_topic(kafka: KafkaSettings, *, seconds: float) -> None:
     """
     from confluent_kafka.admin import AdminClient
 
-    from ghsync_dagster.stores.kafka import client_config, kafka_error, kafka_errors
+    from ghsync_dagster.stores.kafka import client_config, kafka_errors
+    from ghsync_dagster.stores.kafka_topics import partitions_of
 
-    what = f"Asking for {kafka.topic}"
-    with kafka_errors(what):
-        topic = AdminClient(client_config(kafka)).list_topics(kafka.topic, timeout=seconds).topics[kafka.topic]
-    if topic.error is not None:
-        raise kafka_error(topic.error, what)
+    with kafka_errors(f"Asking for {kafka.topic}"):
+        admin = AdminClient(client_config(kafka))
+    partitions_of(admin, kafka.topic, seconds)

@@ -1,7 +1,7 @@
 """Consume: the loop from the topic to acknowledged writes. Take, decode, coalesce, apply, acknowledge.
 
 Belongs here: what makes a batch, when it is handed to the writer, and what happens when partitions come and go. Not
-here: decoding (``domain.change``), applying and acknowledging (``cdc.write``), the client (``stores.kafka``).
+here: decoding (``domain.change``), applying and acknowledging (``cdc.write``), the client (``stores.kafka_consumer``).
 
 While one batch is written, the next is taken and decoded. So a batch is small when there is little, and when the
 consumer is behind it grows up to what the store takes in about a second: more of its changes are then of the same keys,
@@ -235,7 +235,7 @@ class _Run:
     """The loop, from joining the group to leaving it."""
 
     def __init__(self, owner: ChangeConsumer, store: UserStore, listener: ChangeListener, until: _Until) -> None:
-        from ghsync_dagster.stores.kafka import TopicConsumer
+        from ghsync_dagster.stores.kafka_consumer import TopicConsumer
 
         self._until = until
         self._store = store
@@ -478,7 +478,7 @@ class _Run:
 
     def _truncate_in_order(self, at: int) -> None:
         """Apply what is pending before a truncate, and it in the order of the binlog; then go on from there."""
-        from ghsync_dagster.stores.kafka import place
+        from ghsync_dagster.stores.kafka_topics import place
 
         message, change = self._pending.messages[at], self._pending.changes[at]
         position = change.position if isinstance(change, Change) else None
@@ -562,7 +562,7 @@ class _Run:
             self._tell_lag(partition)
 
     def _tell_lag(self, partition: int) -> None:
-        from ghsync_dagster.stores.kafka import timestamp_ms
+        from ghsync_dagster.stores.kafka_topics import timestamp_ms
 
         end = self._consumer.known_end(partition)
         if end is None:

@@ -103,7 +103,7 @@ def dead_letter(message: Message, kind: str, text: str) -> DeadLetter:
         kind: The slug of the reason.
         text: The reason in words.
     """
-    from ghsync_dagster.stores.kafka import place, timestamp_ms
+    from ghsync_dagster.stores.kafka_topics import place, timestamp_ms
 
     partition, offset = place(message)
     return DeadLetter(
@@ -122,7 +122,7 @@ def dead_letter(message: Message, kind: str, text: str) -> DeadLetter:
 
 def parse(message: Message) -> DeadLetter | None:
     """Return the dead letter that a record of the dead-letter topic is; None where it is none of ours."""
-    from ghsync_dagster.stores.kafka import place
+    from ghsync_dagster.stores.kafka_topics import place
 
     headers = _headers(message)
     # Ours are the last ones: a record that was a dead letter before brought those of that time.
@@ -154,7 +154,7 @@ class DeadLetters:
     """
 
     def __init__(self, kafka: KafkaSettings) -> None:
-        from ghsync_dagster.stores.kafka import RecordWriter
+        from ghsync_dagster.stores.kafka_topics import RecordWriter
 
         self._writer = RecordWriter(kafka, kafka.dead_letter_topic)
 
@@ -179,7 +179,7 @@ def dead_letter_ends(kafka: KafkaSettings) -> dict[int, int]:
         UnavailableError: No broker can be reached.
         RefusedError: The credentials or rights are refused.
     """
-    from ghsync_dagster.stores.kafka import ends_of
+    from ghsync_dagster.stores.kafka_topics import ends_of
 
     return ends_of(kafka, kafka.dead_letter_topic)
 
@@ -195,7 +195,7 @@ def read_dead_letters(kafka: KafkaSettings, since: Mapping[int, int] | None = No
         UnavailableError: No broker can be reached.
         RefusedError: The credentials or rights are refused.
     """
-    from ghsync_dagster.stores.kafka import read_to_end
+    from ghsync_dagster.stores.kafka_topics import read_to_end
 
     seen: set[str] = set()
     strangers = 0

@@ -28,7 +28,7 @@ def is_another_topic(kafka: KafkaSettings, store: UserStore) -> bool:
         UnavailableError: A server is away, or there is no such topic.
         RefusedError: Credentials or rights.
     """
-    from ghsync_dagster.stores.kafka import topic_id
+    from ghsync_dagster.stores.kafka_topics import topic_id
     from ghsync_dagster.stores.stream import StreamStore
 
     known = StreamStore(store).topic_of(group_name(kafka))
@@ -43,7 +43,7 @@ def see_topic(kafka: KafkaSettings, store: UserStore) -> None:
         UnavailableError: A server is away, or there is no such topic.
         RefusedError: Credentials or rights.
     """
-    from ghsync_dagster.stores.kafka import topic_id
+    from ghsync_dagster.stores.kafka_topics import topic_id
     from ghsync_dagster.stores.stream import StreamStore
 
     found = topic_id(kafka, kafka.topic)

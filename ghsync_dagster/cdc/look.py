@@ -89,7 +89,7 @@ class TopicLook:
                 self._read(found.partition, at, min(at + _READ, found.end))
 
     def _read(self, partition: int, start: int, stop: int) -> None:
-        from ghsync_dagster.stores.kafka import read_range
+        from ghsync_dagster.stores.kafka_topics import read_range
 
         awaited = start
         for message in read_range(self._kafka, partition, start, stop):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from confluent_kafka import Message
 
     from ghsync_dagster.domain.change import Position
-    from ghsync_dagster.stores.kafka import TopicConsumer
+    from ghsync_dagster.stores.kafka_consumer import TopicConsumer
 
 _LOOK_BACK: Final = 1_000
 """How many records the first look goes back from a partition's end; each further look goes ten times as far."""
@@ -231,6 +231,6 @@ class OrderedTruncates:
                 yield messages
 
     def _read(self, partition: int, start: int, stop: int) -> list[Message]:
-        from ghsync_dagster.stores.kafka import read_range
+        from ghsync_dagster.stores.kafka_topics import read_range
 
         return read_range(self._consumer.kafka, partition, start, stop)

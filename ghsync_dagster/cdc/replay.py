@@ -214,7 +214,7 @@ def read_letters(kafka: KafkaSettings) -> Iterator[DeadLetter]:
         UnavailableError: No broker can be reached.
         RefusedError: The credentials or rights are refused.
     """
-    from ghsync_dagster.stores.kafka import read_to_end
+    from ghsync_dagster.stores.kafka_topics import read_to_end
 
     letters: dict[str, DeadLetter] = {}
     for message in read_to_end(kafka, kafka.dead_letter_topic):
@@ -354,7 +354,7 @@ class _Chosen:
     @cached_property
     def topic_id(self) -> str:
         """The id of the topic that there is now."""
-        from ghsync_dagster.stores.kafka import topic_id
+        from ghsync_dagster.stores.kafka_topics import topic_id
 
         return topic_id(self._kafka, self.topic)
 

@@ -473,7 +473,7 @@ class Written:
 
     def report(self) -> AppliedBatch:
         """Return what a listener is told once the offsets are committed."""
-        from ghsync_dagster.stores.kafka import timestamp_ms
+        from ghsync_dagster.stores.kafka_topics import timestamp_ms
 
         good = [change for change in self.batch.changes if type(change) is Change]
         return AppliedBatch(

@@ -29,7 +29,8 @@ from ghsync_dagster.domain.errors import PermanentError, RefusedError, Unavailab
 from ghsync_dagster.domain.user import BUILT_IN_RULES
 from ghsync_dagster.observability.metrics import ChangeMetrics
 from ghsync_dagster.settings import load_settings
-from ghsync_dagster.stores.kafka import KafkaSettings, TopicConsumer
+from ghsync_dagster.stores.kafka import KafkaSettings
+from ghsync_dagster.stores.kafka_consumer import TopicConsumer
 from ghsync_dagster.stores.mongo import UserStore
 from ghsync_dagster.stores.stream import Refused, StreamStore
 

@@ -16,7 +16,8 @@ from confluent_kafka.cimpl import NewTopic
 
 from ghsync_dagster.cdc.dead_letters import DeadLetter, DeadLetters, read_dead_letters
 from ghsync_dagster.domain.errors import RefusedError, UnavailableError
-from ghsync_dagster.stores.kafka import KafkaSettings, read_to_end
+from ghsync_dagster.stores.kafka import KafkaSettings
+from ghsync_dagster.stores.kafka_topics import read_to_end
 
 if TYPE_CHECKING:
     from cdc_parts import Parts, Topic

@@ -16,13 +16,13 @@ from ghsync_dagster.cdc import order
 from ghsync_dagster.cdc.order import OrderedTruncates, Truncate, first_behind
 from ghsync_dagster.domain.change import Position
 from ghsync_dagster.domain.errors import PermanentError
-from ghsync_dagster.stores import kafka
+from ghsync_dagster.stores import kafka_topics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from ghsync_dagster.cdc.batch import Batch
-    from ghsync_dagster.stores.kafka import TopicConsumer
+    from ghsync_dagster.stores.kafka_consumer import TopicConsumer
 
 TOPIC = "changes"
 FILE = 3
@@ -68,7 +68,7 @@ class Reading:
         self._make = make
 
     def read_range(self, _: Any, partition: int, start: int, stop: int) -> list[Message]:
-        """Stand in for `kafka.read_range`."""
+        """Stand in for `kafka_topics.read_range`."""
         if partition == 0:
             return [message(0, start, self._pos, "t")]
         self.log.append((start, stop))
@@ -76,7 +76,7 @@ class Reading:
 
     def apply(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Apply the truncate."""
-        monkeypatch.setattr(kafka, "read_range", self.read_range)
+        monkeypatch.setattr(kafka_topics, "read_range", self.read_range)
         ends = {0: 1, 1: self._end}
         consumer = SimpleNamespace(
             kafka=SimpleNamespace(topic=TOPIC, group_id="group"),

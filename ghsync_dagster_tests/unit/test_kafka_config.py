@@ -12,14 +12,14 @@ from ghsync_dagster.domain.errors import ConfigError, GhsyncError, RefusedError,
 from ghsync_dagster.settings import load_settings
 from ghsync_dagster.stores.kafka import (
     KafkaSettings,
-    RecordWriter,
-    TopicConsumer,
     client_config,
     consumer_config,
     kafka_error,
     kafka_errors,
     producer_config,
 )
+from ghsync_dagster.stores.kafka_consumer import TopicConsumer
+from ghsync_dagster.stores.kafka_topics import RecordWriter
 from ghsync_dagster.wiring import existing_kafka
 
 PLAIN = KafkaSettings("broker:9092", "changes", "group")
