@@ -1,4 +1,4 @@
-"""Fixtures of a broker and records of changes, for the tests of the change stream."""
+"""Fixtures of a broker, records of changes and a table, for the tests of the change stream."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -24,9 +25,11 @@ from ghsync_dagster.cdc.consume import ChangeConsumer, ConsumerReport
 from ghsync_dagster.cdc.replay import Edit, Fate, ReplayReport, Selection, replay
 from ghsync_dagster.domain.user import json_schema
 from ghsync_dagster.local.kafka import ensure_kafka
+from ghsync_dagster.local.mysql import ensure_mysql
 from ghsync_dagster.observability.metrics import ChangeMetrics
 from ghsync_dagster.stores.kafka import KafkaSettings
 from ghsync_dagster.stores.mongo import UserStore
+from ghsync_dagster.stores.mysql import MySqlStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -245,6 +248,25 @@ class Parts:
         finally:
             stop.set()
             thread.join(30)
+
+
+@pytest.fixture
+def mysql_url(server_settings: Settings) -> Iterator[str]:
+    """The URL of a MySQL database of the test's own, dropped afterwards."""
+    server = ensure_mysql(server_settings)
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    with MySqlStore(server) as admin:
+        admin.execute([(f"CREATE DATABASE `{name}` CHARACTER SET utf8mb4", ())])
+        yield urlsplit(server)._replace(path=f"/{name}").geturl()
+        admin.execute([(f"DROP DATABASE `{name}`", ())])
+
+
+@pytest.fixture
+def mysql(mysql_url: str) -> Iterator[MySqlStore]:
+    """An open store on an empty table."""
+    with MySqlStore(mysql_url, timeout_seconds=5) as opened:
+        opened.ensure_table()
+        yield opened
 
 
 @pytest.fixture

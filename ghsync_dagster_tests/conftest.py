@@ -41,17 +41,40 @@ MEMORY_BYTES = 6 * 1024**3
 _OURS = ("GHSYNC_", "MONGODB_", "SPARK_", "DAGSTER_", "KAFKA_", "MYSQL_", "CONNECT_")
 
 
+_SERVERS = {"spark": {"spark"}, "stream": {"brokers", "local_stack", "mysql_url"}}
+"""Tests by what they share: the fixtures of one group start the same servers, which live until the session ends."""
 _LONG_ONES = ("ui", "faults", "integration")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the folders of long tests first: short ones fill the end, where processes would wait for each other."""
+    """Have one process run what shares servers, so that each is started once, and all else file by file.
+
+    What shares servers comes first, then the folders of long tests: short ones fill the end, where processes would wait
+    for each other.
+    """
 
     def rank(item: pytest.Item) -> int:
-        folder = item.path.parent.name
-        return _LONG_ONES.index(folder) if folder in _LONG_ONES else len(_LONG_ONES)
+        group, folder = _group_of(item), item.path.parent.name
+        first = [*_SERVERS, *_LONG_ONES]
+        return min((first.index(one) for one in (group, folder) if one in first), default=len(first))
 
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_group_of(item)))
     items.sort(key=rank)
+
+
+def _group_of(item: pytest.Item) -> str:
+    wanted = set(getattr(item, "fixturenames", ()))
+    return next((group for group, fixtures in _SERVERS.items() if fixtures & wanted), item.path.stem)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Name a test as pytest takes it, without the group that xdist adds to it."""
+    name, _, group = report.nodeid.rpartition("@")
+    if group in _SERVERS or group == Path(name.partition("::")[0]).stem:
+        report.nodeid = name
 
 
 # A test process that another one starts may ignore Ctrl-C, and what it starts would then ignore it too.

@@ -5,9 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-import uuid
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 import pytest
 
@@ -16,38 +14,17 @@ from ghsync_dagster.cdc.audit import Offender, Patience, audit
 from ghsync_dagster.cdc.workload import DELETE, INSERT, KEY_CHANGE, ODD_TEXTS, Mix, RowChange, Workload
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
 from ghsync_dagster.domain.user import MARKER_FIELD, MARKER_VALUE, USER_FIELDS
-from ghsync_dagster.local.mysql import ensure_mysql
 from ghsync_dagster.stores.mongo import UserStore
 from ghsync_dagster.stores.mysql import MySqlStore
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
-    from ghsync_dagster.settings import Settings
 
 pytestmark = pytest.mark.integration
 
 NO_PATIENCE = Patience(seconds=0)
 Users = dict[str, dict[str, str | None]]
-
-
-@pytest.fixture
-def mysql_url(server_settings: Settings) -> Iterator[str]:
-    """The URL of a database of the test's own, dropped afterwards."""
-    server = ensure_mysql(server_settings)
-    name = f"test_{uuid.uuid4().hex[:12]}"
-    with MySqlStore(server) as admin:
-        admin.execute([(f"CREATE DATABASE `{name}` CHARACTER SET utf8mb4", ())])
-        yield urlsplit(server)._replace(path=f"/{name}").geturl()
-        admin.execute([(f"DROP DATABASE `{name}`", ())])
-
-
-@pytest.fixture
-def mysql(mysql_url: str) -> Iterator[MySqlStore]:
-    """An open store on an empty table."""
-    with MySqlStore(mysql_url, timeout_seconds=5) as opened:
-        opened.ensure_table()
-        yield opened
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import socket
-import uuid
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import pymysql
@@ -12,36 +10,11 @@ import pytest
 
 from ghsync_dagster.cdc.workload import ODD_TEXTS, Mix, Workload
 from ghsync_dagster.domain.errors import ConfigError, RefusedError, UnavailableError
-from ghsync_dagster.local.mysql import ensure_mysql
 from ghsync_dagster.stores.mysql import KEY_MAX, KEY_MIN, MySqlAddress, MySqlStore, is_key, parse_url
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from ghsync_dagster.settings import Settings
 
 pytestmark = pytest.mark.integration
 
 INSERT = "INSERT INTO `Users` VALUES (%s, %s, %s, %s, %s)"
-
-
-@pytest.fixture
-def url(server_settings: Settings) -> Iterator[str]:
-    """The URL of a database of the test's own, dropped afterwards."""
-    server = ensure_mysql(server_settings)
-    name = f"test_{uuid.uuid4().hex[:12]}"
-    with MySqlStore(server) as admin:
-        admin.execute([(f"CREATE DATABASE `{name}` CHARACTER SET utf8mb4", ())])
-        yield urlsplit(server)._replace(path=f"/{name}").geturl()
-        admin.execute([(f"DROP DATABASE `{name}`", ())])
-
-
-@pytest.fixture
-def mysql(url: str) -> Iterator[MySqlStore]:
-    """An open store on an empty table."""
-    with MySqlStore(url, timeout_seconds=5) as store:
-        store.ensure_table()
-        yield store
 
 
 def insert(mysql: MySqlStore, *keys: int, login: str = "octo") -> None:
@@ -94,14 +67,14 @@ def test_text_comes_back_as_it_was(mysql: MySqlStore, text: str) -> None:
     assert mysql.rows(None, 9) == [{"user_id": key, **expected} for key in ("1", "2", "3")]
 
 
-def test_a_transaction_is_whole_or_not_there(mysql: MySqlStore, url: str) -> None:
+def test_a_transaction_is_whole_or_not_there(mysql: MySqlStore, mysql_url: str) -> None:
     insert(mysql, 1)
     with pytest.raises(RefusedError, match="code 1062"):
         mysql.execute([(INSERT, (key, "x", None, None, None)) for key in (2, 3, 1, 4)])
     assert mysql.count() == 1
     # The connection is not left in the broken transaction.
     insert(mysql, 5)
-    with MySqlStore(url, timeout_seconds=5) as other:
+    with MySqlStore(mysql_url, timeout_seconds=5) as other:
         assert other.ids_among(["2", "5"]) == {"5"}
 
 
@@ -113,18 +86,18 @@ def test_touched_rows_are_counted_though_nothing_changed(mysql: MySqlStore) -> N
     assert mysql.execute([]) == 0
 
 
-def test_a_read_sees_what_others_have_committed_since(mysql: MySqlStore, url: str) -> None:
+def test_a_read_sees_what_others_have_committed_since(mysql: MySqlStore, mysql_url: str) -> None:
     assert mysql.count() == 0
-    with MySqlStore(url) as other:
+    with MySqlStore(mysql_url) as other:
         insert(other, 1)
         assert mysql.count() == 1
         other.execute([("UPDATE `Users` SET `login` = 'new'", ())])
         assert mysql.rows_by_id(["1"])["1"]["login"] == "new"
 
 
-def test_a_killed_connection_is_an_outage_and_made_again(mysql: MySqlStore, url: str) -> None:
+def test_a_killed_connection_is_an_outage_and_made_again(mysql: MySqlStore, mysql_url: str) -> None:
     number = mysql._run("Asking", "SELECT CONNECTION_ID()")[0][0]
-    with MySqlStore(url) as admin:
+    with MySqlStore(mysql_url) as admin:
         admin.execute([("KILL %s", (number,))])
     with pytest.raises(UnavailableError, match="can't be reached or can't answer now"):
         mysql.count()
@@ -154,11 +127,11 @@ def test_a_wrong_password_is_refused_and_not_shown(mysql: MySqlStore) -> None:
     assert "wr0ng-secret" not in repr(store.address)
 
 
-def test_a_missing_database_or_table_is_a_setting_to_correct(url: str) -> None:
-    with MySqlStore(url, table="No`Such") as store, pytest.raises(ConfigError, match="code 1146"):
+def test_a_missing_database_or_table_is_a_setting_to_correct(mysql_url: str) -> None:
+    with MySqlStore(mysql_url, table="No`Such") as store, pytest.raises(ConfigError, match="code 1146"):
         store.rows(None, 1)
     with (
-        MySqlStore(urlsplit(url)._replace(path="/no_such_database").geturl()) as store,
+        MySqlStore(urlsplit(mysql_url)._replace(path="/no_such_database").geturl()) as store,
         pytest.raises(ConfigError, match="code 1049"),
     ):
         store.count()
