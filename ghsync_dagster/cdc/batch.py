@@ -17,7 +17,7 @@ from ghsync_dagster.domain.errors import UndecodableError
 if TYPE_CHECKING:
     from confluent_kafka import Message
 
-    from ghsync_dagster.domain.change import ChangeDecoder
+    from ghsync_dagster.domain.envelope import ChangeDecoder
 
 TRUNCATE: Final = "t"
 """``Change.what`` of a truncate."""

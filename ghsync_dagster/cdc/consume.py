@@ -1,7 +1,8 @@
 """Consume: the loop from the topic to acknowledged writes. Take, decode, coalesce, apply, acknowledge.
 
-Belongs here: what makes a batch, when it is handed to the writer, and what happens when partitions come and go. Not
-here: decoding (``domain.change``), applying and acknowledging (``cdc.write``), the client (``stores.kafka_consumer``).
+Belongs here: what makes a batch, when it is handed to the writer, and what happens when partitions come and go.
+Not here: decoding (``domain.envelope``), applying and acknowledging (``cdc.write``), the client
+(``stores.kafka_consumer``).
 
 While one batch is written, the next is taken and decoded. So a batch is small when there is little, and when the
 consumer is behind it grows up to what the store takes in about a second: more of its changes are then of the same keys,
@@ -26,8 +27,10 @@ from ghsync_dagster.cdc.known_topic import group_name, see_topic
 from ghsync_dagster.cdc.listener import KAFKA, MONGO, AppliedBatch, ChangeListener, Listeners, SilentListener
 from ghsync_dagster.cdc.order import OrderedTruncates, Truncate, nexts
 from ghsync_dagster.cdc.write import Membership, Trouble, Writer, Written
-from ghsync_dagster.domain.change import Change, ChangeDecoder, rule_tests
+from ghsync_dagster.domain.change import Change
+from ghsync_dagster.domain.envelope import ChangeDecoder
 from ghsync_dagster.domain.errors import GhsyncError, TransientError
+from ghsync_dagster.domain.user import rule_tests
 from ghsync_dagster.observability.logging import get_logger
 from ghsync_dagster.stores.retry import retrying, waits
 

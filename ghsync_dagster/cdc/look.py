@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Final
 
 from ghsync_dagster.cdc.backlog import read_backlog
-from ghsync_dagster.domain.change import ChangeDecoder, Op, Position
+from ghsync_dagster.domain.change import Op, Position
+from ghsync_dagster.domain.envelope import ChangeDecoder
 from ghsync_dagster.domain.errors import UndecodableError
 from ghsync_dagster.domain.replay import Seen, Sighting, Stretch
 

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ghsync_dagster.cdc.batch import Batch, Decoded, decode
-from ghsync_dagster.domain.change import Change, ChangeDecoder, Op
+from ghsync_dagster.domain.change import Change, Op
+from ghsync_dagster.domain.envelope import ChangeDecoder
 from ghsync_dagster.domain.errors import PermanentError
 
 if TYPE_CHECKING:

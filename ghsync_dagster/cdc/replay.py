@@ -25,7 +25,8 @@ from ghsync_dagster.batch.lease import QUIET_SECONDS, hold_lease
 from ghsync_dagster.batch.settle import recover, settle_load
 from ghsync_dagster.cdc.dead_letters import DeadLetter, parse
 from ghsync_dagster.cdc.look import TopicLook, user_of_key
-from ghsync_dagster.domain.change import Change, ChangeDecoder, Op
+from ghsync_dagster.domain.change import Change, Op
+from ghsync_dagster.domain.envelope import ChangeDecoder
 from ghsync_dagster.domain.errors import ConfigError, UndecodableError
 from ghsync_dagster.domain.precedence import LoadState
 from ghsync_dagster.domain.replay import Candidate, Outcome, ReplayStep, Seen, Sighting, judge

@@ -36,9 +36,10 @@ from ghsync_dagster.cdc.listener import (
     SKIPPED,
     AppliedBatch,
 )
-from ghsync_dagster.domain.change import Change, Op, broken_rule_names
+from ghsync_dagster.domain.change import Change, Op
 from ghsync_dagster.domain.coalesce import Segment
 from ghsync_dagster.domain.errors import GhsyncError, TransientError, UnavailableError
+from ghsync_dagster.domain.user import broken_rule_names
 from ghsync_dagster.observability.logging import get_logger
 from ghsync_dagster.stores.retry import retrying, waits
 
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 
     from ghsync_dagster.cdc.batch import Batch, Part
     from ghsync_dagster.cdc.listener import ChangeListener
-    from ghsync_dagster.domain.change import RuleTest
+    from ghsync_dagster.domain.user import RuleTest
     from ghsync_dagster.stores.mongo import UserStore
     from ghsync_dagster.stores.stream import Note
 

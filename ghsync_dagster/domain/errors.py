@@ -47,7 +47,7 @@ class UndecodableError(PermanentError):
     """A record of the change topic is no change that can be applied. It goes alone to the dead letters.
 
     Args:
-        kind: A slug for counts and filters: a `kind` of `domain.change.Refusal`.
+        kind: A slug for counts and filters: a `kind` of `domain.envelope.Refusal`.
         message: What is wrong, and where in the record. Never the whole record.
         way_out: One line that tells the reader what to do.
     """

@@ -157,3 +157,25 @@ BUILT_IN_RULES: Final = (
 def broken_rules(user: User, rules: Iterable[Rule]) -> list[Rule]:
     """Return the rules that a user breaks, in the order of the declaration."""
     return [rule for rule in rules if rule.is_broken_by(user.get(rule.field))]
+
+
+RuleTest = tuple[str, Callable[[str | None], bool], str]
+"""A rule made ready for the stream: its field, the test that tells a value breaks it, its name."""
+
+
+def rule_tests(rules: Iterable[Rule]) -> tuple[RuleTest, ...]:
+    """Make rules ready for `broken_rule_names`."""
+    return tuple((rule.field, rule.breaker(), rule.name) for rule in rules)
+
+
+def broken_rule_names(user: User, tests: Iterable[RuleTest]) -> tuple[str, ...]:
+    """Return the names of the rules that a user's given fields break, for counting: the stream applies it all the same.
+
+    Args:
+        user: A change's user; fields that it lacks break nothing.
+        tests: From `rule_tests`.
+
+    Raises:
+        ConfigError: A project's own predicate fails.
+    """
+    return tuple([name for field, broken, name in tests if field in user and broken(user[field])])

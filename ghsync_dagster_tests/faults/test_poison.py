@@ -21,7 +21,7 @@ from ghsync_dagster.cdc import replay as replaying
 from ghsync_dagster.cdc.consume import ChangeConsumer, ConsumerReport
 from ghsync_dagster.cdc.dead_letters import read_dead_letters
 from ghsync_dagster.cdc.replay import Edit, Fate, Selection, open_dead_letters
-from ghsync_dagster.domain.change import Change, ChangeDecoder
+from ghsync_dagster.domain.envelope import ChangeDecoder
 from ghsync_dagster.domain.user import json_schema
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from cdc_parts import Parts, Topic
 
+    from ghsync_dagster.domain.change import Change
     from ghsync_dagster.stores.mongo import UserStore
 
 pytestmark = pytest.mark.faults

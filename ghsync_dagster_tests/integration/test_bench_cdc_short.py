@@ -18,8 +18,9 @@ from benchmarks.cdc_contenders import OURS, RAW, SINK, Bench
 from benchmarks.cdc_events import Case, Event, History, Records, Row, User, users
 from benchmarks.contenders import Content, Digest
 from benchmarks.peers.kafka_sink import Worker
-from ghsync_dagster.domain.change import ChangeDecoder, Op
+from ghsync_dagster.domain.change import Op
 from ghsync_dagster.domain.coalesce import coalesce
+from ghsync_dagster.domain.envelope import ChangeDecoder
 from ghsync_dagster.local import kafka
 from ghsync_dagster.local.jars import ensure_jars, locked_set
 from ghsync_dagster.local.java import find_java

@@ -38,7 +38,7 @@ from ghsync_dagster.cdc.replay import (
     plan_replay,
     replay,
 )
-from ghsync_dagster.domain.change import Change, ChangeDecoder
+from ghsync_dagster.domain.envelope import ChangeDecoder
 from ghsync_dagster.domain.errors import ConfigError, LeaseHeldError, UndecodableError
 from ghsync_dagster.domain.replay import ReplayStep
 from ghsync_dagster.domain.user import json_schema
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from cdc_parts import Parts, Topic
 
     from ghsync_dagster.batch.flow import BatchFlow
+    from ghsync_dagster.domain.change import Change
 
 pytestmark = pytest.mark.integration
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, Final
 
-from ghsync_dagster.domain.change import UNAVAILABLE
+from ghsync_dagster.domain.envelope import UNAVAILABLE
 from ghsync_dagster.domain.user import USER_FIELDS
 
 WRAPPERS: Final = ("bare", "schema", "payload")

@@ -16,8 +16,9 @@ from envelopes import KEY_FORMS, TOMBSTONES, WRAPPERS, dump, envelope, flattened
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ghsync_dagster.domain.change import UNAVAILABLE, Change, ChangeDecoder, Op
+from ghsync_dagster.domain.change import Change, Op
 from ghsync_dagster.domain.coalesce import Segment, coalesce
+from ghsync_dagster.domain.envelope import UNAVAILABLE, ChangeDecoder
 from ghsync_dagster.domain.user import USER_FIELDS
 
 Record = tuple[bytes | None, bytes | None]

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from ghsync_dagster.batch.rules import load_rules
 from ghsync_dagster.domain.errors import ConfigError
-from ghsync_dagster.domain.user import BUILT_IN_RULES, USER_FIELDS, Rule, broken_rules, json_schema
+from ghsync_dagster.domain.user import (
+    BUILT_IN_RULES,
+    USER_FIELDS,
+    Rule,
+    broken_rule_names,
+    broken_rules,
+    json_schema,
+    rule_tests,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -169,3 +177,14 @@ def test_rules_that_are_wrong_are_one_clear_error(rules_module: Path, source: st
 def test_a_rules_module_that_is_not_there_is_one_clear_error() -> None:
     with pytest.raises(ConfigError, match="rules in no_such_rules can't be loaded"):
         load_rules("no_such_rules")
+
+
+def test_the_stream_counts_broken_rules_on_the_fields_that_are_given() -> None:
+    tests = rule_tests(BUILT_IN_RULES)
+    assert broken_rule_names(USER, tests) == ()
+    named = USER | {"user_id": "-5", "login": "a b", "url": "http://a/a b"}
+    assert broken_rule_names(named, tests) == ("user_id_positive", "login_format", "url_format")
+    assert broken_rule_names(USER | {"login": None}, tests) == ("login_format",)
+    assert broken_rule_names({"user_id": "1"}, tests) == ()
+    long = USER | {"login": "x" * 2_000, "url": f"http://a/{'x' * 2_000}"}
+    assert broken_rule_names(long, tests) == ("login_length", "url_length")

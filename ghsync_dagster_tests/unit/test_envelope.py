@@ -25,19 +25,10 @@ from envelopes import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ghsync_dagster.domain.change import (
-    UNAVAILABLE,
-    Change,
-    ChangeDecoder,
-    Op,
-    Position,
-    Refusal,
-    broken_rule_names,
-    decode,
-    rule_tests,
-)
+from ghsync_dagster.domain.change import Change, Op, Position
+from ghsync_dagster.domain.envelope import UNAVAILABLE, ChangeDecoder, Refusal, decode
 from ghsync_dagster.domain.errors import PermanentError, UndecodableError
-from ghsync_dagster.domain.user import BUILT_IN_RULES, USER_FIELDS
+from ghsync_dagster.domain.user import USER_FIELDS
 
 AT = (1_700_000_000_123, Position(3, 484, 0))
 """When and where the records of `envelopes.source` were committed."""
@@ -647,15 +638,3 @@ def test_every_upsert_keeps_the_contract(change: Change, data: st.DataObject) ->
         assert found.user["user_id"] == found.key
         assert -(2**63) <= int(found.key or "x") < 2**63
         assert all(value is None or value.encode() is not None for value in found.user.values())
-
-
-# rules
-
-
-def test_the_rules_are_counted_on_the_fields_that_are_given() -> None:
-    tests = rule_tests(BUILT_IN_RULES)
-    assert broken_rule_names(user(), tests) == ()
-    assert broken_rule_names(user(user_id=-5, login="a b"), tests) == ("user_id_positive", "login_format", "url_format")
-    assert broken_rule_names(user(login=None), tests) == ("login_format",)
-    assert broken_rule_names({"user_id": "1"}, tests) == ()
-    assert broken_rule_names(user(login="x" * 2_000), tests) == ("login_length", "url_length")

@@ -1,0 +1,580 @@
+"""What a record of the change topic is: a change of one user, a truncate, nothing to apply, or a reason why it is none.
+
+Belongs here: the decision about one record's key and value, complete: nothing is dropped, coerced or guessed. Not
+here: where records come from, what becomes of refused ones, or in which order changes are applied.
+
+The forms are Debezium's (https://debezium.io/documentation/reference/stable/connectors/mysql.html, "Data change
+events") as Kafka Connect's JSON converter writes them, with schemas and without, and what the transformation
+ExtractNewRecordState makes of them
+(https://debezium.io/documentation/reference/stable/transformations/event-flattening.html).
+
+There are two ways through this module that agree: a typed one for the records of every day, and one that looks at
+anything and finds words for what it refuses. The first hands over to the second whatever it does not expect.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from enum import Enum
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+
+from ghsync_dagster.domain.change import Change, Op, Position
+from ghsync_dagster.domain.errors import UndecodableError
+from ghsync_dagster.domain.user import USER_FIELDS, User
+
+UNAVAILABLE: Final = "__debezium_unavailable_value"
+"""Debezium's default for `unavailable.value.placeholder`: the row holds a value that the event does not tell."""
+
+_KEY_FIELD: Final = USER_FIELDS[0]
+_TEXT_FIELDS: Final = USER_FIELDS[1:]
+_BIGINT_MIN: Final = -(2**63)
+_BIGINT_MAX: Final = 2**63 - 1
+
+
+class Refusal(Enum):
+    """Every reason to refuse a record.
+
+    Attributes:
+        kind: The slug.
+        words: What is the matter with such a record.
+        way_out: One line that tells the reader what to do.
+    """
+
+    NOT_UTF8 = (
+        "not-utf8",
+        "The key or value is not UTF-8.",
+        "Find the producer: Connect's JSON converter writes UTF-8 only.",
+    )
+    NOT_JSON = (
+        "not-json",
+        "The value is no JSON text, or more than one.",
+        "Set Connect's value.converter to the JSON converter, or find out who else writes to the topic.",
+    )
+    BAD_TEXT = (
+        "bad-text",
+        "A string holds half of a surrogate pair, which is no text: neither UTF-8 nor MongoDB can hold it.",
+        "Correct the producer: MySQL can't hold such text either.",
+    )
+    NOT_AN_EVENT = (
+        "not-an-event",
+        "The value is JSON, but no form of a change event.",
+        "Find out who writes other messages to the topic.",
+    )
+    UNKNOWN_OP = (
+        "unknown-op",
+        "The operation is none of c, u, d, r and t.",
+        "Read what the operation means in the release notes of the connector.",
+    )
+    MISSING_ROW = (
+        "missing-row",
+        "A create, update or snapshot record without the row after it.",
+        "Set binlog_row_image=FULL in MySQL, and look for a transformation that drops `after`.",
+    )
+    MISSING_COLUMN = (
+        "missing-column",
+        "The row lacks one of a user's five columns; nothing tells what to store for it.",
+        "Bring the column back in MySQL or in the connector's column filter, then replay.",
+    )
+    BAD_COLUMN = (
+        "bad-column",
+        "A column other than user_id is neither a string nor null.",
+        "Declare the column as VARCHAR in MySQL, and look for a converter that changes it.",
+    )
+    BAD_USER_ID = (
+        "bad-user-id",
+        "The user_id is no whole number of MySQL's BIGINT, as a JSON number or in canonical decimal digits.",
+        "Declare user_id as BIGINT PRIMARY KEY in MySQL, and look for a converter that changes it.",
+    )
+    BAD_KEY = (
+        "bad-key",
+        "The record's key is none of the known forms.",
+        "Set Connect's key.converter to the JSON converter, and the table's key to user_id.",
+    )
+    MISSING_KEY = (
+        "missing-key",
+        "A delete or a tombstone that does not tell whose.",
+        "Look for a transformation that drops keys; find the row with `ghsync cdc audit`.",
+    )
+    KEY_MISMATCH = (
+        "key-mismatch",
+        "The record's key names another user than its row.",
+        "Set no message.key.columns in the connector, and look for a transformation that changes keys.",
+    )
+    KEY_CHANGED = (
+        "key-changed",
+        "An update that changes user_id; Debezium writes a delete and a create for that.",
+        "Make user_id the primary key in MySQL, and set no message.key.columns in the connector.",
+    )
+    CONTRADICTION = (
+        "contradiction",
+        "A flattened row whose __deleted and __op do not agree.",
+        "Look for a second transformation behind ExtractNewRecordState.",
+    )
+
+    def __init__(self, kind: str, words: str, way_out: str) -> None:
+        self.kind = kind
+        self.words = words
+        self.way_out = way_out
+
+    def error(self, message: str) -> UndecodableError:
+        """Return the error that refuses a record for this reason.
+
+        Args:
+            message: What is wrong, and where in the record.
+        """
+        return UndecodableError(self.kind, message, way_out=self.way_out)
+
+
+_BigInt = Annotated[int, msgspec.Meta(ge=_BIGINT_MIN, le=_BIGINT_MAX)]
+
+
+class _Row(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    user_id: _BigInt
+    login: str | None
+    gravatar_id: str | None
+    avatar_url: str | None
+    url: str | None
+
+
+class _Before(msgspec.Struct, gc=False):
+    user_id: _BigInt | None = None
+
+
+class _Source(msgspec.Struct, gc=False):
+    ts_ms: _BigInt | None = None
+    snapshot: str | bool | None = None
+    file: str | None = None
+    pos: _BigInt | None = None
+    row: _BigInt = 0
+
+
+class _Event(msgspec.Struct, gc=False):
+    op: Literal["c", "u", "d", "r"]
+    after: _Row | None = None
+    before: _Before | None = None
+    source: _Source | None = None
+
+
+class _Wrapped(msgspec.Struct, gc=False):
+    payload: msgspec.Raw
+
+
+_decode_event: Final = msgspec.json.Decoder(_Event).decode
+_decode_wrapped: Final = msgspec.json.Decoder(_Wrapped).decode
+# Without the hook a number too large for a float makes the whole text unreadable.
+_decode_json: Final = msgspec.json.Decoder(float_hook=float).decode
+
+_UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_ROW_OPS: Final = ("c", "u", "r")
+_ENVELOPE_PARTS: Final = frozenset({"before", "after", "source"})
+_WRAPPER_PARTS: Final = frozenset({"schema", "payload"})
+_METADATA_PREFIX: Final = "__"
+_DELETED: Final = {"true": True, True: True, "false": False, False: False, None: None}
+
+
+def decode(key: bytes | None, value: bytes | None) -> Change:
+    """Decode one record. For many, make one `ChangeDecoder`: it is faster on records with schemas.
+
+    Args:
+        key: The record's raw key, or None.
+        value: The record's raw value, or None.
+
+    Raises:
+        UndecodableError: The record is no change that can be applied; its `kind` is one of `Refusal`.
+    """
+    return ChangeDecoder().decode(key, value)
+
+
+class ChangeDecoder:
+    """Decodes the records of a topic.
+
+    It remembers the bytes around the last payload (the schema, which is the same in all records of a table), so as
+    not to read them again: what it returns does not depend on that. For one thread.
+
+    Args:
+        unavailable: The connector's `unavailable.value.placeholder`. A text that equals it can't be told from it.
+    """
+
+    __slots__ = (
+        "_file",
+        "_file_number",
+        "_head",
+        "_key_head",
+        "_key_tail",
+        "_start",
+        "_stop",
+        "_typed",
+        "_unavailable",
+    )
+
+    def __init__(self, unavailable: str = UNAVAILABLE) -> None:
+        self._unavailable = unavailable
+        self._key_head = b'{"user_id":'
+        self._key_tail = b"}"
+        self._file: str | None = None
+        self._file_number: int | None = None
+        self._typed = True
+        self._expect_head(b"")
+
+    def decode(self, key: bytes | None, value: bytes | None) -> Change:
+        """Decode one record.
+
+        Args:
+            key: The record's raw key, or None.
+            value: The record's raw value, or None.
+
+        Raises:
+            UndecodableError: The record is no change that can be applied; its `kind` is one of `Refusal`.
+        """
+        if self._typed and value and value.startswith(self._head) and value.endswith(b"}"):
+            try:
+                if not value.isascii():
+                    value.decode()
+                event = _decode_event(value[self._start : self._stop])
+            except _UNREADABLE:
+                event = None
+            if event is not None and (change := self._usual(key, event)) is not None:
+                return change
+        return self._decode_any(key, value)
+
+    def _usual(self, key: bytes | None, event: _Event) -> Change | None:
+        """Return the change of a typed event, or None where it needs a closer look."""
+        what, row, before, source = event.op, event.after, event.before, event.source
+        if what == "d":
+            if before is None or before.user_id is None:
+                return None
+            op, user_id, user = Op.DELETE, str(before.user_id), None
+        else:
+            if row is None or (before is not None and what == "u" and before.user_id != row.user_id):
+                return None
+            op, user_id = Op.UPSERT, str(row.user_id)
+            user = {
+                "user_id": user_id,
+                "login": row.login,
+                "gravatar_id": row.gravatar_id,
+                "avatar_url": row.avatar_url,
+                "url": row.url,
+            }
+            if self._unavailable in user.values():
+                return None
+        if key != self._key_head + user_id.encode() + self._key_tail:
+            self._agree(key, user_id)
+        if source is None or what == "r" or (source.snapshot != "false" and source.snapshot):
+            return Change(op, user_id, user, what)
+        if source.file != self._file:
+            self._file, self._file_number = source.file, _file_number(source.file)
+        if self._file_number is None or source.pos is None:
+            return Change(op, user_id, user, what, source.ts_ms)
+        return Change(op, user_id, user, what, source.ts_ms, Position(self._file_number, source.pos, source.row))
+
+    def _decode_any(self, key: bytes | None, value: bytes | None) -> Change:
+        """Decode a record of any form, and find words for what is refused."""
+        payload = self._payload(value) if value else None
+        if payload is None:
+            return Change(Op.DELETE, self._whose(key, None, "a tombstone"), None, "tombstone")
+        if not isinstance(payload, dict):
+            raise Refusal.NOT_AN_EVENT.error(f"The value must be a JSON object, got {_shape(payload)}.")
+        if "op" in payload and (_KEY_FIELD not in payload or not _ENVELOPE_PARTS.isdisjoint(payload)):
+            return self._envelope(key, payload)
+        if _KEY_FIELD in payload or "__deleted" in payload:
+            return self._flattened(key, payload)
+        if (what := _bystander(payload)) is not None:
+            return Change(Op.SKIP, None, None, what)
+        raise Refusal.NOT_AN_EVENT.error(f"The value has neither op nor user_id, but {_names(payload)}.")
+
+    def _payload(self, value: bytes) -> Any:  # noqa: ANN401  any JSON value
+        """Read the value, taken out of its wrapper."""
+        if self._head and value.startswith(self._head) and value.endswith(b"}"):
+            try:
+                return _decode_json(value[self._start : self._stop])
+            except _UNREADABLE:
+                self._expect_head(b"")
+        found = _read(value, "value")
+        if not isinstance(found, dict) or "payload" not in found or "op" in found or _KEY_FIELD in found:
+            self._expect_head(b"")
+            return found
+        if found.keys() <= _WRAPPER_PARTS:
+            tail = bytes(_decode_wrapped(value).payload) + b"}"
+            self._expect_head(value.removesuffix(tail) if value.endswith(tail) else b"")
+        return found["payload"]
+
+    def _expect_head(self, head: bytes) -> None:
+        """Remember what stands before the payload: nothing, or the beginning of a wrapper that `}` ends."""
+        self._head = head
+        self._start = len(head)
+        self._stop = -1 if head else None
+
+    def _envelope(self, key: bytes | None, event: dict[str, Any]) -> Change:
+        op = event["op"]
+        before = event.get("before")
+        committed_ms, position = _origin(event.get("source"), op)
+        if op == "t":
+            return Change(Op.TRUNCATE, None, None, op, committed_ms, position)
+        if op == "d":
+            whose = self._whose(key, before, "a delete", "before.")
+            return Change(Op.DELETE, whose, None, op, committed_ms, position)
+        if op not in _ROW_OPS:
+            got = _shown(op) if isinstance(op, str) else _shape(op)
+            raise Refusal.UNKNOWN_OP.error(f"op must be one of c, u, d, r and t, got {got}.")
+        row = event.get("after")
+        if not isinstance(row, dict):
+            raise Refusal.MISSING_ROW.error(f"after must be the row that op {op} leaves, got {_shape(row)}.")
+        user = self._user(row, "after.")
+        if op == "u":
+            _refuse_changed_key(before, user)
+        self._agree(key, user[_KEY_FIELD])
+        unknown = tuple([name for name in row if name not in USER_FIELDS])
+        self._typed = not unknown
+        return Change(Op.UPSERT, user[_KEY_FIELD], user, op, committed_ms, position, unknown)
+
+    def _flattened(self, key: bytes | None, row: dict[str, Any]) -> Change:
+        self._typed = False
+        op = row.get("__op")
+        deleted = _is_deleted(row, op)
+        committed_ms, position = _flattened_origin(row, op)
+        if deleted:
+            return Change(Op.DELETE, self._whose(key, row, "a delete"), None, "d", committed_ms, position)
+        if op is not None and op not in _ROW_OPS:
+            raise Refusal.UNKNOWN_OP.error(f"__op must be one of c, u, d and r, got {_shown(op)}.")
+        user = self._user(row, "")
+        self._agree(key, user[_KEY_FIELD])
+        unknown = tuple([name for name in row if name not in USER_FIELDS and not name.startswith(_METADATA_PREFIX)])
+        return Change(Op.UPSERT, user[_KEY_FIELD], user, op or "row", committed_ms, position, unknown)
+
+    def _user(self, row: dict[str, Any], where: str) -> dict[str, Any]:
+        """Return the row as a user, without the fields that are unavailable."""
+        missing = [name for name in USER_FIELDS if name not in row]
+        if missing:
+            row_name = where.removesuffix(".") or "The row"
+            raise Refusal.MISSING_COLUMN.error(f"{row_name} lacks {', '.join(missing)}.")
+        user: dict[str, str | None] = {_KEY_FIELD: _user_id(row[_KEY_FIELD], f"{where}{_KEY_FIELD}")}
+        for name in _TEXT_FIELDS:
+            value = row[name]
+            if value is not None and not isinstance(value, str):
+                raise Refusal.BAD_COLUMN.error(f"{where}{name} must be a string or null, got {_shape(value)}.")
+            if value != self._unavailable:
+                user[name] = value
+        return user
+
+    def _whose(self, key: bytes | None, row: Any, what: str, where: str = "") -> str:  # noqa: ANN401
+        """Return the user_id of a delete from its key and its row, of which one may be absent."""
+        by_key = self._key_user_id(key)
+        if not isinstance(row, dict) or _KEY_FIELD not in row:
+            if by_key is None:
+                raise Refusal.MISSING_KEY.error(f"The record is {what} without a key, and no row tells whose.")
+            return by_key
+        by_row = _user_id(row[_KEY_FIELD], f"{where}{_KEY_FIELD}")
+        _refuse_mismatch(by_key, by_row)
+        return by_row
+
+    def _agree(self, key: bytes | None, user_id: str) -> None:
+        """Refuse a record whose key is unreadable or names another user. Without a key there is nothing to refuse."""
+        _refuse_mismatch(self._key_user_id(key), user_id)
+
+    def _key_user_id(self, key: bytes | None) -> str | None:
+        """Return the user_id that a record's key names, None where there is no key."""
+        user_id = _user_id_of_key(key)
+        if key is not None and user_id is not None:
+            self._learn_key(key, user_id)
+        return user_id
+
+    def _learn_key(self, key: bytes, user_id: str) -> None:
+        """Remember what stands around the number of this key, where another number gives another key."""
+        head, found, tail = key.rpartition(user_id.encode())
+        if not found or (head, tail) == (self._key_head, self._key_tail):
+            return
+        try:
+            plain = all(_user_id_of_key(head + probe + tail) == probe.decode() for probe in (b"0", b"-1"))
+        except UndecodableError:
+            return
+        if plain:
+            self._key_head, self._key_tail = head, tail
+
+
+def _origin(source: Any, op: Any) -> tuple[int | None, Position | None]:  # noqa: ANN401
+    """Return when and where the database committed, as far as the source block tells."""
+    if not isinstance(source, dict):
+        return None, None
+    return _when_and_where(
+        op, source.get("snapshot"), source.get("ts_ms"), source.get("file"), source.get("pos"), source.get("row")
+    )
+
+
+def _flattened_origin(row: dict[str, Any], op: Any) -> tuple[int | None, Position | None]:  # noqa: ANN401
+    """Return when and where the database committed, as far as `add.fields` added it (`source.pos` or just `pos`)."""
+    snapshot, file, pos, number = (
+        row.get(f"__source_{name}", row.get(f"__{name}")) for name in ("snapshot", "file", "pos", "row")
+    )
+    return _when_and_where(op, snapshot, row.get("__source_ts_ms"), file, pos, number)
+
+
+def _when_and_where(
+    op: Any,  # noqa: ANN401
+    snapshot: Any,  # noqa: ANN401
+    ts_ms: Any,  # noqa: ANN401
+    file: Any,  # noqa: ANN401
+    pos: Any,  # noqa: ANN401
+    row: Any,  # noqa: ANN401
+) -> tuple[int | None, Position | None]:
+    if op == "r" or (snapshot != "false" and snapshot):
+        return None, None
+    committed_ms = ts_ms if _is_bigint(ts_ms) else None
+    number = _file_number(file if isinstance(file, str) else None)
+    if number is None or not _is_bigint(pos):
+        return committed_ms, None
+    return committed_ms, Position(number, pos, row if _is_bigint(row) else 0)
+
+
+def _is_bigint(value: Any) -> bool:  # noqa: ANN401
+    return type(value) is int and _BIGINT_MIN <= value <= _BIGINT_MAX
+
+
+_FILE_DIGITS: Final = 18
+"""More than any binlog has, and what every reader of numbers takes."""
+
+
+def _file_number(file: str | None) -> int | None:
+    """Return the number that MySQL gives a binlog file: `mysql-bin.000003` is 3."""
+    number = (file or "").rpartition(".")[2]
+    return int(number) if len(number) <= _FILE_DIGITS and number.isascii() and number.isdigit() else None
+
+
+def _bystander(payload: dict[str, Any]) -> str | None:
+    """Name the messages of Debezium that are no changes of rows, else None."""
+    if payload.keys() == {"ts_ms"}:
+        return "heartbeat"
+    if "ddl" in payload and "databaseName" in payload:
+        return "schema-change"
+    if payload.get("status") in ("BEGIN", "END") and "id" in payload:
+        return "transaction"
+    return None
+
+
+def _is_deleted(row: dict[str, Any], op: Any) -> bool:  # noqa: ANN401
+    flag = row.get("__deleted")
+    if not isinstance(flag, str | bool | None) or flag not in _DELETED:
+        raise Refusal.CONTRADICTION.error(f"__deleted must be true or false, got {_shown(flag)}.")
+    deleted = _DELETED[flag]
+    if op is not None and deleted is not None and deleted != (op == "d"):
+        raise Refusal.CONTRADICTION.error(f"__deleted is {str(deleted).lower()}, but __op is {_shown(op)}.")
+    return op == "d" if deleted is None else deleted
+
+
+def _refuse_changed_key(before: Any, user: User) -> None:  # noqa: ANN401
+    if not isinstance(before, dict) or before.get(_KEY_FIELD) is None:
+        return
+    old = _user_id(before[_KEY_FIELD], f"before.{_KEY_FIELD}")
+    if old != user[_KEY_FIELD]:
+        raise Refusal.KEY_CHANGED.error(f"The update changes user_id from {old} to {user[_KEY_FIELD]}.")
+
+
+def _refuse_mismatch(by_key: str | None, by_row: str) -> None:
+    if by_key is not None and by_key != by_row:
+        raise Refusal.KEY_MISMATCH.error(f"The record's key names user {by_key}, its row user {by_row}.")
+
+
+_CANONICAL: Final = re.compile(r"0|-?[1-9][0-9]*", re.ASCII)
+_BIGINT_DIGITS: Final = len(str(_BIGINT_MIN))
+
+
+def _user_id(value: Any, where: str) -> str:  # noqa: ANN401
+    """Return a user_id as the contract wants it.
+
+    Digits must be as MySQL writes a BIGINT, so that one user has one user_id.
+    """
+    if type(value) is int:
+        if _BIGINT_MIN <= value <= _BIGINT_MAX:
+            return str(value)
+        raise Refusal.BAD_USER_ID.error(f"{where} must lie within {_BIGINT_MIN} and {_BIGINT_MAX}.")
+    if not isinstance(value, str):
+        raise Refusal.BAD_USER_ID.error(f"{where} must be a whole number, got {_shape(value)}.")
+    if not _CANONICAL.fullmatch(value):
+        raise Refusal.BAD_USER_ID.error(
+            f"{where} must be decimal digits without leading zeros or a plus, got {_shown(value)}."
+        )
+    if len(value) > _BIGINT_DIGITS or not _BIGINT_MIN <= int(value) <= _BIGINT_MAX:
+        raise Refusal.BAD_USER_ID.error(f"{where} must lie within {_BIGINT_MIN} and {_BIGINT_MAX}.")
+    return value
+
+
+def _user_id_of_key(key: bytes | None) -> str | None:
+    """Return the user_id of a record's key, None where there is no key."""
+    if not key:
+        return None
+    try:
+        found = _read(key, "key")
+    except UndecodableError as error:
+        raise Refusal.BAD_KEY.error(error.message) from error
+    if isinstance(found, dict) and _KEY_FIELD not in found and "payload" in found:
+        found = found["payload"]
+    if found is None:
+        return None
+    if isinstance(found, dict):
+        if _KEY_FIELD not in found:
+            raise Refusal.BAD_KEY.error(f"The record's key has no user_id, but {_names(found)}.")
+        found = found[_KEY_FIELD]
+    return _user_id(found, "The user_id of the record's key")
+
+
+def _read(raw: bytes, what: str) -> Any:  # noqa: ANN401  any JSON value
+    """Read JSON, or raise what is wrong with it."""
+    try:
+        return _decode_json(raw)
+    except _UNREADABLE as error:
+        raise _unreadable(raw, what, error) from error
+
+
+def _unreadable(raw: bytes, what: str, error: Exception) -> UndecodableError:
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as place:
+        return Refusal.NOT_UTF8.error(f"The {what} is not UTF-8 from byte {place.start} on.")
+    if isinstance(error, RecursionError):
+        return Refusal.NOT_JSON.error(f"The {what} is nested too deeply.")
+    if _has_lone_surrogate(text):
+        return Refusal.BAD_TEXT.error(f"The {what} holds a string with half of a surrogate pair.")
+    return Refusal.NOT_JSON.error(f"The {what} is no JSON: {str(error).removeprefix('JSON is malformed: ')}.")
+
+
+def _has_lone_surrogate(text: str) -> bool:
+    """Tell whether the text is JSON but for lone surrogates, which Python's own reader lets pass."""
+    try:
+        found = json.dumps(json.loads(text, parse_int=str), ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return False
+    try:
+        found.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+_SHAPES: Final = {
+    bool: "true or false",
+    int: "a number",
+    float: "a number with a fraction",
+    str: "a string",
+    list: "an array",
+    dict: "an object",
+}
+
+
+def _shape(value: Any) -> str:  # noqa: ANN401
+    return "null" if value is None else _SHAPES[type(value)]
+
+
+def _shown(value: Any, limit: int = 60) -> str:  # noqa: ANN401
+    # What is nested is as deep as its writer liked.
+    text = _shape(value) if isinstance(value, dict | list) else json.dumps(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def _names(found: Mapping[str, Any], limit: int = 8) -> str:
+    """List the names of an object, not its values."""
+    names = [_shown(name, 30) for name in list(found)[:limit]]
+    more = ["..."] if len(found) > limit else []
+    return ", ".join(names + more) or "nothing"
