@@ -24,7 +24,7 @@ cdc: setup ## try the change path on local servers: workload, sync, latency, aud
 	@$(BIN)/ghsync cdc rehearse
 
 test: setup-dev ## run all tests, in JOBS processes (2)
-	@$(BIN)/python -m pytest --numprocesses $(or $(JOBS),2) --dist loadgroup --no-loadscope-reorder
+	@$(BIN)/python -m pytest --numprocesses $(or $(JOBS),2) --dist loadfile --no-loadscope-reorder
 
 dev: setup ## serve the Dagster UI with daemon and sensors on 127.0.0.1:3000
 	@home="$$($(BIN)/python -m ghsync_dagster.local.dagster_home)" && \

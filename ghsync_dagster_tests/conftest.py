@@ -17,6 +17,7 @@ import pymysql
 import pytest
 from confluent_kafka import OFFSET_END, Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient
+from xdist.scheduler import LoadFileScheduling
 
 from ghsync_dagster.batch.flow import BatchFlow
 from ghsync_dagster.batch.reports import Artifacts
@@ -41,40 +42,60 @@ MEMORY_BYTES = 6 * 1024**3
 _OURS = ("GHSYNC_", "MONGODB_", "SPARK_", "DAGSTER_", "KAFKA_", "MYSQL_", "CONNECT_")
 
 
-_SERVERS = {"spark": {"spark"}, "stream": {"brokers", "local_stack", "mysql_url"}}
-"""Tests by what they share: the fixtures of one group start the same servers, which live until the session ends."""
+_SHARING = {
+    "spark": {
+        *("test_kill", "test_load_against_stream", "test_two_loads"),
+        *("test_checks_fire", "test_flatten", "test_lease", "test_load", "test_local_archive", "test_read"),
+        *("test_store_away", "test_three_hours"),
+    },
+    "stream": {
+        *("test_cdc_campaign", "test_poison"),
+        *("test_audit", "test_cdc_consume", "test_cdc_dagster", "test_cdc_takeover", "test_dead_letters"),
+        *("test_debezium", "test_mysql_store", "test_rehearse", "test_replay"),
+    },
+}
+"""Files by the servers that they share, which live until the session ends."""
+_SERVERS = {"spark": "spark", "brokers": "stream", "local_stack": "stream", "mysql_url": "stream"}
+"""Fixtures that start such servers, and whose they are."""
 _LONG_ONES = ("ui", "faults", "integration")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Have one process run what shares servers, so that each is started once, and all else file by file.
+    """Put first what shares servers, then the folders of long tests: short ones fill the end, where processes wait.
 
-    What shares servers comes first, then the folders of long tests: short ones fill the end, where processes would wait
-    for each other.
+    Raises:
+        UsageError: A file wants servers that are shared, and is not named among those that share any.
     """
+    order = [*_SHARING, *_LONG_ONES]
 
     def rank(item: pytest.Item) -> int:
-        group, folder = _group_of(item), item.path.parent.name
-        first = [*_SERVERS, *_LONG_ONES]
-        return min((first.index(one) for one in (group, folder) if one in first), default=len(first))
+        place = _sharing(item.path) or item.path.parent.name
+        return order.index(place) if place in order else len(order)
 
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group_of(item)))
+        wanted = {_SERVERS[name] for name in getattr(item, "fixturenames", ()) if name in _SERVERS}
+        if wanted and _sharing(item.path) not in wanted:
+            raise pytest.UsageError(f"{item.path.name}: name it in _SHARING of conftest.py, as {' or '.join(wanted)}.")
     items.sort(key=rank)
 
 
-def _group_of(item: pytest.Item) -> str:
-    wanted = set(getattr(item, "fixturenames", ()))
-    return next((group for group, fixtures in _SERVERS.items() if fixtures & wanted), item.path.stem)
+def _sharing(file: Path) -> str | None:
+    """Return the group of files that a file shares servers with."""
+    return next((group for group, files in _SHARING.items() if file.stem in files), None)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Name a test as pytest takes it, without the group that xdist adds to it."""
-    name, _, group = report.nodeid.rpartition("@")
-    if group in _SERVERS or group == Path(name.partition("::")[0]).stem:
-        report.nodeid = name
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+    """Have one process run all files that share servers, so that these are not started in every process."""
+    return _BySharing(config, log) if config.getoption("dist") == "loadfile" else None
+
+
+class _BySharing(LoadFileScheduling):  # type: ignore[misc]  # the library comes without types
+    """Deals out files, and those that share servers as if they were one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return _sharing(Path(file)) or file
 
 
 # A test process that another one starts may ignore Ctrl-C, and what it starts would then ignore it too.

@@ -18,7 +18,8 @@ from ghsync_dagster.observability.logging import get_logger, redact
 if TYPE_CHECKING:
     from confluent_kafka import Message
 
-    from ghsync_dagster.stores.kafka import Headers, KafkaSettings
+    from ghsync_dagster.stores.kafka import KafkaSettings
+    from ghsync_dagster.stores.kafka_topics import Headers
 
 _OURS: Final = "ghsync."
 _TEXT_LIMIT: Final = 1_000

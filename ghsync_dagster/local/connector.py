@@ -46,7 +46,7 @@ class ConnectorState:
     """How the connector is.
 
     Attributes:
-        state: ``_RUNNING`` where it and its task run, else the state of what does not; ``NONE`` where there is none.
+        state: ``RUNNING`` where it and its task run, else the state of what does not; ``NONE`` where there is none.
         reason: Why it failed, in one line; None unless it did.
         halted: Whether the connector itself was halted, in whatever state its task is.
     """
@@ -220,7 +220,11 @@ def _await_running(client: httpx.Client, follows: Callable[[], bool]) -> Connect
 
 
 def await_settled(url: str) -> ConnectorState:
-    """Wait while the connector is on its way to run, and tell how it is then."""
+    """Wait while the connector is on its way to run, and tell how it is then.
+
+    Raises:
+        UnavailableError: The worker does not answer, or refuses to.
+    """
     began = time.monotonic()
     with client_of(url) as client:
         while (found := _state(client)).state not in _SETTLED:

@@ -16,8 +16,6 @@ from confluent_kafka import KafkaError, KafkaException
 from ghsync_dagster.domain.errors import ConfigError, GhsyncError, RefusedError, UnavailableError
 from ghsync_dagster.observability.logging import redact
 
-Headers = list[tuple[str, str | bytes | None]]
-
 _REFUSED: Final = frozenset(
     {
         KafkaError._AUTHENTICATION,  # noqa: SLF001  the library's own names of its local errors

@@ -200,12 +200,16 @@ class TopicConsumer:
         return partitions_of(self._consumer, self.kafka.topic, self.kafka.timeout_seconds)
 
     def look_again(self) -> None:
-        """Ask whether the brokers answer, after ``trouble``."""
+        """Ask whether the brokers answer, after ``trouble``.
+
+        Raises:
+            PermanentError: They refuse.
+        """
         if isinstance(self.trouble, UnavailableError):
             try:
                 partitions_of(self._consumer, self.kafka.topic, _LOOK_SECONDS)
-            except GhsyncError as trouble:
-                self.trouble = trouble
+            except UnavailableError as away:
+                self.trouble = away
             else:
                 self.trouble = None
 

@@ -28,7 +28,6 @@ from ghsync_dagster.domain.errors import GhsyncError, UnavailableError
 from ghsync_dagster.stores.kafka import (
     DELIVERY_SECONDS,
     LARGEST_BYTES,
-    Headers,
     KafkaSettings,
     client_config,
     consumer_config,
@@ -37,6 +36,8 @@ from ghsync_dagster.stores.kafka import (
     kafka_errors,
     producer_config,
 )
+
+Headers = list[tuple[str, str | bytes | None]]
 
 PARTITION_EOF: Final = KafkaError._PARTITION_EOF  # noqa: SLF001  the library's own name of its local error
 """What stands for a record where a partition ends."""
@@ -55,6 +56,7 @@ def partitions_of(client: Consumer | AdminClient, topic: str, seconds: float) ->
     Raises:
         UnavailableError: There is no such topic, or no broker.
         RefusedError: The credentials or rights are refused.
+        ConfigError: No topic can have this name.
     """
     found, error = _look(client, topic, seconds)
     if error is not None:
@@ -67,6 +69,7 @@ def bounds_of(consumer: Consumer, topic: str, partition: int, seconds: float) ->
 
     Raises:
         UnavailableError: There is no such partition, or no broker answers in time.
+        RefusedError: The credentials or rights are refused.
     """
     with kafka_errors(f"Reading offsets of {topic}"):
         low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=seconds)
