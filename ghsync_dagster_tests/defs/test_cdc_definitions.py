@@ -501,11 +501,11 @@ def test_a_server_that_is_away_raises_and_never_looks_like_failed_data(
 
 
 @pytest.mark.usefixtures("nowhere")
-@pytest.mark.parametrize("mysql_url", ["", "mysql://u:p@127.0.0.1:1/new_data"])
+@pytest.mark.parametrize("url", ["", "mysql://u:p@127.0.0.1:1/new_data"])
 def test_where_no_change_stream_was_set_up_there_is_nothing_to_compare(
-    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, mysql_url: str
+    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, url: str
 ) -> None:
-    monkeypatch.setenv("MYSQL_URL", mysql_url)
+    monkeypatch.setenv("MYSQL_URL", url)
     found = evaluate(instance, "mongo_users_in_step_with_mysql", ChangesResource())
     assert found.passed
     assert found.description.startswith("not compared: there is no Kafka here")
