@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 MODULE = "benchmarks.cdc_probes"
 EVERY = 10
-# The store answers in the thread that also writes: asked every 10 ms, it delayed what is measured on a machine at its limit.
+# The store answers in the thread that also writes: asked every 10 ms, it delayed what was measured.
 POLL_SECONDS = 0.05
 SEED = 20_150_301
 # Above all keys of the workload, and of as many digits: so they are in the order of their numbers as strings too.
