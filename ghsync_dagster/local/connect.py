@@ -95,7 +95,8 @@ def down(settings: Settings, progress: Callable[[str], None]) -> ServiceStatus:
 def status(settings: Settings) -> ServiceStatus:
     """Tell how the worker in use and the connector on it are."""
     if settings.connect_url:
-        return _external(settings.connect_url.rstrip("/"))
+        url = settings.connect_url.rstrip("/")
+        return _external(url, connector.state_at(url) if _serves(url, _PING_SECONDS) else None)
     found = _supervisor(settings).status()
     if found.state != "up" or found.uri is None:
         return found
@@ -103,15 +104,14 @@ def status(settings: Settings) -> ServiceStatus:
 
 
 def _up_external(settings: Settings, url: str, progress: Callable[[str], None]) -> ServiceStatus:
-    found = _external(url)
-    if found.state != "up":
-        return found
+    if not _serves(url, _PING_SECONDS):
+        return _external(url, None)
     state = connector.await_settled(url)
-    connector.require_running(state, str(found.uri))
+    connector.require_running(state, redact(url))
     if state.state != connector.NONE:
-        return replace(found, more=state.as_json())
+        return _external(url, state)
     _refuse_security(
-        settings, "The connector", f"Register a connector named {connector.CONNECTOR} on {found.uri} yourself."
+        settings, "The connector", f"Register a connector named {connector.CONNECTOR} on {redact(url)} yourself."
     )
     source = mysql.ensure_mysql(settings, progress)
     database = mysql.parse_url(source)
@@ -121,18 +121,18 @@ def _up_external(settings: Settings, url: str, progress: Callable[[str], None]) 
     }
     with connector.client_of(url) as client:
         state = connector.ensure(client, config, lambda: mysql.followers(source), frozenset(), progress)
-    return replace(found, more=state.as_json())
+    return _external(url, state)
 
 
-def _external(url: str) -> ServiceStatus:
-    up = _serves(url, _PING_SECONDS)
+def _external(url: str, state: connector.ConnectorState | None) -> ServiceStatus:
+    """Return how a worker that CONNECT_URL names is; None for a connector that can't be asked for, as it is down."""
     return ServiceStatus(
         SERVICE,
-        "up" if up else "down",
+        "down" if state is None else "up",
         uri=redact(url),
         server=EXTERNAL,
         address_key="url",
-        more=connector.state_at(url).as_json() if up else {},
+        more={} if state is None else state.as_json(),
     )
 
 
