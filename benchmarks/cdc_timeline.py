@@ -101,7 +101,7 @@ class Kill:
         noticed: Until Dagster held the run for failed.
         asked: Until the supervisor asked for the replacement.
         started: Until the replacement's run began.
-        around: From the kill until ``AFTER_MS`` after all was caught up.
+        around: From the kill, or from when the standby was asked for, until ``AFTER_MS`` after all was caught up.
     """
 
     how: str
@@ -157,7 +157,7 @@ def timeline(
     for probe in probes:
         seconds.setdefault((probe.committed_ms - began_ms) // 1000, []).append(probe)
     apart = [Window(began_ms, began_ms + WARM_UP_MS), *(window for _, window in handed)]
-    apart += [each.window for _, each in killed]
+    apart += [kill_window(killing, each, slices) for killing, each in killed]
     return Timeline(
         all=latency(probes),
         steady=found.outside(apart),
@@ -216,14 +216,8 @@ def hand_over_window(first: Slice, second: Slice) -> Window:
 class Outage:
     """The time after a kill, in ms since 1970 UTC: when a probe was seen again, and when all was caught up."""
 
-    began_ms: int
     applied_ms: int
     caught_up_ms: int
-
-    @property
-    def window(self) -> Window:
-        """From the kill until a little after all was caught up."""
-        return Window(self.began_ms, self.caught_up_ms + AFTER_MS)
 
 
 def outage(sightings: Iterable[Gap], probes: Sequence[Probe], killed_ms: int) -> Outage:
@@ -232,7 +226,16 @@ def outage(sightings: Iterable[Gap], probes: Sequence[Probe], killed_ms: int) ->
     _, applied_ms = max(begun, key=lambda gap: gap[1] - gap[0], default=(killed_ms, killed_ms))
     quick = [probe.seen_ms for probe in probes if probe.seen_ms >= applied_ms and probe.latency_ms <= CAUGHT_UP_MS]
     caught_up_ms = min(quick, default=max(probe.seen_ms for probe in probes))
-    return Outage(killed_ms, applied_ms, max(caught_up_ms, applied_ms))
+    return Outage(applied_ms, max(caught_up_ms, applied_ms))
+
+
+def kill_window(killing: Killing, found: Outage, slices: Iterable[Slice]) -> Window:
+    """Return the time from a kill until a little after all was caught up, the start of a standby before it included."""
+    begins_ms = killing.at_ms
+    if killing.how == STANDBY:
+        asked = [round(one.created * 1000) for one in slices if one.run_id != killing.run_id]
+        begins_ms = max((at for at in asked if at <= killing.at_ms), default=begins_ms)
+    return Window(begins_ms, found.caught_up_ms + AFTER_MS)
 
 
 def replacement(slices: Iterable[Slice], killed_ms: int) -> Slice | None:
@@ -294,5 +297,5 @@ def _kill(
         noticed=since(dead.ended if dead else None),
         asked=since(new.created if new else None),
         started=since(new.started if new else None),
-        around=probes.within(found.window),
+        around=probes.within(kill_window(killing, found, slices)),
     )

@@ -11,6 +11,7 @@ and need no write of their own.
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 import time
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Final
 from ghsync_dagster import clock
 from ghsync_dagster.cdc.batch import Batch, decode
 from ghsync_dagster.cdc.dead_letters import DeadLetters
-from ghsync_dagster.cdc.known_topic import group_name, see_topic
+from ghsync_dagster.cdc.known_topic import KnownTopic, group_name
 from ghsync_dagster.cdc.listener import KAFKA, MONGO, AppliedBatch, ChangeListener, Listeners, SilentListener
 from ghsync_dagster.cdc.order import OrderedTruncates, Truncate, nexts
 from ghsync_dagster.cdc.write import Membership, Trouble, Writer, Written
@@ -47,6 +48,8 @@ _TURN_SECONDS: Final = 0.005
 """How often to take more while a batch is written."""
 _WORK_SECONDS: Final = 0.02
 """How long to wait for a first record while a batch is written."""
+_PACE_SECONDS: Final = 0.05
+"""How soon after a batch the next one may follow: a batch of few changes costs nearly what one of fifty does."""
 _WRITE_SECONDS: Final = 3.0
 """How long the write of one batch should take at most."""
 _LEAST_KEYS: Final = 500
@@ -137,7 +140,7 @@ class ChangeConsumer:
         try:
             store = _ready_store(self.open_store, until, listener)
             if store is not None:
-                with store, _quick_turns():
+                with store, _quick_turns(), _short_collections():
                     reached_end = _Run(self, store, listener, until).consume(until_end=until_end)
         except Exception as error:
             listener.failed(type(error).__name__)
@@ -230,6 +233,16 @@ def _quick_turns() -> Iterator[None]:
         sys.setswitchinterval(before)
 
 
+@contextmanager
+def _short_collections() -> Iterator[None]:
+    """Keep what is there already from the garbage collector: to go through all of Dagster holds every thread up."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 class _InterruptedError(Exception):
     """Partitions came or went, or the end has come, in the middle of what needs all of them."""
 
@@ -241,7 +254,7 @@ class _Run:
         from ghsync_dagster.stores.kafka_consumer import TopicConsumer
 
         self._until = until
-        self._store = store
+        self._topic = KnownTopic(owner.kafka, store)
         self._listener = listener
         self._truncate_wait = owner.truncate_wait_seconds
         self._decoder = ChangeDecoder()
@@ -258,9 +271,9 @@ class _Run:
         """How often partitions came or went."""
         self._committed: dict[int, int] = {}
         """Where the group is in the partitions that this consumer has, as far as it was asked or told."""
-        self._next_lag = self._next_look = self._next_topic = 0.0
+        self._next_lag = self._next_look = self._next_topic = self._next_batch = 0.0
         self._to_see = False
-        """Whether anything was handed over since the topic was seen to be the same."""
+        """Whether partitions came, or anything was handed over, since the topic was seen to be the same."""
         self._trouble = Trouble("changes can't be consumed")
         self._unacknowledged = Trouble("changes can't be acknowledged")
         self._consumer = TopicConsumer(owner.kafka, assigned=self._assigned, revoked=self._revoked, lost=self._lost)
@@ -312,7 +325,8 @@ class _Run:
         elif not full:
             self._consumer.resume()
             if len(self._pending):
-                self._writer.wait(_TURN_SECONDS)
+                if self._writer.wait(_TURN_SECONDS):
+                    self._until.wait(min(max(self._next_batch - time.monotonic(), 0), _IDLE_SECONDS))
                 self._take(_TAKE, 0)
             else:
                 self._take(_TAKE, _WORK_SECONDS if self._writer.at_work else _IDLE_SECONDS)
@@ -337,8 +351,7 @@ class _Run:
                 self._rewind()
                 if self._to_see:
                     self._see_topic()
-                # While more is there at once, a larger batch means fewer writes, but the store is not to stand idle.
-                if len(self._pending) and (not self._more or len(self._pending) >= _TAKE or self._is_full()):
+                if self._is_ready():
                     self._see_topic()
                     self._to_see = True
                     self._hand_over()
@@ -349,10 +362,18 @@ class _Run:
         self._unacknowledged.is_over()
         return True
 
+    def _is_ready(self) -> bool:
+        """Tell whether what is pending is to be written now: a larger batch means fewer writes."""
+        pending = len(self._pending)
+        if pending >= _TAKE or self._is_full():
+            # The store is not to stand idle.
+            return True
+        return pending > 0 and not self._more and time.monotonic() >= self._next_batch
+
     def _see_topic(self) -> None:
         """See that the topic is the one that the group began with: now and then, and when partitions came."""
         if time.monotonic() >= self._next_topic:
-            see_topic(self._consumer.kafka, self._store)
+            self._topic.see()
             self._to_see = False
             self._next_topic = time.monotonic() + _TOPIC_SECONDS
 
@@ -399,6 +420,7 @@ class _Run:
 
     def _submit(self, batch: Batch) -> None:
         self._batch = batch
+        self._next_batch = time.monotonic() + _PACE_SECONDS
         self._confirm()
         self._writer.submit(batch)
 
@@ -435,7 +457,8 @@ class _Run:
 
     def _assigned(self, partitions: set[int]) -> None:
         self._assignment += 1
-        self._next_topic = 0.0
+        # Now, also where there is none yet: it must be quick once partitions come.
+        self._next_topic, self._to_see = 0.0, True
         log.info("partitions came", partitions=sorted(partitions), all=sorted(self._consumer.partitions))
         self._listener.assigned(self._consumer.partitions)
 

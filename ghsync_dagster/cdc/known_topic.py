@@ -21,38 +21,48 @@ def group_name(kafka: KafkaSettings) -> str:
     return f"{kafka.group_id}/{kafka.topic}"
 
 
-def is_another_topic(kafka: KafkaSettings, store: UserStore) -> bool:
-    """Tell whether the topic is another than the one that the group consumed; False where it consumed none yet.
+class KnownTopic:
+    """The topic of a group, and what is kept of it.
 
-    Raises:
-        UnavailableError: A server is away, or there is no such topic.
-        RefusedError: Credentials or rights.
+    Args:
+        kafka: The group, the topic and the way to the brokers.
+        store: Where the id is kept.
     """
-    from ghsync_dagster.stores.kafka_topics import topic_id
-    from ghsync_dagster.stores.stream import StreamStore
 
-    known = StreamStore(store).topic_of(group_name(kafka))
-    return known is not None and topic_id(kafka, kafka.topic) not in {known, ""}
+    def __init__(self, kafka: KafkaSettings, store: UserStore) -> None:
+        from ghsync_dagster.stores.kafka_topics import TopicIds
+        from ghsync_dagster.stores.stream import StreamStore
 
+        self._kafka = kafka
+        self._ids = TopicIds(kafka)
+        self._store = StreamStore(store)
 
-def see_topic(kafka: KafkaSettings, store: UserStore) -> None:
-    """Keep which topic the group consumes, or see that it is still the same.
+    def is_another(self) -> bool:
+        """Tell whether the topic is another than the one that the group consumed; False where it consumed none yet.
 
-    Raises:
-        PermanentError: It is another one.
-        UnavailableError: A server is away, or there is no such topic.
-        RefusedError: Credentials or rights.
-    """
-    from ghsync_dagster.stores.kafka_topics import topic_id
-    from ghsync_dagster.stores.stream import StreamStore
+        Raises:
+            UnavailableError: A server is away, or there is no such topic.
+            RefusedError: Credentials or rights.
+        """
+        known = self._store.topic_of(group_name(self._kafka))
+        return known is not None and self._ids.of(self._kafka.topic) not in {known, ""}
 
-    found = topic_id(kafka, kafka.topic)
-    if not found:
-        return
-    known = StreamStore(store).keep_topic(group_name(kafka), found)
-    if found != known:
-        raise PermanentError(
-            f"{kafka.topic} is another topic (id {found}) than the one that group {kafka.group_id} has consumed (id "
-            f"{known}): it was made anew, and changes of the old one may never have been applied.",
-            way_out="Take a new snapshot, and let a new group begin at the beginning; see docs/operations.md.",
-        )
+    def see(self) -> None:
+        """Keep which topic the group consumes, or see that it is still the same.
+
+        Raises:
+            PermanentError: It is another one.
+            UnavailableError: A server is away, or there is no such topic.
+            RefusedError: Credentials or rights.
+        """
+        kafka = self._kafka
+        found = self._ids.of(kafka.topic)
+        if not found:
+            return
+        known = self._store.keep_topic(group_name(kafka), found)
+        if found != known:
+            raise PermanentError(
+                f"{kafka.topic} is another topic (id {found}) than the one that group {kafka.group_id} has consumed "
+                f"(id {known}): it was made anew, and changes of the old one may never have been applied.",
+                way_out="Take a new snapshot, and let a new group begin at the beginning; see docs/operations.md.",
+            )

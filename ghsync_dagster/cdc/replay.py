@@ -355,9 +355,9 @@ class _Chosen:
     @cached_property
     def topic_id(self) -> str:
         """The id of the topic that there is now."""
-        from ghsync_dagster.stores.kafka_topics import topic_id
+        from ghsync_dagster.stores.kafka_topics import TopicIds
 
-        return topic_id(self._kafka, self.topic)
+        return TopicIds(self._kafka).of(self.topic)
 
     def _add(self, letter: DeadLetter, only: str | None) -> None:
         found = self._decoded(letter)

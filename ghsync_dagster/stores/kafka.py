@@ -139,7 +139,7 @@ def consumer_config(kafka: KafkaSettings) -> dict[str, Any]:
         "partition.assignment.strategy": "cooperative-sticky",
         "session.timeout.ms": session_ms,
         # How soon a consumer learns that partitions are free for it.
-        "heartbeat.interval.ms": min(300, session_ms // 3),
+        "heartbeat.interval.ms": min(100, session_ms // 3),
         "max.poll.interval.ms": max(int(_POLL_LIMIT_SECONDS * 1000), 2 * session_ms),
         "enable.auto.commit": False,
         "enable.auto.offset.store": False,

@@ -109,20 +109,32 @@ def ensure_topic(kafka: KafkaSettings, topic: str) -> None:
                 raise
 
 
-def topic_id(kafka: KafkaSettings, topic: str) -> str:
-    """Return the id that a topic got when it was made: another one with the same name has another id (KIP-516).
+class TopicIds:
+    """The ids that topics got when they were made: another one with the same name has another id (KIP-516).
 
-    It is empty where the brokers, older than 2.8, give none.
+    One connection is kept for all questions.
 
-    Raises:
-        UnavailableError: No broker can be reached, or there is no such topic.
-        RefusedError: The credentials or rights are refused.
+    Args:
+        kafka: The way to the brokers.
     """
-    with kafka_errors(f"Asking for the id of {topic}"):
-        admin = AdminClient(client_config(kafka))
-        [asked] = admin.describe_topics(TopicCollection([topic]), request_timeout=kafka.timeout_seconds).values()
-        found = str(asked.result().topic_id)
-    return "" if found == _NO_ID else found
+
+    def __init__(self, kafka: KafkaSettings) -> None:
+        self._kafka = kafka
+        self._admin: AdminClient | None = None
+
+    def of(self, topic: str) -> str:
+        """Return the id of a topic; empty where the brokers, older than 2.8, give none.
+
+        Raises:
+            UnavailableError: No broker can be reached, or there is no such topic.
+            RefusedError: The credentials or rights are refused.
+        """
+        with kafka_errors(f"Asking for the id of {topic}"):
+            self._admin = self._admin or AdminClient(client_config(self._kafka))
+            seconds = self._kafka.timeout_seconds
+            [asked] = self._admin.describe_topics(TopicCollection([topic]), request_timeout=seconds).values()
+            found = str(asked.result().topic_id)
+        return "" if found == _NO_ID else found
 
 
 def ends_of(kafka: KafkaSettings, topic: str) -> dict[int, int]:

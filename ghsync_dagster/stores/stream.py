@@ -40,6 +40,8 @@ _KEYS: Final = 200
 """How many keys one ``$in`` carries: some servers compare each document with the whole list."""
 _MANY_TIMES: Final = 4
 """How many times more keys there must be than entries for all entries to be read."""
+_REST: Final = 100
+"""How many times longer than it took to find too many entries their collection is not read whole again."""
 _LEAST: Final = 100
 _MOST: Final = 5_000
 """The least and the most writes that one command carries, and between how many seconds it should take."""
@@ -151,6 +153,8 @@ class StreamStore:
         self._truncates = store.database[f"{beside}truncates"]
         self._topics = store.database[f"{beside}topics"]
         self._size = CHUNK
+        self._large_until: dict[str, float] = {}
+        """Until when a collection, by name, is taken to hold too many entries to be read whole."""
         self._may_write = may_write
 
     @contextmanager
@@ -253,18 +257,29 @@ class StreamStore:
 
     def _among(self, collection: Collection[Document], keys: Collected[str], what: str) -> set[str]:
         """Return those of ``keys`` that are an ``_id`` in a collection."""
-        few = len(keys) // _MANY_TIMES
-        if few:
-            # To look many keys up costs more than to read all of a collection that holds few, as it mostly does.
-            with self._command(f"Reading {what}"):
-                all_of_it = [entry["_id"] for entry in collection.find({}, {"_id": 1}).limit(few)]
-            if len(all_of_it) < few:
-                return set(all_of_it).intersection(keys)
+        if len(keys) > _KEYS and time.monotonic() >= self._large_until.get(collection.name, 0.0):
+            all_of_it = self._if_few(collection, len(keys) // _MANY_TIMES, what)
+            if all_of_it is not None:
+                return all_of_it.intersection(keys)
         found: set[str] = set()
         for part in chunks(keys, _KEYS):
             with self._command(f"Reading {what}"):
                 found.update([entry["_id"] for entry in collection.find({"_id": {"$in": part}}, {"_id": 1})])
         return found
+
+    def _if_few(self, collection: Collection[Document], few: int, what: str) -> set[str] | None:
+        """Return every ``_id`` of a collection that holds less than ``few``, as it mostly does; else None, for a while.
+
+        To look many keys up costs more. But some servers read all that there is, however few are asked for.
+        """
+        started = time.monotonic()
+        with self._command(f"Reading {what}"):
+            found = {entry["_id"] for entry in collection.find({}, {"_id": 1}).limit(few)}
+        if len(found) < few:
+            return found
+        now = time.monotonic()
+        self._large_until[collection.name] = now + _REST * (now - started)
+        return None
 
     def record_deleted(self, keys: Iterable[str]) -> None:
         """Record that the stream deleted ``keys``."""

@@ -210,6 +210,55 @@ def test_another_unique_index_refuses_alone(users: UserStore, *, created: bool) 
     assert set(stored(users)) == {"1", "3"}
 
 
+# what loads and deletes left, looked up for many keys
+
+
+@pytest.mark.parametrize("entries", [0, 100, 2_000])
+def test_however_many_entries_there_are_those_of_a_batch_are_found(users: UserStore, entries: int) -> None:
+    keys = [str(key) for key in range(1_000)]
+    ours = set(keys[: entries // 20])
+    others = {f"other-{key}" for key in range(entries - len(ours))}
+    if entries:
+        users.versions.insert_many([{"_id": key} for key in ours | others])
+    stream = StreamStore(users)
+    assert stream.drop_versions(keys) == ours
+    assert stream.drop_versions(keys) == set()
+    assert ids(users.versions.find()) == others
+
+
+def test_a_collection_that_held_many_entries_is_not_read_whole_again_for_a_while(
+    users: UserStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[float] = []
+
+    def may_write() -> float:
+        commands.append(30.0)
+        return commands[-1]
+
+    stream = StreamStore(users, may_write=may_write)
+
+    def looked_up(keys: int) -> int:
+        commands.clear()
+        stream.forget_deleted([str(key) for key in range(keys)])
+        return len(commands)
+
+    assert looked_up(1_000) == 1, "there are none: that takes one command"
+    users.deleted.insert_many([{"_id": f"other-{key}"} for key in range(300)])
+    monkeypatch.setattr("ghsync_dagster.stores.stream._REST", 1e9)
+    by_key = 1_000 // 200
+    assert looked_up(1_000) == 1 + by_key, "reading them shows that there are many"
+    assert looked_up(1_000) == by_key
+    assert looked_up(4_000) == 4 * by_key
+    assert looked_up(200) == 1, "few keys are always looked up"
+    commands.clear()
+    assert stream.drop_versions([str(key) for key in range(1_000)]) == set()
+    assert len(commands) == 1, "of another collection nothing is known yet"
+    stream = StreamStore(users, may_write=may_write)
+    monkeypatch.setattr("ghsync_dagster.stores.stream._REST", 0)
+    for _ in range(2):
+        assert looked_up(1_000) == 1 + by_key, "it may hold few by now"
+
+
 # notes
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import logging
 import threading
 import time
 from concurrent.futures import Future
@@ -23,13 +25,14 @@ from ghsync_dagster.cdc.backlog import read_backlog
 from ghsync_dagster.cdc.checks import kafka_lag
 from ghsync_dagster.cdc.consume import ChangeConsumer
 from ghsync_dagster.cdc.dead_letters import DeadLetters, read_dead_letters
-from ghsync_dagster.cdc.known_topic import group_name, is_another_topic
+from ghsync_dagster.cdc.known_topic import KnownTopic, group_name
 from ghsync_dagster.cdc.listener import Listeners, SilentListener
 from ghsync_dagster.domain.errors import PermanentError, RefusedError, UnavailableError
 from ghsync_dagster.domain.user import BUILT_IN_RULES
 from ghsync_dagster.observability.metrics import ChangeMetrics
 from ghsync_dagster.settings import load_settings
-from ghsync_dagster.stores.kafka import KafkaSettings
+from ghsync_dagster.stores import kafka_consumer
+from ghsync_dagster.stores.kafka import KafkaSettings, consumer_config
 from ghsync_dagster.stores.kafka_consumer import TopicConsumer
 from ghsync_dagster.stores.mongo import UserStore
 from ghsync_dagster.stores.stream import Refused, StreamStore
@@ -82,6 +85,38 @@ def test_changes_arrive_while_the_consumer_runs_and_it_stops_within_seconds(
         assert time.monotonic() - asked < 3
     assert topic.committed() == 20
     assert running.metrics.snapshot().kafka.total.count == 20
+
+
+def test_a_batch_follows_another_no_sooner_than_the_pace_allows_unless_it_is_large(
+    topic: Topic, parts: Parts, store: UserStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consume, "_PACE_SECONDS", 3_600)
+    with parts.running(topic) as running:
+        topic.upsert(0)
+        topic.flush()
+        until(lambda: topic.committed() == 1)
+        topic.upsert(1)
+        topic.flush()
+        until(lambda: running.metrics.snapshot().lag_records == 1)
+        assert set(stored(store)) == {"0"}
+        for number in range(2, consume._TAKE + 1):
+            topic.upsert(number)
+        topic.flush()
+        until(lambda: topic.committed() > 1)
+        assert len(stored(store)) == topic.committed()
+        running.end()
+    monkeypatch.undo()
+    parts.drain(topic)
+    assert stored(store) == topic.expected
+
+
+def test_while_a_consumer_runs_the_garbage_collector_leaves_out_what_was_there_before(
+    topic: Topic, parts: Parts
+) -> None:
+    with parts.running(topic) as running:
+        until(lambda: gc.get_freeze_count() > 1_000)
+        running.end()
+    assert gc.get_freeze_count() == 0
 
 
 def test_skipped_records_are_counted_and_committed(topic: Topic, parts: Parts) -> None:
@@ -252,7 +287,7 @@ def test_a_topic_that_was_deleted_and_made_anew_is_refused_wherever_the_group_is
 ) -> None:
     topic.upsert(1)
     parts.drain(topic)
-    assert not is_another_topic(topic.kafka, store)
+    assert not KnownTopic(topic.kafka, store).is_another()
     again = make_anew(topic)
     for key in (2, 3):
         again.upsert(key)
@@ -265,7 +300,7 @@ def test_a_topic_that_was_deleted_and_made_anew_is_refused_wherever_the_group_is
         with pytest.raises(PermanentError, match=r"another topic .*snapshot"):
             parts.consumer(again).run(threading.Event(), until_end=until_end, seconds=20)
     assert set(stored(store)) == {"1"}
-    found = kafka_lag(read_backlog(again.kafka), 10, is_another=is_another_topic(again.kafka, store))
+    found = kafka_lag(read_backlog(again.kafka), 10, is_another=KnownTopic(again.kafka, store).is_another())
     assert not found.passed
     assert "made anew" in found.summary
     assert "snapshot" in found.way_out
@@ -301,16 +336,42 @@ def test_brokers_that_give_topics_no_ids_can_be_replaced_by_some_that_do(
         old_brokers.setattr(AdminClient, "describe_topics", lambda *_, **__: {topic.kafka.topic: described})
         topic.upsert(1)
         parts.drain(topic)
-        assert not is_another_topic(topic.kafka, store)
+        assert not KnownTopic(topic.kafka, store).is_another()
     topic.upsert(2)
     parts.drain(topic)
     assert set(stored(store)) == {"1", "2"}
     with monkeypatch.context() as old_brokers:
         old_brokers.setattr(AdminClient, "describe_topics", lambda *_, **__: {topic.kafka.topic: described})
-        assert not is_another_topic(topic.kafka, store)
+        assert not KnownTopic(topic.kafka, store).is_another()
 
 
 # the group
+
+
+def test_a_consumer_without_records_tells_the_group_that_it_lives_as_often_as_is_set(
+    topic: Topic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beats: list[str] = []
+    heard = logging.getLogger("heard")
+    heard.setLevel(logging.DEBUG)
+
+    def hear(record: logging.LogRecord) -> bool:
+        if "Heartbeat for group" in (text := record.getMessage()):
+            beats.append(text)
+        return False
+
+    heard.addFilter(hear)
+    spoken = {**consumer_config(topic.kafka), "debug": "cgrp", "log_level": 7, "logger": heard}
+    monkeypatch.setattr(kafka_consumer, "consumer_config", lambda _: spoken)
+    consumer = TopicConsumer(topic.kafka, assigned=lambda _: None, revoked=lambda _: None, lost=lambda _: None)
+    until(lambda: not consumer.take(1, 0.05) and bool(consumer.partitions))
+    beats.clear()
+    # As long as the interval: at the latest every second look finds it over.
+    looks = 30
+    for _ in range(looks):
+        assert consumer.take(1, 0.1) == []
+    consumer.close()
+    assert len(beats) >= looks // 2 - 1
 
 
 def test_a_record_of_a_partition_that_goes_before_it_is_returned_is_not_returned(

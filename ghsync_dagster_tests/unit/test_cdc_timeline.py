@@ -12,8 +12,10 @@ from benchmarks.cdc_timeline import (
     ALONE,
     STANDBY,
     Killing,
+    Window,
     gaps,
     hand_overs,
+    kill_window,
     longest,
     outage,
     replacement,
@@ -118,7 +120,17 @@ def test_an_outage_ends_with_the_longest_gap_that_the_kill_began() -> None:
     found = probes(60, (10_000, 22_000), (40_000, 55_000))
     after = outage(gaps(probe.seen_ms for probe in found), found, BEGAN_MS + 10_010)
     assert (after.applied_ms, after.caught_up_ms) == (BEGAN_MS + 22_000, BEGAN_MS + 22_000)
-    assert after.window.ends_ms == BEGAN_MS + 22_000 + AFTER_MS
+    window = kill_window(Killing("dead", BEGAN_MS + 10_010, ALONE), after, [])
+    assert window == Window(BEGAN_MS + 10_010, BEGAN_MS + 22_000 + AFTER_MS)
+
+
+def test_the_start_of_a_standby_is_around_the_kill_as_it_is_around_a_hand_over() -> None:
+    slices = [a_slice("before", -70, -10), a_slice("dead", -20, 40, Phase.FAILED), a_slice("next", 20, None)]
+    slices += [a_slice("later", 60, None)]
+    found = probes(60, (40_000, 50_000))
+    after = outage(gaps(probe.seen_ms for probe in found), found, BEGAN_MS + 40_000)
+    window = kill_window(Killing("dead", BEGAN_MS + 40_000, STANDBY), after, slices)
+    assert window == Window(round(slices[2].created * 1000), BEGAN_MS + 50_000 + AFTER_MS)
 
 
 def test_a_command_that_was_in_flight_does_not_end_an_outage() -> None:

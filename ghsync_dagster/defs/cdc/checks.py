@@ -66,14 +66,14 @@ def _retrying(changes: ChangesResource, action: Callable[[], T]) -> T:
 def kafka_lag(config: LagConfig, changes: ChangesResource) -> dg.AssetCheckResult:
     """Judge how far the group is behind."""
     from ghsync_dagster.cdc.backlog import read_backlog
-    from ghsync_dagster.cdc.known_topic import is_another_topic
+    from ghsync_dagster.cdc.known_topic import KnownTopic
 
     limit = changes.settings().max_lag_records if config.max_lag_records is None else config.max_lag_records
     backlog = _retrying(changes, lambda: read_backlog(changes.kafka()))
 
     def is_another() -> bool:
         with changes.open_store() as store:
-            return is_another_topic(changes.kafka(), store)
+            return KnownTopic(changes.kafka(), store).is_another()
 
     return as_result(checks.kafka_lag(backlog, limit, is_another=_retrying(changes, is_another)))
 
