@@ -32,11 +32,16 @@ def ratios(run: SupervisedRun) -> list[Ratio]:
         ]
     limit = run.plan.session_seconds if at_rate else None
     for kill in run.timeline.kills:
-        if kill.taken_over is not None:
-            found.append(
-                at_most(f"killed {kill.how}, seconds until the partition is another's", kill.taken_over, limit)
-            )
-        found.append(at_most(f"killed {kill.how}, seconds until the next change is applied", kill.next_applied, limit))
+        seconds = {
+            "the replacement runs": kill.started,
+            "the partition is another's": kill.taken_over,
+            "the next change is applied": kill.next_applied,
+        }
+        found += [
+            at_most(f"killed {kill.how}, seconds until {what}", took, limit)
+            for what, took in seconds.items()
+            if took is not None
+        ]
     return found
 
 

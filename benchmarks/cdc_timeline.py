@@ -152,12 +152,13 @@ def timeline(
     found = _Probes(probes)
     began_ms = found.began_ms
     handed = [(second, hand_over_window(first, second)) for first, second in hand_overs(slices, began_ms)]
-    killed = [(killing, outage(found.gaps, probes, killing.at_ms)) for killing in killings]
+    outages = [(killing, outage(found.gaps, probes, killing.at_ms)) for killing in killings]
+    killed = [(killing, each, kill_window(killing, each, slices)) for killing, each in outages]
     seconds: dict[int, list[Probe]] = {}
     for probe in probes:
         seconds.setdefault((probe.committed_ms - began_ms) // 1000, []).append(probe)
     apart = [Window(began_ms, began_ms + WARM_UP_MS), *(window for _, window in handed)]
-    apart += [kill_window(killing, each, slices) for killing, each in killed]
+    apart += [window for _, _, window in killed]
     return Timeline(
         all=latency(probes),
         steady=found.outside(apart),
@@ -170,7 +171,10 @@ def timeline(
             )
             for second, window in handed
         ),
-        kills=tuple(_kill(killing, each, slices, taken_over_ms, found) for killing, each in killed),
+        kills=tuple(
+            _kill(killing, each, slices, taken_over_ms, began_ms, found.within(window))
+            for killing, each, window in killed
+        ),
         longest_commit_gap_ms=longest(gaps(probe.committed_ms for probe in probes)),
         resolution=percentiles(Counter(probe.within_ms for probe in probes)),
         seconds=tuple(Second(at, latency(some)) for at, some in sorted(seconds.items())),
@@ -276,7 +280,12 @@ def _seconds(from_ms: float, at_ms: float) -> float:
 
 
 def _kill(
-    killing: Killing, found: Outage, slices: Sequence[Slice], taken_over_ms: Sequence[int], probes: _Probes
+    killing: Killing,
+    found: Outage,
+    slices: Sequence[Slice],
+    taken_over_ms: Sequence[int],
+    began_ms: int,
+    around: Stretch,
 ) -> Kill:
     dead = next((one for one in slices if one.run_id == killing.run_id), None)
     # Where a standby takes over there is nothing to start.
@@ -290,12 +299,12 @@ def _kill(
 
     return Kill(
         how=killing.how,
-        at=_seconds(probes.began_ms, killing.at_ms),
+        at=_seconds(began_ms, killing.at_ms),
         taken_over=since(None if taken is None else taken / 1000),
         next_applied=_seconds(killing.at_ms, found.applied_ms),
         caught_up=_seconds(killing.at_ms, found.caught_up_ms),
         noticed=since(dead.ended if dead else None),
         asked=since(new.created if new else None),
         started=since(new.started if new else None),
-        around=probes.within(kill_window(killing, found, slices)),
+        around=around,
     )

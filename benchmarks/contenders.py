@@ -92,11 +92,14 @@ CONTENDERS = {
 
 
 def inherited_environment() -> dict[str, str]:
-    """Return the caller's environment without any setting of ghsync, Spark or Dagster."""
+    """Return the caller's environment without any setting of ghsync, Spark or Dagster.
+
+    Nor is Python kept from keeping what it compiles, which would add to the start of every process.
+    """
     return {
         name: value
         for name, value in os.environ.items()
-        if name in _KEPT_SETTINGS or not name.startswith(_OUR_SETTINGS)
+        if name in _KEPT_SETTINGS or not name.startswith((*_OUR_SETTINGS, "PYTHONDONTWRITEBYTECODE"))
     }
 
 

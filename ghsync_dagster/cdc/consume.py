@@ -4,26 +4,25 @@ Belongs here: what makes a batch, when it is handed to the writer, and what happ
 Not here: decoding (``domain.envelope``), applying and acknowledging (``cdc.write``), the client
 (``stores.kafka_consumer``).
 
-While one batch is written, the next is taken and decoded. So a batch is small when there is little, and when the
-consumer is behind it grows up to what the store takes in about a second: more of its changes are then of the same keys,
-and need no write of their own.
+While one batch is written, the next is taken and decoded. So a batch is small when there is little, though a small one
+comes no sooner than ``_PACE_SECONDS`` after the one before; and when the consumer is behind it grows up to what the
+store takes in about a second: more of its changes are then of the same keys, and need no write of their own.
 """
 
 from __future__ import annotations
 
-import gc
-import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from ghsync_dagster import clock
 from ghsync_dagster.cdc.batch import Batch, decode
 from ghsync_dagster.cdc.dead_letters import DeadLetters
+from ghsync_dagster.cdc.interpreter import quick_turns, short_collections
 from ghsync_dagster.cdc.known_topic import KnownTopic, group_name
 from ghsync_dagster.cdc.listener import KAFKA, MONGO, AppliedBatch, ChangeListener, Listeners, SilentListener
 from ghsync_dagster.cdc.order import OrderedTruncates, Truncate, nexts
@@ -60,8 +59,6 @@ _PATIENCE_SECONDS: Final = 5.0
 """How long a full batch waits for the writer before the partitions are paused."""
 _GIVE_UP_SECONDS: Final = 5.0
 """How long a batch at work may still take when its partitions are to be given up."""
-_SWITCH_SECONDS: Final = 0.0005
-"""How long a thread may keep the interpreter while another one waits for it; 5 ms by default."""
 _LAG_SECONDS: Final = 1.0
 _TOPIC_SECONDS: Final = 10.0
 """How often to see that the topic is still the same."""
@@ -140,7 +137,7 @@ class ChangeConsumer:
         try:
             store = _ready_store(self.open_store, until, listener)
             if store is not None:
-                with store, _quick_turns(), _short_collections():
+                with store, quick_turns(), short_collections():
                     reached_end = _Run(self, store, listener, until).consume(until_end=until_end)
         except Exception as error:
             listener.failed(type(error).__name__)
@@ -222,27 +219,6 @@ def _ready_store(open_store: Callable[[], UserStore], until: _Until, listener: C
     raise AssertionError("waits have no end")
 
 
-@contextmanager
-def _quick_turns() -> Iterator[None]:
-    """Let the thread that writes go on soon after each answer of the store, while the other one decodes."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(min(before, _SWITCH_SECONDS))
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
-
-
-@contextmanager
-def _short_collections() -> Iterator[None]:
-    """Keep what is there already from the garbage collector: to go through all of Dagster holds every thread up."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
 class _InterruptedError(Exception):
     """Partitions came or went, or the end has come, in the middle of what needs all of them."""
 
@@ -273,7 +249,9 @@ class _Run:
         """Where the group is in the partitions that this consumer has, as far as it was asked or told."""
         self._next_lag = self._next_look = self._next_topic = self._next_batch = 0.0
         self._to_see = False
-        """Whether partitions came, or anything was handed over, since the topic was seen to be the same."""
+        """Whether anything was handed over since the topic was seen to be the same."""
+        self._to_reach = False
+        """Whether this consumer has only just joined the group, and waits for partitions."""
         self._trouble = Trouble("changes can't be consumed")
         self._unacknowledged = Trouble("changes can't be acknowledged")
         self._consumer = TopicConsumer(owner.kafka, assigned=self._assigned, revoked=self._revoked, lost=self._lost)
@@ -310,6 +288,7 @@ class _Run:
                 self._consumer.close()
             finally:
                 self._writer.close()
+                self._topic.close()
         self._raise_failure()
         return reached
 
@@ -325,7 +304,9 @@ class _Run:
         elif not full:
             self._consumer.resume()
             if len(self._pending):
-                if self._writer.wait(_TURN_SECONDS):
+                if self._writer.at_work:
+                    self._writer.wait(_TURN_SECONDS)
+                elif not self._is_writing and not self._is_ready():
                     self._until.wait(min(max(self._next_batch - time.monotonic(), 0), _IDLE_SECONDS))
                 self._take(_TAKE, 0)
             else:
@@ -351,6 +332,7 @@ class _Run:
                 self._rewind()
                 if self._to_see:
                     self._see_topic()
+                self._get_ready()
                 if self._is_ready():
                     self._see_topic()
                     self._to_see = True
@@ -361,6 +343,14 @@ class _Run:
             return False
         self._unacknowledged.is_over()
         return True
+
+    def _get_ready(self) -> None:
+        """Once there is nothing to do but to wait for partitions, do what would hold them up when they come."""
+        if self._to_reach:
+            self._to_reach = False
+            # Whether the topic is the same is seen before the first write.
+            with suppress(TransientError):
+                self._topic.reach()
 
     def _is_ready(self) -> bool:
         """Tell whether what is pending is to be written now: a larger batch means fewer writes."""
@@ -457,8 +447,7 @@ class _Run:
 
     def _assigned(self, partitions: set[int]) -> None:
         self._assignment += 1
-        # Now, also where there is none yet: it must be quick once partitions come.
-        self._next_topic, self._to_see = 0.0, True
+        self._next_topic, self._to_reach = 0.0, not self._consumer.partitions
         log.info("partitions came", partitions=sorted(partitions), all=sorted(self._consumer.partitions))
         self._listener.assigned(self._consumer.partitions)
 

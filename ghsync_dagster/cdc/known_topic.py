@@ -37,6 +37,20 @@ class KnownTopic:
         self._ids = TopicIds(kafka)
         self._store = StreamStore(store)
 
+    def reach(self) -> None:
+        """Make the connections that ``see`` needs, so that it is quick.
+
+        Raises:
+            UnavailableError: A server is away, or there is no such topic.
+            RefusedError: Credentials or rights.
+        """
+        self._ids.of(self._kafka.topic)
+        self._store.topic_of(group_name(self._kafka))
+
+    def close(self) -> None:
+        """Drop the connection to the brokers."""
+        self._ids.close()
+
     def is_another(self) -> bool:
         """Tell whether the topic is another than the one that the group consumed; False where it consumed none yet.
 

@@ -109,7 +109,7 @@ class TopicConsumer:
                 more = self._consumer.consume(limit, 0)
                 # A partition that went meanwhile is another's, or is read anew from what is committed.
                 found = [message for message in found if message.partition() not in self._gone] + more
-            if not found:
+            if seconds > 0 and not found:
                 # Heartbeats leave only when something wakes the library's own thread, otherwise every half a second.
                 self._consumer.assignment()
         if isinstance(self.trouble, PermanentError):

@@ -112,7 +112,7 @@ def ensure_topic(kafka: KafkaSettings, topic: str) -> None:
 class TopicIds:
     """The ids that topics got when they were made: another one with the same name has another id (KIP-516).
 
-    One connection is kept for all questions.
+    One connection is kept for all questions, until ``close``.
 
     Args:
         kafka: The way to the brokers.
@@ -135,6 +135,10 @@ class TopicIds:
             [asked] = self._admin.describe_topics(TopicCollection([topic]), request_timeout=seconds).values()
             found = str(asked.result().topic_id)
         return "" if found == _NO_ID else found
+
+    def close(self) -> None:
+        """Drop the connection; another question makes a new one."""
+        self._admin = None
 
 
 def ends_of(kafka: KafkaSettings, topic: str) -> dict[int, int]:

@@ -186,6 +186,8 @@ def test_a_timeline_tells_the_steady_the_hand_over_and_the_kills_apart() -> None
     assert alone.around.longest_gap_ms == 17_000
     assert 17_000 < alone.around.latency.max < 17_000 + LATENCY_MS
     assert (standby.how, standby.taken_over, standby.next_applied, standby.noticed) == (STANDBY, 9.9, 10.0, 1.0)
+    # From when the fourth was asked for, with those that were on their way then.
+    assert standby.around.latency.count == (110_000 + AFTER_MS - 83_000 + LATENCY_MS) // 10 - 1
     # The one beside took over: there was nothing to start.
     assert (standby.asked, standby.started) == (None, None)
     assert seen.resolution.max == 5
