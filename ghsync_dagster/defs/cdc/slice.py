@@ -6,6 +6,7 @@ are consumed (``cdc.consume``), and when a run starts (``defs.cdc.supervisor``).
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import threading
@@ -104,6 +105,8 @@ def consume(
             told = stop.is_set()
             stop.set()
             _await_end(future, max(min(ending, latest - time.monotonic()), 0))
+            # The run ends: to go through all that Dagster holds would take a core from the slice that takes over.
+            gc.freeze()
             observer.observe()
     report = future.result()
     if told and _told_to_end(context):
