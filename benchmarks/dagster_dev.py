@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.defs.cdc.supervisor import Slice
 
 # Looking costs what is measured: Dagster's storage is read.
-LOOK_SECONDS = 2.0
+LOOK_SECONDS = 5.0
 _CAME = '"event": "partitions came"'
 _STARTED = "Started process for run (pid: "
 
