@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, Message, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, Consumer, KafkaError, Message, TopicPartition
 
 from ghsync_dagster.domain.errors import GhsyncError, PermanentError, UnavailableError
 from ghsync_dagster.stores.kafka import KafkaSettings, consumer_config, kafka_error, kafka_errors
@@ -70,8 +70,9 @@ class TopicConsumer:
         # A partition that comes back is as paused as it was when it went.
         (consumer.pause if self._paused else consumer.resume)(partitions)
         came = {partition.partition for partition in partitions}
-        self.partitions |= came
         self.trouble = None
+        self._fetch_now()
+        self.partitions |= came
         self._assigned(came)
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
@@ -89,6 +90,7 @@ class TopicConsumer:
             self.ends_met.pop(partition.partition, None)
             self._to_begin.discard(partition.partition)
         consumer.incremental_unassign(partitions)
+        self._fetch_now()
 
     def take(self, limit: int, seconds: float) -> list[Message]:
         """Return up to ``limit`` records as soon as there is one, or none after ``seconds``.
@@ -244,6 +246,21 @@ class TopicConsumer:
         if self._paused:
             self._paused = False
             self._consumer.resume(self._places())
+            self._fetch_now()
+
+    def _fetch_now(self) -> None:
+        """Have partitions fetched that were paused, as the library does with those that stay in a rebalance.
+
+        Its thread for a broker sees that they no longer are when something wakes it, such as a question to that
+        broker, otherwise up to a second later.
+        """
+        if self.partitions and not self._paused:
+            ends = [TopicPartition(self.kafka.topic, partition, OFFSET_END) for partition in self.partitions]
+            try:
+                with kafka_errors(f"Reading offsets of {self.kafka.topic}"):
+                    self._consumer.offsets_for_times(ends, timeout=_LOOK_SECONDS)
+            except UnavailableError as away:
+                self.trouble = away
 
     def _places(self) -> list[TopicPartition]:
         return [TopicPartition(self.kafka.topic, partition) for partition in self.partitions]

@@ -376,6 +376,45 @@ def test_a_consumer_without_records_tells_the_group_that_it_lives_as_often_as_is
     assert len(beats) > looks // 3
 
 
+@pytest.mark.parametrize("pause", ["of its own", "of a rebalance"])
+def test_records_are_fetched_at_once_when_a_pause_ends(pause: str, topic: Topic) -> None:
+    def member(given: Callable[[set[int]], None]) -> TopicConsumer:
+        return TopicConsumer(topic.kafka, assigned=given, revoked=lambda _: None, lost=lambda _: None)
+
+    def append() -> int:
+        topic.upsert(1)
+        topic.flush()
+        return topic.written - 1
+
+    def comes_soon() -> bool:
+        last, deadline = append(), time.monotonic() + 0.3
+        until(lambda: any(message.offset() == last for message in consumer.take(100, 0.05)))
+        return time.monotonic() < deadline
+
+    def soon_after_pause() -> bool:
+        consumer.pause()
+        append()
+        # Its end is told to the library's thread, which then sees that nothing is to be fetched.
+        until(lambda: consumer.take(1, 0.05) == [])
+        consumer.resume()
+        return comes_soon()
+
+    def soon_after_rebalance() -> bool:
+        """Go on when another has come, which ends a pause that only the library knows of."""
+        came = threading.Event()
+        with closing(member(lambda _: came.set())) as other:
+            until(lambda: other.take(1, 0.05) == [] and came.is_set())
+            append()
+            other.take(1, 0.05)
+            return comes_soon()
+
+    with closing(member(lambda _: None)) as consumer:
+        until(lambda: consumer.take(1, 0.05) == [] and bool(consumer.partitions))
+        soon = [soon_after_pause() if pause == "of its own" else soon_after_rebalance() for _ in range(6)]
+    # Unasked, the thread looks once a second.
+    assert sum(soon) >= 5, soon
+
+
 def test_a_record_of_a_partition_that_goes_before_it_is_returned_is_not_returned(
     topic: Topic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
