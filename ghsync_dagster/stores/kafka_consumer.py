@@ -60,7 +60,10 @@ class TopicConsumer:
             )
 
     def _on_error(self, error: KafkaError) -> None:
-        trouble = kafka_error(error, f"Consuming {self.kafka.topic}")
+        self._meet(kafka_error(error, f"Consuming {self.kafka.topic}"))
+
+    def _meet(self, trouble: GhsyncError | None) -> None:
+        """Keep what keeps the brokers away, for ``take`` to raise it where it is permanent: a callback must not."""
         # What is permanent must not be covered by what only follows from it.
         if not isinstance(self.trouble, PermanentError):
             self.trouble = trouble
@@ -70,7 +73,7 @@ class TopicConsumer:
         # A partition that comes back is as paused as it was when it went.
         (consumer.pause if self._paused else consumer.resume)(partitions)
         came = {partition.partition for partition in partitions}
-        self.trouble = None
+        self._meet(None)
         self._fetch_now()
         self.partitions |= came
         self._assigned(came)
@@ -259,8 +262,8 @@ class TopicConsumer:
             try:
                 with kafka_errors(f"Reading offsets of {self.kafka.topic}"):
                     self._consumer.offsets_for_times(ends, timeout=_LOOK_SECONDS)
-            except UnavailableError as away:
-                self.trouble = away
+            except GhsyncError as error:
+                self._meet(error)
 
     def _places(self) -> list[TopicPartition]:
         return [TopicPartition(self.kafka.topic, partition) for partition in self.partitions]
@@ -274,6 +277,7 @@ class TopicConsumer:
             self._consumer.incremental_assign(places)
             # They are as paused as before.
             self._consumer.resume(self._places())
+        self._fetch_now()
         for partition in offsets:
             self.ends_met.pop(partition, None)
 

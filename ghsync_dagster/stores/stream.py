@@ -274,9 +274,10 @@ class StreamStore:
         """
         started = time.monotonic()
         with self._command(f"Reading {what}"):
-            found = {entry["_id"] for entry in collection.find({}, {"_id": 1}).limit(few)}
+            # One that is dropped and comes anew meanwhile may be read twice: what is read counts against the limit.
+            found = [entry["_id"] for entry in collection.find({}, {"_id": 1}).limit(few)]
         if len(found) < few:
-            return found
+            return set(found)
         now = time.monotonic()
         self._large_until[collection.name] = now + _REST * (now - started)
         return None

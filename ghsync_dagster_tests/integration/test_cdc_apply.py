@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from pymongo import MongoClient
+from pymongo.collection import Collection
 from pymongo.synchronous import pool
 
 from ghsync_dagster import clock
@@ -257,6 +258,31 @@ def test_a_collection_that_held_many_entries_is_not_read_whole_again_for_a_while
     monkeypatch.setattr("ghsync_dagster.stores.stream._REST", 0)
     for _ in range(2):
         assert looked_up(1_000) == 1 + by_key, "it may hold few by now"
+
+
+def test_an_entry_that_is_read_twice_makes_no_collection_that_was_cut_off_a_whole_one(
+    users: UserStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [str(key) for key in range(1_000)]
+    users.deleted.insert_many([{"_id": key} for key in keys])
+    find = Collection.find
+
+    class Twice:
+        """What is found where an entry is dropped and comes anew behind the place that is read."""
+
+        def __init__(self, collection: Collection[Any]) -> None:
+            self.collection = collection
+
+        def limit(self, count: int) -> list[Any]:
+            found = list(find(self.collection, {}).limit(count - 1))
+            return [*found, found[0]]
+
+    monkeypatch.setattr(
+        Collection, "find", lambda found, *args, **more: find(found, *args, **more) if args[0] else Twice(found)
+    )
+    StreamStore(users).forget_deleted(keys)
+    monkeypatch.undo()
+    assert ids(users.deleted.find()) == set()
 
 
 # notes

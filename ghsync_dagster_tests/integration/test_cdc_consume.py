@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from cdc_parts import Parts, StrictStore, make_anew, make_strict, stored, until, user
-from confluent_kafka import TopicPartition, Uuid
+from confluent_kafka import KafkaError, KafkaException, TopicPartition, Uuid
 from confluent_kafka.admin import AdminClient
 from pymongo.collection import Collection
 from pymongo.errors import AutoReconnect, OperationFailure
@@ -413,6 +413,33 @@ def test_records_are_fetched_at_once_when_a_pause_ends(pause: str, topic: Topic)
         soon = [soon_after_pause() if pause == "of its own" else soon_after_rebalance() for _ in range(6)]
     # Unasked, the thread looks once a second.
     assert sum(soon) >= 5, soon
+
+
+@pytest.mark.parametrize("asked", [KafkaError._TIMED_OUT, KafkaError.TOPIC_AUTHORIZATION_FAILED])
+def test_what_is_refused_in_a_rebalance_is_raised_when_records_are_taken_whatever_else_is_wrong(
+    asked: int, topic: Topic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    consumer = TopicConsumer(topic.kafka, assigned=lambda _: None, revoked=lambda _: None, lost=lambda _: None)
+    inner = consumer._consumer
+
+    class Refused:
+        """The client, whose question in the rebalance ends otherwise."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(inner, name)
+
+        def offsets_for_times(self, *_: Any, **__: Any) -> Any:
+            raise KafkaException(KafkaError(asked))
+
+    with closing(consumer):
+        until(lambda: consumer.take(1, 0.05) == [] and bool(consumer.partitions))
+        monkeypatch.setattr(consumer, "_consumer", Refused())
+        if asked == KafkaError._TIMED_OUT:
+            consumer._on_error(KafkaError(KafkaError.TOPIC_AUTHORIZATION_FAILED))
+        consumer._on_revoke(inner, [])
+        consumer._on_assign(inner, [])
+        with pytest.raises(RefusedError):
+            consumer.take(1, 0.05)
 
 
 def test_a_record_of_a_partition_that_goes_before_it_is_returned_is_not_returned(
