@@ -401,14 +401,18 @@ def test_records_are_fetched_at_once_when_a_pause_ends(pause: str, topic: Topic)
 
     def soon_after_rebalance() -> bool:
         """Go on when another has come, which ends a pause that only the library knows of."""
-        came = threading.Event()
+        came, before = threading.Event(), len(given)
         with closing(member(lambda _: came.set())) as other:
             until(lambda: other.take(1, 0.05) == [] and came.is_set())
             append()
             other.take(1, 0.05)
-            return comes_soon()
+            soon = comes_soon()
+        # The next one can come only when this consumer has been told that this one went.
+        until(lambda: consumer.take(1, 0.05) == [] and len(given) >= before + 2)
+        return soon
 
-    with closing(member(lambda _: None)) as consumer:
+    given: list[set[int]] = []
+    with closing(member(given.append)) as consumer:
         until(lambda: consumer.take(1, 0.05) == [] and bool(consumer.partitions))
         soon = [soon_after_pause() if pause == "of its own" else soon_after_rebalance() for _ in range(6)]
     # Unasked, the thread looks once a second.
