@@ -1,8 +1,7 @@
 """Consume: the loop from the topic to acknowledged writes. Take, decode, coalesce, apply, acknowledge.
 
-Belongs here: what makes a batch, when it is handed to the writer, and what happens when partitions come and go.
-Not here: decoding (``domain.envelope``), applying and acknowledging (``cdc.write``), the client
-(``stores.kafka_consumer``).
+Belongs here: what makes a batch, when it is handed to the writer and committed, and what happens when partitions come
+and go. Not here: decoding (``domain.envelope``), applying (``cdc.write``), the client (``stores.kafka_consumer``).
 
 While one batch is written, the next is taken and decoded. So a batch is small when there is little, though a small one
 comes no sooner than ``_PACE_SECONDS`` after the one before; and when the consumer is behind it grows up to what the
