@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,6 +18,7 @@ from ghsync_dagster.domain.change import Change, Op
 from ghsync_dagster.domain.coalesce import Segment
 from ghsync_dagster.domain.errors import RefusedError, UnavailableError
 from ghsync_dagster.domain.user import MARKER_FIELD, MARKER_VALUE, json_schema
+from ghsync_dagster.stores import stream
 from ghsync_dagster.stores.mongo import UserStore
 from ghsync_dagster.stores.stream import StreamStore
 
@@ -209,6 +211,12 @@ def test_another_unique_index_refuses_alone(users: UserStore, *, created: bool) 
     result = applied(users, upsert(user("2", "taken")), upsert(user("3", "free")), created=created)
     assert {key: refused.kind for key, refused in result.refused.items()} == {"2": "unique-index"}
     assert set(stored(users)) == {"1", "3"}
+
+
+def test_the_documentation_lists_each_kind_of_what_the_database_refuses() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "cdc.md").read_text()
+    for kind in {*stream._KINDS.values(), "unencodable"}:
+        assert f"`{kind}`" in page
 
 
 # what loads and deletes left, looked up for many keys

@@ -357,6 +357,22 @@ def test_a_drain_fails_on_a_document_that_breaks_the_contract(stack: Stack, runs
     assert failure.metadata["kind"].value == "data"
 
 
+def test_a_drain_fails_without_the_unique_index(stack: Stack, runs: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    def and_somebody_drops_it(*arguments: Any, **more: Any) -> ConsumerReport:
+        report = consume(*arguments, **more)
+        with stack.store() as store:
+            store.users.drop_index("user_id_unique")
+        return report
+
+    stack.insert(1)
+    stack.await_topic(1)
+    monkeypatch.setattr(jobs, "consume", and_somebody_drops_it)
+    result = runs.run("cdc_drain_job")
+    assert not result.success
+    failure = result.failure_data_for_node("gate_drain").user_failure_data
+    assert "unique_user_id_index" in failure.description
+
+
 def test_a_drain_that_may_not_go_on_long_enough_fails(stack: Stack, runs: InProcess) -> None:
     stack.insert(1)
     stack.await_topic(1)

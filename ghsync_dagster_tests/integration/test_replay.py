@@ -239,6 +239,36 @@ def test_an_edited_value_is_applied_and_no_older_letter_of_its_user_after_it(
     assert logins(store) == {"1": "edited", "9": "nine"}
 
 
+def test_a_letter_that_is_no_change_of_a_user_is_skipped_for_good(topic: Topic, parts: Parts, store: UserStore) -> None:
+    topic.raw({"serverName": "mysql-server"}, b"{ broken")
+    parts.drain(topic)
+    [(letter, _, _)] = letter_states(topic.kafka, store)
+    report = replayed(topic, store, Selection(ids=frozenset({letter.id})), Edit(value=b'{"ts_ms": 1700000000000}'))
+    assert (fates(report), report.left_open) == ({0: Fate.NO_CHANGE}, 0)
+    assert states(topic, store) == {0: "skipped"}
+    assert stored(store) == {}
+
+
+@pytest.mark.parametrize("at", [ReplayStep.LOG_OLD, ReplayStep.RECORD_INTENT], ids=lambda step: step.name)
+def test_a_letter_whose_user_is_written_by_somebody_else_meanwhile_stays_open_and_is_applied_by_the_next_replay(
+    topic: Topic, parts: Parts, store: UserStore, at: ReplayStep
+) -> None:
+    topic.upsert(1, "old")
+    wanted = poison(topic, 1, "poison-1")
+    parts.drain(topic)
+
+    def interfere(done: ReplayStep) -> None:
+        if done is at:
+            store.users.replace_one({"user_id": "1"}, row(1, "somebody's"))
+
+    report = replay(topic.kafka, store, ALL, lease_wait_seconds=60, lease_quiet_seconds=1, on_step=interfere)
+    assert (fates(report), report.left_open) == ({1: Fate.BUSY}, 1)
+    assert logins(store) == {"1": "somebody's"}
+    assert fates(replayed(topic, store)) == {1: Fate.REPLAYED}
+    assert stored(store) == {"1": wanted}
+    assert_nothing_half_done(store)
+
+
 def test_an_edit_is_for_one_letter_and_an_unknown_id_is_told(topic: Topic, parts: Parts, store: UserStore) -> None:
     poison(topic, 1)
     parts.drain(topic)
