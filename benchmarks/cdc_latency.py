@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from benchmarks.stack import Stack
 
 WARM_UP_SECONDS = 5.0
-START_AHEAD_SECONDS = 8.0
+START_AHEAD_SECONDS = 6.0
 OVERLAP_SECONDS = 3.0
 AFTER_SECONDS = 3.0
 START_SECONDS = 60.0
@@ -94,7 +94,7 @@ def run(stack: Stack, rate: float, seconds: float) -> LatencyRun:
     """Change the table at a rate, consume, and hand over to a second consumer in the middle.
 
     Raises:
-        BenchmarkError: A process failed, or the changes were not all applied in time.
+        BenchmarkError: A process failed, the changes were not all applied in time, or none was steady.
     """
     admin = stack.admin()
     # One group for all runs: it has applied what was there before.
@@ -122,8 +122,8 @@ def run(stack: Stack, rate: float, seconds: float) -> LatencyRun:
         workload.end(0)
         second.wait(lambda: first.records + second.records >= workload.records, "apply all changes", CATCH_UP_SECONDS)
         second.end(128 + signal.SIGTERM)
-    return _outcome(
-        _Observed(rate, workload.lines, first.lines + second.lines, (second_began_ms, hand_over_ms, first_ended_ms)),
+    return outcome(
+        Observed(rate, workload.lines, first.lines + second.lines, (second_began_ms, hand_over_ms, first_ended_ms)),
         workload.report or {},
         equal=stack.is_equal(),
     )
@@ -133,7 +133,7 @@ def run(stack: Stack, rate: float, seconds: float) -> LatencyRun:
 
 
 @dataclass(frozen=True)
-class _Observed:
+class Observed:
     """What the processes told.
 
     Attributes:
@@ -169,7 +169,12 @@ class _Spread:
             self.steady[latency_ms] += records
 
 
-def _outcome(observed: _Observed, report: Mapping[str, Any], *, equal: bool) -> LatencyRun:
+def outcome(observed: Observed, report: Mapping[str, Any], *, equal: bool) -> LatencyRun:
+    """Pair commits and acknowledgements, and tell what is steady from what is around the hand-over.
+
+    Raises:
+        BenchmarkError: There are no pairs, or no change was steady.
+    """
     began_ms = observed.commits[0]["at"]
     second_began_ms, hand_over_ms, first_ended_ms = observed.times_ms
     committed, acknowledged = (
@@ -186,6 +191,11 @@ def _outcome(observed: _Observed, report: Mapping[str, Any], *, equal: bool) -> 
     for line in observed.acknowledgements:
         counts = {(what, outcome): count for what, outcome, count in line["counts"]}
         clock.batch_applied(AppliedBatch(counts=counts, acknowledged_ms=line["at"]))
+    if not spread.steady:
+        raise BenchmarkError(
+            f"The hand-over lasted until {(first_ended_ms - began_ms) / 1000:.0f} s, so no change was steady: "
+            "let the run take longer (--seconds)."
+        )
     from_kafka: Counter[int] = Counter()
     for line in observed.acknowledgements:
         from_kafka.update(dict(line["from_kafka"]))

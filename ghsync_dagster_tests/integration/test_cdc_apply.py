@@ -273,6 +273,7 @@ def test_an_entry_that_is_read_twice_makes_no_collection_that_was_cut_off_a_whol
     keys = [str(key) for key in range(1_000)]
     users.deleted.insert_many([{"_id": key} for key in keys])
     find = Collection.find
+    looks: list[int] = []
 
     class Twice:
         """What is found where an entry is dropped and comes anew behind the place that is read."""
@@ -281,6 +282,7 @@ def test_an_entry_that_is_read_twice_makes_no_collection_that_was_cut_off_a_whol
             self.collection = collection
 
         def limit(self, count: int) -> list[Any]:
+            looks.append(count)
             found = list(find(self.collection, {}).limit(count - 1))
             return [*found, found[0]]
 
@@ -289,6 +291,7 @@ def test_an_entry_that_is_read_twice_makes_no_collection_that_was_cut_off_a_whol
     )
     StreamStore(users).forget_deleted(keys)
     monkeypatch.undo()
+    assert looks
     assert ids(users.deleted.find()) == set()
 
 
