@@ -140,11 +140,11 @@ def _rehearsed(found: Rehearsal) -> dict[str, str]:
     letters = ", ".join(f"{count:,} {kind}" for kind, count in found.consumer.dead_letters.items())
     return {
         "changes": f"{work.total:,} at {work.rate:,.0f} a second ({kinds})",
-        "commit to document": _latency(found.latency),
+        "commit to document": f"{_latency(found.latency)}{'' if found.load_exit is None else ', with the load beside'}",
         "dead letters": letters or "none",
         "load beside": {None: "none", 0: "went well"}.get(found.load_exit, f"failed with exit code {found.load_exit}"),
         "audit": seen.summary(),
-        "seconds": f"{found.seconds:.1f}",
+        "seconds": f"{found.seconds:.1f} from the first change to the end of the audit",
     }
 
 
