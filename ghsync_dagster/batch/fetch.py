@@ -249,6 +249,8 @@ class _Download:
 
         try:
             for attempt in stamina.retry_context(on=_retry_wait, attempts=_ATTEMPTS, timeout=None):
+                if attempt.num > 1:
+                    _logger.warning("download is tried again", hour=self._hour, attempt=attempt.num, of=_ATTEMPTS)
                 with attempt:
                     self._receive()
         except httpx.HTTPStatusError as error:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import stamina.instrumentation
 import structlog
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ def configure_logging(settings: Settings) -> None:
     root.handlers[:] = [handler]
     root.setLevel(settings.log_level)
     root.propagate = False
+    # Who tries again says so itself, in these lines.
+    stamina.instrumentation.set_on_retry_hooks([])
 
 
 def bind_run(run_id: str | None) -> None:

@@ -15,6 +15,7 @@ import structlog
 from ghsync_dagster.domain.errors import UnavailableError
 from ghsync_dagster.observability.logging import configure_logging, get_logger, redact
 from ghsync_dagster.settings import load_settings
+from ghsync_dagster.stores.retry import retrying
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -217,3 +218,19 @@ def test_no_credential_reaches_the_log(logged: Callable[..., io.StringIO], way: 
 )
 def test_exactly_the_credentials_of_a_uri_are_masked(text: str, masked: str) -> None:
     assert redact(text) == masked
+
+
+def test_a_try_that_fails_is_one_line_of_ours_and_nothing_of_the_library_s(
+    logged: Callable[..., io.StringIO], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise UnavailableError("MongoDB can't be reached.", way_out="Start it.")
+
+    monkeypatch.setattr("ghsync_dagster.stores.retry._FIRST_SECONDS", 0.001)
+    stream = logged()
+    with pytest.raises(UnavailableError):
+        retrying("Comparing", fail, attempts=3)
+    assert [(line["event"], line["attempt"]) for line in lines(stream)] == [
+        ("a transient fault", at) for at in (1, 2, 3)
+    ]
+    assert caplog.records == []
