@@ -122,7 +122,7 @@ def run(stack: Stack, rate: float, seconds: float) -> LatencyRun:
         workload.end(0)
         second.wait(lambda: first.records + second.records >= workload.records, "apply all changes", CATCH_UP_SECONDS)
         second.end(128 + signal.SIGTERM)
-    return outcome(
+    return latency_run(
         Observed(rate, workload.lines, first.lines + second.lines, (second_began_ms, hand_over_ms, first_ended_ms)),
         workload.report or {},
         equal=stack.is_equal(),
@@ -169,7 +169,7 @@ class _Spread:
             self.steady[latency_ms] += records
 
 
-def outcome(observed: Observed, report: Mapping[str, Any], *, equal: bool) -> LatencyRun:
+def latency_run(observed: Observed, report: Mapping[str, Any], *, equal: bool) -> LatencyRun:
     """Pair commits and acknowledgements, and tell what is steady from what is around the hand-over.
 
     Raises:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.cdc_latency import Observed, outcome
+from benchmarks.cdc_latency import Observed, latency_run
 from benchmarks.harness import BenchmarkError
 
 BEGAN_MS = 1_700_000_000_000
@@ -36,7 +36,7 @@ def observed(second_began: int, hand_over: int, first_ended: int, slow: tuple[in
 
 
 def test_a_hand_over_lasts_from_the_second_one_s_start_to_three_seconds_after_the_first_one_s_end() -> None:
-    run = outcome(observed(8, 12, 13, slow=(8, 16)), REPORT, equal=True)
+    run = latency_run(observed(8, 12, 13, slow=(8, 16)), REPORT, equal=True)
     # From 5 to 8 and from 17 on, and 8 to 16.
     assert run.steady.count == 10 * (3 + 3)
     assert run.around.count == 10 * 9
@@ -47,10 +47,10 @@ def test_a_hand_over_lasts_from_the_second_one_s_start_to_three_seconds_after_th
 
 def test_a_hand_over_that_leaves_nothing_steady_is_an_error() -> None:
     with pytest.raises(BenchmarkError, match=r"lasted until 17 s, so no change was steady: .*--seconds"):
-        outcome(observed(3, 16, 17), REPORT, equal=True)
+        latency_run(observed(3, 16, 17), REPORT, equal=True)
 
 
 def test_records_without_a_pair_are_an_error() -> None:
     told = observed(8, 12, 13)
     with pytest.raises(BenchmarkError, match="200 records were committed, but 190 acknowledged"):
-        outcome(Observed(told.rate, told.commits, told.acknowledgements[:-1], told.times_ms), REPORT, equal=True)
+        latency_run(Observed(told.rate, told.commits, told.acknowledgements[:-1], told.times_ms), REPORT, equal=True)
