@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ghsync_dagster.domain.errors import ConfigError, InputError, RefusedError, UnavailableError
 from ghsync_dagster.observability.logging import get_logger, redact
+from ghsync_dagster.stores.retry import retrying
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -245,14 +246,9 @@ class _Download:
     def _complete(self) -> None:
         """Bring the whole body into the part file, over as many connections as it takes."""
         import httpx
-        import stamina
 
         try:
-            for attempt in stamina.retry_context(on=_retry_wait, attempts=_ATTEMPTS, timeout=None):
-                if attempt.num > 1:
-                    _logger.warning("download is tried again", hour=self._hour, attempt=attempt.num, of=_ATTEMPTS)
-                with attempt:
-                    self._receive()
+            retrying(f"Fetching {self._name}", self._receive, attempts=_ATTEMPTS, again=_retry_wait)
         except httpx.HTTPStatusError as error:
             self._refused(error.response.status_code)
         except httpx.RequestError as error:

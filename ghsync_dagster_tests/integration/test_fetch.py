@@ -23,6 +23,7 @@ from ghsync_dagster.domain.errors import (
     TransientError,
     UnavailableError,
 )
+from ghsync_dagster.stores import retry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -242,11 +243,17 @@ def test_hours_that_are_missing_are_all_named_after_the_others_came(archive: Arc
     assert len(archive.asked) == 3
 
 
-def test_a_server_that_is_busy_twice_is_asked_again(archive: Archive, tmp_path: Path) -> None:
+def test_a_server_that_is_busy_twice_is_asked_again_and_that_is_told(
+    archive: Archive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(retry.log, "warning", lambda _, *, what, reason, **__: told.append(f"{what}: {reason}"))
     archive.failures = [503, 503]
     (hour,) = fetch_hours([HOUR], tmp_path, base_url=archive.url)
     assert hour.path.read_bytes() == BODY
     assert len(archive.asked) == 3
+    assert len(told) == 2
+    assert all(line.startswith(f"Fetching {NAME}: HTTPStatusError: ") and "503" in line for line in told)
 
 
 def test_the_wait_that_a_busy_server_asks_for_is_kept(archive: Archive, tmp_path: Path) -> None:
