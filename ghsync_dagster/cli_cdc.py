@@ -6,7 +6,6 @@ anything that the consumer decides.
 
 from __future__ import annotations
 
-import sys
 import threading
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
@@ -20,7 +19,7 @@ from ghsync_dagster.settings import Settings, load_settings
 from ghsync_dagster.stopping import stop_on_signals
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
     from datetime import datetime
 
     from ghsync_dagster.batch.checks import Finding
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.rehearsal import Rehearsal
     from ghsync_dagster.stores.replay import LetterState
 
-NOT_FOUND = LEFT_OPEN = NOT_EQUAL = 1
+LEFT_OPEN = NOT_EQUAL = 1
 _STOPPED = 128
 _SHOWN_TEXT = 80
 
@@ -166,6 +165,8 @@ def _consume(*, until_end: bool, seconds: float | None, as_json: bool) -> None:
         report = consumer.run(stop, until_end=until_end, seconds=seconds)
     _finish(report, metrics.snapshot(), as_json=as_json)
     if signals and not report.reached_end:
+        if until_end:
+            say("stopped before the end of the topic; what is left is applied by the next run")
         raise typer.Exit(_STOPPED + signals[-1])
 
 
@@ -195,11 +196,19 @@ def _brief(snapshot: MetricsSnapshot) -> dict[str, Any]:
         "p50_ms": latency.p50,
         "p99_ms": latency.p99,
         "max_ms": latency.max,
-        "lag": snapshot.lag_records,
-        "lag_seconds": round(snapshot.lag_seconds, 1),
+        **_lag(snapshot),
         "dead_letters": sum(snapshot.dead_letters.values()),
         "retries": sum(snapshot.retries.values()),
     }
+
+
+def _lag(snapshot: MetricsSnapshot) -> dict[str, float | None]:
+    """The lag; none where nobody knows it, as no partition came yet, or Kafka does not answer."""
+    from ghsync_dagster.cdc.listener import KAFKA
+
+    if not snapshot.lag or not snapshot.connections.get(KAFKA):
+        return {"lag": None, "lag_seconds": None}
+    return {"lag": snapshot.lag_records, "lag_seconds": round(snapshot.lag_seconds, 1)}
 
 
 def _finish(report: ConsumerReport, snapshot: MetricsSnapshot, *, as_json: bool) -> None:
@@ -219,6 +228,8 @@ def _finish(report: ConsumerReport, snapshot: MetricsSnapshot, *, as_json: bool)
     for name, text in lines.items():
         if text:
             typer.echo(f"{name:13} {text}")
+    if report.dead_letters:
+        say("see: ghsync dlq list --state open")
 
 
 def _latency(found: Any) -> str:  # noqa: ANN401
@@ -242,8 +253,8 @@ def list_letters(
 
     from ghsync_dagster.stores.replay import LetterState
 
-    if state is not None and state not in list(LetterState):
-        raise typer.BadParameter(f"{state} is none of {', '.join(LetterState)}.", param_hint="--state")
+    _expect("--state", state, list(LetterState))
+    _expect_kind(kind)
 
     def fits(at: LetterState) -> bool:
         return at.is_open if state == LetterState.OPEN else state in (None, at)
@@ -257,7 +268,7 @@ def list_letters(
         text = letter.text if len(letter.text) <= _SHOWN_TEXT else f"{letter.text[:_SHOWN_TEXT]}..."
         typer.echo(f"{letter.id}  {letter.failed_at}  {at:8}  {letter.kind}: {text}")
     still_open = sum(at.is_open for _, at, _ in letters)
-    typer.echo(f"{len(letters):,} dead letters, {still_open:,} of them open", err=True)
+    typer.echo(f"dead letters: {len(letters):,}, of which open: {still_open:,}", err=True)
 
 
 @dlq.command()
@@ -266,6 +277,8 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show dead letters whole: key, value, headers, why, and whether they are replayed."""
+    from ghsync_dagster.cdc.replay import no_such_letter
+
     wanted = dict.fromkeys(ids)
     found = {
         letter.id: {**letter.as_json(whole=True), "state": state, "state_reason": why}
@@ -278,11 +291,23 @@ def show(
     else:
         for fields in shown:
             for name, value in fields.items():
-                typer.echo(f"{name:13} {value}")
+                if value != "":
+                    typer.echo(f"{name:13} {value}")
             typer.echo("")
-    if missing := [name for name in wanted if name not in found]:
-        sys.stderr.write(f"no such dead letter: {', '.join(missing)}\n")
-        raise typer.Exit(NOT_FOUND)
+    if missing := wanted.keys() - found.keys():
+        raise no_such_letter(missing)
+
+
+def _expect(option: str, given: str | None, known: Collection[str]) -> None:
+    if given is not None and given not in known:
+        raise typer.BadParameter(f"{given} is none of {', '.join(known)}.", param_hint=option)
+
+
+def _expect_kind(given: str | None) -> None:
+    from ghsync_dagster.domain.envelope import Refusal
+    from ghsync_dagster.stores.stream import KINDS_OF_REFUSED
+
+    _expect("--kind", given, [*(refusal.kind for refusal in Refusal), *sorted(KINDS_OF_REFUSED)])
 
 
 def _letters() -> Iterator[tuple[DeadLetter, LetterState, str]]:
@@ -321,6 +346,7 @@ def replay_letters(
 
     settings = load_settings()
     configure_logging(settings)
+    _expect_kind(kind)
     selection = Selection(frozenset(ids or ()), key, kind, None if since is None else _time(since))
     edit = _edit(with_key, with_value)
     kafka = existing_kafka(settings)
@@ -372,7 +398,10 @@ def _show_replay(report: ReplayReport) -> None:
         what = f"{change.op.value} of user {change.key}: " if change is not None and change.key is not None else ""
         typer.echo(f"{found.letter.id}  {found.fate.value}: {what}{found.reason}")
     counts = ", ".join(f"{count:,} {fate}" for fate, count in report.counts.items()) or "no open dead letter fits"
-    typer.echo(counts if report.applied else f"{counts}; nothing was written: give --apply to do it", err=True)
+    if not report.applied:
+        helps = any(found.fate.is_to_be_resolved for found in report.letters)
+        counts += f"; nothing was written{': give --apply to do it' if helps else ', nor would --apply resolve any'}"
+    typer.echo(counts, err=True)
 
 
 def _print_json(document: object) -> None:

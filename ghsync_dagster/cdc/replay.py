@@ -77,6 +77,11 @@ class Fate(StrEnum):
         """Whether nothing remains to be done."""
         return self in (Fate.REPLAYED, Fate.MOVED_ON, Fate.NO_CHANGE)
 
+    @property
+    def is_to_be_resolved(self) -> bool:
+        """Whether a dry run found that a replay would resolve it."""
+        return self in (Fate.APPLY, Fate.SUPERSEDED, Fate.MOVED_ON, Fate.NO_CHANGE)
+
 
 _FATES: Final = {
     Outcome.APPLY: Fate.APPLY,
@@ -321,6 +326,11 @@ def replay(
     return report
 
 
+def no_such_letter(missing: Iterable[str]) -> ConfigError:
+    """Return the error of ids that no dead letter has."""
+    return ConfigError(f"There is no dead letter {', '.join(sorted(missing))}.", way_out="See: ghsync dlq list.")
+
+
 class _Chosen:
     """The selected letters, decoded, and what is known of all others."""
 
@@ -350,7 +360,7 @@ class _Chosen:
                 missing.discard(letter.id)
                 self._add(letter, selection.key)
         if missing:
-            raise ConfigError(f"There is no dead letter {', '.join(sorted(missing))}.", way_out="See: ghsync dlq list.")
+            raise no_such_letter(missing)
 
     @cached_property
     def topic_id(self) -> str:

@@ -80,14 +80,14 @@ class Trouble:
         self._since: float | None = None
         self._said = 0.0
 
-    def goes_on(self, error: Exception) -> None:
+    def goes_on(self, error: GhsyncError) -> None:
         """Tell of the fault, unless that was done of late."""
         now = time.monotonic()
         if self._since is None:
             self._since, self._said = now, float("-inf")
         if now - self._said >= min(5.0 + (now - self._since) / 2, 300.0):
             self._said = now
-            log.warning(f"{self._what}, and is tried on", seconds=round(now - self._since, 1), reason=str(error))
+            log.warning(f"{self._what}, and is tried on", seconds=round(now - self._since, 1), reason=error.message)
 
     def is_over(self) -> None:
         """Tell that it is over, if there was one."""

@@ -69,6 +69,9 @@ _KINDS: Final = {
     _DUPLICATE_KEY: "unique-index",
 }
 """The error codes of one write that are about the user in it: another user can be stored all the same."""
+_UNENCODABLE: Final = "unencodable"
+KINDS_OF_REFUSED: Final = frozenset({*_KINDS.values(), _UNENCODABLE})
+"""The kinds of all that the database does not take."""
 _AWAY: Final = frozenset(
     {6, 7, 24, 50, 64, 89, 91, 112, 134, 189, 202, 262, 9001, 10107, 11600, 11602, 13435, 13436, 14031}
 )
@@ -83,7 +86,7 @@ class Refused(NamedTuple):
     """Why the database does not take a user.
 
     Attributes:
-        kind: A slug: validator, too-large, index-key-too-long, bad-value, unique-index or unencodable.
+        kind: A slug, one of ``KINDS_OF_REFUSED``.
         text: The database's own words, cut to size. They may hold values of the user: for dead letters, not for logs.
     """
 
@@ -361,7 +364,7 @@ class StreamStore:
                 return []
         # Nothing tells which one it is, and others may have been sent: to write them again changes nothing.
         if len(part) == 1:
-            refused[part[0][0]] = Refused("unencodable", f"The user can't be put into BSON ({unencodable}).")
+            refused[part[0][0]] = Refused(_UNENCODABLE, f"The user can't be put into BSON ({unencodable}).")
             return []
         middle = len(part) // 2
         return self._write_once(part[:middle], refused) + self._write_once(part[middle:], refused)

@@ -159,9 +159,14 @@ def test_dlq_list_and_show(topic: Topic, parts: Parts) -> None:
     assert one["value"] == "\x00\\xff{"
     assert one["headers"][0] == ["trace", "\x01\x00"]
 
-    missing = ghsync(topic, parts, "dlq", "show", "nothing-0-1")
-    assert missing.returncode == 1
-    assert "nothing-0-1" in missing.stderr
+    missing = ghsync(topic, parts, "dlq", "show", "nothing-0-1", f"{topic.kafka.topic}-0-7")
+    assert missing.returncode == 2
+    assert "error: There is no dead letter nothing-0-1.\nway out: See: ghsync dlq list.\n" in missing.stderr
+    assert missing.stdout.startswith("id ")
+
+    typo = ghsync(topic, parts, "dlq", "list", "--kind", "validater")
+    assert typo.returncode == 2
+    assert "validater is none of not-utf8, " in typo.stderr
 
 
 def test_cdc_drain_as_a_command(topic: Topic, parts: Parts) -> None:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 from ghsync_dagster import cli, cli_cdc
 from ghsync_dagster.cdc.dead_letters import DeadLetter
+from ghsync_dagster.cdc.replay import Fate, ReplayedLetter, ReplayReport
 from ghsync_dagster.domain.errors import (
     ConfigError,
     GhsyncError,
@@ -26,6 +27,7 @@ from ghsync_dagster.domain.errors import (
     UnavailableError,
 )
 from ghsync_dagster.local import kafka
+from ghsync_dagster.observability.metrics import ChangeMetrics
 from ghsync_dagster.stores.replay import LetterState
 
 if TYPE_CHECKING:
@@ -212,3 +214,38 @@ def test_dead_letters_whose_replay_began_are_listed_as_open_too(
     monkeypatch.setattr(cli_cdc, "_letters", lambda: letters)
     result = ghsync("dlq", "list", "--state", state, "--json")
     assert [letter["state"] for letter in json.loads(result.stdout)] == listed
+
+
+def replayed(*fates: Fate) -> ReplayReport:
+    """What a dry run says of letters with these fates."""
+    made = DeadLetter("t", 0, 1, None, b"1", b"{", [], "not-json", "no JSON", "2026-01-01T00:00:00+00:00")
+    return ReplayReport(applied=False, letters=tuple(ReplayedLetter(made, fate, "why") for fate in fates))
+
+
+@pytest.mark.parametrize(
+    ("fates", "told"),
+    [
+        ([Fate.APPLY, Fate.REFUSED], "give --apply to do it"),
+        ([Fate.MOVED_ON], "give --apply to do it"),
+        ([Fate.REFUSED, Fate.NOT_PASSED, Fate.UNSURE], "nor would --apply resolve any"),
+        ([], "no open dead letter fits; nothing was written, nor would --apply resolve any"),
+    ],
+)
+def test_a_dry_run_offers_to_apply_only_what_can_be(
+    capsys: pytest.CaptureFixture[str], fates: list[Fate], told: str
+) -> None:
+    cli_cdc._show_replay(replayed(*fates))
+    assert capsys.readouterr().err.endswith(f"{told}\n")
+
+
+def test_the_lag_of_a_consumer_is_told_only_where_it_is_known() -> None:
+    metrics = ChangeMetrics()
+    assert cli_cdc._brief(metrics.snapshot())["lag"] is None, "no partition came yet"
+    metrics.assigned([0])
+    metrics.lag(0, 7, 1.5)
+    assert cli_cdc._brief(metrics.snapshot())["lag"] is None, "Kafka was not heard of"
+    metrics.connection("kafka", up=True)
+    found = cli_cdc._brief(metrics.snapshot())
+    assert (found["lag"], found["lag_seconds"]) == (7, 1.5)
+    metrics.connection("kafka", up=False)
+    assert cli_cdc._brief(metrics.snapshot())["lag_seconds"] is None
