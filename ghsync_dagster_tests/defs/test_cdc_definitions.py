@@ -199,11 +199,30 @@ def test_nothing_starts_while_kafka_does_not_answer(
 
 
 @pytest.mark.usefixtures("nowhere")
-def test_a_slice_that_runs_is_left_alone_without_asking_kafka(instance: dg.DagsterInstance) -> None:
+def test_a_slice_that_runs_is_left_alone_without_asking_kafka(
+    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sensors, "_WATCH_SECONDS", 0.5)
     run = add_run(instance, dg.DagsterRunStatus.STARTED)
     instance.report_dagster_event(_start_event(), run.run_id)
     observe(instance, run)
     assert "A slice runs for 3" in str(tick(instance).skip_message)
+
+
+@pytest.mark.usefixtures("nowhere")
+def test_a_slice_that_dies_while_a_tick_watches_it_is_replaced_in_that_tick(
+    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sensors, "_WATCH_SECONDS", 60.0)
+    run = add_run(instance, dg.DagsterRunStatus.STARTED)
+    instance.report_dagster_event(_start_event(), run.run_id)
+    dies = threading.Timer(0.5, instance.report_run_failed, [run, "killed"])
+    dies.start()
+    started = time.monotonic()
+    # It is to be started, which needs Kafka.
+    assert "Nothing is started: There is no Kafka" in str(tick(instance).skip_message)
+    assert 0.5 <= time.monotonic() - started < 30
+    dies.join()
 
 
 def _start_event() -> dg.DagsterEvent:

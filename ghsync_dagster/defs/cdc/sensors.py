@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import dagster as dg
 
 from ghsync_dagster.defs.cdc.jobs import FLOW_TAG, SYNC_JOB, SYNC_OP, cdc_sync_job
-from ghsync_dagster.defs.cdc.supervisor import Phase, Replace, Rules, Slice, Wait, decide, is_silent
+from ghsync_dagster.defs.cdc.supervisor import Phase, Replace, Rules, Slice, Start, Wait, decide, is_silent
 from ghsync_dagster.domain.errors import TransientError
 from ghsync_dagster.observability.logging import configure_logging, get_logger
 from ghsync_dagster.settings import load_settings
@@ -29,6 +29,9 @@ MAX_RUNTIME_TAG: Final = "dagster/max_runtime"
 
 # Due at each look of Dagster's daemon, every 5 s: 5 is at times a few ms short of due, and waits for the next look.
 _INTERVAL_SECONDS: Final = 1
+_WATCH_SECONDS: Final = 3.0
+"""How long a tick watches for the end of a slice, else seen at the daemon's next look only. Other sensors wait."""
+_LOOK_SECONDS: Final = 0.25
 _ENDED_SEEN: Final = 20
 _PROBE_SECONDS: Final = 3.0
 _PHASES: Final = {
@@ -65,20 +68,41 @@ def cdc_supervisor(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.Sk
     settings = load_settings()
     configure_logging(settings)
     rules = Rules(report=settings.cdc_report_seconds)
-    now = time.time()
     slices = read_slices(context.instance, settings)
-    waiting = _waiting(settings) if any(is_silent(one, now, rules) for one in slices) else None
-    done = []
-    while isinstance(decision := decide(slices, now, rules, waiting), Replace):
-        end_slice(context.instance, decision)
-        done.append(f"Ended {decision.run_id}: {decision.why}.")
-        slices = [_ended(one, now) if one.run_id == decision.run_id else one for one in slices]
+    decision, done = _settle(context.instance, slices, settings, rules)
+    if isinstance(decision, Wait) and not done and _sees_an_end(context.instance, slices):
+        decision, done = _settle(context.instance, read_slices(context.instance, settings), settings, rules)
     if isinstance(decision, Wait):
         return dg.SkipReason(" ".join([*done, decision.why]))
     if missing := _kafka_is_missing(settings):
         return dg.SkipReason(" ".join([*done, f"Nothing is started: {missing}"]))
     log.info("a slice starts", why=decision.why, after=decision.after)
     return run_request(settings, decision.after, rules)
+
+
+def _settle(
+    instance: dg.DagsterInstance, slices: Sequence[Slice], settings: Settings, rules: Rules
+) -> tuple[Start | Wait, list[str]]:
+    """End the slices that are to be replaced; return what is to be done then, and what was done, in words."""
+    now = time.time()
+    waiting = _waiting(settings) if any(is_silent(one, now, rules) for one in slices) else None
+    done = []
+    while isinstance(decision := decide(slices, now, rules, waiting), Replace):
+        end_slice(instance, decision)
+        done.append(f"Ended {decision.run_id}: {decision.why}.")
+        slices = [_ended(one, now) if one.run_id == decision.run_id else one for one in slices]
+    return decision, done
+
+
+def _sees_an_end(instance: dg.DagsterInstance, slices: Sequence[Slice]) -> bool:
+    """Watch the slices that live for a while; tell whether one of them ended."""
+    living = [one.run_id for one in slices if one.phase.lives]
+    until = time.monotonic() + _WATCH_SECONDS
+    while living and time.monotonic() < until:
+        if instance.get_runs_count(dg.RunsFilter(run_ids=living, statuses=_LIVING)) < len(living):
+            return True
+        time.sleep(_LOOK_SECONDS)
+    return False
 
 
 def run_request(settings: Settings, after: str | None, rules: Rules) -> dg.RunRequest:
