@@ -203,7 +203,7 @@ def _brief(snapshot: MetricsSnapshot) -> dict[str, Any]:
 
 
 def _lag(snapshot: MetricsSnapshot) -> dict[str, float | None]:
-    """The lag; none where nobody knows it, as no partition came yet, or Kafka does not answer."""
+    """The lag; None while no partition came, or Kafka does not answer."""
     from ghsync_dagster.cdc.listener import KAFKA
 
     if not snapshot.lag or not snapshot.connections.get(KAFKA):
@@ -291,7 +291,7 @@ def show(
     else:
         for fields in shown:
             for name, value in fields.items():
-                if value != "":
+                if (name, value) != ("state_reason", ""):
                     typer.echo(f"{name:13} {value}")
             typer.echo("")
     if missing := wanted.keys() - found.keys():
@@ -399,8 +399,8 @@ def _show_replay(report: ReplayReport) -> None:
         typer.echo(f"{found.letter.id}  {found.fate.value}: {what}{found.reason}")
     counts = ", ".join(f"{count:,} {fate}" for fate, count in report.counts.items()) or "no open dead letter fits"
     if not report.applied:
-        helps = any(found.fate.is_to_be_resolved for found in report.letters)
-        counts += f"; nothing was written{': give --apply to do it' if helps else ', nor would --apply resolve any'}"
+        helps = ": give --apply to do it" if report.to_resolve else ", nor would --apply resolve any"
+        counts += f"; nothing was written{helps}"
     typer.echo(counts, err=True)
 
 

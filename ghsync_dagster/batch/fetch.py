@@ -284,7 +284,10 @@ class _Download:
             if response.status_code == 206 and not (offset and _continues(response, offset)):
                 self._discard()
                 raise httpx.RemoteProtocolError("another range came than was asked for", request=response.request)
-            response.raise_for_status()
+            if not response.is_success:
+                # The library's own message names the URL, and one that was redirected to may hold a signature.
+                text = f"status {response.status_code}"
+                raise httpx.HTTPStatusError(text, request=response.request, response=response)
             self._resumed = response.status_code == 206
             if not self._resumed:
                 offset = 0

@@ -77,11 +77,6 @@ class Fate(StrEnum):
         """Whether nothing remains to be done."""
         return self in (Fate.REPLAYED, Fate.MOVED_ON, Fate.NO_CHANGE)
 
-    @property
-    def is_to_be_resolved(self) -> bool:
-        """Whether a dry run found that a replay would resolve it."""
-        return self in (Fate.APPLY, Fate.SUPERSEDED, Fate.MOVED_ON, Fate.NO_CHANGE)
-
 
 _FATES: Final = {
     Outcome.APPLY: Fate.APPLY,
@@ -183,11 +178,13 @@ class ReplayReport:
         applied: Whether it was more than a dry run.
         letters: Each letter that was selected.
         recovered: What earlier, dead loads and replays had left, by kind of repair.
+        to_resolve: Of a dry run, how many letters a replay would resolve.
     """
 
     applied: bool
     letters: tuple[ReplayedLetter, ...]
     recovered: Mapping[str, int] = field(default_factory=dict)
+    to_resolve: int = 0
 
     @property
     def counts(self) -> dict[str, int]:
@@ -282,7 +279,8 @@ def plan_replay(kafka: KafkaSettings, store: UserStore, selection: Selection, ed
     """
     chosen = _Chosen(kafka, store, selection, edit)
     chosen.judge(chosen.look())
-    return ReplayReport(applied=False, letters=tuple(chosen.letters))
+    to_resolve = len(chosen.resolved(as_if_applied=True))
+    return ReplayReport(applied=False, letters=tuple(chosen.letters), to_resolve=to_resolve)
 
 
 def replay(
@@ -429,6 +427,20 @@ class _Chosen:
         found.settle(_FATES[judgement.outcome], judgement.reason)
         if judgement.by is not None and judgement.outcome is Outcome.SUPERSEDED:
             found.by = f"{self.topic}-{judgement.by.partition}-{judgement.by.offset}"
+
+    def resolved(self, *, as_if_applied: bool = False) -> list[ReplayedLetter]:
+        """Return the letters for which nothing remains to be done, or would if what is to be applied were applied."""
+        done = {
+            found.letter.id
+            for found in self.letters
+            if found.fate.is_final or (as_if_applied and found.fate is Fate.APPLY)
+        }
+        still_open = self.open - done
+        return [
+            found
+            for found in self.letters
+            if found.letter.id in done or (found.fate is Fate.SUPERSEDED and found.by not in still_open)
+        ]
 
     def _written_letters(self) -> dict[str, list[Sighting]]:
         """Return the letters that replays have written, or began to, by user; offsets of another topic say nothing."""
@@ -604,12 +616,10 @@ class _Run:
         """Record the letters that need not be applied any more."""
         from ghsync_dagster.stores.replay import LetterState
 
-        still_open = self._chosen.open - {found.letter.id for found in self._chosen.letters if found.fate.is_final}
         skipped = []
-        for found in self._chosen.letters:
-            superseded = found.fate is Fate.SUPERSEDED and found.by not in still_open
-            found.resolved = found.fate.is_final or superseded
-            if found.resolved and found.fate is not Fate.REPLAYED and found.letter.id in self._chosen.open:
+        for found in self._chosen.resolved():
+            found.resolved = True
+            if found.fate is not Fate.REPLAYED and found.letter.id in self._chosen.open:
                 skipped.append(self._resolution(found, LetterState.SKIPPED))
         self._writes.record(skipped)
 

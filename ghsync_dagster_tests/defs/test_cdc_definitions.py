@@ -174,6 +174,8 @@ def _observation_data(observation: dg.AssetObservation) -> Any:
 def test_the_sensor_runs_by_default_at_each_look_of_the_daemon() -> None:
     assert cdc_supervisor.default_status == dg.DefaultSensorStatus.RUNNING
     assert (cdc_supervisor.minimum_interval_seconds, MIN_INTERVAL_LOOP_TIME) == (1, 5)
+    # Else the other sensors would be looked at less often.
+    assert sensors._WATCH_SECONDS < MIN_INTERVAL_LOOP_TIME - 1
     assert cdc_supervisor.job_name == SYNC_JOB
 
 
@@ -211,18 +213,35 @@ def test_a_slice_that_runs_is_left_alone_without_asking_kafka(
 
 @pytest.mark.usefixtures("nowhere")
 def test_a_slice_that_dies_while_a_tick_watches_it_is_replaced_in_that_tick(
-    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sensors, "_WATCH_SECONDS", 60.0)
-    run = add_run(instance, dg.DagsterRunStatus.STARTED)
-    instance.report_dagster_event(_start_event(), run.run_id)
-    dies = threading.Timer(0.5, instance.report_run_failed, [run, "killed"])
-    dies.start()
-    started = time.monotonic()
-    # It is to be started, which needs Kafka.
-    assert "Nothing is started: There is no Kafka" in str(tick(instance).skip_message)
-    assert 0.5 <= time.monotonic() - started < 30
-    dies.join()
+    # On disk, where the two threads wait for each other.
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        run = add_run(instance, dg.DagsterRunStatus.STARTED)
+        instance.report_dagster_event(_start_event(), run.run_id)
+        started = time.monotonic()
+        dies = threading.Timer(0.5, instance.report_run_failed, [run, "killed"])
+        dies.start()
+        # It is to be started, which needs Kafka.
+        assert "Nothing is started: There is no Kafka" in str(tick(instance).skip_message)
+        assert 0.5 <= time.monotonic() - started < 30
+        dies.join()
+
+
+@pytest.mark.usefixtures("nowhere")
+def test_a_slice_that_a_person_cancels_is_replaced_in_no_tick_that_is_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sensors, "_WATCH_SECONDS", 1.5)
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        run = add_run(instance, dg.DagsterRunStatus.STARTED)
+        instance.report_dagster_event(_start_event(), run.run_id)
+        ends = threading.Timer(0.5, instance.report_run_canceled, [run])
+        ends.start()
+        assert "A slice runs for" in str(tick(instance).skip_message)
+        ends.join()
+        assert "Nothing is started: There is no Kafka" in str(tick(instance).skip_message)
 
 
 def _start_event() -> dg.DagsterEvent:

@@ -153,6 +153,7 @@ def test_a_user_that_has_moved_on_is_left_alone_and_the_letter_is_skipped_for_go
     report = replayed(topic, store)
     assert fates(report) == {0: Fate.MOVED_ON, 1: Fate.MOVED_ON, 2: Fate.SUPERSEDED, 7: Fate.REPLAYED}
     assert [found.fate for found in planned.letters][:3] == [found.fate for found in report.letters][:3]
+    assert planned.to_resolve == 4
     assert "offset 3" in report.letters[0].reason
     assert stored(store) == before | {"3": row(3, "poison-newer")}
     assert states(topic, store) == {0: "skipped", 1: "skipped", 2: "skipped", 7: "replayed"}
@@ -165,9 +166,12 @@ def test_a_letter_stays_open_as_long_as_the_newer_one_that_supersedes_it(
     poison(topic, 1, "poison-1")
     poison(topic, 1, "poison-2")
     parts.drain(topic)
-    older = replayed(topic, store, Selection(ids=frozenset({f"{topic.kafka.topic}-0-0"})))
+    only_older = Selection(ids=frozenset({f"{topic.kafka.topic}-0-0"}))
+    assert plan_replay(topic.kafka, store, only_older).to_resolve == 0
+    older = replayed(topic, store, only_older)
     assert (fates(older), older.left_open) == ({0: Fate.SUPERSEDED}, 1)
     assert stored(store) == {}
+    assert plan_replay(topic.kafka, store, ALL).to_resolve == 2
     both = replayed(topic, store)
     assert (fates(both), both.left_open) == ({0: Fate.SUPERSEDED, 1: Fate.REPLAYED}, 0)
     assert logins(store) == {"1": "poison-2"}

@@ -216,25 +216,16 @@ def test_dead_letters_whose_replay_began_are_listed_as_open_too(
     assert [letter["state"] for letter in json.loads(result.stdout)] == listed
 
 
-def replayed(*fates: Fate) -> ReplayReport:
-    """What a dry run says of letters with these fates."""
-    made = DeadLetter("t", 0, 1, None, b"1", b"{", [], "not-json", "no JSON", "2026-01-01T00:00:00+00:00")
-    return ReplayReport(applied=False, letters=tuple(ReplayedLetter(made, fate, "why") for fate in fates))
-
-
 @pytest.mark.parametrize(
-    ("fates", "told"),
-    [
-        ([Fate.APPLY, Fate.REFUSED], "give --apply to do it"),
-        ([Fate.MOVED_ON], "give --apply to do it"),
-        ([Fate.REFUSED, Fate.NOT_PASSED, Fate.UNSURE], "nor would --apply resolve any"),
-        ([], "no open dead letter fits; nothing was written, nor would --apply resolve any"),
-    ],
+    ("to_resolve", "told"),
+    [(1, "1 refused; nothing was written: give --apply to do it"), (0, "nor would --apply resolve any")],
 )
-def test_a_dry_run_offers_to_apply_only_what_can_be(
-    capsys: pytest.CaptureFixture[str], fates: list[Fate], told: str
+def test_a_dry_run_offers_to_apply_only_where_that_helps(
+    capsys: pytest.CaptureFixture[str], to_resolve: int, told: str
 ) -> None:
-    cli_cdc._show_replay(replayed(*fates))
+    made = DeadLetter("t", 0, 1, None, b"1", b"{", [], "not-json", "no JSON", "2026-01-01T00:00:00+00:00")
+    letters = (ReplayedLetter(made, Fate.REFUSED, "why"),)
+    cli_cdc._show_replay(ReplayReport(applied=False, letters=letters, to_resolve=to_resolve))
     assert capsys.readouterr().err.endswith(f"{told}\n")
 
 

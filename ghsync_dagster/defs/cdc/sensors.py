@@ -30,7 +30,7 @@ MAX_RUNTIME_TAG: Final = "dagster/max_runtime"
 # Due at each look of Dagster's daemon, every 5 s: 5 is at times a few ms short of due, and waits for the next look.
 _INTERVAL_SECONDS: Final = 1
 _WATCH_SECONDS: Final = 3.0
-"""How long a tick watches for the end of a slice, else seen at the daemon's next look only. Other sensors wait."""
+"""How long a tick watches for the death of a slice, else seen at the daemon's next look only. Other sensors wait."""
 _LOOK_SECONDS: Final = 0.25
 _ENDED_SEEN: Final = 20
 _PROBE_SECONDS: Final = 3.0
@@ -70,7 +70,7 @@ def cdc_supervisor(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.Sk
     rules = Rules(report=settings.cdc_report_seconds)
     slices = read_slices(context.instance, settings)
     decision, done = _settle(context.instance, slices, settings, rules)
-    if isinstance(decision, Wait) and not done and _sees_an_end(context.instance, slices):
+    if isinstance(decision, Wait) and not done and _sees_a_failure(context.instance, slices):
         decision, done = _settle(context.instance, read_slices(context.instance, settings), settings, rules)
     if isinstance(decision, Wait):
         return dg.SkipReason(" ".join([*done, decision.why]))
@@ -94,12 +94,16 @@ def _settle(
     return decision, done
 
 
-def _sees_an_end(instance: dg.DagsterInstance, slices: Sequence[Slice]) -> bool:
-    """Watch the slices that live for a while; tell whether one of them ended."""
+def _sees_a_failure(instance: dg.DagsterInstance, slices: Sequence[Slice]) -> bool:
+    """Watch the slices that live for a while; tell whether one of them failed.
+
+    One that was told to end is none: whoever stops the sensor first has this tick still at work.
+    """
     living = [one.run_id for one in slices if one.phase.lives]
+    failed = dg.RunsFilter(run_ids=living, statuses=[dg.DagsterRunStatus.FAILURE])
     until = time.monotonic() + _WATCH_SECONDS
     while living and time.monotonic() < until:
-        if instance.get_runs_count(dg.RunsFilter(run_ids=living, statuses=_LIVING)) < len(living):
+        if instance.get_runs_count(failed):
             return True
         time.sleep(_LOOK_SECONDS)
     return False
