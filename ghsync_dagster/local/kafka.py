@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import secrets
 import socket
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
+from ghsync_dagster.local.first_files import make_first_files
 from ghsync_dagster.local.jars import ensure_jars, locked_set
 from ghsync_dagster.local.java import find_java
 from ghsync_dagster.local.supervisor import ServerSpec, ServiceStatus, Supervisor
@@ -31,7 +30,6 @@ EXTERNAL = "external"
 _HEAP_MEGABYTES = 256
 _PING_SECONDS = 3.0
 _TOPIC_SECONDS = 30.0
-_FORMAT_SECONDS = 120
 _SEPARATORS = frozenset(":,}")
 # Dead letters wait for a person; changes are kept as long as Kafka does by default, a week.
 
@@ -230,41 +228,16 @@ def _broker_settings(data: Path, port: int, controller: int) -> dict[str, object
 
 
 def _format(settings: Settings, data: Path, log4j: Path, progress: Callable[[str], None]) -> None:
-    """Make the broker's folder, which gets its name only once it is whole.
-
-    Raises:
-        UnavailableError: Kafka's own tool failed; holds its last words.
-    """
-    data.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=data.parent, prefix=".making-") as folder:
-        part, settings_file = Path(folder) / "data", Path(folder) / "server.properties"
+    def command(part: Path) -> list[str]:
+        settings_file = part.with_name("server.properties")
         values = _broker_settings(part, DEFAULT_PORT, DEFAULT_CONTROLLER_PORT)
         settings_file.write_text(properties(values), encoding="ascii")
         # A leading dash would be taken for an option.
         cluster = f"g{secrets.token_urlsafe(16)[1:]}"
         arguments = ["format", "--cluster-id", cluster, "--config", str(settings_file)]
-        program = java_program(
-            settings, "kafka.tools.StorageTool", arguments, progress, heap=_HEAP_MEGABYTES, log4j=log4j
-        )
-        try:
-            done = subprocess.run(
-                program,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                timeout=_FORMAT_SECONDS,
-                check=False,
-            )
-            output, failed = done.stdout, done.returncode != 0
-        except (OSError, subprocess.TimeoutExpired) as error:
-            output, failed = str(error), True
-        if failed:
-            raise UnavailableError(
-                f"Kafka's first files could not be made in {data.parent}: {output.strip()[-1500:]}",
-                way_out="See whether the disk has room; or set KAFKA_BOOTSTRAP_SERVERS to a broker of your own.",
-            )
-        part.rename(data)
+        return java_program(settings, "kafka.tools.StorageTool", arguments, progress, heap=_HEAP_MEGABYTES, log4j=log4j)
+
+    make_first_files(data, command, what="Kafka's first files", variable="KAFKA_BOOTSTRAP_SERVERS")
 
 
 def _folder(settings: Settings) -> Path:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit
 
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
+from ghsync_dagster.local.first_files import make_first_files
 from ghsync_dagster.local.jars import ensure_unpacked, locked_set
 from ghsync_dagster.local.supervisor import ServerSpec, ServiceStatus, Supervisor, server_to_use
 from ghsync_dagster.observability.logging import get_logger, redact
@@ -45,7 +46,6 @@ _PING_SECONDS = 3
 _SYSTEM_TABLES = ("system_tables", "performance_tables", "system_tables_data")
 # A MySQL from a package has a folder for imports built in, which only the system's own MySQL can reach.
 _NO_FILES = "--secure-file-priv=NULL"
-_INSTALL_SECONDS = 180
 _VERSION_SECONDS = 30
 _ACCESS_DENIED = 1045
 _MISSING_LIBRARY = re.compile(r"error while loading shared libraries: ([^:]+)")
@@ -279,35 +279,12 @@ def _cant_run(program: Path, reason: str) -> ConfigError:
 
 
 def _make_data(program: Program, data: Path) -> None:
-    """Make the server's first files in a folder that gets its name only once it is whole.
-
-    Raises:
-        UnavailableError: The program failed; holds its last words.
-    """
-    data.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=data.parent, prefix=".making-") as folder:
-        part = Path(folder) / "data"
+    def command(part: Path) -> list[str]:
         part.mkdir(mode=0o700)
-        try:
-            done = subprocess.run(
-                _make_command(program, part),
-                input=_make_input(program),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                timeout=_INSTALL_SECONDS,
-                check=False,
-            )
-            output, failed = done.stdout, done.returncode != 0
-        except (OSError, subprocess.TimeoutExpired) as error:
-            output, failed = str(error), True
-        if failed:
-            raise UnavailableError(
-                f"The data of {program.server} could not be made in {data.parent}: {output.strip()[-1500:]}",
-                way_out="See whether the disk has room; or set MYSQL_URL to a server of your own.",
-            )
-        part.rename(data)
+        return _make_command(program, part)
+
+    what = f"The data of {program.server}"
+    make_first_files(data, command, what=what, variable="MYSQL_URL", given=_make_input(program))
 
 
 def _make_command(program: Program, data: Path) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 from typing import TYPE_CHECKING
 
 import httpx
@@ -11,6 +12,7 @@ import pytest
 
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
 from ghsync_dagster.local import connect, connector, kafka, mysql, stack
+from ghsync_dagster.local.first_files import make_first_files
 from ghsync_dagster.local.supervisor import ServiceStatus, _free_ports, server_to_use
 from ghsync_dagster.settings import load_settings
 from ghsync_dagster.wiring import existing_kafka, open_mysql
@@ -31,6 +33,38 @@ def test_a_free_port_is_taken_in_the_order_last_default_any() -> None:
         assert _free_ports((), (free,)) == (free,)
         assert busy not in _free_ports((busy, busy), (busy, busy))
         assert len(set(_free_ports((), (free, free)))) == 2
+
+
+def test_first_files_get_their_name_once_they_are_whole(tmp_path: Path) -> None:
+    data = tmp_path / "data" / "some"
+    script = (
+        "import pathlib, sys; pathlib.Path(sys.argv[1]).mkdir(); pathlib.Path(sys.argv[1], 'f').write_text(input())"
+    )
+    make_first_files(
+        data, lambda part: [sys.executable, "-c", script, str(part)], what="It", variable="ITS_URL", given="in\n"
+    )
+    assert (data / "f").read_text() == "in"
+    assert list(data.parent.iterdir()) == [data]
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["-c", "import pathlib, sys; pathlib.Path(sys.argv[1]).mkdir(); sys.exit('no room left')"], "no room left"),
+        (None, "No such file or directory"),
+    ],
+)
+def test_first_files_that_can_not_be_made_are_one_error_and_leave_nothing(
+    tmp_path: Path, command: list[str] | None, told: str
+) -> None:
+    def of(part: Path) -> list[str]:
+        return [str(tmp_path / "nothing")] if command is None else [sys.executable, *command, str(part)]
+
+    data = tmp_path / "data" / "some"
+    with pytest.raises(UnavailableError, match=rf"^The data of some could not be made in .*/data: .*{told}") as caught:
+        make_first_files(data, of, what="The data of some", variable="ITS_URL")
+    assert caught.value.way_out == "See whether the disk has room; or set ITS_URL to a server of your own."
+    assert list(data.parent.iterdir()) == []
 
 
 def test_a_status_shows_credentials_in_json_only() -> None:

@@ -1,0 +1,59 @@
+"""The first files of a local server: made by its own program, and there only once they are whole.
+
+Not here: which program, and what it is told: the server's own module knows that.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from ghsync_dagster.domain.errors import UnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_SECONDS: Final = 180
+_LAST_WORDS: Final = 1500
+
+
+def make_first_files(
+    data: Path, command: Callable[[Path], list[str]], *, what: str, variable: str, given: str | None = None
+) -> None:
+    """Make a server's data in a folder that gets its name only once it is whole.
+
+    Args:
+        data: The folder, which is not there yet.
+        command: Returns the program and its arguments for a folder ``data``, not there yet either, in one of its own.
+        what: Names the files in the error, such as ``The data of mariadb``.
+        variable: The variable that names a server of the user's own instead.
+        given: The program's input.
+
+    Raises:
+        UnavailableError: The program failed; holds its last words.
+    """
+    data.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=data.parent, prefix=".making-") as folder:
+        part = Path(folder) / "data"
+        try:
+            done = subprocess.run(
+                command(part),
+                input=given,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                timeout=_SECONDS,
+                check=False,
+            )
+            output, failed = done.stdout, done.returncode != 0
+        except (OSError, subprocess.TimeoutExpired) as error:
+            output, failed = str(error), True
+        if failed:
+            raise UnavailableError(
+                f"{what} could not be made in {data.parent}: {output.strip()[-_LAST_WORDS:]}",
+                way_out=f"See whether the disk has room; or set {variable} to a server of your own.",
+            )
+        part.rename(data)
