@@ -193,22 +193,12 @@ def _brief(snapshot: MetricsSnapshot) -> dict[str, Any]:
     return {
         "records": snapshot.records,
         "a_minute": snapshot.records_a_minute,
-        "p50_ms": latency.p50,
-        "p99_ms": latency.p99,
-        "max_ms": latency.max,
-        **_lag(snapshot),
+        **{f"{part}_ms": getattr(latency, part) if latency.count else None for part in ("p50", "p99", "max")},
+        "lag": snapshot.lag_records,
+        "lag_seconds": None if snapshot.lag_seconds is None else round(snapshot.lag_seconds, 1),
         "dead_letters": sum(snapshot.dead_letters.values()),
         "retries": sum(snapshot.retries.values()),
     }
-
-
-def _lag(snapshot: MetricsSnapshot) -> dict[str, float | None]:
-    """The lag; None while no partition came, or Kafka does not answer."""
-    from ghsync_dagster.cdc.listener import KAFKA
-
-    if not snapshot.lag or not snapshot.connections.get(KAFKA):
-        return {"lag": None, "lag_seconds": None}
-    return {"lag": snapshot.lag_records, "lag_seconds": round(snapshot.lag_seconds, 1)}
 
 
 def _finish(report: ConsumerReport, snapshot: MetricsSnapshot, *, as_json: bool) -> None:
@@ -268,7 +258,7 @@ def list_letters(
         text = letter.text if len(letter.text) <= _SHOWN_TEXT else f"{letter.text[:_SHOWN_TEXT]}..."
         typer.echo(f"{letter.id}  {letter.failed_at}  {at:8}  {letter.kind}: {text}")
     still_open = sum(at.is_open for _, at, _ in letters)
-    typer.echo(f"dead letters: {len(letters):,}, of which open: {still_open:,}", err=True)
+    typer.echo(f"listed: {len(letters):,}, of which open: {still_open:,}", err=True)
 
 
 @dlq.command()
@@ -396,7 +386,8 @@ def _show_replay(report: ReplayReport) -> None:
     for found in report.letters:
         change = found.change
         what = f"{change.op.value} of user {change.key}: " if change is not None and change.key is not None else ""
-        typer.echo(f"{found.letter.id}  {found.fate.value}: {what}{found.reason}")
+        before = f" (it is {found.state} already)" if found.state else ""
+        typer.echo(f"{found.letter.id}  {found.fate.value}: {what}{found.reason}{before}")
     counts = ", ".join(f"{count:,} {fate}" for fate, count in report.counts.items()) or "no open dead letter fits"
     if not report.applied:
         helps = ": give --apply to do it" if report.to_resolve else ", nor would --apply resolve any"

@@ -339,7 +339,7 @@ def _line(workload: Workload, metrics: ChangeMetrics, clock: CommitClock) -> str
     sent, latency, seen = workload.report(), clock.latency(), metrics.snapshot()
     return (
         f"{sent.seconds:5.0f} s  {sent.total:>9,} changes at {sent.rate:,.0f}/s  "
-        f"waiting {clock.waiting:,}, lag {seen.lag_records:,}  "
+        f"waiting {clock.waiting:,}, lag {'-' if seen.lag_records is None else f'{seen.lag_records:,}'}  "
         f"commit to document p50 {latency.p50} p95 {latency.p95} p99 {latency.p99} max {latency.max} ms"
     )
 

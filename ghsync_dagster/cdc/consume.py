@@ -454,7 +454,10 @@ class _Run:
         self._give_up(partitions, _GIVE_UP_SECONDS)
 
     def _lost(self, partitions: set[int]) -> None:
-        log.warning("partitions were lost: this consumer was silent for too long", partitions=sorted(partitions))
+        log.warning(
+            "partitions were lost: the group has not heard from this consumer for too long",
+            partitions=sorted(partitions),
+        )
         self._give_up(partitions, 0)
 
     def _give_up(self, partitions: set[int], seconds: float) -> None:
@@ -572,7 +575,7 @@ class _Run:
         else:
             self._trouble.is_over()
         self._listener.connection(KAFKA, up=trouble is None)
-        for partition in sorted(self._consumer.partitions):
+        for partition in sorted(self._consumer.partitions if trouble is None else ()):
             self._tell_lag(partition)
 
     def _tell_lag(self, partition: int) -> None:

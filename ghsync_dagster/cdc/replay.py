@@ -135,7 +135,8 @@ class ReplayedLetter:
         reason: Why, in words.
         change: The change that it decodes to, None where it does not.
         by: The id of the letter that supersedes it.
-        resolved: Whether it is recorded as replayed or skipped.
+        resolved: Whether it is now recorded as replayed or skipped.
+        state: What it was recorded as before, None where it was open.
     """
 
     letter: DeadLetter
@@ -144,6 +145,7 @@ class ReplayedLetter:
     change: Change | None = None
     by: str | None = None
     resolved: bool = False
+    state: LetterState | None = None
 
     @property
     def key(self) -> str:
@@ -352,11 +354,12 @@ class _Chosen:
         for letter in read_letters(kafka):
             if letter.topic == kafka.topic:
                 self.dead.add((letter.partition, letter.offset))
-            if _state(letter, self.resolutions.get(letter.id))[0].is_open:
+            state, _ = _state(letter, self.resolutions.get(letter.id))
+            if state.is_open:
                 self.open.add(letter.id)
             if selection.takes(letter) and letter.id in (selection.ids or self.open):
                 missing.discard(letter.id)
-                self._add(letter, selection.key)
+                self._add(letter, selection.key, None if state.is_open else state)
         if missing:
             raise no_such_letter(missing)
 
@@ -367,8 +370,9 @@ class _Chosen:
 
         return TopicIds(self._kafka).of(self.topic)
 
-    def _add(self, letter: DeadLetter, only: str | None) -> None:
+    def _add(self, letter: DeadLetter, only: str | None, state: LetterState | None) -> None:
         found = self._decoded(letter)
+        found.state = state
         users = {found.change.key if found.change else None, user_of_key(self._decoder, letter.key)}
         if only is None or only in users:
             self.letters.append(found)

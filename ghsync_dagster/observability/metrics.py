@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+from ghsync_dagster.cdc import listener
 from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.observability.logging import get_logger
 
@@ -112,9 +113,9 @@ class MetricsSnapshot:
         write_seconds: Spent in writes so far.
         commit: Latency from the database's commit.
         kafka: Latency from Kafka's timestamp.
-        lag: By partition.
-        lag_records: Of all partitions.
-        lag_seconds: Of the partition that is furthest behind.
+        lag: By partition of this consumer; None where it is not known, as it has only come or Kafka does not answer.
+        lag_records: Of all partitions; None where that of one is not known, or there is none.
+        lag_seconds: Of the partition that is furthest behind; None as above.
         retries: Retried steps, by the error's class.
         errors: Errors that ended the loop, by class.
         dead_letters: By kind.
@@ -135,9 +136,9 @@ class MetricsSnapshot:
     write_seconds: float
     commit: Latency
     kafka: Latency
-    lag: dict[int, PartitionLag]
-    lag_records: int
-    lag_seconds: float
+    lag: dict[int, PartitionLag | None]
+    lag_records: int | None
+    lag_seconds: float | None
     retries: dict[str, int]
     errors: dict[str, int]
     dead_letters: dict[str, int]
@@ -254,7 +255,7 @@ class ChangeMetrics:
         self._kafka = _Clock()
         self._slots: deque[_Slot] = deque()
         self._slot = _Slot(self._started)
-        self._lag: dict[int, PartitionLag] = {}
+        self._lag: dict[int, PartitionLag | None] = {}
         self._retries: Counter[str] = Counter()
         self._errors: Counter[str] = Counter()
         self._dead_letters: Counter[str] = Counter()
@@ -287,9 +288,9 @@ class ChangeMetrics:
             self._lag[partition] = PartitionLag(records, seconds)
 
     def assigned(self, partitions: Collection[int]) -> None:
-        """Forget the lag of partitions that others have now; a new one is taken to have none until its lag is told."""
+        """Forget the lag of partitions that others have now; that of a new one is not known until it is told."""
         with self._lock:
-            self._lag = {number: self._lag.get(number, PartitionLag(0, 0.0)) for number in sorted(partitions)}
+            self._lag = {number: self._lag.get(number) for number in sorted(partitions)}
 
     def retried(self, kind: str) -> None:
         """Count a step that is tried again."""
@@ -307,8 +308,10 @@ class ChangeMetrics:
             self._dead_letters[kind] += count
 
     def connection(self, name: str, *, up: bool) -> None:
-        """Note whether a server answers."""
+        """Note whether a server answers; what waits in Kafka is not known while that does not."""
         with self._lock:
+            if name == listener.KAFKA and not up:
+                self._lag = dict.fromkeys(self._lag)
             if self._connections.get(name, True) and not up:
                 self._disconnections[name] += 1
             self._connections[name] = up
@@ -328,6 +331,9 @@ class ChangeMetrics:
             recent = [slot for slot in self._slots if slot.began >= now - window - _SLOT_SECONDS / 2]
             covered = max(window, now - recent[0].began if recent else 0.0)
             in_window = sum(slot.records for slot in recent)
+            known = [lag for lag in self._lag.values() if lag is not None]
+            if len(known) < len(self._lag):
+                known = []
             return MetricsSnapshot(
                 seconds=round(now - self._started, 3),
                 window_seconds=round(covered, 3),
@@ -340,8 +346,8 @@ class ChangeMetrics:
                 commit=self._commit.latency(sum((slot.commit for slot in recent), Counter())),
                 kafka=self._kafka.latency(sum((slot.kafka for slot in recent), Counter())),
                 lag=dict(self._lag),
-                lag_records=sum(lag.records for lag in self._lag.values()),
-                lag_seconds=max((lag.seconds for lag in self._lag.values()), default=0.0),
+                lag_records=sum(lag.records for lag in known) if known else None,
+                lag_seconds=max(lag.seconds for lag in known) if known else None,
                 retries=dict(self._retries),
                 errors=dict(self._errors),
                 dead_letters=dict(self._dead_letters),
@@ -465,8 +471,9 @@ def _gauges(now: MetricsSnapshot) -> Iterator[Metric]:
         "ghsync_cdc_lag_seconds", "Seconds since the oldest waiting record was appended.", labels=["partition"]
     )
     for partition, lag in now.lag.items():
-        records.add_metric([str(partition)], lag.records)
-        seconds.add_metric([str(partition)], lag.seconds)
+        if lag is not None:
+            records.add_metric([str(partition)], lag.records)
+            seconds.add_metric([str(partition)], lag.seconds)
     yield records
     yield seconds
     yield GaugeMetricFamily("ghsync_cdc_assigned_partitions", "Partitions of this consumer.", value=len(now.lag))

@@ -230,6 +230,13 @@ def test_a_slice_that_dies_while_a_tick_watches_it_is_replaced_in_that_tick(
 
 
 @pytest.mark.usefixtures("nowhere")
+def test_a_pause_after_failures_is_what_a_tick_says(instance: dg.DagsterInstance) -> None:
+    for _ in range(2):
+        instance.report_run_failed(add_run(instance, dg.DagsterRunStatus.STARTED), "killed")
+    assert "2 slices failed in a row: the next one starts in " in str(tick(instance).skip_message)
+
+
+@pytest.mark.usefixtures("nowhere")
 def test_a_slice_that_a_person_cancels_is_replaced_in_no_tick_that_is_at_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -681,6 +681,9 @@ def test_the_command_plans_applies_and_tells_what_is_left(
     assert (code, done["counts"]) == (0, {"replayed": 1})
     assert logins(store) == {"1": "poison-1", "2": "two"}
     assert run("show", listed[1]["id"])[1][0]["state"] == "replayed"
+    again = CliRunner().invoke(cli.app, ["dlq", "replay", "--id", listed[1]["id"], "--with-value", value])
+    assert "to be applied: upsert of user 2: " in again.stdout
+    assert "(it is replayed already)" in again.stdout
     assert run("replay", "--apply") == (
         0,
         {"applied": True, "counts": {}, "left_open": 0, "recovered": {}, "letters": []},

@@ -25,7 +25,13 @@ from ghsync_dagster.cdc.listener import (
     SilentListener,
 )
 from ghsync_dagster.domain.errors import ConfigError
-from ghsync_dagster.observability.metrics import ChangeMetrics, MetricsEndpoint, MetricsSnapshot, Percentiles
+from ghsync_dagster.observability.metrics import (
+    ChangeMetrics,
+    MetricsEndpoint,
+    MetricsSnapshot,
+    PartitionLag,
+    Percentiles,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -164,7 +170,7 @@ def test_everything_the_loop_tells_is_in_the_snapshot_and_the_snapshot_is_json()
     assert found.dead_letters == {"not-json": 3}
     assert found.broken_rules == {"login_format": 2}
     assert found.unknown_columns == {"bio": 1}
-    assert found.connections == {MONGO: True, KAFKA: False}
+    assert found.connections == {MONGO: False, KAFKA: True}
     assert found.disconnections == {MONGO: 1, KAFKA: 1}
     assert json.loads(json.dumps(found.as_dict()))["lag"]["1"] == {"records": 2, "seconds": 0.5}
 
@@ -183,8 +189,11 @@ def tell(listener: ChangeListener) -> None:
             unknown_columns={"bio": 1},
         )
     )
+    listener.connection(KAFKA, up=False)
+    listener.connection(KAFKA, up=True)
     listener.lag(0, 10, 4.5)
     listener.lag(1, 2, 0.5)
+    listener.lag(2, 0, 0.0)
     listener.retried("UnavailableError")
     listener.retried("UnavailableError")
     listener.failed("RefusedError")
@@ -193,8 +202,6 @@ def tell(listener: ChangeListener) -> None:
     listener.connection(MONGO, up=True)
     listener.connection(MONGO, up=False)
     listener.connection(MONGO, up=False)
-    listener.connection(MONGO, up=True)
-    listener.connection(KAFKA, up=False)
 
 
 def test_partitions_that_others_have_now_are_forgotten() -> None:
@@ -203,9 +210,34 @@ def test_partitions_that_others_have_now_are_forgotten() -> None:
     metrics.lag(0, 5, 1.0)
     metrics.lag(1, 6, 2.0)
     metrics.assigned([1, 2])
-    assert {number: lag.records for number, lag in metrics.snapshot().lag.items()} == {1: 6, 2: 0}
+    assert metrics.snapshot().lag == {1: PartitionLag(6, 2.0), 2: None}
     metrics.assigned([])
-    assert metrics.snapshot().lag_records == 0
+    assert metrics.snapshot().lag == {}
+
+
+def test_the_lag_is_told_only_where_that_of_every_partition_is_known() -> None:
+    metrics = ChangeMetrics(Clock())
+
+    def told() -> tuple[int | None, float | None]:
+        found = metrics.snapshot()
+        return found.lag_records, found.lag_seconds
+
+    assert told() == (None, None), "no partition came"
+    metrics.assigned([0, 1])
+    metrics.lag(0, 5, 1.0)
+    assert told() == (None, None), "nobody knows of the other one"
+    metrics.lag(1, 6, 2.0)
+    assert told() == (11, 2.0)
+    metrics.connection(MONGO, up=False)
+    assert told() == (11, 2.0)
+    metrics.connection(KAFKA, up=False)
+    assert told() == (None, None), "what comes to Kafka now is not seen"
+    metrics.connection(KAFKA, up=True)
+    assert told() == (None, None)
+    with MetricsEndpoint(metrics) as endpoint:
+        found = scrape(endpoint)
+    assert found["ghsync_cdc_assigned_partitions", ()] == 2
+    assert not any(name.startswith("ghsync_cdc_lag") for name, _ in found)
 
 
 def test_listeners_pass_everything_on_to_each() -> None:
@@ -281,8 +313,8 @@ def test_prometheus_is_served_what_the_snapshot_holds() -> None:
     assert found["ghsync_cdc_errors_total", (("error", "RefusedError"),)] == 1
     assert found["ghsync_cdc_dead_letters_total", (("kind", "not-json"),)] == 3
     assert found["ghsync_cdc_broken_rules_total", (("rule", "login_format"),)] == 2
-    assert found["ghsync_cdc_connection_up", (("server", MONGO),)] == 1
-    assert found["ghsync_cdc_connection_up", (("server", KAFKA),)] == 0
+    assert found["ghsync_cdc_connection_up", (("server", MONGO),)] == 0
+    assert found["ghsync_cdc_connection_up", (("server", KAFKA),)] == 1
     assert found["ghsync_cdc_commit_to_write_seconds_bucket", (("le", "0.075"),)] == 0
     assert found["ghsync_cdc_commit_to_write_seconds_bucket", (("le", "0.1"),)] == 1
     assert found["ghsync_cdc_commit_to_write_seconds_bucket", (("le", "+Inf"),)] == 2
@@ -321,7 +353,7 @@ def test_a_taken_port_is_one_clear_error() -> None:
         MetricsEndpoint(ChangeMetrics(), port=endpoint.port)
 
 
-def test_a_snapshot_of_nothing_is_all_zero() -> None:
+def test_a_snapshot_of_nothing_is_zero_or_unknown() -> None:
     found: MetricsSnapshot = ChangeMetrics(Clock()).snapshot()
-    assert (found.records, found.records_a_minute, found.lag_records, found.lag_seconds) == (0, 0.0, 0, 0.0)
+    assert (found.records, found.records_a_minute, found.lag_records, found.lag_seconds) == (0, 0.0, None, None)
     assert found.seconds_since_write is None

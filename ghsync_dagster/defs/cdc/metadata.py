@@ -39,8 +39,7 @@ def of_observation(now: MetricsSnapshot, kafka: KafkaSettings) -> Metadata:
         "records": now.records,
         "records_a_minute": now.records_a_minute,
         **{f"records_{outcome}": count for outcome, count in now.outcomes.items()},
-        "lag_records": now.lag_records,
-        "lag_seconds": round(now.lag_seconds, 3),
+        **_lag(now),
         _RECORDS: max(now.commit.window.count, now.kafka.window.count),
         _P99: certain_p99(now.commit, now.kafka),
         **_percentiles("commit_to_write", now.commit.window),
@@ -51,6 +50,12 @@ def of_observation(now: MetricsSnapshot, kafka: KafkaSettings) -> Metadata:
         "dead_letters": sum(now.dead_letters.values()),
         "details": dg.MetadataValue.json(_details(now, kafka)),
     }
+
+
+def _lag(now: MetricsSnapshot) -> Metadata:
+    if now.lag_records is None or now.lag_seconds is None:
+        return {}
+    return {"lag_records": now.lag_records, "lag_seconds": round(now.lag_seconds, 3)}
 
 
 def _percentiles(name: str, found: Percentiles) -> Metadata:
@@ -64,7 +69,7 @@ def _details(now: MetricsSnapshot, kafka: KafkaSettings) -> Metadata:
         "topic": kafka.topic,
         "group": kafka.group_id,
         "by_operation": now.counts,
-        "lag_by_partition": {str(number): lag.records for number, lag in now.lag.items()},
+        "lag_by_partition": {str(number): lag and lag.records for number, lag in now.lag.items()},
         "retries_by_error": now.retries,
         "errors_by_class": now.errors,
         "dead_letters_by_kind": now.dead_letters,

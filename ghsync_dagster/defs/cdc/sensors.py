@@ -100,9 +100,11 @@ def _sees_a_failure(instance: dg.DagsterInstance, slices: Sequence[Slice]) -> bo
     One that was told to end is none: whoever stops the sensor first has this tick still at work.
     """
     living = [one.run_id for one in slices if one.phase.lives]
+    if not living:
+        return False
     failed = dg.RunsFilter(run_ids=living, statuses=[dg.DagsterRunStatus.FAILURE])
     until = time.monotonic() + _WATCH_SECONDS
-    while living and time.monotonic() < until:
+    while time.monotonic() < until:
         if instance.get_runs_count(failed):
             return True
         time.sleep(_LOOK_SECONDS)
