@@ -328,7 +328,7 @@ def replay_letters(
 ) -> None:
     """Apply open dead letters after a fix, unless their users have moved on; a dry run without --apply.
 
-    Exit code 1 where --apply leaves a selected letter open.
+    Exit code 1 where --apply does not resolve one of the selected.
     """
     from ghsync_dagster.cdc.replay import Selection, plan_replay, replay
     from ghsync_dagster.stores.retry import retrying
@@ -386,7 +386,7 @@ def _show_replay(report: ReplayReport) -> None:
     for found in report.letters:
         change = found.change
         what = f"{change.op.value} of user {change.key}: " if change is not None and change.key is not None else ""
-        before = f" (it is {found.state} already)" if found.state else ""
+        before = f" (it was {found.state} before)" if found.state else ""
         typer.echo(f"{found.letter.id}  {found.fate.value}: {what}{found.reason}{before}")
     counts = ", ".join(f"{count:,} {fate}" for fate, count in report.counts.items()) or "no open dead letter fits"
     if not report.applied:

@@ -135,7 +135,7 @@ class ReplayedLetter:
         reason: Why, in words.
         change: The change that it decodes to, None where it does not.
         by: The id of the letter that supersedes it.
-        resolved: Whether it is now recorded as replayed or skipped.
+        resolved: Whether this replay has done all that was asked for it.
         state: What it was recorded as before, None where it was open.
     """
 
@@ -281,7 +281,8 @@ def plan_replay(kafka: KafkaSettings, store: UserStore, selection: Selection, ed
     """
     chosen = _Chosen(kafka, store, selection, edit)
     chosen.judge(chosen.look())
-    to_resolve = len(chosen.resolved(as_if_applied=True))
+    resolved = chosen.resolved(as_if_applied=True)
+    to_resolve = sum(found.state is None or found.fate is Fate.APPLY for found in resolved)
     return ReplayReport(applied=False, letters=tuple(chosen.letters), to_resolve=to_resolve)
 
 

@@ -20,7 +20,12 @@ _LAST_WORDS: Final = 1500
 
 
 def make_first_files(
-    data: Path, command: Callable[[Path], list[str]], *, what: str, variable: str, given: str | None = None
+    data: Path,
+    command: Callable[[Path], list[str]],
+    *,
+    what: str,
+    variable: str,
+    given: Callable[[], str] | None = None,
 ) -> None:
     """Make a server's data in a folder that gets its name only once it is whole.
 
@@ -29,10 +34,10 @@ def make_first_files(
         command: Returns the program and its arguments for a folder ``data``, not there yet either, in one of its own.
         what: Names the files in the error, such as ``The data of mariadb``.
         variable: The variable that names a server of the user's own instead.
-        given: The program's input.
+        given: Returns the program's input.
 
     Raises:
-        UnavailableError: The program failed; holds its last words.
+        UnavailableError: The program failed, or what it needs can't be read or written; holds the last words.
     """
     data.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=data.parent, prefix=".making-") as folder:
@@ -40,7 +45,7 @@ def make_first_files(
         try:
             done = subprocess.run(
                 command(part),
-                input=given,
+                input=given() if given else None,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

@@ -284,7 +284,7 @@ def _make_data(program: Program, data: Path) -> None:
         return _make_command(program, part)
 
     what = f"The data of {program.server}"
-    make_first_files(data, command, what=what, variable="MYSQL_URL", given=_make_input(program))
+    make_first_files(data, command, what=what, variable="MYSQL_URL", given=lambda: _make_input(program))
 
 
 def _make_command(program: Program, data: Path) -> list[str]:

@@ -226,7 +226,7 @@ class TopicConsumer:
         return bounds_of(self._consumer, self.kafka.topic, partition, self.kafka.timeout_seconds)
 
     def known_end(self, partition: int) -> int | None:
-        """Return where a partition ended at the last answer of its broker, None before there was one.
+        """Return where a partition ended at the last answer of its broker, None where there is none.
 
         While nothing is fetched no answer comes unasked, so the broker is asked, for a second at most.
         """
@@ -235,6 +235,7 @@ class TopicConsumer:
                 return bounds_of(self._consumer, self.kafka.topic, partition, _LOOK_SECONDS)[1]
             except UnavailableError as away:
                 self.trouble = away
+                return None
         end = self._consumer.get_watermark_offsets(TopicPartition(self.kafka.topic, partition), cached=True)[1]
         return end if end >= 0 else None
 

@@ -683,7 +683,7 @@ def test_the_command_plans_applies_and_tells_what_is_left(
     assert run("show", listed[1]["id"])[1][0]["state"] == "replayed"
     again = CliRunner().invoke(cli.app, ["dlq", "replay", "--id", listed[1]["id"], "--with-value", value])
     assert "to be applied: upsert of user 2: " in again.stdout
-    assert "(it is replayed already)" in again.stdout
+    assert "(it was replayed before)" in again.stdout
     assert run("replay", "--apply") == (
         0,
         {"applied": True, "counts": {}, "left_open": 0, "recovered": {}, "letters": []},

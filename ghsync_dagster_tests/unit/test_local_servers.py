@@ -41,7 +41,11 @@ def test_first_files_get_their_name_once_they_are_whole(tmp_path: Path) -> None:
         "import pathlib, sys; pathlib.Path(sys.argv[1]).mkdir(); pathlib.Path(sys.argv[1], 'f').write_text(input())"
     )
     make_first_files(
-        data, lambda part: [sys.executable, "-c", script, str(part)], what="It", variable="ITS_URL", given="in\n"
+        data,
+        lambda part: [sys.executable, "-c", script, str(part)],
+        what="It",
+        variable="ITS_URL",
+        given=lambda: "in\n",
     )
     assert (data / "f").read_text() == "in"
     assert list(data.parent.iterdir()) == [data]
