@@ -38,6 +38,7 @@ from benchmarks.cdc_timeline import (
     Killing,
     Timeline,
     hand_overs,
+    no_hand_over_at,
     timeline,
 )
 from benchmarks.cores import Cores
@@ -222,7 +223,7 @@ class _Conductor:
 
     def _kill_alone(self) -> None:
         self._wait(
-            lambda: len(self._dagster.living()) == len(self._dagster.running()) == self._members() == 1,
+            lambda: no_hand_over_at(now_ms(), self._dagster.slices()) and self._members() == 1,
             "one slice lives",
             2 * self._plan.slice_seconds + TO_START_SECONDS,
         )

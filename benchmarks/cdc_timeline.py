@@ -209,6 +209,12 @@ def hand_overs(slices: Iterable[Slice], from_ms: int) -> list[tuple[Slice, Slice
     ]
 
 
+def no_hand_over_at(now_ms: int, slices: Sequence[Slice]) -> bool:
+    """Tell whether one slice is at work alone, and what happens to it now is in the time of no hand-over."""
+    living = [one.phase for one in slices if one.phase.lives]
+    return living == [Phase.RUNNING] and not any(one.ended and now_ms < one.ended * 1000 + AFTER_MS for one in slices)
+
+
 def hand_over_window(first: Slice, second: Slice) -> Window:
     """Return the time from when the second slice was asked for until a little after the end of the first one."""
     if first.ended is None:

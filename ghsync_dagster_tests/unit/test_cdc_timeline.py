@@ -17,6 +17,7 @@ from benchmarks.cdc_timeline import (
     hand_overs,
     kill_window,
     longest,
+    no_hand_over_at,
     outage,
     replacement,
     timeline,
@@ -113,6 +114,16 @@ def test_a_hand_over_is_a_good_end_while_the_next_one_runs() -> None:
     found = hand_overs([last, queued, killed, late, second, first, before], BEGAN_MS)
     # `before` handed over too early to count, after `second` nobody ran, and `killed` ended badly.
     assert [(one.run_id, other.run_id) for one, other in found] == [("first", "second"), ("late", "killed")]
+
+
+def test_a_slice_is_alone_once_the_time_of_the_hand_over_before_it_is_over() -> None:
+    before, at_work = a_slice("before", 0, 60), a_slice("at work", 50, None, Phase.RUNNING)
+    (ended_ms,) = (round(one.ended * 1000) for one in (before, at_work) if one.ended)
+    assert not no_hand_over_at(ended_ms + AFTER_MS - 1, [before, at_work])
+    assert no_hand_over_at(ended_ms + AFTER_MS, [before, at_work])
+    assert no_hand_over_at(ended_ms, [at_work])
+    assert not no_hand_over_at(ended_ms + AFTER_MS, [at_work, a_slice("next", 90, None, Phase.STARTING)])
+    assert not no_hand_over_at(ended_ms + AFTER_MS, [a_slice("next", 90, None, Phase.STARTING)])
 
 
 def test_an_outage_ends_with_the_longest_gap_that_the_kill_began() -> None:
