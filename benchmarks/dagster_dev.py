@@ -89,13 +89,9 @@ class DagsterDev:
         """Return the slices that live and those that ended."""
         return read_slices(self._instance, self._settings)
 
-    def living(self) -> list[Slice]:
-        """Return the slices that live, the oldest first."""
-        return sorted((one for one in self.slices() if one.phase.lives), key=lambda one: one.created)
-
     def running(self) -> list[Slice]:
         """Return the slices that run, the oldest first."""
-        return [one for one in self.living() if one.phase is Phase.RUNNING]
+        return sorted((one for one in self.slices() if one.phase is Phase.RUNNING), key=lambda one: one.created)
 
     def taken_over_ms(self) -> list[int]:
         """Return when consumers were given partitions, in ms since 1970 UTC, by their own log."""

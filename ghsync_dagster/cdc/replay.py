@@ -624,7 +624,7 @@ class _Run:
         skipped = []
         for found in self._chosen.resolved():
             found.resolved = True
-            if found.fate is not Fate.REPLAYED and found.letter.id in self._chosen.open:
+            if found.fate is not Fate.REPLAYED and found.state is None:
                 skipped.append(self._resolution(found, LetterState.SKIPPED))
         self._writes.record(skipped)
 

@@ -331,9 +331,7 @@ class ChangeMetrics:
             recent = [slot for slot in self._slots if slot.began >= now - window - _SLOT_SECONDS / 2]
             covered = max(window, now - recent[0].began if recent else 0.0)
             in_window = sum(slot.records for slot in recent)
-            known = [lag for lag in self._lag.values() if lag is not None]
-            if len(known) < len(self._lag):
-                known = []
+            lag = self._total_lag()
             return MetricsSnapshot(
                 seconds=round(now - self._started, 3),
                 window_seconds=round(covered, 3),
@@ -346,8 +344,8 @@ class ChangeMetrics:
                 commit=self._commit.latency(sum((slot.commit for slot in recent), Counter())),
                 kafka=self._kafka.latency(sum((slot.kafka for slot in recent), Counter())),
                 lag=dict(self._lag),
-                lag_records=sum(lag.records for lag in known) if known else None,
-                lag_seconds=max(lag.seconds for lag in known) if known else None,
+                lag_records=lag.records if lag else None,
+                lag_seconds=lag.seconds if lag else None,
                 retries=dict(self._retries),
                 errors=dict(self._errors),
                 dead_letters=dict(self._dead_letters),
@@ -357,6 +355,13 @@ class ChangeMetrics:
                 disconnections=dict(self._disconnections),
                 seconds_since_write=None if self._last_write is None else round(now - self._last_write, 3),
             )
+
+    def _total_lag(self) -> PartitionLag | None:
+        """Return how far all partitions are behind; None where that of one is not known, or there is none."""
+        known = [lag for lag in self._lag.values() if lag is not None]
+        if not known or len(known) < len(self._lag):
+            return None
+        return PartitionLag(sum(lag.records for lag in known), max(lag.seconds for lag in known))
 
     def _finish_slot(self, now: float) -> None:
         """Take the open slot into the totals and begin another; forget slots that no window reaches."""

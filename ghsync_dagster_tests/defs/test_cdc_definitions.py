@@ -149,6 +149,14 @@ def add_run(instance: dg.DagsterInstance, status: dg.DagsterRunStatus, **more: A
     return instance.create_run_for_job(cdc_sync_job, status=status, **more)
 
 
+def start_run(instance: dg.DagsterInstance) -> dg.DagsterRun:
+    """Put a run on record that has just begun to run."""
+    run = add_run(instance, dg.DagsterRunStatus.STARTED)
+    begins = dg.DagsterEvent(event_type_value=dg.DagsterEventType.RUN_START.value, job_name=SYNC_JOB)
+    instance.report_dagster_event(begins, run.run_id)
+    return run
+
+
 def tick(instance: dg.DagsterInstance) -> Any:
     """Evaluate the sensor once."""
     return cdc_supervisor.evaluate_tick(dg.build_sensor_context(instance=instance, definitions=defs))
@@ -205,8 +213,7 @@ def test_a_slice_that_runs_is_left_alone_without_asking_kafka(
     instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sensors, "_WATCH_SECONDS", 0.5)
-    run = add_run(instance, dg.DagsterRunStatus.STARTED)
-    instance.report_dagster_event(_start_event(), run.run_id)
+    run = start_run(instance)
     observe(instance, run)
     assert "A slice runs for 3" in str(tick(instance).skip_message)
 
@@ -218,8 +225,7 @@ def test_a_slice_that_dies_while_a_tick_watches_it_is_replaced_in_that_tick(
     monkeypatch.setattr(sensors, "_WATCH_SECONDS", 60.0)
     # On disk, where the two threads wait for each other.
     with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
-        run = add_run(instance, dg.DagsterRunStatus.STARTED)
-        instance.report_dagster_event(_start_event(), run.run_id)
+        run = start_run(instance)
         started = time.monotonic()
         dies = threading.Timer(0.5, instance.report_run_failed, [run, "killed"])
         dies.start()
@@ -242,17 +248,12 @@ def test_a_slice_that_a_person_cancels_is_replaced_in_no_tick_that_is_at_work(
 ) -> None:
     monkeypatch.setattr(sensors, "_WATCH_SECONDS", 1.5)
     with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
-        run = add_run(instance, dg.DagsterRunStatus.STARTED)
-        instance.report_dagster_event(_start_event(), run.run_id)
+        run = start_run(instance)
         ends = threading.Timer(0.5, instance.report_run_canceled, [run])
         ends.start()
         assert "A slice runs for" in str(tick(instance).skip_message)
         ends.join()
         assert "Nothing is started: There is no Kafka" in str(tick(instance).skip_message)
-
-
-def _start_event() -> dg.DagsterEvent:
-    return dg.DagsterEvent(event_type_value=dg.DagsterEventType.RUN_START.value, job_name=SYNC_JOB)
 
 
 def test_runs_become_slices(instance: dg.DagsterInstance) -> None:
@@ -316,8 +317,7 @@ def test_a_run_that_ended_meanwhile_is_left_as_it_is(instance: dg.DagsterInstanc
 
 @pytest.mark.usefixtures("nowhere")
 def test_a_stuck_slice_is_ended_even_while_kafka_is_away(instance: dg.DagsterInstance) -> None:
-    run = add_run(instance, dg.DagsterRunStatus.STARTED)
-    instance.report_dagster_event(_start_event(), run.run_id)
+    run = start_run(instance)
     _move_start(instance, run.run_id, time.time() - 4_000)
     data = tick(instance)
     assert "Ended " in str(data.skip_message)
