@@ -205,6 +205,13 @@ KINDS = [
     Odd("id twice, spaced", b'{ "id" : "1" , ' + GOOD[1:], "key id stands more than once"),
     Odd("id twice, one escaped", b'{"\\u0069d":"1",' + GOOD[1:], "key id stands more than once"),
     Odd("id twice, first of another type", b'{"id":1,' + GOOD[1:], "key id stands more than once"),
+    Odd("a key twice that is no text", b'{"id":1,"\\ud800":0,"\\ud800":0}', r'key "\ud800" stands more than once'),
+    Odd(
+        "a key of the actor twice that is no text",
+        b'{"id":1,"actor":{"\\ud800":0,"\\ud800":0}}',
+        r'key actor."\ud800" stands more than once',
+    ),
+    Odd("a key twice that is long", b'{"id":1' + b',"%s":0' % (b"k" * 300) * 2 + b"}", 'key "kkkkkkkkkkkkkkkkkkkk'),
     Odd("actor id twice", actor_part(b'"id":9', b'"id":9,"id":9'), "key actor.id stands more than once"),
     Odd("login twice", actor_part(b'"login"', b'"login":"a","login"'), "key actor.login stands more than once"),
     Odd("login twice, spaced", actor_part(b'"login"', b' "login" : "a", "login"'), "key actor.login stands more than"),

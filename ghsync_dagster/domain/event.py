@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -26,6 +27,7 @@ RAW_LIMIT: Final = 2_000
 _UTF8_BOM: Final = b"\xef\xbb\xbf"
 _INT64_MAX: Final = 2**63 - 1
 _INT64_DIGITS: Final = len(str(_INT64_MAX))
+_PLAIN_KEY: Final = re.compile(r"\w{1,60}", re.ASCII)
 _CREATED_AT: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z", re.ASCII)
 
 
@@ -177,10 +179,12 @@ def _repeated_key(line: bytes) -> str | None:
         return None
     objects = [("", pairs), *((f"{name}.", value) for name, value in pairs if name in ("actor", "repo"))]
     for prefix, value in objects:
-        names = [name for name, _ in value] if isinstance(value, _Pairs) else []
-        twice = next((name for name in names if names.count(name) > 1), None)
+        names = Counter(name for name, _ in value) if isinstance(value, _Pairs) else Counter[str]()
+        twice = next((name for name, times in names.items() if times > 1), None)
         if twice is not None:
-            return f"key {prefix}{twice} stands more than once"
+            # A key may be anything, also text that can't be stored.
+            shown = twice if _PLAIN_KEY.fullmatch(twice) else _shown(twice)
+            return f"key {prefix}{shown} stands more than once"
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -33,6 +34,14 @@ def test_each_odd_kind_of_line_has_its_outcome(odd: Odd) -> None:
     assert re.match(wanted, outcome.reason), outcome.reason
     assert len(outcome.reason) < 250
     assert outcome.reason.isprintable()
+
+
+def test_a_repeated_key_among_very_many_is_found_in_bearable_time() -> None:
+    keys = b",".join(b'"k%d":0' % number for number in range(200_000))
+    began = time.process_time()
+    assert decide(b'{"id":1,' + keys + b',"k199999":0}') == Refused("key k199999 stands more than once")
+    # Quadratic, it took minutes.
+    assert time.process_time() - began < 30
 
 
 def test_the_kinds_are_many_and_told_apart_by_name() -> None:
