@@ -31,12 +31,18 @@ class FileSource(PydanticBaseSettingsSource):
         if path is None:
             return None, variable, False
         try:
-            return Path(path).read_text(encoding="utf-8").rstrip("\r\n"), variable, False
+            value = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 f"{variable}_FILE names {path}, which can't be read ({type(error).__name__}).",
                 way_out=f"Point {variable}_FILE at a readable UTF-8 text file.",
             ) from None
+        if not value:
+            # To go on as if nothing were set would be to work on another server than the one that is meant.
+            raise ConfigError(
+                f"{variable}_FILE names {path}, which is empty.", way_out=f"Write the value of {variable} into it."
+            )
+        return value, variable, False
 
     def _path(self, variable: str) -> str | None:
         """Return the path that the environment names, or else ``.env``; None where the value itself is given first."""

@@ -113,6 +113,18 @@ def test_a_value_and_its_file_together_are_refused(tmp_path: Path, monkeypatch: 
     assert "PLANTED" not in str(caught.value)
 
 
+@pytest.mark.parametrize("content", ["", "\n"])
+@pytest.mark.parametrize("name", ["MONGODB_URI", "MYSQL_URL", "GHSYNC_EVENTS_PATH"])
+def test_an_empty_file_is_not_taken_for_nothing_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str
+) -> None:
+    (tmp_path / "secret").write_text(content)
+    monkeypatch.setenv(f"{name}_FILE", str(tmp_path / "secret"))
+    with pytest.raises(ConfigError, match=f"{name}_FILE names .*secret, which is empty") as caught:
+        load_settings()
+    assert name in caught.value.way_out
+
+
 def missing(folder: Path) -> Path:
     return folder / "missing"
 
