@@ -53,18 +53,20 @@ def draw(summary: Summary) -> RenderableType:
     """Return the summary for a terminal."""
     from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column()
     for title, text in _lines(summary):
-        table.add_row(title, text)
+        # Text, since what comes from the input is no markup.
+        table.add_row(title, Text(text))
     checks = Table.grid(padding=(0, 2))
     for check in summary["checks"]:
         mark = "[green]passed[/]" if check["passed"] else "[red]FAILED[/]"
-        checks.add_row(mark, check["check"], check["summary"])
+        checks.add_row(mark, check["check"], Text(check["summary"]))
         if check["way_out"]:
-            checks.add_row("", "", f"way out: {check['way_out']}")
+            checks.add_row("", "", Text(f"way out: {check['way_out']}"))
     return Group(table, "", checks) if summary["checks"] else Group(table)
 
 

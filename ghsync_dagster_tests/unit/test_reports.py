@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 from pathlib import Path
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from ghsync_dagster.batch.reports import (
     Artifacts,
@@ -22,6 +24,7 @@ from ghsync_dagster.batch.reports import (
     count_rows,
 )
 from ghsync_dagster.domain.errors import ConfigError
+from ghsync_dagster.observability.report import draw
 
 READ = ReadReport(
     events_path="/e",
@@ -194,3 +197,13 @@ def test_rows_are_counted_over_all_parts(tmp_path: Path) -> None:
         pq.write_table(pa.table({"a": list(range(rows))}), tmp_path / f"part-{part}.parquet")
     (tmp_path / "_SUCCESS").touch()
     assert count_rows(tmp_path) == 7
+
+
+def test_what_comes_from_the_input_is_no_markup_in_the_summary() -> None:
+    reason = "key [/x] stands more than once, with an optional [bot]"
+    check = {"check": "quarantine", "passed": False, "summary": "1 line [/y]", "way_out": "Mend [/z]."}
+    summary = {"checks": [check], "lines": 2, "files": ["a.json"], "events": 1, "quarantined": 1, "phases": {}}
+    drawn = io.StringIO()
+    Console(file=drawn, width=200).print(draw(summary | {"reasons": {reason: 1}}))
+    for words in (f"{reason}: 1", "1 line [/y]", "way out: Mend [/z].", "FAILED"):
+        assert words in drawn.getvalue()
