@@ -6,6 +6,7 @@ single line says.
 
 from __future__ import annotations
 
+import errno
 import glob
 import gzip
 import io
@@ -59,11 +60,11 @@ class InputFile:
 def find_files(events_path: str) -> list[Path]:
     """Return the files that a path, a folder or a glob names, sorted by name.
 
-    Folders are searched to any depth. Names that begin with a dot or an underscore are not input there, as in all of
-    Spark's world.
+    Folders, also those that a glob matches or a link leads to, are searched to any depth. Names that begin with a dot
+    or an underscore are not input there, as in all of Spark's world.
 
     Raises:
-        InputError: Nothing is there, nothing with a known suffix, or a name that Spark can't read.
+        InputError: Nothing is there, nothing with a known suffix, a link to nothing, or a name that Spark can't read.
     """
     try:
         found = _named_files(events_path)
@@ -80,13 +81,14 @@ def find_files(events_path: str) -> list[Path]:
             )
         if problem := _name_problem(entry.resolve()):
             raise InputError(f"{str(entry)!a} {problem}.", way_out="Rename it, then run again.")
-    return [entry.resolve() for entry in found]
+    # By links a file may be found more than once.
+    return list(dict.fromkeys(entry.resolve() for entry in found))
 
 
 def _named_files(events_path: str) -> list[Path]:
     path = Path(events_path).expanduser()
     if path.is_dir():
-        found = sorted(_files_below(path))
+        found = sorted(_files_below(path, set()))
         if not found:
             raise InputError(
                 f"The folder {path} has no file that ends in {', '.join(SUFFIXES)}.",
@@ -101,22 +103,63 @@ def _named_files(events_path: str) -> list[Path]:
             way_out="Correct GHSYNC_EVENTS_PATH, or run `ghsync sample` to write the sample.",
         )
     names = glob.glob(str(path), recursive=True)  # noqa: PTH207  Path.glob takes no absolute pattern
-    found = sorted(Path(name) for name in names if Path(name).is_file())
+    searched: set[Path] = set()
+    found = sorted(file for name in names for file in _files_at(Path(name), searched))
     if not found:
         raise InputError(f"No file matches {events_path}.", way_out="Correct the glob in GHSYNC_EVENTS_PATH.")
     return found
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
-    """Yield the input files of a folder; one that can't be listed raises, so that none is left out silently."""
+def _files_at(path: Path, searched: set[Path]) -> Iterator[Path]:
+    """Yield what a glob matched: the file, or the input files of the folder."""
+    if path.is_dir():
+        yield from _files_below(path, searched)
+    elif not _is_too_deep(path):
+        yield _regular(path)
+
+
+def _is_too_deep(path: Path) -> bool:
+    """Tell whether a path leads through more links than the system follows: in a circle, so there is a shorter one."""
+    try:
+        path.stat()
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
+
+
+def _refuse_dangling(path: Path) -> None:
+    if path.is_symlink() and not path.exists() and not _is_too_deep(path):
+        raise InputError(f"{path} is a link to nothing.", way_out="Mount or mend what it leads to, or remove the link.")
+
+
+def _regular(path: Path) -> Path:
+    _refuse_dangling(path)
+    if not path.is_file():
+        raise InputError(f"{path} is no regular file.", way_out="Remove it, or name the files by a glob.")
+    return path
+
+
+def _files_below(folder: Path, searched: set[Path]) -> Iterator[Path]:
+    """Yield the input files of a folder; one that can't be listed raises, so that none is left out silently.
+
+    What is in ``searched`` is left out, and what is yielded added.
+    """
 
     def fail(error: OSError) -> None:
         raise error
 
-    for parent, folders, names in os.walk(folder, onerror=fail):
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        # A link may lead back up.
+        if (real := Path(parent).resolve()) in searched:
+            folders.clear()
+            continue
+        searched.add(real)
         folders[:] = [name for name in folders if not _is_hidden(name)]
-        paths = [Path(parent, name) for name in names if not _is_hidden(name)]
-        yield from (path for path in paths if _has_known_suffix(path) and path.is_file())
+        for path in (Path(parent, name) for name in names if not _is_hidden(name)):
+            # Whatever its name: it may lead to a folder.
+            _refuse_dangling(path)
+            if _has_known_suffix(path):
+                yield _regular(path)
 
 
 def _is_hidden(name: str) -> bool:

@@ -85,6 +85,34 @@ def test_a_glob_gives_the_files_that_match(tmp_path: Path, pattern: str, wanted:
     assert names(tmp_path, find_files(f"{tmp_path}/{pattern}")) == sorted(wanted, key=Path)
 
 
+def test_folders_behind_links_and_those_that_a_glob_matches_are_searched_once(tmp_path: Path) -> None:
+    for name in ("in/1.json", "elsewhere/2.json", "elsewhere/deep/3.json.gz"):
+        write(tmp_path / name, LINES)
+    (tmp_path / "in" / "day2").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "up").symlink_to(tmp_path / "in")
+    wanted = ["in/1.json", "elsewhere/2.json", "elsewhere/deep/3.json.gz"]
+    for path in ("in", "in/*", "in/**", "in/day?/**"):
+        assert sorted(names(tmp_path, find_files(f"{tmp_path}/{path}"))) == sorted(wanted)
+
+
+@pytest.mark.parametrize("path", ["in", "in/*", "i?"])
+@pytest.mark.parametrize("name", ["2.json.gz", "day2"])
+def test_a_link_to_nothing_is_told_and_not_left_out(tmp_path: Path, path: str, name: str) -> None:
+    write(tmp_path / "in" / "1.json", LINES)
+    (tmp_path / "in" / name).symlink_to(tmp_path / "unmounted")
+    with pytest.raises(InputError, match=rf"in/{name} is a link to nothing") as caught:
+        find_files(f"{tmp_path}/{path}")
+    assert "Mount" in caught.value.way_out
+
+
+@pytest.mark.parametrize("path", ["in", "in/*"])
+def test_what_is_no_file_is_told_and_not_left_out(tmp_path: Path, path: str) -> None:
+    write(tmp_path / "in" / "1.json", LINES)
+    os.mkfifo(tmp_path / "in" / "2.json")
+    with pytest.raises(InputError, match=r"2\.json is no regular file"):
+        find_files(f"{tmp_path}/{path}")
+
+
 @pytest.mark.parametrize(
     "name",
     ["a b.json", "[ab].json", "ünï🙂.json", "100%20.json", "{x,y}.json", "a#b?c.json", "it's.json", "new\nline.json"],
