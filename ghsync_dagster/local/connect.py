@@ -11,7 +11,7 @@ import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ghsync_dagster.domain.errors import ConfigError
+from ghsync_dagster.domain.errors import ConfigError, UnavailableError
 from ghsync_dagster.local import connector, kafka, mysql
 from ghsync_dagster.local.jars import ensure_unpacked, locked_set
 from ghsync_dagster.local.supervisor import ServerSpec, ServiceStatus, Supervisor
@@ -96,11 +96,19 @@ def status(settings: Settings) -> ServiceStatus:
     """Tell how the worker in use and the connector on it are."""
     if settings.connect_url:
         url = settings.connect_url.rstrip("/")
-        return _external(url, connector.state_at(url) if _serves(url, _PING_SECONDS) else None)
+        return _external(url, _connector_state(url) if _serves(url, _PING_SECONDS) else None)
     found = _supervisor(settings).status()
     if found.state != "up" or found.uri is None:
         return found
-    return replace(found, more=connector.state_at(found.uri).as_json())
+    return replace(found, more=_connector_state(found.uri).as_json())
+
+
+def _connector_state(url: str) -> connector.ConnectorState:
+    """Return how the connector is, unknown with the reason where its worker does not tell."""
+    try:
+        return connector.state_at(url)
+    except UnavailableError as error:
+        return connector.ConnectorState("UNKNOWN", error.message)
 
 
 def _up_external(settings: Settings, url: str, progress: Callable[[str], None]) -> ServiceStatus:

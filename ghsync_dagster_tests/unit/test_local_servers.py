@@ -336,6 +336,23 @@ def test_a_connector_elsewhere_whose_state_is_not_told_yet_is_not_registered_ane
     assert stack.up(settings, ["connect"], progress=print)["connect"].more["connector"] == "RUNNING"
 
 
+def test_a_worker_that_does_not_tell_how_the_connector_is_does_not_hide_the_other_servers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/":
+            return httpx.Response(200, json={"version": "3.8.0", "kafka_cluster_id": "c"})
+        return httpx.Response(200 if request.url.path == "/health" else 500, json={"message": "Request timed out"})
+
+    serve(monkeypatch, answer)
+    settings = load_settings(GHSYNC_HOME=tmp_path, CONNECT_URL="http://127.0.0.1:9")
+    found = stack.status(settings)
+    assert found.keys() == set(stack.SERVICES)
+    assert found["connect"].state == "up"
+    assert found["connect"].more["connector"] == "UNKNOWN"
+    assert "Request timed out" in str(found["connect"].more["connector_error"])
+
+
 @pytest.mark.parametrize("health", [200, 404])
 def test_another_web_server_is_no_worker_that_is_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, health: int
