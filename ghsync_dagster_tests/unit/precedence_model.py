@@ -1,15 +1,17 @@
 """A model of one key that executes the steps of `domain/precedence.py` in every order.
 
-Belongs here: what is stored for the key, the load machine, the stream machine, the invariants and the walk over all
-interleavings. Not here: which scenarios and mutations are tried (test_precedence.py).
+Belongs here: what is stored for the key, the load machine, the stream machine and the invariants. Not here: the walk
+itself (interleavings.py), which scenarios and mutations are tried (test_precedence.py).
 """
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
+
+import interleavings
+from interleavings import Actor
 
 from ghsync_dagster.domain.precedence import (
     DELETE_STEPS,
@@ -32,9 +34,6 @@ from ghsync_dagster.domain.precedence import settle as settle_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-T = TypeVar("T")
-State = tuple[int, int, int]
 
 DELETE = "delete"
 """The stream operation that deletes; any other text is an upsert of that content."""
@@ -108,6 +107,14 @@ class Stream(NamedTuple):
         return self.step == 0 and self.at == len(self.ops)
 
 
+class World(NamedTuple):
+    """All of it."""
+
+    store: Store
+    load: Load
+    stream: Stream
+
+
 class Progress(NamedTuple):
     """How far both machines are, as the invariants ask for it.
 
@@ -157,14 +164,6 @@ class Scenario:
     max_ops: int
     load_crashes: int
     stream_crashes: int
-
-
-class Counted(NamedTuple):
-    """What a walk came to: distinct interleavings and states, or the invariant that broke."""
-
-    interleavings: int
-    states: int
-    broken: str | None
 
 
 def _version(event: int) -> Version:
@@ -480,116 +479,39 @@ class Invariants:
         return None
 
 
-class Numbers(Generic[T]):
-    """Gives every value a small number, and back."""
+class Walk(interleavings.Walk[World]):
+    """All interleavings of one scenario.
 
-    def __init__(self) -> None:
-        self.values: list[T] = []
-        self._numbers: dict[T, int] = {}
-
-    def of(self, value: T) -> int:
-        """The number of a value, a new one if it was never seen."""
-        number = self._numbers.get(value)
-        if number is None:
-            number = self._numbers[value] = len(self.values)
-            self.values.append(value)
-        return number
-
-
-class Walk:
-    """All interleavings of one scenario. States are numbers inside, since hundreds of thousands are compared."""
+    One is a sequence of steps from the start to a state where the loads are finished and the stream is idle.
+    """
 
     def __init__(self, protocol: Protocol, scenario: Scenario) -> None:
-        machine = Loads(protocol, scenario.loads)
-        self.invariants = Invariants(scenario, machine)
-        self.stores = Numbers[Store]()
-        self.loads = Numbers[Load]()
-        self.streams = Numbers[Stream]()
-        self.load_moves = self._numbered(self.loads, machine.moves)
+        loads = Loads(protocol, scenario.loads)
         streams = Streams(protocol, scenario.alphabet, scenario.max_ops)
-        self.stream_moves = self._numbered(self.streams, streams.moves)
-        self.labels: set[str] = set()
-        self.progress = cache(self._progress)
-        self.judged = cache(self._judged)
+        self.judged = cache(Invariants(scenario, loads).broken)
+
+        def load_moves(world: World) -> list[tuple[str, World]]:
+            moves = loads.moves(world.store, world.load)
+            return [(label, world._replace(store=store, load=load)) for label, store, load in moves]
+
+        def stream_moves(world: World) -> list[tuple[str, World]]:
+            moves = streams.moves(world.store, world.stream)
+            return [(label, world._replace(store=store, stream=stream)) for label, store, stream in moves]
+
         load = Load(crashes_left=scenario.load_crashes)
         stream = Stream(crashes_left=scenario.stream_crashes, last=scenario.owner)
-        self.first: State = (self.stores.of(scenario.start), self.loads.of(load), self.streams.of(stream))
+        actors = [
+            Actor(load_moves, frozenset({"store", "load"})),
+            Actor(stream_moves, frozenset({"store", "stream"})),
+        ]
+        super().__init__(World(scenario.start, load, stream), actors)
 
-    def _numbered(
-        self, actors: Numbers[T], moves: Callable[[Store, T], list[tuple[str, Store, T]]]
-    ) -> Callable[[int, int], list[tuple[str, int, int]]]:
-        @cache
-        def numbered(store: int, actor: int) -> list[tuple[str, int, int]]:
-            found = moves(self.stores.values[store], actors.values[actor])
-            self.labels.update(label for label, _, _ in found)
-            return [(label, self.stores.of(new_store), actors.of(new)) for label, new_store, new in found]
+    def broken(self, world: World) -> str | None:
+        """Return the first invariant that does not hold in this world, or None."""
+        load, stream = world.load, world.stream
+        complete = load.finished and stream.idle
+        return self.judged(world.store, Progress(load.done, stream.last, stream.idle, complete))
 
-        return numbered
-
-    def count(self) -> Counted:
-        """Walk every interleaving once: how many there are, or the first broken invariant.
-
-        An interleaving is a sequence of steps from the start to a state where the loads are finished and the stream is
-        idle. Paths are summed up over the states, which have no cycle.
-        """
-        paths: dict[State, int] = {}
-        stack = [(self.first, iter(self._following(self.first)), [0])]
-        while stack:
-            state, following, total = stack[-1]
-            for _, nxt in following:
-                known = paths.get(nxt)
-                if known is None:
-                    broken = self._broken(nxt)
-                    if broken:
-                        return Counted(0, len(paths), broken)
-                    stack.append((nxt, iter(self._following(nxt)), [self._is_complete(nxt)]))
-                    break
-                total[0] += known
-            else:
-                stack.pop()
-                paths[state] = total[0]
-                if stack:
-                    stack[-1][2][0] += total[0]
-        return Counted(paths[self.first], len(paths), None)
-
-    def shortest_break(self) -> list[str] | None:
-        """The steps of a shortest run that breaks an invariant, then what is stored and the invariant; or None."""
-        came: dict[State, tuple[State, str]] = {}
-        queue = deque([self.first])
-        while queue:
-            state = queue.popleft()
-            for label, nxt in self._following(state):
-                if nxt in came:
-                    continue
-                came[nxt] = (state, label)
-                broken = self._broken(nxt)
-                if broken:
-                    return [*self._trace(came, nxt), str(self.stores.values[nxt[0]]), broken]
-                queue.append(nxt)
-        return None
-
-    def _trace(self, came: dict[State, tuple[State, str]], state: State) -> list[str]:
-        trace: list[str] = []
-        while state != self.first:
-            state, label = came[state]
-            trace.append(label)
-        return trace[::-1]
-
-    def _following(self, state: State) -> list[tuple[str, State]]:
-        store, load, stream = state
-        following = [(label, (stored, new, stream)) for label, stored, new in self.load_moves(store, load)]
-        following += [(label, (stored, load, new)) for label, stored, new in self.stream_moves(store, stream)]
-        return following
-
-    def _progress(self, load_number: int, stream_number: int) -> Progress:
-        load, stream = self.loads.values[load_number], self.streams.values[stream_number]
-        return Progress(load.done, stream.last, stream.idle, load.finished and stream.idle)
-
-    def _is_complete(self, state: State) -> int:
-        return int(self.progress(state[1], state[2]).complete)
-
-    def _broken(self, state: State) -> str | None:
-        return self.judged(state[0], self.progress(state[1], state[2]))
-
-    def _judged(self, store: int, progress: Progress) -> str | None:
-        return self.invariants.broken(self.stores.values[store], progress)
+    def ends(self, world: World, *, goes_on: bool) -> bool:  # noqa: ARG002
+        """Whether the loads are finished and the stream is idle."""
+        return world.load.finished and world.stream.idle

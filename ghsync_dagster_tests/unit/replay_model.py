@@ -1,15 +1,17 @@
 """A model of one key, its topic, the stream, loads and replays of dead letters, in every order of their steps.
 
-Belongs here: the machines, the invariants and the walk. The loads and the recovery are those of precedence_model.py;
-the decision is the real `judge`. Not here: which scenarios and deviations are tried (test_replay_model.py).
+Belongs here: the machines and the invariants. The loads and the recovery are those of precedence_model.py; the decision
+is the real `judge`. Not here: the walk itself (interleavings.py), which scenarios and deviations are tried
+(test_replay_model.py).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
+import interleavings
+from interleavings import Actor
 from precedence_model import DELETE, Doc, Entry, Load, Loads, Protocol, Store
 
 from ghsync_dagster.domain.precedence import DELETE_STEPS, UPSERT_STEPS, LoadState, StreamStep
@@ -104,6 +106,10 @@ class World(NamedTuple):
     books: Books = Books()
 
 
+Moves = list[tuple[str, World]]
+"""What somebody may do next, and what comes of it."""
+
+
 @dataclass(frozen=True)
 class Scenario:
     """What a walk starts from and may choose from.
@@ -133,13 +139,20 @@ class Scenario:
     load_crashes: int = 0
 
 
-class Counted(NamedTuple):
-    """What a walk came to: interleavings, states, the labels it met, and the invariant that broke with its trace."""
+def _cannot_begin(replay: Replay) -> bool:
+    return replay.active or not replay.runs_left
 
-    interleavings: int
-    states: int
-    labels: frozenset[str]
-    broken: tuple[str, ...] | None
+
+def _is_not_settling(replay: Replay) -> bool:
+    return replay.settling is None
+
+
+def _is_at_no_other_step(replay: Replay) -> bool:
+    return replay.step is None or replay.step is ReplayStep.WRITE
+
+
+def _is_at_no_write(replay: Replay) -> bool:
+    return replay.step is not ReplayStep.WRITE
 
 
 class Machine:
@@ -173,11 +186,21 @@ class Machine:
             Load(crashes_left=some.load_crashes, finished=not some.loads),
         )
 
-    def moves(self, world: World) -> list[tuple[str, World]]:
-        """Return every next step of anybody."""
-        return [*self._produce(world), *self._stream(world), *self._replay(world), *self._load(world)]
+    def actors(self) -> list[Actor[World]]:
+        """Return everybody who takes steps."""
+        return [
+            Actor(self._produce, frozenset({"topic"})),
+            Actor(self._stream, frozenset({"store", "topic", "stream"})),
+            Actor(self._go_back, frozenset({"topic", "stream", "books"})),
+            Actor(self._load, frozenset({"store", "replay", "load"})),
+            Actor(self._die, frozenset({"replay"})),
+            Actor(self._begin, frozenset({"store", "topic", "replay", "load", "books"}), ("replay", _cannot_begin)),
+            Actor(self._settle, frozenset({"store", "replay"}), ("replay", _is_not_settling)),
+            Actor(self._step, frozenset({"store", "topic", "replay", "books"}), ("replay", _is_at_no_other_step)),
+            Actor(self._step, frozenset(World._fields) - {"load"}, ("replay", _is_at_no_write)),
+        ]
 
-    def _produce(self, world: World) -> list[tuple[str, World]]:
+    def _produce(self, world: World) -> Moves:
         topic = world.topic
         if len(topic.records) >= len(self.scenario.records) + self.scenario.appended:
             return []
@@ -194,9 +217,9 @@ class Machine:
 
     # The stream
 
-    def _stream(self, world: World) -> list[tuple[str, World]]:
+    def _stream(self, world: World) -> Moves:
         stream, topic = world.stream, world.topic
-        moves: list[tuple[str, World]] = []
+        moves: Moves = []
         if stream.at is not None:
             moves.append(self._stream_step(world))
         else:
@@ -211,12 +234,15 @@ class Machine:
                 moves.append((f"stream: letter {stream.next}", world._replace(topic=passed, stream=moved)))
             if stream.next > topic.committed:
                 moves.append(("stream: commit", world._replace(topic=topic._replace(committed=stream.next))))
-            if stream.backs_left and topic.committed:
-                moves += [self._gone_back(world, offset) for offset in range(topic.committed)]
         if stream.crashes_left and (stream.at is not None or stream.next > topic.committed):
             dead = stream._replace(next=topic.committed, at=None, step=0, crashes_left=stream.crashes_left - 1)
             moves.append(("stream: CRASH", world._replace(stream=dead)))
         return moves
+
+    def _go_back(self, world: World) -> Moves:
+        if world.stream.at is not None or not world.stream.backs_left:
+            return []
+        return [self._gone_back(world, offset) for offset in range(world.topic.committed)]
 
     def _gone_back(self, world: World, offset: int) -> tuple[str, World]:
         stream = world.stream._replace(next=offset, backs_left=world.stream.backs_left - 1)
@@ -252,7 +278,7 @@ class Machine:
 
     # Loads, under the lease
 
-    def _load(self, world: World) -> list[tuple[str, World]]:
+    def _load(self, world: World) -> Moves:
         if world.load.step is None and world.replay.active and "ignores the lease" not in self.deviations:
             return []
         return [
@@ -262,23 +288,27 @@ class Machine:
 
     # Replays, under the lease
 
-    def _replay(self, world: World) -> list[tuple[str, World]]:
+    def _begin(self, world: World) -> Moves:
         replay = world.replay
-        if not replay.active:
-            at_work = world.load.step is not None and "ignores the lease" not in self.deviations
-            if at_work or not replay.runs_left:
-                return []
-            begun = replay._replace(settling=Load(), runs_left=replay.runs_left - 1)
-            return [
-                self._settled(world._replace(replay=begun._replace(letter=at, times=times)))
-                for at, times in enumerate(world.topic.written)
-                if times and at not in self.resolved(world)
-            ]
-        moves = [self._settled(world) if replay.settling else self._step(world)]
-        if replay.crashes_left:
-            dead = Replay(runs_left=replay.runs_left + 1, crashes_left=replay.crashes_left - 1)
-            moves.append(("replay: CRASH", world._replace(replay=dead)))
-        return moves
+        at_work = world.load.step is not None and "ignores the lease" not in self.deviations
+        if at_work:
+            return []
+        begun = replay._replace(settling=Load(), runs_left=replay.runs_left - 1)
+        return [
+            self._settled(world._replace(replay=begun._replace(letter=at, times=times)))
+            for at, times in enumerate(world.topic.written)
+            if times and at not in self.resolved(world)
+        ]
+
+    def _die(self, world: World) -> Moves:
+        replay = world.replay
+        if not replay.active or not replay.crashes_left:
+            return []
+        dead = Replay(runs_left=replay.runs_left + 1, crashes_left=replay.crashes_left - 1)
+        return [("replay: CRASH", world._replace(replay=dead))]
+
+    def _settle(self, world: World) -> Moves:
+        return [self._settled(world)]
 
     def _settled(self, world: World) -> tuple[str, World]:
         """Take one step of recovery, before the replay or at its end."""
@@ -293,7 +323,7 @@ class Machine:
             replay = replay._replace(settling=None, step=self.steps[0])
         return f"replay: {label}", world._replace(store=store, replay=replay)
 
-    def _step(self, world: World) -> tuple[str, World]:
+    def _step(self, world: World) -> Moves:
         step = world.replay.step
         assert step is not None
         label, world, goes_on = self._do(world, step)
@@ -302,7 +332,7 @@ class Machine:
             replay = world.replay._replace(step=None, settling=Load(), last=True)
         else:
             replay = world.replay._replace(step=self.steps[self.steps.index(step) + 1])
-        return f"replay: {label}", world._replace(replay=replay)
+        return [(f"replay: {label}", world._replace(replay=replay))]
 
     def _do(self, world: World, step: ReplayStep) -> tuple[str, World, bool]:
         store, replay, books, letter = world.store, world.replay, world.books, world.replay.letter
@@ -450,34 +480,21 @@ class Invariants:
         return None
 
 
-def walk(scenario: Scenario, deviations: frozenset[str] = frozenset()) -> Counted:
-    """Walk every interleaving of a scenario; stop at the first broken invariant."""
-    machine = Machine(scenario, deviations)
-    invariants = Invariants(scenario, machine)
-    moves = cache(machine.moves)
-    labels: set[str] = set()
-    paths: dict[World, int] = {}
-    first = machine.first()
-    stack = [(first, iter(moves(first)), [0], "")]
-    while stack:
-        world, following, total, _ = stack[-1]
-        for label, nxt in following:
-            labels.add(label)
-            known = paths.get(nxt)
-            if known is None:
-                broken = invariants.broken(nxt)
-                if broken:
-                    trace = (*(step for _, _, _, step in stack[1:]), label, str(nxt.store), broken)
-                    return Counted(0, len(paths), frozenset(labels), trace)
-                stack.append((nxt, iter(moves(nxt)), [0 if moves(nxt) else 1], label))
-                break
-            total[0] += known
-        else:
-            stack.pop()
-            paths[world] = total[0]
-            if stack:
-                stack[-1][2][0] += total[0]
-    return Counted(paths[first], len(paths), frozenset(labels), None)
+class Walk(interleavings.Walk[World]):
+    """All interleavings of one scenario."""
+
+    def __init__(self, scenario: Scenario, deviations: frozenset[str] = frozenset()) -> None:
+        machine = Machine(scenario, deviations)
+        self.invariants = Invariants(scenario, machine)
+        super().__init__(machine.first(), machine.actors())
+
+    def broken(self, world: World) -> str | None:
+        """Return the first invariant that does not hold in this world, or None."""
+        return self.invariants.broken(world)
+
+    def ends(self, world: World, *, goes_on: bool) -> bool:  # noqa: ARG002
+        """Whether nobody has a step left."""
+        return not goes_on
 
 
 def loaded(content: str) -> Store:

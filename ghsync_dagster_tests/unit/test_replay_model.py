@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 from functools import cache
+from typing import TYPE_CHECKING
 
 import pytest
 from precedence_model import DELETE, Store
-from replay_model import Counted, Record, Scenario, loaded, walk
+from replay_model import Record, Scenario, Walk, loaded
 
 from ghsync_dagster.domain.change import Position
 from ghsync_dagster.domain.replay import Candidate, Outcome, Seen, Sighting, Stretch, judge
+
+if TYPE_CHECKING:
+    from interleavings import Counted
 
 pytestmark = pytest.mark.usefixtures("without_gc")
 
@@ -150,20 +154,21 @@ SCENARIOS |= {
 
 
 @cache
-def walked(name: str) -> Counted:
-    return walk(SCENARIOS[name])
+def walked(name: str) -> tuple[Counted, set[str]]:
+    walk = Walk(SCENARIOS[name])
+    return walk.count(), walk.labels
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_every_interleaving_with_crashes_and_recovery_ends_right(name: str) -> None:
-    counted = walked(name)
+    counted, _ = walked(name)
     sys.stdout.write(f"{counted.interleavings:,} interleavings in {counted.states:,} states\n")
     assert counted.broken is None
     assert counted.interleavings > 10**10
 
 
 def test_the_walks_meet_every_outcome_of_a_look_and_of_a_write() -> None:
-    labels = walked("two letters").labels | walked("empty, r").labels | walked("two letters, one deletes").labels
+    labels = {label for name in ("two letters", "empty, r", "two letters, one deletes") for label in walked(name)[1]}
     wanted = {f"replay: LOOK: {outcome.name}" for outcome in Outcome}
     wanted |= {f"replay: {step}: {taken}" for step in ("ADOPT", "WRITE") for taken in (True, False)}
     wanted |= {"replay: REPAIR_DOCUMENT: PUT_BACK", "replay: REPAIR_DOCUMENT: REMOVE"}
@@ -193,7 +198,7 @@ BROKEN = {
 @pytest.mark.parametrize("deviation", BROKEN)
 def test_with_one_thing_wrong_an_interleaving_breaks_it(deviation: str) -> None:
     scenario = BROKEN[deviation]
-    assert walk(scenario).broken is None, "the scenario itself must hold"
-    broken = walk(scenario, frozenset({deviation})).broken
-    assert broken is not None
-    sys.stdout.write("\n".join(broken) + "\n")
+    assert Walk(scenario).count().broken is None, "the scenario itself must hold"
+    trace = Walk(scenario, frozenset({deviation})).shortest_break()
+    assert trace is not None
+    sys.stdout.write("\n".join(trace) + "\n")
