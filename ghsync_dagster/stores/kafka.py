@@ -37,6 +37,14 @@ _WRONG: Final = {
     KafkaError.INVALID_SESSION_TIMEOUT: "Set GHSYNC_CDC_SESSION_TIMEOUT_SECONDS to what the brokers allow.",
     KafkaError.INCONSISTENT_GROUP_PROTOCOL: "Give KAFKA_GROUP_ID to ghsync alone: another program is in the group.",
 }
+_DENIED: Final = frozenset(
+    {
+        KafkaError.POLICY_VIOLATION,
+        KafkaError.INVALID_CONFIG,
+        KafkaError.INVALID_RECORD,
+        KafkaError.UNSUPPORTED_VERSION,
+    }
+)
 _TOO_LARGE: Final = frozenset({KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE})
 _NO_TOPIC: Final = frozenset(
     {
@@ -187,6 +195,11 @@ def kafka_error(error: KafkaError, what: str) -> GhsyncError:
     if code in _TOO_LARGE:
         return RefusedError(
             f"{what}: a record is too large for its topic ({text}).", way_out="Raise the topic's max.message.bytes."
+        )
+    if code in _DENIED:
+        return RefusedError(
+            f"{what}: the brokers do not take it ({error.name()}: {text}).",
+            way_out="Have the brokers allow it, or make the topic yourself as they allow it; see docs/operations.md.",
         )
     if is_no_topic(error):
         return UnavailableError(

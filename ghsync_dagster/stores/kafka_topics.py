@@ -42,7 +42,18 @@ Headers = list[tuple[str, str | bytes | None]]
 PARTITION_EOF: Final = KafkaError._PARTITION_EOF  # noqa: SLF001  the library's own name of its local error
 """What stands for a record where a partition ends."""
 _NO_ID: Final = str(Uuid(0, 0))
-_KEPT: Final = {"retention.ms": "-1", "cleanup.policy": "delete", "max.message.bytes": str(LARGEST_BYTES)}
+_KEPT: Final = {"retention.ms": "-1", "cleanup.policy": "delete"}
+_LARGE: Final = {"max.message.bytes": str(LARGEST_BYTES)}
+_NOT_SO: Final = frozenset({KafkaError.POLICY_VIOLATION, KafkaError.INVALID_CONFIG})
+"""What brokers answer that allow no such setting."""
+_AS_IT_IS: Final = frozenset(
+    {
+        KafkaError.TOPIC_ALREADY_EXISTS,
+        KafkaError.TOPIC_AUTHORIZATION_FAILED,
+        KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+    }
+)
+"""What brokers answer where the topic is there, or may be: writing to it tells."""
 
 
 def partitions_of(client: Consumer | AdminClient, topic: str, seconds: float) -> list[int]:
@@ -86,27 +97,34 @@ def _look(client: Consumer | AdminClient, topic: str, seconds: float) -> tuple[l
 def ensure_topic(kafka: KafkaSettings, topic: str) -> None:
     """Make a topic of one partition that keeps records of any size for good, unless it is there or we may not make it.
 
+    Where the brokers allow no records of any size, it takes those that they do.
+
     Raises:
         UnavailableError: No broker can be reached.
-        RefusedError: The credentials are refused.
+        RefusedError: The credentials are refused, or the brokers allow no topic that keeps records for good.
     """
     admin = AdminClient(client_config(kafka))
     _, missing = _look(admin, topic, kafka.timeout_seconds)
     if missing is None:
         return
+    failed = _made(admin, topic, _KEPT | _LARGE, kafka.timeout_seconds)
+    if failed is not None and failed.code() in _NOT_SO:
+        failed = _made(admin, topic, _KEPT, kafka.timeout_seconds)
+    if failed is not None and failed.code() not in _AS_IT_IS:
+        raise kafka_error(failed, f"Making {topic}")
+
+
+def _made(admin: AdminClient, topic: str, config: dict[str, str], seconds: float) -> KafkaError | None:
+    """Make a topic of one partition; return why it could not be made."""
+    wanted = NewTopic(topic, num_partitions=1, config=config)
     with kafka_errors(f"Making {topic}"):
-        wanted = NewTopic(topic, num_partitions=1, config=_KEPT)
-        [made] = admin.create_topics([wanted], request_timeout=kafka.timeout_seconds).values()
-        try:
-            made.result()
-        except KafkaException as error:
-            # Without the right to make it, writing to it tells whether it is there.
-            if error.args[0].code() not in (
-                KafkaError.TOPIC_ALREADY_EXISTS,
-                KafkaError.TOPIC_AUTHORIZATION_FAILED,
-                KafkaError.CLUSTER_AUTHORIZATION_FAILED,
-            ):
-                raise
+        [made] = admin.create_topics([wanted], request_timeout=seconds).values()
+    try:
+        made.result()
+    except KafkaException as error:
+        failed: KafkaError = error.args[0]
+        return failed
+    return None
 
 
 class TopicIds:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from confluent_kafka.cimpl import NewTopic
 
 from ghsync_dagster.cdc.dead_letters import DeadLetter, DeadLetters, read_dead_letters
 from ghsync_dagster.domain.errors import RefusedError, UnavailableError
+from ghsync_dagster.stores import kafka_topics
 from ghsync_dagster.stores.kafka import KafkaSettings
 from ghsync_dagster.stores.kafka_topics import read_to_end
 
@@ -120,6 +122,25 @@ def test_a_record_that_is_too_large_for_a_topic_that_others_made_is_refused_with
     made.result(10)
     with pytest.raises(RefusedError, match=r"max\.message\.bytes"):
         written(topic, letter(topic, value=b"x" * 3_000_000))
+
+
+def test_where_the_brokers_allow_no_record_of_any_size_the_topic_takes_what_they_do(
+    topic: Topic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What no broker takes stands for what a hosted one does not allow.
+    monkeypatch.setattr(kafka_topics, "_LARGE", {"max.message.bytes": "-7"})
+    assert [one.offset for one in written(topic, letter(topic))] == [7]
+
+
+def test_where_the_brokers_allow_no_topic_for_good_it_is_told_and_not_tried_for_ever(
+    topic: Topic, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kafka_topics, "_KEPT", {"retention.ms": "for good"})
+    topic.raw({"user_id": 1}, b"{")
+    topic.flush()
+    with pytest.raises(RefusedError, match=rf"Making {topic.kafka.dead_letter_topic}.*INVALID_CONFIG.*yourself"):
+        parts.consumer(topic).run(threading.Event(), seconds=30)
+    assert topic.committed() in (-1001, 0)
 
 
 def test_a_broker_that_is_away_is_a_transient_error() -> None:
