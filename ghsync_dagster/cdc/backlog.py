@@ -79,6 +79,11 @@ class Backlog:
         """How many partitions are of a topic that was made anew, which the group does not know."""
         return sum(partition.is_anew for partition in self.partitions)
 
+    @property
+    def unplaced(self) -> set[int]:
+        """The partitions in which the brokers know no place of the group."""
+        return {partition.partition for partition in self.partitions if partition.committed is None}
+
     def ends(self) -> dict[int, int]:
         """Return where those partitions end that hold anything."""
         return {found.partition: found.end for found in self.partitions if found.end > found.low}

@@ -7,7 +7,7 @@ raise, and never look like failed data.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -55,35 +55,48 @@ def certain_p99(commit: Latency, kafka: Latency) -> int:
     return max(commit.window.p99 - (commit.grain_ms - 1), kafka.window.p99, 0)
 
 
-def kafka_lag(backlog: Backlog, limit: int, *, is_another: bool = False) -> Finding:
+def kafka_lag(backlog: Backlog, limit: int, *, is_another: bool = False, placed: Collection[int] = ()) -> Finding:
     """Hold that no more than ``limit`` records wait for the group, and that none was removed before it was applied.
 
     Args:
         backlog: What waits.
         limit: How many records may wait.
         is_another: Whether the topic is another one than the group has consumed.
+        placed: The partitions in which the group had a place before.
     """
-    worst = sorted(backlog.partitions, key=lambda found: (not found.is_anew, -found.lost, -found.waiting))
+    forgotten = set() if is_another else backlog.unplaced.intersection(placed)
+    worst = sorted(
+        backlog.partitions,
+        key=lambda found: (not found.is_anew, found.partition not in forgotten, -found.lost, -found.waiting),
+    )
     lost = f"; {backlog.lost} were removed from the topic before they were applied" if backlog.lost else ""
     is_anew = is_another or backlog.anew > 0
     anew = "; the topic was made anew, and the group's place is none of it" if is_anew else ""
-    passed = backlog.waiting <= limit and not backlog.lost and not is_anew
+    gone = f"; the group's place in {len(forgotten)} partitions is forgotten" if forgotten else ""
+    is_gone = bool(backlog.lost or is_anew or forgotten)
+    passed = backlog.waiting <= limit and not is_gone
     return Finding(
         KAFKA_LAG,
         passed,
-        f"{backlog.waiting} changes wait for group {backlog.group} (at most {limit} may){lost}{anew}",
-        {"waiting": backlog.waiting, "limit": limit, "lost": backlog.lost, "partitions": len(backlog.partitions)},
+        f"{backlog.waiting} changes wait for group {backlog.group} (at most {limit} may){lost}{anew}{gone}",
+        {
+            "waiting": backlog.waiting,
+            "limit": limit,
+            "lost": backlog.lost,
+            "forgotten": len(forgotten),
+            "partitions": len(backlog.partitions),
+        },
         []
         if passed
         else [
             {**asdict(found), "waiting": found.waiting, "lost": found.lost, "anew": found.is_anew}
             for found in worst[:OFFENDERS]
-            if found.waiting or found.lost or found.is_anew
+            if found.waiting or found.lost or found.is_anew or found.partition in forgotten
         ],
         ""
         if passed
         else "Take a new snapshot, and let a new group begin at the beginning; see docs/operations.md."
-        if backlog.lost or is_anew
+        if is_gone
         else f"{_LOOK}; a lag that shrinks needs only time, or a higher GHSYNC_MAX_LAG_RECORDS.",
     )
 

@@ -272,6 +272,7 @@ class _Run:
                 retrying("Looking for the topic's end", self._consumer.ends, attempts=_ATTEMPTS) if until_end else None
             )
             if until_end:
+                # Where nothing is left to consume, no partition would come to be looked at.
                 retrying("Looking whether the topic is the same", self._see_topic, attempts=_ATTEMPTS)
             while not (reached or self._until.over):
                 try:
@@ -360,9 +361,11 @@ class _Run:
         return pending > 0 and not self._more and time.monotonic() >= self._next_batch
 
     def _see_topic(self) -> None:
-        """See that the topic is the one that the group began with: now and then, and when partitions came."""
+        """See that topic and places are those that the group began with: now and then, and when partitions came."""
         if time.monotonic() >= self._next_topic:
-            self._topic.see()
+            self._topic.see(
+                lambda: self._consumer.committed(self._consumer.partitions or self._consumer.all_partitions())
+            )
             self._to_see = False
             self._next_topic = time.monotonic() + _TOPIC_SECONDS
 
@@ -416,13 +419,18 @@ class _Run:
     def _confirm(self) -> None:
         """Have the group confirm now and then that this consumer is in it, for the batch at work to go on."""
         if not self._membership.is_fresh:
-            # What stands before the batch is committed already, or there is nothing before it.
-            self._commit(self._batch.begins)
+            # What stands before the batch is committed already, or there is nothing before it. What went meanwhile is
+            # another's to commit.
+            begins = self._batch.begins
+            if offsets := {partition: begins[partition] for partition in begins.keys() & self._consumer.partitions}:
+                self._commit(offsets)
 
     def _commit(self, offsets: Mapping[int, int]) -> None:
         asked = clock.now()
         self._consumer.commit(offsets)
         self._committed |= offsets
+        if self._topic.is_to_keep(offsets):
+            self._next_topic = 0.0
         self._membership.confirmed(asked)
 
     def _acknowledge(self) -> None:

@@ -1,12 +1,15 @@
 """Which topic a group consumes: one that was deleted and made again by the same name is another one.
 
-Belongs here: keeping the id of a group's topic beside the users, and comparing. Not here: places within a topic.
-Brokers forget a group's places with its topic, or take those that a consumer still commits for places in the new one:
-neither tells that changes are gone. Where brokers give topics no ids nothing is kept, and nothing can be seen.
+Belongs here: keeping beside the users the id of a group's topic, and in which of its partitions the group had a place,
+and comparing. Not here: the places themselves. Brokers forget a group's places with its topic, or take those that a
+consumer still commits for places in the new one; and they forget those of a group that was without a member for
+``offsets.retention.minutes``: none of it tells that changes are gone. Where brokers give topics no ids nothing is kept,
+and nothing can be seen.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from ghsync_dagster.domain.errors import PermanentError
@@ -36,6 +39,8 @@ class KnownTopic:
         self._kafka = kafka
         self._ids = TopicIds(kafka)
         self._store = StreamStore(store)
+        self._kept: set[int] = set()
+        self._has_id = True
 
     def reach(self) -> None:
         """Make the connections that ``see`` needs, so that it is quick.
@@ -59,24 +64,57 @@ class KnownTopic:
             RefusedError: Credentials or rights.
         """
         known = self._store.topic_of(group_name(self._kafka))
-        return known is not None and self._ids.of(self._kafka.topic) not in {known, ""}
+        return known is not None and self._ids.of(self._kafka.topic) not in {known.topic_id, ""}
 
-    def see(self) -> None:
-        """Keep which topic the group consumes, or see that it is still the same.
+    def placed(self) -> frozenset[int]:
+        """Return the partitions in which the group has had a place; ask before the brokers are asked for the places.
 
         Raises:
-            PermanentError: It is another one.
+            UnavailableError: The store is away.
+            RefusedError: Credentials or rights.
+        """
+        known = self._store.topic_of(group_name(self._kafka))
+        return frozenset() if known is None else known.placed
+
+    def see(self, committed: Callable[[], Mapping[int, int | None]]) -> None:
+        """Keep which topic the group consumes and where it has a place, or see that neither is gone.
+
+        Args:
+            committed: Asks the brokers for the group's places, by partition; None for nothing.
+
+        Raises:
+            PermanentError: The topic is another one, or a place is forgotten.
             UnavailableError: A server is away, or there is no such topic.
             RefusedError: Credentials or rights.
         """
         kafka = self._kafka
         found = self._ids.of(kafka.topic)
+        self._has_id = bool(found)
         if not found:
             return
         known = self._store.keep_topic(group_name(kafka), found)
-        if found != known:
-            raise PermanentError(
+        if found != known.topic_id:
+            raise self._gone(
                 f"{kafka.topic} is another topic (id {found}) than the one that group {kafka.group_id} has consumed "
-                f"(id {known}): it was made anew, and changes of the old one may never have been applied.",
-                way_out="Take a new snapshot, and let a new group begin at the beginning; see docs/operations.md.",
+                f"(id {known.topic_id}): it was made anew, and changes of the old one may never have been applied."
             )
+        # Asked for after what is kept was read: another consumer may just have begun.
+        places = committed()
+        here = {partition for partition, offset in places.items() if offset is not None}
+        if forgotten := (places.keys() - here) & known.placed:
+            raise self._gone(
+                f"{kafka.topic} partition {min(forgotten)}: the brokers have forgotten where group {kafka.group_id} "
+                "was, as they do when it has no member for long: changes may be gone that were never applied."
+            )
+        if new := here - known.placed:
+            self._store.keep_places(group_name(kafka), new)
+        self._kept |= here
+
+    def is_to_keep(self, partitions: Iterable[int]) -> bool:
+        """Tell whether ``see`` has something to keep, the group having a place in these partitions now."""
+        return self._has_id and not self._kept.issuperset(partitions)
+
+    def _gone(self, problem: str) -> PermanentError:
+        return PermanentError(
+            problem, way_out="Take a new snapshot, and let a new group begin at the beginning; see docs/operations.md."
+        )

@@ -203,6 +203,8 @@ def _broker_settings(data: Path, port: int, controller: int) -> dict[str, object
         "share.coordinator.state.topic.num.partitions": 1,
         "log.cleaner.dedupe.buffer.size": 16_777_216,
     }
+    # A week without a consumer is no reason to forget where it was.
+    patient = {"offsets.retention.minutes": 525_600}
     quick = {
         "group.initial.rebalance.delay.ms": 0,
         "group.consumer.heartbeat.interval.ms": 200,
@@ -223,6 +225,7 @@ def _broker_settings(data: Path, port: int, controller: int) -> dict[str, object
         "auto.create.topics.enable": "false",
         **one_copy,
         **few_files,
+        **patient,
         **quick,
     }
 

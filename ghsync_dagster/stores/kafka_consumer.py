@@ -111,7 +111,7 @@ class TopicConsumer:
                 found = [first]
             self._gone.clear()
             if seconds <= 0 or found:
-                more = self._consumer.consume(limit, 0)
+                more = self._take_more(limit, found)
                 # A partition that went meanwhile is another's, or is read anew from what is committed.
                 found = [message for message in found if message.partition() not in self._gone] + more
             if seconds > 0 and not found:
@@ -127,6 +127,17 @@ class TopicConsumer:
                 if (error := message.error()) is not None:
                     self._take_error(error, message)
         return records
+
+    def _take_more(self, limit: int, found: list[Message]) -> list[Message]:
+        """Return what waits in this process. A failure is kept where something is in hand, which would be lost."""
+        try:
+            with kafka_errors(f"Consuming {self.kafka.topic}"):
+                return self._consumer.consume(limit, 0)
+        except GhsyncError as error:
+            if not found:
+                raise
+            self._meet(error)
+            return []
 
     def _take_error(self, error: KafkaError, message: Message) -> None:
         if error.code() == PARTITION_EOF:

@@ -50,6 +50,10 @@ CONFIRM_MS: Final = 60_000
 
 _REFUSED: Final = frozenset({11, 13, 18, 31, 33, 8000})
 """UserNotFound, Unauthorized, AuthenticationFailed, RoleNotFound, and the hosted services' own code for the same."""
+PASSING: Final = frozenset(
+    {6, 7, 24, 43, 50, 64, 89, 91, 112, 133, 134, 189, 202, 262, 9001, 10107, 11600, 11602, 13435, 13436, 14031}
+)
+"""Error codes that pass: hosts, elections, write conflicts, lost cursors, time limits, a full disk."""
 _NAMESPACE_EXISTS: Final = 48
 _DEFAULT_COLLECTION: Final = "Users"
 _DUPLICATE_KEY: Final = 11000
@@ -80,7 +84,8 @@ def mongo_errors(what: str) -> Iterator[None]:
         ) from None
     except OperationFailure as error:
         labels = ("TransientTransactionError", "RetryableWriteError")
-        if _is_unconfirmed(error) or any(error.has_error_label(label) for label in labels):
+        passes = error.code in PASSING or any(error.has_error_label(label) for label in labels)
+        if passes or _is_unconfirmed(error):
             raise UnavailableError(
                 f"{what}: MongoDB could not finish now ({_first_line(error)}).", way_out="Run again."
             ) from None

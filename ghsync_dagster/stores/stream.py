@@ -29,7 +29,7 @@ from ghsync_dagster import clock
 from ghsync_dagster.domain.errors import RefusedError, UnavailableError
 from ghsync_dagster.domain.user import MARKER_FIELD, USER_FIELDS
 from ghsync_dagster.observability.logging import redact
-from ghsync_dagster.stores.mongo import CHUNK, chunks, mongo_errors
+from ghsync_dagster.stores.mongo import CHUNK, PASSING, chunks, mongo_errors
 
 if TYPE_CHECKING:
     from pymongo.collection import Collection
@@ -72,11 +72,6 @@ _KINDS: Final = {
 _UNENCODABLE: Final = "unencodable"
 KINDS_OF_REFUSED: Final = frozenset({*_KINDS.values(), _UNENCODABLE})
 """The kinds of all that the database does not take."""
-_AWAY: Final = frozenset(
-    {6, 7, 24, 50, 64, 89, 91, 112, 134, 189, 202, 262, 9001, 10107, 11600, 11602, 13435, 13436, 14031}
-)
-"""Error codes of one write that pass: hosts, elections, write conflicts, time limits, a full disk."""
-
 
 _Write = tuple[str, InsertOne[dict[str, Any]] | ReplaceOne[dict[str, Any]] | UpdateOne]
 """A key and how its document is written."""
@@ -104,6 +99,18 @@ class Note(NamedTuple):
 
     offset: int
     asking: str | None
+
+
+class KeptTopic(NamedTuple):
+    """What is kept of the topic that a group consumes.
+
+    Attributes:
+        topic_id: The topic's id.
+        placed: The partitions in which the group has had a place.
+    """
+
+    topic_id: str
+    placed: frozenset[int]
 
 
 class Truncated(NamedTuple):
@@ -236,20 +243,25 @@ class StreamStore:
         stops = {int(partition): stop for partition, stop in found["stops"].items()}
         return Truncated(found["partition"], found["offset"], stops)
 
-    def topic_of(self, name: str) -> str | None:
-        """Return the id of the topic that a group, by name, consumes; None where none is kept."""
+    def topic_of(self, name: str) -> KeptTopic | None:
+        """Return the topic that a group, by name, consumes; None where none is kept."""
         with _limited("Reading a group's topic", _ASIDE_SECONDS):
             found = self._topics.find_one({"_id": name})
-        return None if found is None else str(found["topic_id"])
+        return None if found is None else KeptTopic(found["topic_id"], frozenset(map(int, found.get("placed", ()))))
 
-    def keep_topic(self, name: str, topic_id: str) -> str:
-        """Keep the id of the topic that a group consumes, unless there is one; return the one that is kept."""
+    def keep_topic(self, name: str, topic_id: str) -> KeptTopic:
+        """Keep the id of the topic that a group consumes, unless there is one; return what is kept."""
         known = self.topic_of(name)
         if known is None:
             with _limited("Keeping a group's topic", _ASIDE_SECONDS), suppress(DuplicateKeyError):
                 self._topics.insert_one({"_id": name, "topic_id": topic_id})
             known = self.topic_of(name)
-        return topic_id if known is None else known
+        return known or KeptTopic(topic_id, frozenset())
+
+    def keep_places(self, name: str, partitions: Iterable[int]) -> None:
+        """Keep that a group, whose topic is kept, has a place in these partitions."""
+        with _limited("Keeping a group's topic", _ASIDE_SECONDS):
+            self._topics.update_one({"_id": name}, {"$set": {f"placed.{partition}": True for partition in partitions}})
 
     def _drop(self, collection: Collection[Document], keys: Collected[str], what: str) -> set[str]:
         found = self._among(collection, keys, what)
@@ -429,7 +441,7 @@ def _raise_unless(error: BulkWriteError, expected: Container[int]) -> None:
         if (code := item["code"]) in expected:
             continue
         # Its text may hold values of the user.
-        if code in _AWAY:
+        if code in PASSING:
             raise UnavailableError(f"Writing: MongoDB could not write now (code {code}).", way_out="Run again.")
         raise RefusedError(
             f"Writing: MongoDB refused (code {code}).",

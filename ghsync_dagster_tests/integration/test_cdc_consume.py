@@ -23,11 +23,13 @@ from pymongo.errors import AutoReconnect, OperationFailure
 from ghsync_dagster import clock, rehearsal
 from ghsync_dagster.cdc import consume, write
 from ghsync_dagster.cdc.backlog import read_backlog
+from ghsync_dagster.cdc.batch import decode
 from ghsync_dagster.cdc.checks import kafka_lag
 from ghsync_dagster.cdc.consume import ChangeConsumer
 from ghsync_dagster.cdc.dead_letters import DeadLetters, read_dead_letters
 from ghsync_dagster.cdc.known_topic import KnownTopic, group_name
 from ghsync_dagster.cdc.listener import Listeners, SilentListener
+from ghsync_dagster.domain.envelope import ChangeDecoder
 from ghsync_dagster.domain.errors import PermanentError, RefusedError, UnavailableError
 from ghsync_dagster.domain.user import BUILT_IN_RULES
 from ghsync_dagster.observability.metrics import ChangeMetrics
@@ -35,6 +37,7 @@ from ghsync_dagster.settings import load_settings
 from ghsync_dagster.stores import kafka_consumer
 from ghsync_dagster.stores.kafka import KafkaSettings, consumer_config
 from ghsync_dagster.stores.kafka_consumer import TopicConsumer
+from ghsync_dagster.stores.kafka_topics import read_to_end
 from ghsync_dagster.stores.mongo import UserStore
 from ghsync_dagster.stores.stream import Refused, StreamStore
 
@@ -310,6 +313,55 @@ def test_a_topic_that_was_deleted_and_made_anew_is_refused_wherever_the_group_is
     assert set(stored(store)) == {"1", "2", "3"}
 
 
+@pytest.mark.parametrize("removed", [False, True])
+def test_a_place_that_the_brokers_have_forgotten_is_told_and_nothing_is_skipped_or_begun_anew(
+    topic: Topic, parts: Parts, store: UserStore, *, removed: bool
+) -> None:
+    topic.upsert(1)
+    parts.drain(topic)
+    topic.upsert(2)
+    topic.flush()
+    admin = AdminClient({"bootstrap.servers": topic.kafka.bootstrap_servers})
+    # As brokers do once a group had no member for long, and with records that are too old.
+    admin.delete_consumer_groups([topic.kafka.group_id])[topic.kafka.group_id].result()
+    if removed:
+        [gone] = admin.delete_records([TopicPartition(topic.kafka.topic, 0, 2)]).values()
+        assert gone.result().low_watermark == 2
+    assert topic.committed() == -1001
+    told = r"forgotten where group .* was.*snapshot"
+    with pytest.raises(PermanentError, match=told):
+        parts.consumer(topic).run(threading.Event(), until_end=True, seconds=20)
+    topic.upsert(3)
+    topic.flush()
+    with pytest.raises(PermanentError, match=told):
+        parts.consumer(topic).run(threading.Event(), seconds=20)
+    assert set(stored(store)) == {"1"}
+    assert topic.committed() == -1001
+    found = kafka_lag(read_backlog(topic.kafka), 10, placed=KnownTopic(topic.kafka, store).placed())
+    assert not found.passed
+    assert found.counts["forgotten"] == 1
+    assert "forgotten" in found.summary
+    assert "snapshot" in found.way_out
+    new_group = replace(topic, kafka=replace(topic.kafka, group_id=f"{topic.kafka.group_id}-2"))
+    parts.drain(new_group)
+    assert set(stored(store)) == ({"1", "3"} if removed else {"1", "2", "3"})
+
+
+def test_a_place_of_which_another_consumer_learns_meanwhile_is_not_taken_for_forgotten(
+    topic: Topic, store: UserStore
+) -> None:
+    mine, others = KnownTopic(topic.kafka, store), KnownTopic(topic.kafka, store)
+
+    def asked_before_the_other_began() -> dict[int, int | None]:
+        others.see(lambda: {0: 1})
+        return {0: None}
+
+    with closing(mine), closing(others):
+        mine.see(asked_before_the_other_began)
+        with pytest.raises(PermanentError, match="forgotten"):
+            mine.see(lambda: {0: None})
+
+
 @pytest.mark.parametrize("between_looks", [0.1, 6])
 def test_a_consumer_that_runs_notices_that_its_topic_was_made_anew(
     topic: Topic, parts: Parts, monkeypatch: pytest.MonkeyPatch, between_looks: float
@@ -468,6 +520,38 @@ def test_a_record_of_a_partition_that_goes_before_it_is_returned_is_not_returned
     monkeypatch.setattr(consumer, "_consumer", Rebalancing())
     assert consumer.take(10, 10) == []
     assert consumer.partitions == set()
+    consumer.close()
+
+
+def test_a_record_in_hand_is_not_lost_where_taking_more_fails(topic: Topic, monkeypatch: pytest.MonkeyPatch) -> None:
+    consumer = TopicConsumer(topic.kafka, assigned=lambda _: None, revoked=lambda _: None, lost=lambda _: None)
+    until(lambda: not consumer.take(1, 0.05) and bool(consumer.partitions))
+    inner = consumer._consumer
+
+    class Failing:
+        """The client, whose second call of two fails."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(inner, name)
+
+        def consume(self, *_: Any) -> list[Any]:
+            raise KafkaException(KafkaError(KafkaError._STATE))
+
+    topic.upsert(1)
+    topic.upsert(2)
+    topic.flush()
+    with monkeypatch.context() as patched:
+        patched.setattr(consumer, "_consumer", Failing())
+        taken = consumer.take(10, 10)
+        with pytest.raises(UnavailableError):
+            consumer.take(10, 0)
+
+    def both_taken() -> bool:
+        taken.extend(consumer.take(10, 1))
+        return len(taken) == 2
+
+    until(both_taken)
+    assert [message.offset() for message in taken] == [0, 1]
     consumer.close()
 
 
@@ -772,6 +856,27 @@ def test_a_batch_whose_partitions_were_given_up_while_its_letters_are_written_is
     assert topic.committed() in (-1001, 0)
 
 
+def test_a_sign_of_life_sets_back_no_partition_that_has_gone(
+    make_topic: Callable[..., Topic], parts: Parts, store: UserStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topic = make_topic(2)
+    for partition in (0, 1):
+        topic.upsert(partition, partition=partition)
+    topic.flush()
+    committed: list[dict[int, int]] = []
+    monkeypatch.setattr(TopicConsumer, "commit", lambda _, offsets: committed.append(dict(offsets)))
+    run = consume._Run(parts.consumer(topic), store, SilentListener(), consume._Until(threading.Event(), None))
+    messages = list(read_to_end(topic.kafka, topic.kafka.topic))
+    run._batch.add(messages, decode(ChangeDecoder(), messages))
+    with closing(run._topic), closing(run._writer), closing(run._consumer):
+        for partitions in ({0, 1}, {0}, set[int]()):
+            run._membership = write.Membership(topic.kafka.session_timeout_seconds)
+            run._consumer.partitions = partitions
+            run._confirm()
+        run._consumer.partitions = set()
+    assert committed == [{0: 0, 1: 0}, {0: 0}]
+
+
 def test_the_last_command_of_a_batch_that_came_late_leaves_a_note(
     topic: Topic, parts: Parts, store: UserStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -846,6 +951,8 @@ def test_a_note_is_left_though_the_store_comes_back_only_after_the_end_or_the_ru
     try:
         with Parts(proxy.uri, parts.database).running(topic) as running:
             until(lambda: topic.committed() == 1)
+            # From then on nothing but a batch needs the store.
+            until(lambda: KnownTopic(topic.kafka, store).placed() == {0})
             proxy.cut()
             topic.upsert(2)
             topic.flush()

@@ -16,7 +16,7 @@ from pyspark.errors import PySparkException
 from ghsync_dagster.batch.load import Step
 from ghsync_dagster.definitions import build_defs
 from ghsync_dagster.defs.resources import BatchResource
-from ghsync_dagster.domain.errors import UnavailableError
+from ghsync_dagster.domain.errors import RefusedError, UnavailableError
 from ghsync_dagster.local import stack
 from ghsync_dagster.local.mongo import ensure_mongo
 from ghsync_dagster.settings import Settings, load_settings
@@ -133,6 +133,14 @@ def test_an_audit_fails_as_infrastructure_and_no_check_says_failed(
 def test_a_write_that_no_majority_confirms_is_tried_again(error: OperationFailure) -> None:
     with pytest.raises(UnavailableError, match="could not finish now"), mongo_errors("Writing"):
         raise error
+
+
+@pytest.mark.parametrize("code", [6, 43, 133, 262])
+def test_a_command_s_answer_that_passes_is_tried_again_and_any_other_is_not(code: int) -> None:
+    with pytest.raises(UnavailableError, match="could not finish now"), mongo_errors("Reading"):
+        raise OperationFailure("not now", code)
+    with pytest.raises(RefusedError, match="code 9"), mongo_errors("Reading"):
+        raise OperationFailure("cannot parse", 9)
 
 
 def test_what_spark_writes_and_no_majority_confirms_is_tried_again() -> None:

@@ -69,13 +69,15 @@ def kafka_lag(config: LagConfig, changes: ChangesResource) -> dg.AssetCheckResul
     from ghsync_dagster.cdc.known_topic import KnownTopic
 
     limit = changes.settings().max_lag_records if config.max_lag_records is None else config.max_lag_records
-    backlog = _retrying(changes, lambda: read_backlog(changes.kafka()))
 
-    def is_another() -> bool:
+    def known() -> tuple[bool, frozenset[int]]:
         with changes.open_store() as store:
-            return KnownTopic(changes.kafka(), store).is_another()
+            topic = KnownTopic(changes.kafka(), store)
+            return topic.is_another(), topic.placed()
 
-    return as_result(checks.kafka_lag(backlog, limit, is_another=_retrying(changes, is_another)))
+    is_another, placed = _retrying(changes, known)
+    backlog = _retrying(changes, lambda: read_backlog(changes.kafka()))
+    return as_result(checks.kafka_lag(backlog, limit, is_another=is_another, placed=placed))
 
 
 @dg.asset_check(
