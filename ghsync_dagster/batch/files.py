@@ -6,7 +6,6 @@ single line says.
 
 from __future__ import annotations
 
-import errno
 import glob
 import gzip
 import io
@@ -113,18 +112,21 @@ def _named_files(events_path: str) -> list[Path]:
 def _files_at(path: Path, searched: set[Path]) -> Iterator[Path]:
     """Yield what a glob matched: the file, or the input files of the folder."""
     if path.is_dir():
-        yield from _files_below(path, searched)
+        if not _is_hidden(path.name):
+            yield from _files_below(path, searched)
     elif not _is_too_deep(path):
         yield _regular(path)
 
 
 def _is_too_deep(path: Path) -> bool:
-    """Tell whether a path leads through more links than the system follows: in a circle, so there is a shorter one."""
+    """Tell whether a path leads through more links than the system follows, in a circle: a shorter one leads there."""
+    if not path.is_symlink() or path.exists():
+        return False
     try:
-        path.stat()
-    except OSError as error:
-        return error.errno == errno.ELOOP
-    return False
+        path.resolve(strict=True)
+    except (OSError, RuntimeError):
+        return False
+    return True
 
 
 def _refuse_dangling(path: Path) -> None:

@@ -104,10 +104,11 @@ def read_backlog(kafka: KafkaSettings) -> Backlog:
     """
     from confluent_kafka import Consumer, TopicPartition
 
-    from ghsync_dagster.stores.kafka import client_config, kafka_errors
+    from ghsync_dagster.stores.kafka import client_config, committed_offset, kafka_errors
     from ghsync_dagster.stores.kafka_topics import bounds_of, partitions_of
 
-    with kafka_errors(f"Asking how far {kafka.group_id} is in {kafka.topic}"):
+    what = f"Asking how far {kafka.group_id} is in {kafka.topic}"
+    with kafka_errors(what):
         # It neither subscribes nor commits, so the group does not notice.
         consumer = Consumer({**client_config(kafka), "group.id": kafka.group_id, "enable.auto.commit": False})
         try:
@@ -118,7 +119,7 @@ def read_backlog(kafka: KafkaSettings) -> Backlog:
             found = []
             for place in committed:
                 low, end = bounds_of(consumer, kafka.topic, place.partition, kafka.timeout_seconds)
-                found.append(PartitionBacklog(place.partition, low, end, place.offset if place.offset >= 0 else None))
+                found.append(PartitionBacklog(place.partition, low, end, committed_offset(place, what)))
         finally:
             consumer.close()
     return Backlog(kafka.topic, kafka.group_id, tuple(found))

@@ -278,7 +278,8 @@ class _Run:
                 try:
                     self._turn()
                     self._tell()
-                    reached = ends is not None and self._reached(ends)
+                    # What is to be kept of the topic is kept before the end.
+                    reached = ends is not None and not self._is_look_due and self._reached(ends)
                 except TransientError as error:
                     self._trouble.goes_on(error)
                     self._listener.retried(type(error).__name__)
@@ -362,7 +363,7 @@ class _Run:
 
     def _see_topic(self) -> None:
         """See that topic and places are those that the group began with: now and then, and when partitions came."""
-        if time.monotonic() >= self._next_topic:
+        if self._is_time_to_look:
             self._topic.see(
                 lambda: self._consumer.committed(self._consumer.partitions or self._consumer.all_partitions())
             )
@@ -430,7 +431,7 @@ class _Run:
         self._consumer.commit(offsets)
         self._committed |= offsets
         if self._topic.is_to_keep(offsets):
-            self._next_topic = 0.0
+            self._next_topic, self._to_see = 0.0, True
         self._membership.confirmed(asked)
 
     def _acknowledge(self) -> None:
@@ -553,7 +554,7 @@ class _Run:
             if end >= ends.get(partition, end + 1) and (committed[partition] or 0) < end
         }
         if met:
-            self._consumer.commit(met)
+            self._commit(met)
         places = {partition: met.get(partition) or committed[partition] or 0 for partition in ends}
         if any(places[partition] < end for partition, end in ends.items()) or self._writer.is_to_go_back(places):
             return False
@@ -565,6 +566,15 @@ class _Run:
     def _is_busy(self) -> bool:
         """Whether anything that was taken is not acknowledged yet."""
         return bool(len(self._pending)) or self._is_writing or self._to_rewind
+
+    @property
+    def _is_time_to_look(self) -> bool:
+        return time.monotonic() >= self._next_topic
+
+    @property
+    def _is_look_due(self) -> bool:
+        """Whether the topic is to be seen now, be it only to keep that the group has a place in it."""
+        return self._to_see and self._is_time_to_look
 
     @property
     def _is_writing(self) -> bool:

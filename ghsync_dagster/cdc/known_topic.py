@@ -40,7 +40,7 @@ class KnownTopic:
         self._ids = TopicIds(kafka)
         self._store = StreamStore(store)
         self._kept: set[int] = set()
-        self._has_id = True
+        self._is_known = True
 
     def reach(self) -> None:
         """Make the connections that ``see`` needs, so that it is quick.
@@ -89,11 +89,12 @@ class KnownTopic:
         """
         kafka = self._kafka
         found = self._ids.of(kafka.topic)
-        self._has_id = bool(found)
-        if not found:
+        name = group_name(kafka)
+        known = self._store.keep_topic(name, found) if found else self._store.topic_of(name)
+        self._is_known = known is not None
+        if known is None:
             return
-        known = self._store.keep_topic(group_name(kafka), found)
-        if found != known.topic_id:
+        if found and found != known.topic_id:
             raise self._gone(
                 f"{kafka.topic} is another topic (id {found}) than the one that group {kafka.group_id} has consumed "
                 f"(id {known.topic_id}): it was made anew, and changes of the old one may never have been applied."
@@ -107,12 +108,12 @@ class KnownTopic:
                 "was, as they do when it has no member for long: changes may be gone that were never applied."
             )
         if new := here - known.placed:
-            self._store.keep_places(group_name(kafka), new)
+            self._store.keep_places(name, new)
         self._kept |= here
 
     def is_to_keep(self, partitions: Iterable[int]) -> bool:
         """Tell whether ``see`` has something to keep, the group having a place in these partitions now."""
-        return self._has_id and not self._kept.issuperset(partitions)
+        return self._is_known and not self._kept.issuperset(partitions)
 
     def _gone(self, problem: str) -> PermanentError:
         return PermanentError(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
 from ghsync_dagster.domain.errors import ConfigError, GhsyncError, RefusedError, UnavailableError
 from ghsync_dagster.observability.logging import redact
@@ -37,14 +37,7 @@ _WRONG: Final = {
     KafkaError.INVALID_SESSION_TIMEOUT: "Set GHSYNC_CDC_SESSION_TIMEOUT_SECONDS to what the brokers allow.",
     KafkaError.INCONSISTENT_GROUP_PROTOCOL: "Give KAFKA_GROUP_ID to ghsync alone: another program is in the group.",
 }
-_DENIED: Final = frozenset(
-    {
-        KafkaError.POLICY_VIOLATION,
-        KafkaError.INVALID_CONFIG,
-        KafkaError.INVALID_RECORD,
-        KafkaError.UNSUPPORTED_VERSION,
-    }
-)
+_DENIED: Final = frozenset({KafkaError.POLICY_VIOLATION, KafkaError.INVALID_CONFIG, KafkaError.INVALID_RECORD})
 _TOO_LARGE: Final = frozenset({KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE})
 _NO_TOPIC: Final = frozenset(
     {
@@ -210,6 +203,22 @@ def kafka_error(error: KafkaError, what: str) -> GhsyncError:
         f"{what}: Kafka can't be reached or can't answer now ({error.name()}: {text}).",
         way_out="Check that the brokers are up (ghsync status) and that KAFKA_BOOTSTRAP_SERVERS names them.",
     )
+
+
+def committed_offset(place: TopicPartition, what: str) -> int | None:
+    """Return the offset that a group has committed in a partition, None for nothing.
+
+    Args:
+        place: What the client answered for the partition; its own error comes without an offset.
+        what: What was being done.
+
+    Raises:
+        UnavailableError: The brokers can't tell now.
+        RefusedError: They may not tell.
+    """
+    if place.error is not None:
+        raise kafka_error(place.error, what)
+    return place.offset if place.offset >= 0 else None
 
 
 def is_no_topic(error: KafkaError) -> bool:

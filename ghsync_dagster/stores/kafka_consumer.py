@@ -11,7 +11,7 @@ from typing import Final
 from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, Consumer, KafkaError, Message, TopicPartition
 
 from ghsync_dagster.domain.errors import GhsyncError, PermanentError, UnavailableError
-from ghsync_dagster.stores.kafka import KafkaSettings, consumer_config, kafka_error, kafka_errors
+from ghsync_dagster.stores.kafka import KafkaSettings, committed_offset, consumer_config, kafka_error, kafka_errors
 from ghsync_dagster.stores.kafka_topics import PARTITION_EOF, bounds_of, partitions_of, place
 
 _NO_OFFSET: Final = KafkaError._AUTO_OFFSET_RESET  # noqa: SLF001  the library's own name of its local error
@@ -129,7 +129,7 @@ class TopicConsumer:
         return records
 
     def _take_more(self, limit: int, found: list[Message]) -> list[Message]:
-        """Return what waits in this process. A failure is kept where something is in hand, which would be lost."""
+        """Return what waits in this process. A failure is no more than noted where something is in hand to be kept."""
         try:
             with kafka_errors(f"Consuming {self.kafka.topic}"):
                 return self._consumer.consume(limit, 0)
@@ -206,9 +206,10 @@ class TopicConsumer:
     def committed(self, partitions: Iterable[int]) -> dict[int, int | None]:
         """Return what the group has committed of each partition, None for nothing."""
         places = [TopicPartition(self.kafka.topic, partition) for partition in partitions]
-        with kafka_errors(f"Reading offsets of {self.kafka.group_id}"):
+        what = f"Reading offsets of {self.kafka.group_id}"
+        with kafka_errors(what):
             found = self._consumer.committed(places, timeout=self.kafka.timeout_seconds)
-        return {place.partition: place.offset if place.offset >= 0 else None for place in found}
+        return {place.partition: committed_offset(place, what) for place in found}
 
     def all_partitions(self) -> list[int]:
         """Return the numbers of all partitions of the topic.

@@ -46,14 +46,7 @@ _KEPT: Final = {"retention.ms": "-1", "cleanup.policy": "delete"}
 _LARGE: Final = {"max.message.bytes": str(LARGEST_BYTES)}
 _NOT_SO: Final = frozenset({KafkaError.POLICY_VIOLATION, KafkaError.INVALID_CONFIG})
 """What brokers answer that allow no such setting."""
-_AS_IT_IS: Final = frozenset(
-    {
-        KafkaError.TOPIC_ALREADY_EXISTS,
-        KafkaError.TOPIC_AUTHORIZATION_FAILED,
-        KafkaError.CLUSTER_AUTHORIZATION_FAILED,
-    }
-)
-"""What brokers answer where the topic is there, or may be: writing to it tells."""
+_NO_RIGHT: Final = frozenset({KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED})
 
 
 def partitions_of(client: Consumer | AdminClient, topic: str, seconds: float) -> list[int]:
@@ -95,13 +88,14 @@ def _look(client: Consumer | AdminClient, topic: str, seconds: float) -> tuple[l
 
 
 def ensure_topic(kafka: KafkaSettings, topic: str) -> None:
-    """Make a topic of one partition that keeps records of any size for good, unless it is there or we may not make it.
+    """Make a topic of one partition that keeps records of any size for good, unless it is there.
 
     Where the brokers allow no records of any size, it takes those that they do.
 
     Raises:
         UnavailableError: No broker can be reached.
-        RefusedError: The credentials are refused, or the brokers allow no topic that keeps records for good.
+        RefusedError: The credentials are refused, the brokers allow no topic that keeps records for good, or it is not
+            there and we may not make it.
     """
     admin = AdminClient(client_config(kafka))
     _, missing = _look(admin, topic, kafka.timeout_seconds)
@@ -110,7 +104,10 @@ def ensure_topic(kafka: KafkaSettings, topic: str) -> None:
     failed = _made(admin, topic, _KEPT | _LARGE, kafka.timeout_seconds)
     if failed is not None and failed.code() in _NOT_SO:
         failed = _made(admin, topic, _KEPT, kafka.timeout_seconds)
-    if failed is not None and failed.code() not in _AS_IT_IS:
+    if failed is None or failed.code() == KafkaError.TOPIC_ALREADY_EXISTS:
+        return
+    # Where we may not even see it, writing to it tells whether it is there.
+    if failed.code() not in _NO_RIGHT or is_no_topic(missing):
         raise kafka_error(failed, f"Making {topic}")
 
 

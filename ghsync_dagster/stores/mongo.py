@@ -84,7 +84,7 @@ def mongo_errors(what: str) -> Iterator[None]:
         ) from None
     except OperationFailure as error:
         labels = ("TransientTransactionError", "RetryableWriteError")
-        passes = error.code in PASSING or any(error.has_error_label(label) for label in labels)
+        passes = not PASSING.isdisjoint(_codes(error)) or any(error.has_error_label(label) for label in labels)
         if passes or _is_unconfirmed(error):
             raise UnavailableError(
                 f"{what}: MongoDB could not finish now ({_first_line(error)}).", way_out="Run again."
@@ -99,6 +99,11 @@ def mongo_errors(what: str) -> Iterator[None]:
         ) from None
     except PyMongoError as error:
         raise UnavailableError(f"{what}: {_first_line(error)}.", way_out="Run again.") from None
+
+
+def _codes(error: OperationFailure) -> set[int | None]:
+    """Return the error's code, and those of the single writes of a bulk."""
+    return {error.code, *(item["code"] for item in (error.details or {}).get("writeErrors", ()))}
 
 
 def _is_unconfirmed(error: OperationFailure) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.admin._config import ConfigResource
 from confluent_kafka.cimpl import NewTopic
@@ -141,6 +141,16 @@ def test_where_the_brokers_allow_no_topic_for_good_it_is_told_and_not_tried_for_
     with pytest.raises(RefusedError, match=rf"Making {topic.kafka.dead_letter_topic}.*INVALID_CONFIG.*yourself"):
         parts.consumer(topic).run(threading.Event(), seconds=30)
     assert topic.committed() in (-1001, 0)
+
+
+def test_without_the_right_to_make_the_topic_that_is_not_there_it_is_told_and_not_tried_for_ever(
+    topic: Topic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The local broker refuses nobody.
+    refused = KafkaError(KafkaError.TOPIC_AUTHORIZATION_FAILED)
+    monkeypatch.setattr(kafka_topics, "_made", lambda *_: refused)
+    with pytest.raises(RefusedError, match=rf"Making {topic.kafka.dead_letter_topic}: .*user's rights"):
+        written(topic, letter(topic))
 
 
 def test_a_broker_that_is_away_is_a_transient_error() -> None:

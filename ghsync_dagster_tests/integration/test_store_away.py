@@ -139,6 +139,10 @@ def test_a_write_that_no_majority_confirms_is_tried_again(error: OperationFailur
 def test_a_command_s_answer_that_passes_is_tried_again_and_any_other_is_not(code: int) -> None:
     with pytest.raises(UnavailableError, match="could not finish now"), mongo_errors("Reading"):
         raise OperationFailure("not now", code)
+    with pytest.raises(UnavailableError, match="could not finish now"), mongo_errors("Writing"):
+        raise BulkWriteError({"writeErrors": [{"code": code, "errmsg": "not now"}], "writeConcernErrors": []})
+    with pytest.raises(RefusedError, match="code 65"), mongo_errors("Writing"):
+        raise BulkWriteError({"writeErrors": [{"code": 121, "errmsg": "no"}], "writeConcernErrors": []})
     with pytest.raises(RefusedError, match="code 9"), mongo_errors("Reading"):
         raise OperationFailure("cannot parse", 9)
 

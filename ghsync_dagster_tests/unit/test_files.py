@@ -105,6 +105,20 @@ def test_a_link_to_nothing_is_told_and_not_left_out(tmp_path: Path, path: str, n
     assert "Mount" in caught.value.way_out
 
 
+@pytest.mark.parametrize("path", ["in", "in/*", "in/*.json"])
+def test_a_link_to_itself_is_told_and_not_left_out(tmp_path: Path, path: str) -> None:
+    write(tmp_path / "in" / "1.json", LINES)
+    (tmp_path / "in" / "2.json").symlink_to("2.json")
+    with pytest.raises(InputError, match=r"in/2\.json is a link to nothing"):
+        find_files(f"{tmp_path}/{path}")
+
+
+def test_hidden_folders_that_a_glob_matches_are_no_input(tmp_path: Path) -> None:
+    for name in ("in/a.json", "in/_temporary/0/d.json", "in/.git/e.json"):
+        write(tmp_path / name, LINES)
+    assert names(tmp_path, find_files(f"{tmp_path}/in/*")) == ["in/a.json"]
+
+
 @pytest.mark.parametrize("path", ["in", "in/*"])
 def test_what_is_no_file_is_told_and_not_left_out(tmp_path: Path, path: str) -> None:
     write(tmp_path / "in" / "1.json", LINES)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
 from ghsync_dagster.domain.errors import ConfigError, GhsyncError, RefusedError, UnavailableError
 from ghsync_dagster.settings import load_settings
 from ghsync_dagster.stores.kafka import (
     KafkaSettings,
     client_config,
+    committed_offset,
     consumer_config,
     kafka_error,
     kafka_errors,
@@ -162,3 +164,15 @@ def test_a_wrong_setting_is_told_when_the_client_is_made(wrong: dict[str, Any]) 
     assert "hush" not in str(caught.value)
     with pytest.raises(ConfigError):
         RecordWriter(KafkaSettings("b:1", "t", "g", **wrong), "t.dlq").write([])
+
+
+def test_a_place_that_may_not_be_told_is_not_taken_for_none() -> None:
+    assert committed_offset(TopicPartition("changes", 0, 7), "Asking") == 7
+    assert committed_offset(TopicPartition("changes", 0), "Asking") is None
+    # The client alone can put an error into a place.
+    untold: Any = SimpleNamespace(partition=0, offset=-1001, error=KafkaError(KafkaError.TOPIC_AUTHORIZATION_FAILED))
+    with pytest.raises(RefusedError, match="Asking: Kafka refused"):
+        committed_offset(untold, "Asking")
+    untold.error = KafkaError(KafkaError.UNSTABLE_OFFSET_COMMIT)
+    with pytest.raises(UnavailableError):
+        committed_offset(untold, "Asking")
