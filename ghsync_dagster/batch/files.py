@@ -114,31 +114,30 @@ def _files_at(path: Path, searched: set[Path]) -> Iterator[Path]:
     if path.is_dir():
         if not _is_hidden(path.name):
             yield from _files_below(path, searched)
-    elif not _is_too_deep(path):
-        yield _regular(path)
+    elif _is_input(path):
+        yield path
 
 
-def _is_too_deep(path: Path) -> bool:
-    """Tell whether a path leads through more links than the system follows, in a circle: a shorter one leads there."""
-    if not path.is_symlink() or path.exists():
-        return False
+def _is_broken(path: Path) -> bool:
+    return path.is_symlink() and not path.exists()
+
+
+def _is_input(path: Path) -> bool:
+    """Tell whether what is no folder is a file; what is neither raises, so that none is left out silently.
+
+    False where a path leads through more links than the system follows, in a circle: a shorter one leads there.
+    """
+    if path.is_file():
+        return True
+    if not _is_broken(path):
+        raise InputError(f"{path} is no regular file.", way_out="Remove it, or name the files by a glob.")
     try:
         path.resolve(strict=True)
     except (OSError, RuntimeError):
-        return False
-    return True
-
-
-def _refuse_dangling(path: Path) -> None:
-    if path.is_symlink() and not path.exists() and not _is_too_deep(path):
-        raise InputError(f"{path} is a link to nothing.", way_out="Mount or mend what it leads to, or remove the link.")
-
-
-def _regular(path: Path) -> Path:
-    _refuse_dangling(path)
-    if not path.is_file():
-        raise InputError(f"{path} is no regular file.", way_out="Remove it, or name the files by a glob.")
-    return path
+        raise InputError(
+            f"{path} is a link to nothing.", way_out="Mount or mend what it leads to, or remove the link."
+        ) from None
+    return False
 
 
 def _files_below(folder: Path, searched: set[Path]) -> Iterator[Path]:
@@ -158,10 +157,9 @@ def _files_below(folder: Path, searched: set[Path]) -> Iterator[Path]:
         searched.add(real)
         folders[:] = [name for name in folders if not _is_hidden(name)]
         for path in (Path(parent, name) for name in names if not _is_hidden(name)):
-            # Whatever its name: it may lead to a folder.
-            _refuse_dangling(path)
-            if _has_known_suffix(path):
-                yield _regular(path)
+            # A broken link may have led to a folder, whatever its name.
+            if (_has_known_suffix(path) or _is_broken(path)) and _is_input(path):
+                yield path
 
 
 def _is_hidden(name: str) -> bool:

@@ -37,7 +37,8 @@ _WRONG: Final = {
     KafkaError.INVALID_SESSION_TIMEOUT: "Set GHSYNC_CDC_SESSION_TIMEOUT_SECONDS to what the brokers allow.",
     KafkaError.INCONSISTENT_GROUP_PROTOCOL: "Give KAFKA_GROUP_ID to ghsync alone: another program is in the group.",
 }
-_DENIED: Final = frozenset({KafkaError.POLICY_VIOLATION, KafkaError.INVALID_CONFIG, KafkaError.INVALID_RECORD})
+DENIED: Final = frozenset({KafkaError.POLICY_VIOLATION, KafkaError.INVALID_CONFIG, KafkaError.INVALID_RECORD})
+"""What brokers answer that do not allow a topic's settings, or a record."""
 _TOO_LARGE: Final = frozenset({KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE})
 _NO_TOPIC: Final = frozenset(
     {
@@ -189,7 +190,7 @@ def kafka_error(error: KafkaError, what: str) -> GhsyncError:
         return RefusedError(
             f"{what}: a record is too large for its topic ({text}).", way_out="Raise the topic's max.message.bytes."
         )
-    if code in _DENIED:
+    if code in DENIED:
         return RefusedError(
             f"{what}: the brokers do not take it ({error.name()}: {text}).",
             way_out="Have the brokers allow it, or make the topic yourself as they allow it; see docs/operations.md.",

@@ -27,6 +27,7 @@ from confluent_kafka.cimpl import NewTopic
 from ghsync_dagster.domain.errors import GhsyncError, UnavailableError
 from ghsync_dagster.stores.kafka import (
     DELIVERY_SECONDS,
+    DENIED,
     LARGEST_BYTES,
     KafkaSettings,
     client_config,
@@ -44,8 +45,6 @@ PARTITION_EOF: Final = KafkaError._PARTITION_EOF  # noqa: SLF001  the library's 
 _NO_ID: Final = str(Uuid(0, 0))
 _KEPT: Final = {"retention.ms": "-1", "cleanup.policy": "delete"}
 _LARGE: Final = {"max.message.bytes": str(LARGEST_BYTES)}
-_NOT_SO: Final = frozenset({KafkaError.POLICY_VIOLATION, KafkaError.INVALID_CONFIG})
-"""What brokers answer that allow no such setting."""
 _NO_RIGHT: Final = frozenset({KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED})
 
 
@@ -102,7 +101,7 @@ def ensure_topic(kafka: KafkaSettings, topic: str) -> None:
     if missing is None:
         return
     failed = _made(admin, topic, _KEPT | _LARGE, kafka.timeout_seconds)
-    if failed is not None and failed.code() in _NOT_SO:
+    if failed is not None and failed.code() in DENIED:
         failed = _made(admin, topic, _KEPT, kafka.timeout_seconds)
     if failed is None or failed.code() == KafkaError.TOPIC_ALREADY_EXISTS:
         return

@@ -405,6 +405,33 @@ def test_brokers_that_give_topics_no_ids_can_be_replaced_by_some_that_do(
 # the group
 
 
+class Client:
+    """A consumer's client, of which a test answers some calls itself."""
+
+    def __init__(self, inner: Any, **answers: Callable[..., Any]) -> None:
+        self._inner = inner
+        vars(self).update(answers)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+def failing(code: int) -> Callable[..., Any]:
+    """Return a call of the client's that fails."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise KafkaException(KafkaError(code))
+
+    return fail
+
+
+def joined(topic: Topic) -> TopicConsumer:
+    """Return a consumer that has its partitions."""
+    consumer = TopicConsumer(topic.kafka, assigned=lambda _: None, revoked=lambda _: None, lost=lambda _: None)
+    until(lambda: consumer.take(1, 0.05) == [] and bool(consumer.partitions))
+    return consumer
+
+
 def test_a_consumer_without_records_tells_the_group_that_it_lives_as_often_as_is_set(
     topic: Topic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -421,9 +448,7 @@ def test_a_consumer_without_records_tells_the_group_that_it_lives_as_often_as_is
     spoken = {**consumer_config(topic.kafka), "debug": "cgrp", "log_level": 7, "logger": heard}
     monkeypatch.setattr(kafka_consumer, "consumer_config", lambda _: spoken)
     looks = 30
-    consumer = TopicConsumer(topic.kafka, assigned=lambda _: None, revoked=lambda _: None, lost=lambda _: None)
-    with closing(consumer):
-        until(lambda: not consumer.take(1, 0.05) and bool(consumer.partitions))
+    with closing(joined(topic)) as consumer:
         beats.clear()
         # As long as the interval: at the latest every second look finds it over.
         for _ in range(looks):
@@ -479,21 +504,9 @@ def test_records_are_fetched_at_once_when_a_pause_ends(pause: str, topic: Topic)
 def test_what_is_refused_in_a_rebalance_is_raised_when_records_are_taken_whatever_else_is_wrong(
     asked: int, topic: Topic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    consumer = TopicConsumer(topic.kafka, assigned=lambda _: None, revoked=lambda _: None, lost=lambda _: None)
-    inner = consumer._consumer
-
-    class Refused:
-        """The client, whose question in the rebalance ends otherwise."""
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(inner, name)
-
-        def offsets_for_times(self, *_: Any, **__: Any) -> Any:
-            raise KafkaException(KafkaError(asked))
-
-    with closing(consumer):
-        until(lambda: consumer.take(1, 0.05) == [] and bool(consumer.partitions))
-        monkeypatch.setattr(consumer, "_consumer", Refused())
+    with closing(joined(topic)) as consumer:
+        inner = consumer._consumer
+        monkeypatch.setattr(consumer, "_consumer", Client(inner, offsets_for_times=failing(asked)))
         if asked == KafkaError._TIMED_OUT:
             consumer._on_error(KafkaError(KafkaError.TOPIC_AUTHORIZATION_FAILED))
         consumer._on_revoke(inner, [])
@@ -505,47 +518,28 @@ def test_what_is_refused_in_a_rebalance_is_raised_when_records_are_taken_whateve
 def test_a_record_of_a_partition_that_goes_before_it_is_returned_is_not_returned(
     topic: Topic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    consumer = TopicConsumer(topic.kafka, assigned=lambda _: None, revoked=lambda _: None, lost=lambda _: None)
-    until(lambda: not consumer.take(1, 0.05) and bool(consumer.partitions))
+    consumer = joined(topic)
     inner = consumer._consumer
 
-    class Rebalancing:
-        """The client, to which a rebalance comes between two calls."""
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(inner, name)
-
-        def consume(self, limit: int, seconds: float) -> list[Any]:
-            consumer._on_revoke(inner, [TopicPartition(topic.kafka.topic, 0)])
-            return inner.consume(limit, seconds)
+    def rebalance_first(limit: int, seconds: float) -> list[Any]:
+        consumer._on_revoke(inner, [TopicPartition(topic.kafka.topic, 0)])
+        return inner.consume(limit, seconds)
 
     topic.upsert(1)
     topic.flush()
-    monkeypatch.setattr(consumer, "_consumer", Rebalancing())
+    monkeypatch.setattr(consumer, "_consumer", Client(inner, consume=rebalance_first))
     assert consumer.take(10, 10) == []
     assert consumer.partitions == set()
     consumer.close()
 
 
 def test_a_record_in_hand_is_not_lost_where_taking_more_fails(topic: Topic, monkeypatch: pytest.MonkeyPatch) -> None:
-    consumer = TopicConsumer(topic.kafka, assigned=lambda _: None, revoked=lambda _: None, lost=lambda _: None)
-    until(lambda: not consumer.take(1, 0.05) and bool(consumer.partitions))
-    inner = consumer._consumer
-
-    class Failing:
-        """The client, whose second call of two fails."""
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(inner, name)
-
-        def consume(self, *_: Any) -> list[Any]:
-            raise KafkaException(KafkaError(KafkaError._STATE))
-
+    consumer = joined(topic)
     topic.upsert(1)
     topic.upsert(2)
     topic.flush()
     with monkeypatch.context() as patched:
-        patched.setattr(consumer, "_consumer", Failing())
+        patched.setattr(consumer, "_consumer", Client(consumer._consumer, consume=failing(KafkaError._STATE)))
         taken = consumer.take(10, 10)
         with pytest.raises(UnavailableError):
             consumer.take(10, 0)
