@@ -15,6 +15,8 @@ from ghsync_dagster.domain.errors import GhsyncError, TransientError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from dagster_shared.error import SerializableErrorInfo
+
 
 @contextmanager
 def as_failure() -> Iterator[None]:
@@ -28,3 +30,10 @@ def as_failure() -> Iterator[None]:
             metadata={"way_out": error.way_out, "kind": kind, "error": type(error).__name__},
             allow_retries=False,
         ) from None
+
+
+def root_cause(error: SerializableErrorInfo | None) -> SerializableErrorInfo | None:
+    """Return the error that a step's error comes from, without Dagster's own around it."""
+    while error is not None and error.cause is not None:
+        error = error.cause
+    return error

@@ -13,6 +13,7 @@ import dagster as dg
 
 from ghsync_dagster.batch.checks import Finding
 from ghsync_dagster.definitions import build_defs
+from ghsync_dagster.defs.errors import root_cause
 from ghsync_dagster.domain.errors import PermanentError, TransientError
 
 if TYPE_CHECKING:
@@ -73,8 +74,7 @@ def _raise_if_interrupted(event: dg.DagsterEvent) -> None:
 
 def _unforeseen(step: str, error: SerializableErrorInfo | None) -> PermanentError | RuntimeError:
     """Return the error for one that is not ghsync's: of the system, or a fault of ghsync itself."""
-    while error is not None and error.cause is not None:
-        error = error.cause
+    error = root_cause(error)
     if error is None:
         return RuntimeError(f"{step} failed without an error")
     kind = getattr(builtins, error.cls_name or "", Exception)

@@ -1,4 +1,4 @@
-"""The sensor asset_check_failed on real instances, real checks and a real webhook."""
+"""The sensor alerts on real instances, real checks and runs, and a real webhook."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 import pytest
 
+from ghsync_dagster.defs.errors import as_failure
 from ghsync_dagster.defs.ops import alerts
-from ghsync_dagster.defs.ops.alerts import asset_check_failed
+from ghsync_dagster.defs.ops.alerts import alerts_sensor
 from ghsync_dagster.domain.errors import ConfigError, RefusedError, UnavailableError
 
 if TYPE_CHECKING:
@@ -56,10 +57,24 @@ class World:
 
         return [run(passed) for passed in outcomes]
 
+    def fail(self, error: Exception) -> str:
+        """Run a job whose step raises the error; return the run id."""
+
+        @dg.op
+        def sync() -> None:
+            with as_failure():
+                raise error
+
+        @dg.job
+        def sync_job() -> None:
+            sync()
+
+        return sync_job.execute_in_process(instance=self.instance, raise_on_error=False).run_id
+
     def tick(self) -> str:
         """Evaluate the sensor once, keep its cursor as the daemon does, and return what the tick says."""
         context = dg.build_sensor_context(instance=self.instance, cursor=self.cursor)
-        data = asset_check_failed.evaluate_tick(context)
+        data = alerts_sensor.evaluate_tick(context)
         self.cursor = data.cursor
         assert not data.run_requests
         return str(data.skip_message)
@@ -124,25 +139,25 @@ def webhook(monkeypatch: pytest.MonkeyPatch) -> Iterator[Webhook]:
 
 @pytest.fixture
 def logged(capsys: pytest.CaptureFixture[str]) -> Logged:
-    """Return a function that gives the failed checks in the log since its last call."""
+    """Return a function that gives the alerts in the log since its last call."""
 
     def lines() -> list[dict[str, Any]]:
         found = [json.loads(line) for line in capsys.readouterr().err.splitlines() if '"ghsync.alerts"' in line]
-        return [line for line in found if line["event"] == "asset check did not pass"]
+        return [line for line in found if line["event"] in ("asset check did not pass", "run failed")]
 
     return lines
 
 
 def test_a_failed_check_is_logged_once_with_what_is_needed(world: World, logged: Logged) -> None:
     (run_id,) = world.evaluate(False)
-    assert "1 checks did not pass" in world.tick()
+    assert "1 alerts" in world.tick()
     (line,) = logged()
     assert line["level"] == "error"
     assert (line["check"], line["asset"], line["run_id"]) == ("numbers_right", "numbers", run_id)
     assert (line["description"], line["way_out"]) == ("2 of 9 rows are wrong", "Count again.")
     assert line["counts"] == {"wrong": 2, "ratio": 0.22}
     for _ in range(2):
-        assert "0 checks" in world.tick()
+        assert "0 alerts" in world.tick()
     assert logged() == []
 
 
@@ -177,9 +192,10 @@ def test_more_failures_than_a_tick_takes_arrive_in_order(
     world: World, webhook: Webhook, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(alerts, "_EVENTS_A_TICK", 2)
-    runs = world.evaluate(False, False, True, False)
-    world.tick()
-    world.tick()
+    runs = [*world.evaluate(False, False, True), world.fail(RefusedError("No right.", way_out="Ask."))]
+    for taken in (1, 2, 3):
+        world.tick()
+        assert len(webhook.taken) == taken
     assert [alert["run_id"] for alert in webhook.taken] == [runs[0], runs[1], runs[3]]
 
 
@@ -192,6 +208,7 @@ def test_the_webhook_gets_one_document_a_failure(world: World, webhook: Webhook)
     assert document.pop("event_id") > 0
     assert document == {
         "text": "Check numbers_right of numbers did not pass: can't read mongodb://***@db/x. Count again.",
+        "kind": "check",
         "check": "numbers_right",
         "asset": "numbers",
         "run_id": run_id,
@@ -202,6 +219,71 @@ def test_the_webhook_gets_one_document_a_failure(world: World, webhook: Webhook)
         "counts": {"wrong": 2, "ratio": 0.22},
         "way_out": "Count again.",
     }
+
+
+def test_a_run_that_fails_on_a_server_is_an_alert_with_its_way_out(
+    world: World, webhook: Webhook, logged: Logged
+) -> None:
+    run_id = world.fail(UnavailableError("mongodb://app:s3cret@db is away.", way_out="Bring it back."))
+    for _ in range(2):
+        world.tick()
+    (document,) = webhook.taken
+    (line,) = logged()
+    assert (line["event"], line["level"], line["run_id"]) == ("run failed", "error", run_id)
+    assert document.pop("time").endswith("+00:00")
+    assert document.pop("event_id") > 0
+    assert document == {
+        "text": "Run of sync_job failed in sync: UnavailableError: mongodb://***@db is away. Bring it back.",
+        "kind": "infrastructure",
+        "check": "",
+        "asset": "",
+        "run_id": run_id,
+        "job": "sync_job",
+        "severity": "ERROR",
+        "blocking": False,
+        "description": "UnavailableError: mongodb://***@db is away.",
+        "counts": {},
+        "way_out": "Bring it back.",
+    }
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "description", "way_out"),
+    [
+        (RefusedError("No right.", way_out="Ask."), "permanent", "RefusedError: No right.", "Ask."),
+        (OSError(28, "No space left"), "unforeseen", "OSError: [Errno 28] No space left", "See the run in Dagster."),
+    ],
+)
+def test_a_run_that_fails_for_good_is_an_alert_with_the_reason(
+    world: World, webhook: Webhook, error: Exception, kind: str, description: str, way_out: str
+) -> None:
+    world.fail(error)
+    world.tick()
+    (document,) = webhook.taken
+    assert (document["kind"], document["description"], document["way_out"]) == (kind, description, way_out)
+
+
+def test_a_run_whose_process_died_is_an_alert_and_one_that_was_canceled_is_none(
+    world: World, webhook: Webhook, logged: Logged
+) -> None:
+    died, canceled = (dg.DagsterRun(job_name="sync_job") for _ in range(2))
+    for run in (died, canceled):
+        world.instance.add_run(run)
+    world.instance.report_run_failed(died, message="Its process has gone.")
+    world.instance.report_run_canceled(canceled)
+    world.tick()
+    assert [line["run_id"] for line in logged()] == [died.run_id]
+    (document,) = webhook.taken
+    assert document["text"] == "Run of sync_job failed: Its process has gone. See the run in Dagster."
+    assert document["kind"] == "unforeseen"
+
+
+@EVERY_STORAGE
+def test_checks_and_runs_arrive_in_the_order_they_failed(world: World, webhook: Webhook) -> None:
+    away = UnavailableError("Away.", way_out="Wait.")
+    runs = [world.fail(away), *world.evaluate(False), world.fail(away), *world.evaluate(True)]
+    world.tick()
+    assert [alert["run_id"] for alert in webhook.taken] == runs[:3]
 
 
 @EVERY_STORAGE
@@ -290,5 +372,5 @@ def test_a_cursor_of_something_else_is_refused_with_the_way_out(world: World) ->
 
 
 def test_the_sensor_runs_by_default_every_thirty_seconds() -> None:
-    assert asset_check_failed.default_status == dg.DefaultSensorStatus.RUNNING
-    assert asset_check_failed.minimum_interval_seconds == 30
+    assert alerts_sensor.default_status == dg.DefaultSensorStatus.RUNNING
+    assert alerts_sensor.minimum_interval_seconds == 30

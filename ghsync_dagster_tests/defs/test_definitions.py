@@ -144,7 +144,7 @@ def test_a_load_is_in_a_pool_of_its_own() -> None:
 
 
 def test_the_alerts_are_a_sensor() -> None:
-    assert defs.resolve_sensor_def("asset_check_failed").default_status == dg.DefaultSensorStatus.RUNNING
+    assert defs.resolve_sensor_def("alerts").default_status == dg.DefaultSensorStatus.RUNNING
 
 
 def test_a_resource_can_be_replaced(tmp_path: Path) -> None:

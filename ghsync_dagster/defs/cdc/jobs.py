@@ -166,7 +166,7 @@ cdc_audit_schedule = dg.ScheduleDefinition(
     job=cdc_audit_job,
     cron_schedule="*/15 * * * *",
     default_status=dg.DefaultScheduleStatus.STOPPED,
-    description="Runs cdc_audit_job, so that the sensor asset_check_failed can alert. Turn it on where servers are.",
+    description="Runs cdc_audit_job, so that the sensor alerts can tell. Turn it on where servers are.",
 )
 
 JOBS = [cdc_sync_job, cdc_drain_job]

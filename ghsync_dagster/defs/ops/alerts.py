@@ -1,4 +1,4 @@
-"""Alerts: asset checks that did not pass are logged, and posted to a webhook where one is set.
+"""Alerts: asset checks that did not pass and runs that failed are logged, and posted to a webhook where one is set.
 
 Belongs here: which events are alerts, what an alert says, and how far each has got. Not here: what a check holds.
 """
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 import dagster as dg
 import msgspec
 
+from ghsync_dagster.defs.errors import root_cause
 from ghsync_dagster.domain.errors import ConfigError, GhsyncError, RefusedError, UnavailableError
 from ghsync_dagster.observability.logging import configure_logging, get_logger, redact
 from ghsync_dagster.settings import load_settings
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from pydantic import SecretStr
 
 _INTERVAL_SECONDS: Final = 30
+_EVENTS: Final = (dg.DagsterEventType.ASSET_CHECK_EVALUATION, dg.DagsterEventType.RUN_FAILURE)
+_CHECK_FAILED: Final = "DagsterAssetCheckFailedError"
 _EVENTS_A_TICK: Final = 500
 _POST_TIMEOUT_SECONDS: Final = 5.0
 # Dagster ends a tick after 60 seconds, and what it had delivered would be forgotten.
@@ -33,24 +36,27 @@ log = get_logger("alerts")
 
 
 class Alert(msgspec.Struct, frozen=True):
-    """One asset check that did not pass: the JSON document that a webhook gets.
+    """One asset check that did not pass, or one run that failed: the JSON document that a webhook gets.
 
     Attributes:
         text: All of it in one line, the field that chat webhooks show.
-        check: The check's name.
-        asset: The asset's key, its parts joined by slashes.
-        run_id: The run that evaluated the check; empty where it was reported from outside.
+        kind: ``check``, or of a run what failed it: ``infrastructure`` (a server is away), ``permanent``, or
+            ``unforeseen`` (no error of ghsync's own: its process was killed, the disk is full).
+        check: The check's name; empty for a run.
+        asset: The asset's key, its parts joined by slashes; empty for a run.
+        run_id: The run; empty where a check was reported from outside.
         job: The job of that run.
         severity: ERROR or WARN.
-        blocking: Whether the check stops what depends on the asset.
-        time: When it was evaluated, ISO 8601, UTC.
-        description: What the check found, in words.
+        blocking: Whether the check stops what depends on the asset; false for a run.
+        time: When the check was evaluated or the run ended, ISO 8601, UTC.
+        description: What the check found or what failed the run, in words.
         counts: The numbers behind it.
         way_out: How to recover.
         event_id: Number of the event in Dagster's log: the same when an alert arrives twice.
     """
 
     text: str
+    kind: str
     check: str
     asset: str
     run_id: str
@@ -71,7 +77,15 @@ class Progress(msgspec.Struct, frozen=True):
     posted: int
 
 
-def _alert(event_id: int, entry: dg.EventLogEntry, evaluation: dg.AssetCheckEvaluation) -> Alert:
+def _alert(event_id: int, entry: dg.EventLogEntry) -> Alert | None:
+    """Return the alert that an event of Dagster's log is, or None where there is nothing to tell."""
+    if evaluation := entry.asset_check_evaluation:
+        return None if evaluation.passed else _of_check(event_id, entry, evaluation)
+    event = entry.get_dagster_event()
+    return _of_run(event_id, entry, event) if event.event_type == dg.DagsterEventType.RUN_FAILURE else None
+
+
+def _of_check(event_id: int, entry: dg.EventLogEntry, evaluation: dg.AssetCheckEvaluation) -> Alert:
     values = {key: value.value for key, value in evaluation.metadata.items()}
     asset, description = evaluation.asset_key.to_user_string(), redact(evaluation.description or "")
     way_out = redact(str(values.get("way_out", "")))
@@ -81,18 +95,54 @@ def _alert(event_id: int, entry: dg.EventLogEntry, evaluation: dg.AssetCheckEval
                 None, (f"Check {evaluation.check_name} of {asset} did not pass: {description.rstrip('.')}.", way_out)
             )
         ),
+        kind="check",
         check=evaluation.check_name,
         asset=asset,
         run_id=entry.run_id,
         job=entry.job_name or "",
         severity=evaluation.severity.value,
         blocking=bool(evaluation.blocking),
-        time=datetime.fromtimestamp(entry.timestamp, UTC).isoformat(timespec="milliseconds"),
+        time=_time(entry),
         description=description,
         counts={key: value for key, value in values.items() if isinstance(value, int | float)},
         way_out=way_out,
         event_id=event_id,
     )
+
+
+def _of_run(event_id: int, entry: dg.EventLogEntry, event: dg.DagsterEvent) -> Alert | None:
+    """Return the alert of a run that failed, or None where a check failed it: that one has an alert of its own."""
+    # A run that the daemon gives up, as its process has gone, has no data of its failure.
+    step = event.job_failure_data.first_step_failure_event if event.event_specific_data else None
+    failed = step.step_failure_data if step else None
+    error = root_cause(failed.error) if failed else None
+    if error and error.cls_name == _CHECK_FAILED:
+        return None
+    own = failed.user_failure_data if failed else None
+    said = {key: str(value.value) for key, value in own.metadata.items()} if own else {}
+    words = (own and own.description) or (error and error.message) or event.message or ""
+    description = redact(words.partition(" Way out: ")[0].strip())
+    way_out = redact(said.get("way_out", "See the run in Dagster."))
+    job, at = entry.job_name or "", f" in {step.step_key}" if step else ""
+    return Alert(
+        text=f"Run of {job} failed{at}: {description.rstrip('.')}. {way_out}",
+        kind=said.get("kind", "unforeseen"),
+        check="",
+        asset="",
+        run_id=entry.run_id,
+        job=job,
+        severity=dg.AssetCheckSeverity.ERROR.value,
+        blocking=False,
+        time=_time(entry),
+        description=description,
+        counts={},
+        way_out=way_out,
+        event_id=event_id,
+    )
+
+
+def _time(entry: dg.EventLogEntry) -> str:
+    return datetime.fromtimestamp(entry.timestamp, UTC).isoformat(timespec="milliseconds")
 
 
 def _as_cursor(progress: Progress) -> str:
@@ -105,29 +155,29 @@ def _progress(cursor: str, newest: int) -> Progress:
         progress = msgspec.json.decode(cursor, type=Progress)
     except msgspec.DecodeError:
         raise ConfigError(
-            "The cursor of the sensor asset_check_failed is not one of its own.",
+            "The cursor of the sensor alerts is not one of its own.",
             way_out="Clear the cursor on the sensor's page: it then starts from now.",
         ) from None
     return Progress(min(progress.logged, newest), min(progress.posted, newest))
 
 
-def _failures_after(context: dg.SensorEvaluationContext, event_id: int) -> tuple[list[Alert], int]:
-    """Return the failed checks after an event, oldest first, and the last event that was looked at."""
-    entries = context.instance.event_log_storage.get_logs_for_all_runs_by_log_id(
-        event_id, dg.DagsterEventType.ASSET_CHECK_EVALUATION, _EVENTS_A_TICK
-    )
-    alerts = [
-        _alert(number, entry, evaluation)
-        for number, entry in entries.items()
-        if (evaluation := entry.asset_check_evaluation) and not evaluation.passed
-    ]
-    return alerts, max(entries, default=event_id)
+def _alerts_after(context: dg.SensorEvaluationContext, event_id: int) -> tuple[list[Alert], int]:
+    """Return the alerts after an event, oldest first, and the last event that was looked at."""
+    events = context.instance.event_log_storage
+    found: dict[int, dg.EventLogEntry] = {}
+    for kind in _EVENTS:
+        found.update(events.get_logs_for_all_runs_by_log_id(event_id, kind, _EVENTS_A_TICK))
+    # Of each kind there may be more, but none that stands before these.
+    numbers = sorted(found)[:_EVENTS_A_TICK]
+    alerts = [alert for number in numbers if (alert := _alert(number, found[number]))]
+    return alerts, max(numbers, default=event_id)
 
 
 def _log(context: dg.SensorEvaluationContext, alerts: Sequence[Alert]) -> None:
     for alert in alerts:
         fields = msgspec.structs.asdict(alert)
-        log.error("asset check did not pass", **{name: fields[name] for name in fields if name != "text"})
+        what = "asset check did not pass" if alert.check else "run failed"
+        log.error(what, **{name: fields[name] for name in fields if name != "text"})
         context.log.error(f"{alert.text} Run {alert.run_id}, {alert.counts}.")
 
 
@@ -174,14 +224,14 @@ def _post(client: httpx.Client, url: SecretStr, alert: Alert) -> GhsyncError | N
 
 
 @dg.sensor(
-    name="asset_check_failed",
+    name="alerts",
     minimum_interval_seconds=_INTERVAL_SECONDS,
     default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Logs every asset check that did not pass, and posts it to GHSYNC_ALERT_WEBHOOK_URL if that is set. "
-    "Starts with the checks that are evaluated after its first tick.",
+    description="Logs every asset check that did not pass and every run that failed by anything else, and posts it to "
+    "GHSYNC_ALERT_WEBHOOK_URL if that is set. Starts with what happens after its first tick.",
 )
-def asset_check_failed(context: dg.SensorEvaluationContext) -> dg.SkipReason:
-    """Report each failed check once.
+def alerts_sensor(context: dg.SensorEvaluationContext) -> dg.SkipReason:
+    """Report each failed check and each failed run once.
 
     The cursor never passes an alert that the webhook did not take. Only a tick that ends well can keep its cursor, so
     one that got anything done ends with the failure as its reason, and one that got nothing done fails.
@@ -194,9 +244,9 @@ def asset_check_failed(context: dg.SensorEvaluationContext) -> dg.SkipReason:
     newest = context.instance.event_log_storage.get_maximum_record_id() or 0
     if context.cursor is None:
         context.update_cursor(_as_cursor(Progress(newest, newest)))
-        return dg.SkipReason("Watching the asset checks from now on.")
+        return dg.SkipReason("Watching checks and runs from now on.")
     before = _progress(context.cursor, newest)
-    alerts, seen = _failures_after(context, before.posted)
+    alerts, seen = _alerts_after(context, before.posted)
     fresh = [alert for alert in alerts if alert.event_id > before.logged]
     _log(context, fresh)
     arrived, problem = _post_all(settings.alert_webhook_url, alerts)
@@ -207,8 +257,8 @@ def asset_check_failed(context: dg.SensorEvaluationContext) -> dg.SkipReason:
         if after == before:
             raise problem
     context.update_cursor(_as_cursor(after))
-    counted = f"{len(fresh)} checks did not pass since the last tick."
+    counted = f"{len(fresh)} alerts since the last tick."
     return dg.SkipReason(f"{counted} {problem}" if problem else counted)
 
 
-SENSORS = [asset_check_failed]
+SENSORS = [alerts_sensor]
