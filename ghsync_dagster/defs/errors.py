@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
+from ghsync_dagster.domain import errors
 from ghsync_dagster.domain.errors import GhsyncError, TransientError
 
 if TYPE_CHECKING:
@@ -24,12 +25,20 @@ def as_failure() -> Iterator[None]:
     try:
         yield
     except GhsyncError as error:
-        kind = "infrastructure" if isinstance(error, TransientError) else "permanent"
+        name = type(error).__name__
         raise dg.Failure(
-            description=f"{type(error).__name__}: {error}",
-            metadata={"way_out": error.way_out, "kind": kind, "error": type(error).__name__},
+            description=f"{name}: {error}",
+            metadata={"way_out": error.way_out, "kind": kind_of(name), "error": name},
             allow_retries=False,
         ) from None
+
+
+def kind_of(error_name: str) -> str:
+    """Return what an error of this class says of a run: ``infrastructure``, ``permanent``, or ``unforeseen``."""
+    found = getattr(errors, error_name, None)
+    if not (isinstance(found, type) and issubclass(found, GhsyncError)):
+        return "unforeseen"
+    return "infrastructure" if issubclass(found, TransientError) else "permanent"
 
 
 def root_cause(error: SerializableErrorInfo | None) -> SerializableErrorInfo | None:

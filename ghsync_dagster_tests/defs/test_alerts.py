@@ -60,12 +60,20 @@ class World:
     def fail(self, error: Exception) -> str:
         """Run a job whose step raises the error; return the run id."""
 
-        @dg.op
-        def sync() -> None:
+        def raising() -> None:
             with as_failure():
                 raise error
 
-        @dg.job
+        return self.run(raising)
+
+    def run(self, work: Callable[[], None], set_up: Callable[[], None] = lambda: None) -> str:
+        """Run a job whose one step does the work, after its resource was set up; return the run id."""
+
+        @dg.op(required_resource_keys={"part"})
+        def sync() -> None:
+            work()
+
+        @dg.job(resource_defs={"part": dg.ResourceDefinition(lambda _: set_up())})
         def sync_job() -> None:
             sync()
 
@@ -261,6 +269,88 @@ def test_a_run_that_fails_for_good_is_an_alert_with_the_reason(
     world.tick()
     (document,) = webhook.taken
     assert (document["kind"], document["description"], document["way_out"]) == (kind, description, way_out)
+
+
+def test_an_error_outside_of_the_flows_tells_its_kind_and_way_out_too(world: World, webhook: Webhook) -> None:
+    def misread() -> None:
+        raise ConfigError("GHSYNC_CDC_SLICE_SECONDS is no number.", way_out="Set one.")
+
+    def unreached() -> None:
+        raise UnavailableError("Kafka is away.", way_out="Wait.")
+
+    world.run(lambda: None, set_up=misread)
+    world.run(unreached)
+    world.tick()
+    assert [(alert["kind"], alert["text"]) for alert in webhook.taken] == [
+        ("permanent", "Run of sync_job failed: ConfigError: GHSYNC_CDC_SLICE_SECONDS is no number. Set one."),
+        ("infrastructure", "Run of sync_job failed in sync: UnavailableError: Kafka is away. Wait."),
+    ]
+
+
+def test_a_gate_of_the_drain_is_an_alert_with_its_way_out(world: World, webhook: Webhook) -> None:
+    def refuse() -> None:
+        raise dg.Failure("new_dead_letters: 1 new. Way out: Look.", metadata={"kind": "data", "way_out": "Look."})
+
+    world.run(refuse)
+    world.tick()
+    (document,) = webhook.taken
+    assert (document["kind"], document["text"]) == (
+        "data",
+        "Run of sync_job failed in sync: new_dead_letters: 1 new. Look.",
+    )
+
+
+@pytest.mark.parametrize("odd", ["no text: \udcff", "x" * 300_000], ids=["half a surrogate pair", "very long"])
+def test_a_text_that_no_webhook_takes_is_made_bearable_and_holds_up_no_other(
+    world: World, webhook: Webhook, odd: str
+) -> None:
+    runs = [world.fail(RefusedError(odd, way_out=odd)), world.fail(RefusedError("No right.", way_out="Ask."))]
+    world.tick()
+    assert [alert["run_id"] for alert in webhook.taken] == runs
+    assert len(webhook.taken[0]["text"]) < 4_100
+    assert len(webhook.taken[0]["description"]) < 2_010
+    assert webhook.taken[0]["description"].startswith(f"RefusedError: {odd[:9]}")
+
+
+def test_a_server_that_is_away_is_told_though_a_check_of_the_same_run_did_not_pass(
+    world: World, webhook: Webhook
+) -> None:
+    @dg.asset
+    def numbers() -> None:
+        """Hold the numbers."""
+
+    @dg.asset_check(asset=numbers, blocking=True)
+    def first() -> dg.AssetCheckResult:
+        return dg.AssetCheckResult(passed=False)
+
+    @dg.asset_check(asset=numbers, blocking=True)
+    def second() -> dg.AssetCheckResult:
+        with as_failure():
+            raise UnavailableError("MongoDB is away.", way_out="Wait.")
+
+    dg.materialize([numbers, first, second], instance=world.instance, raise_on_error=False)
+    world.tick()
+    assert [(alert["kind"], alert["check"]) for alert in webhook.taken] == [("check", "first"), ("infrastructure", "")]
+
+
+def test_what_fails_while_a_tick_reads_is_told_by_the_next(
+    world: World, webhook: Webhook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = world.instance.event_log_storage
+    read = storage.get_logs_for_all_runs_by_log_id
+    runs: list[str] = []
+
+    def slow(*given: Any) -> Any:
+        found = read(*given)
+        if not runs:
+            runs.extend(world.evaluate(False))
+        return found
+
+    monkeypatch.setattr(storage, "get_logs_for_all_runs_by_log_id", slow)
+    world.tick()
+    assert webhook.taken == []
+    world.tick()
+    assert [alert["run_id"] for alert in webhook.taken] == runs
 
 
 def test_a_run_whose_process_died_is_an_alert_and_one_that_was_canceled_is_none(

@@ -117,13 +117,21 @@ def test_a_contender_that_fails_is_told_with_its_last_words(bench: Bench) -> Non
     assert "MongoSinkConnector" in failures[0]
 
 
+def is_java(process: psutil.Process) -> bool:
+    """Tell whether a process is at work and Java's; one may end at any time."""
+    try:
+        return bool(process.name() == "java")
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_a_signal_ends_everything_that_was_started(tmp_path: Path) -> None:
     options = ("--sizes", "100000", "--contenders", SINK, "--rates", "", "--out", str(tmp_path))
     with subprocess.Popen(bench_command(*options), cwd=harness.PROJECT, stdout=subprocess.PIPE, text=True) as running:
         deadline = time.monotonic() + 120
         family: dict[int, psutil.Process] = {}
         # The broker's and the worker's.
-        while sum(process.name() == "java" for process in family.values() if process.is_running()) < 2:
+        while sum(is_java(process) for process in family.values()) < 2:
             assert time.monotonic() < deadline, "the worker never came up"
             family |= {each.pid: each for each in psutil.Process(running.pid).children(recursive=True)}
             time.sleep(0.05)

@@ -111,9 +111,11 @@ def gate_drain(
     for finding in findings:
         context.log.info(f"{finding.check}: {'passed' if finding.passed else 'FAILED'}: {finding.summary}")
     if failed := [finding for finding in findings if not finding.passed]:
+        summary = "; ".join(f"{finding.check}: {finding.summary}" for finding in failed)
+        way_out = " ".join(finding.way_out for finding in failed)
         raise dg.Failure(
-            description="; ".join(f"{finding.check}: {finding.summary}. {finding.way_out}" for finding in failed),
-            metadata={"kind": "data", **_as_metadata(failed)},
+            description=f"{summary}. Way out: {way_out}",
+            metadata={"kind": "data", "way_out": way_out, **_as_metadata(failed)},
             allow_retries=False,
         )
 

@@ -6,6 +6,7 @@ Belongs here: which events are alerts, what an alert says, and how far each has 
 from __future__ import annotations
 
 import logging
+import re
 import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import dagster as dg
 import msgspec
 
-from ghsync_dagster.defs.errors import root_cause
+from ghsync_dagster.defs.errors import kind_of, root_cause
 from ghsync_dagster.domain.errors import ConfigError, GhsyncError, RefusedError, UnavailableError
 from ghsync_dagster.observability.logging import configure_logging, get_logger, redact
 from ghsync_dagster.settings import load_settings
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 _INTERVAL_SECONDS: Final = 30
 _EVENTS: Final = (dg.DagsterEventType.ASSET_CHECK_EVALUATION, dg.DagsterEventType.RUN_FAILURE)
 _CHECK_FAILED: Final = "DagsterAssetCheckFailedError"
+_WAY_OUT: Final = " Way out: "
+_MODULE: Final = re.compile(r"^(?:\w+\.)+(?=\w+: )")
+_TEXT_LIMIT: Final = 2_000
 _EVENTS_A_TICK: Final = 500
 _POST_TIMEOUT_SECONDS: Final = 5.0
 # Dagster ends a tick after 60 seconds, and what it had delivered would be forgotten.
@@ -40,8 +44,9 @@ class Alert(msgspec.Struct, frozen=True):
 
     Attributes:
         text: All of it in one line, the field that chat webhooks show.
-        kind: ``check``, or of a run what failed it: ``infrastructure`` (a server is away), ``permanent``, or
-            ``unforeseen`` (no error of ghsync's own: its process was killed, the disk is full).
+        kind: ``check``, or of a run what failed it: ``infrastructure`` (a server is away), ``permanent`` (something
+            must change first), ``data`` (a drain has not reached the end, or its gate refused), or ``unforeseen`` (no
+            error of ghsync's own: its process was killed, the disk is full).
         check: The check's name; empty for a run.
         asset: The asset's key, its parts joined by slashes; empty for a run.
         run_id: The run; empty where a check was reported from outside.
@@ -77,18 +82,19 @@ class Progress(msgspec.Struct, frozen=True):
     posted: int
 
 
-def _alert(event_id: int, entry: dg.EventLogEntry) -> Alert | None:
+def _alert(instance: dg.DagsterInstance, event_id: int, entry: dg.EventLogEntry) -> Alert | None:
     """Return the alert that an event of Dagster's log is, or None where there is nothing to tell."""
     if evaluation := entry.asset_check_evaluation:
         return None if evaluation.passed else _of_check(event_id, entry, evaluation)
-    event = entry.get_dagster_event()
-    return _of_run(event_id, entry, event) if event.event_type == dg.DagsterEventType.RUN_FAILURE else None
+    failures = instance.get_records_for_run(entry.run_id, of_type=dg.DagsterEventType.STEP_FAILURE).records
+    steps = [record.event_log_entry.get_dagster_event() for record in failures]
+    return _of_run(event_id, entry, entry.get_dagster_event(), steps)
 
 
 def _of_check(event_id: int, entry: dg.EventLogEntry, evaluation: dg.AssetCheckEvaluation) -> Alert:
     values = {key: value.value for key, value in evaluation.metadata.items()}
-    asset, description = evaluation.asset_key.to_user_string(), redact(evaluation.description or "")
-    way_out = redact(str(values.get("way_out", "")))
+    asset, description = evaluation.asset_key.to_user_string(), _shown(evaluation.description or "")
+    way_out = _shown(str(values.get("way_out", "")))
     return Alert(
         text=" ".join(
             filter(
@@ -110,23 +116,27 @@ def _of_check(event_id: int, entry: dg.EventLogEntry, evaluation: dg.AssetCheckE
     )
 
 
-def _of_run(event_id: int, entry: dg.EventLogEntry, event: dg.DagsterEvent) -> Alert | None:
-    """Return the alert of a run that failed, or None where a check failed it: that one has an alert of its own."""
-    # A run that the daemon gives up, as its process has gone, has no data of its failure.
-    step = event.job_failure_data.first_step_failure_event if event.event_specific_data else None
-    failed = step.step_failure_data if step else None
-    error = root_cause(failed.error) if failed else None
-    if error and error.cls_name == _CHECK_FAILED:
+def _of_run(
+    event_id: int, entry: dg.EventLogEntry, event: dg.DagsterEvent, steps: Sequence[dg.DagsterEvent]
+) -> Alert | None:
+    """Return the alert of a run that failed, or None where only checks failed it: those have alerts of their own.
+
+    Args:
+        event_id: Number of the event in Dagster's log.
+        entry: The event as it stands there.
+        event: The event itself.
+        steps: The failures of the run's steps.
+    """
+    failures = [step for step in steps if not _is_of_check(step)]
+    if steps and not failures:
         return None
-    own = failed.user_failure_data if failed else None
-    said = {key: str(value.value) for key, value in own.metadata.items()} if own else {}
-    words = (own and own.description) or (error and error.message) or event.message or ""
-    description = redact(words.partition(" Way out: ")[0].strip())
-    way_out = redact(said.get("way_out", "See the run in Dagster."))
-    job, at = entry.job_name or "", f" in {step.step_key}" if step else ""
+    failed = failures[0] if failures else None
+    kind, words, way_out = _reason(event, failed)
+    description, way_out = _shown(words), _shown(way_out or "See the run in Dagster.")
+    job, at = entry.job_name or "", f" in {failed.step_key}" if failed else ""
     return Alert(
         text=f"Run of {job} failed{at}: {description.rstrip('.')}. {way_out}",
-        kind=said.get("kind", "unforeseen"),
+        kind=kind,
         check="",
         asset="",
         run_id=entry.run_id,
@@ -139,6 +149,33 @@ def _of_run(event_id: int, entry: dg.EventLogEntry, event: dg.DagsterEvent) -> A
         way_out=way_out,
         event_id=event_id,
     )
+
+
+def _is_of_check(step: dg.DagsterEvent) -> bool:
+    error = root_cause(step.step_failure_data.error)
+    return error is not None and error.cls_name == _CHECK_FAILED
+
+
+def _reason(run: dg.DagsterEvent, step: dg.DagsterEvent | None) -> tuple[str, str, str]:
+    """Return the kind of a run's failure, the reason, and the way out where there is one."""
+    own = step.step_failure_data.user_failure_data if step else None
+    if own:
+        said = {key: str(value.value) for key, value in own.metadata.items()}
+        words, _, way_out = (own.description or "").partition(_WAY_OUT)
+        return said.get("kind", "unforeseen"), words, said.get("way_out", way_out)
+    # A run that the daemon gives up, as its process has gone, has no data of its failure.
+    data = run.job_failure_data if run.event_specific_data else None
+    error = root_cause(step.step_failure_data.error if step else data.error if data else None)
+    if error is None:
+        return "unforeseen", run.message or "", ""
+    words, _, way_out = error.message.partition(_WAY_OUT)
+    return kind_of(error.cls_name or ""), _MODULE.sub("", words), way_out
+
+
+def _shown(text: str) -> str:
+    """Return a text as an alert may hold it: no credentials, bearably long, and fit to be encoded."""
+    text = redact(text.strip()).encode(errors="backslashreplace").decode()
+    return text if len(text) <= _TEXT_LIMIT else f"{text[:_TEXT_LIMIT]}..."
 
 
 def _time(entry: dg.EventLogEntry) -> str:
@@ -161,15 +198,21 @@ def _progress(cursor: str, newest: int) -> Progress:
     return Progress(min(progress.logged, newest), min(progress.posted, newest))
 
 
-def _alerts_after(context: dg.SensorEvaluationContext, event_id: int) -> tuple[list[Alert], int]:
-    """Return the alerts after an event, oldest first, and the last event that was looked at."""
-    events = context.instance.event_log_storage
+def _alerts_after(instance: dg.DagsterInstance, event_id: int, newest: int) -> tuple[list[Alert], int]:
+    """Return the alerts after an event, oldest first, and the last event that was looked at.
+
+    Args:
+        instance: The Dagster instance.
+        event_id: The event.
+        newest: The last one to look at: what is written while this reads would be seen of one kind only.
+    """
+    events = instance.event_log_storage
     found: dict[int, dg.EventLogEntry] = {}
     for kind in _EVENTS:
         found.update(events.get_logs_for_all_runs_by_log_id(event_id, kind, _EVENTS_A_TICK))
     # Of each kind there may be more, but none that stands before these.
-    numbers = sorted(found)[:_EVENTS_A_TICK]
-    alerts = [alert for number in numbers if (alert := _alert(number, found[number]))]
+    numbers = sorted(number for number in found if number <= newest)[:_EVENTS_A_TICK]
+    alerts = [alert for number in numbers if (alert := _alert(instance, number, found[number]))]
     return alerts, max(numbers, default=event_id)
 
 
@@ -246,7 +289,7 @@ def alerts_sensor(context: dg.SensorEvaluationContext) -> dg.SkipReason:
         context.update_cursor(_as_cursor(Progress(newest, newest)))
         return dg.SkipReason("Watching checks and runs from now on.")
     before = _progress(context.cursor, newest)
-    alerts, seen = _alerts_after(context, before.posted)
+    alerts, seen = _alerts_after(context.instance, before.posted, newest)
     fresh = [alert for alert in alerts if alert.event_id > before.logged]
     _log(context, fresh)
     arrived, problem = _post_all(settings.alert_webhook_url, alerts)
