@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
-from ghsync_dagster.domain import errors
 from ghsync_dagster.domain.errors import GhsyncError, TransientError
 
 if TYPE_CHECKING:
@@ -28,17 +27,16 @@ def as_failure() -> Iterator[None]:
         name = type(error).__name__
         raise dg.Failure(
             description=f"{name}: {error}",
-            metadata={"way_out": error.way_out, "kind": kind_of(name), "error": name},
+            metadata={"way_out": error.way_out, "kind": kind_of(type(error)), "error": name},
             allow_retries=False,
         ) from None
 
 
-def kind_of(error_name: str) -> str:
-    """Return what an error of this class says of a run: ``infrastructure``, ``permanent``, or ``unforeseen``."""
-    found = getattr(errors, error_name, None)
-    if not (isinstance(found, type) and issubclass(found, GhsyncError)):
+def kind_of(error: object) -> str:
+    """Return what a class of errors says of a run: ``infrastructure``, ``permanent``, or else ``unforeseen``."""
+    if not (isinstance(error, type) and issubclass(error, GhsyncError)):
         return "unforeseen"
-    return "infrastructure" if issubclass(found, TransientError) else "permanent"
+    return "infrastructure" if issubclass(error, TransientError) else "permanent"
 
 
 def root_cause(error: SerializableErrorInfo | None) -> SerializableErrorInfo | None:

@@ -14,7 +14,7 @@ import dagster as dg
 from ghsync_dagster.batch.checks import Finding
 from ghsync_dagster.definitions import build_defs
 from ghsync_dagster.defs.errors import root_cause
-from ghsync_dagster.domain.errors import PermanentError, TransientError
+from ghsync_dagster.domain.errors import WAY_OUT, PermanentError, TransientError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,7 +97,7 @@ def _step_error(result: dg.ExecuteInProcessResult) -> PermanentError | Transient
             words = failure.description or ""
             tag = failure.metadata.get("kind")
             transient = tag is not None and tag.value == "infrastructure"
-            message, _, way_out = words.partition(" Way out: ")
+            message, _, way_out = words.partition(WAY_OUT)
             error_type = TransientError if transient else PermanentError
             return error_type(
                 f"{event.step_key}: {message}", way_out=way_out or "See the run in the Dagster UI: make dev."

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+WAY_OUT: Final = " Way out: "
+"""What stands between an error's message and its way out, where both are one text."""
+
 
 class GhsyncError(Exception):
     """A failure that ghsync understands.
@@ -17,7 +22,7 @@ class GhsyncError(Exception):
         self.way_out = way_out
 
     def __str__(self) -> str:
-        return f"{self.message} Way out: {self.way_out}"
+        return f"{self.message}{WAY_OUT}{self.way_out}"
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.message, self.way_out)

@@ -16,6 +16,7 @@ from ghsync_dagster.defs.cdc.checks import CHECKS
 from ghsync_dagster.defs.cdc.slice import consume
 from ghsync_dagster.defs.errors import as_failure
 from ghsync_dagster.defs.resources import ChangesResource
+from ghsync_dagster.domain.errors import WAY_OUT
 from ghsync_dagster.stores.retry import retrying
 
 FLOW_TAG = "ghsync/flow"
@@ -114,7 +115,7 @@ def gate_drain(
         summary = "; ".join(f"{finding.check}: {finding.summary}" for finding in failed)
         way_out = " ".join(finding.way_out for finding in failed)
         raise dg.Failure(
-            description=f"{summary}. Way out: {way_out}",
+            description=f"{summary}.{WAY_OUT}{way_out}",
             metadata={"kind": "data", "way_out": way_out, **_as_metadata(failed)},
             allow_retries=False,
         )

@@ -15,7 +15,8 @@ import dagster as dg
 import msgspec
 
 from ghsync_dagster.defs.errors import kind_of, root_cause
-from ghsync_dagster.domain.errors import ConfigError, GhsyncError, RefusedError, UnavailableError
+from ghsync_dagster.domain import errors
+from ghsync_dagster.domain.errors import WAY_OUT, ConfigError, GhsyncError, RefusedError, UnavailableError
 from ghsync_dagster.observability.logging import configure_logging, get_logger, redact
 from ghsync_dagster.settings import load_settings
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 _INTERVAL_SECONDS: Final = 30
 _EVENTS: Final = (dg.DagsterEventType.ASSET_CHECK_EVALUATION, dg.DagsterEventType.RUN_FAILURE)
 _CHECK_FAILED: Final = "DagsterAssetCheckFailedError"
-_WAY_OUT: Final = " Way out: "
 _MODULE: Final = re.compile(r"^(?:\w+\.)+(?=\w+: )")
 _TEXT_LIMIT: Final = 2_000
 _EVENTS_A_TICK: Final = 500
@@ -161,15 +161,15 @@ def _reason(run: dg.DagsterEvent, step: dg.DagsterEvent | None) -> tuple[str, st
     own = step.step_failure_data.user_failure_data if step else None
     if own:
         said = {key: str(value.value) for key, value in own.metadata.items()}
-        words, _, way_out = (own.description or "").partition(_WAY_OUT)
+        words, _, way_out = (own.description or "").partition(WAY_OUT)
         return said.get("kind", "unforeseen"), words, said.get("way_out", way_out)
     # A run that the daemon gives up, as its process has gone, has no data of its failure.
     data = run.job_failure_data if run.event_specific_data else None
     error = root_cause(step.step_failure_data.error if step else data.error if data else None)
     if error is None:
         return "unforeseen", run.message or "", ""
-    words, _, way_out = error.message.partition(_WAY_OUT)
-    return kind_of(error.cls_name or ""), _MODULE.sub("", words), way_out
+    words, _, way_out = error.message.partition(WAY_OUT)
+    return kind_of(getattr(errors, error.cls_name or "", None)), _MODULE.sub("", words), way_out
 
 
 def _shown(text: str) -> str:
