@@ -120,7 +120,7 @@ class Settings(BaseSettings):
     alert_webhook_url: SecretStr | None = Field(
         default=None,
         validation_alias="GHSYNC_ALERT_WEBHOOK_URL",
-        description="URL that gets a JSON POST for each failed asset check. Unset: failed checks are only logged.",
+        description="URL that gets a JSON POST for each failed asset check and run. Unset: they are only logged.",
     )
     log_level: str = Field(
         default="INFO",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
+from ghsync_dagster.domain import errors
 from ghsync_dagster.domain.errors import GhsyncError, TransientError
 
 if TYPE_CHECKING:
@@ -32,15 +33,21 @@ def as_failure() -> Iterator[None]:
         ) from None
 
 
-def kind_of(error: object) -> str:
+def kind_of(error: type[GhsyncError] | None) -> str:
     """Return what a class of errors says of a run: ``infrastructure``, ``permanent``, or else ``unforeseen``."""
-    if not (isinstance(error, type) and issubclass(error, GhsyncError)):
+    if error is None:
         return "unforeseen"
     return "infrastructure" if issubclass(error, TransientError) else "permanent"
 
 
+def own_class(error: SerializableErrorInfo) -> type[GhsyncError] | None:
+    """Return the class of an error that is ghsync's own, or None."""
+    found = getattr(errors, error.cls_name or "", None)
+    return found if isinstance(found, type) and issubclass(found, GhsyncError) else None
+
+
 def root_cause(error: SerializableErrorInfo | None) -> SerializableErrorInfo | None:
-    """Return the error that a step's error comes from, without Dagster's own around it."""
-    while error is not None and error.cause is not None:
+    """Return the error that a step's error comes from: ghsync's own, whatever caused it, or else the first one."""
+    while error is not None and error.cause is not None and own_class(error) is None:
         error = error.cause
     return error

@@ -207,6 +207,17 @@ def test_more_failures_than_a_tick_takes_arrive_in_order(
     assert [alert["run_id"] for alert in webhook.taken] == [runs[0], runs[1], runs[3]]
 
 
+def test_failures_that_take_long_to_read_are_left_to_the_next_ticks(
+    world: World, webhook: Webhook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alerts, "_READING_SECONDS", -1.0)
+    runs = [world.fail(RefusedError("No right.", way_out="Ask.")) for _ in range(3)]
+    for taken in (1, 2, 3):
+        world.tick()
+        assert len(webhook.taken) == taken
+    assert [alert["run_id"] for alert in webhook.taken] == runs
+
+
 def test_the_webhook_gets_one_document_a_failure(world: World, webhook: Webhook) -> None:
     (run_id,) = world.evaluate(False, description="can't read mongodb://app:s3cret@db/x")
     world.tick()
@@ -273,7 +284,8 @@ def test_a_run_that_fails_for_good_is_an_alert_with_the_reason(
 
 def test_an_error_outside_of_the_flows_tells_its_kind_and_way_out_too(world: World, webhook: Webhook) -> None:
     def misread() -> None:
-        raise ConfigError("GHSYNC_CDC_SLICE_SECONDS is no number.", way_out="Set one.")
+        cause = ValueError("invalid literal")
+        raise ConfigError("GHSYNC_CDC_SLICE_SECONDS is no number.", way_out="Set one.") from cause
 
     def unreached() -> None:
         raise UnavailableError("Kafka is away.", way_out="Wait.")

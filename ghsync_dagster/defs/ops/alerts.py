@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Final
 import dagster as dg
 import msgspec
 
-from ghsync_dagster.defs.errors import kind_of, root_cause
-from ghsync_dagster.domain import errors
+from ghsync_dagster.defs.errors import kind_of, own_class, root_cause
 from ghsync_dagster.domain.errors import WAY_OUT, ConfigError, GhsyncError, RefusedError, UnavailableError
 from ghsync_dagster.observability.logging import configure_logging, get_logger, redact
 from ghsync_dagster.settings import load_settings
@@ -34,6 +33,7 @@ _TEXT_LIMIT: Final = 2_000
 _EVENTS_A_TICK: Final = 500
 _POST_TIMEOUT_SECONDS: Final = 5.0
 # Dagster ends a tick after 60 seconds, and what it had delivered would be forgotten.
+_READING_SECONDS: Final = 10.0
 _POSTING_SECONDS: Final = 40.0
 
 log = get_logger("alerts")
@@ -44,9 +44,9 @@ class Alert(msgspec.Struct, frozen=True):
 
     Attributes:
         text: All of it in one line, the field that chat webhooks show.
-        kind: ``check``, or of a run what failed it: ``infrastructure`` (a server is away), ``permanent`` (something
-            must change first), ``data`` (a drain has not reached the end, or its gate refused), or ``unforeseen`` (no
-            error of ghsync's own: its process was killed, the disk is full).
+        kind: ``check``, or of a run what failed it: ``infrastructure`` (a server is away, another load is at work),
+            ``permanent`` (something must change first), ``data`` (a drain has not reached the end, or its gate
+            refused), or ``unforeseen`` (no error of ghsync's own: its process was killed, the disk is full).
         check: The check's name; empty for a run.
         asset: The asset's key, its parts joined by slashes; empty for a run.
         run_id: The run; empty where a check was reported from outside.
@@ -169,7 +169,7 @@ def _reason(run: dg.DagsterEvent, step: dg.DagsterEvent | None) -> tuple[str, st
     if error is None:
         return "unforeseen", run.message or "", ""
     words, _, way_out = error.message.partition(WAY_OUT)
-    return kind_of(getattr(errors, error.cls_name or "", None)), _MODULE.sub("", words), way_out
+    return kind_of(own_class(error)), _MODULE.sub("", words), way_out
 
 
 def _shown(text: str) -> str:
@@ -201,6 +201,8 @@ def _progress(cursor: str, newest: int) -> Progress:
 def _alerts_after(instance: dg.DagsterInstance, event_id: int, newest: int) -> tuple[list[Alert], int]:
     """Return the alerts after an event, oldest first, and the last event that was looked at.
 
+    The first event is looked at however long it takes; the others while there is time.
+
     Args:
         instance: The Dagster instance.
         event_id: The event.
@@ -212,8 +214,15 @@ def _alerts_after(instance: dg.DagsterInstance, event_id: int, newest: int) -> t
         found.update(events.get_logs_for_all_runs_by_log_id(event_id, kind, _EVENTS_A_TICK))
     # Of each kind there may be more, but none that stands before these.
     numbers = sorted(number for number in found if number <= newest)[:_EVENTS_A_TICK]
-    alerts = [alert for number in numbers if (alert := _alert(instance, number, found[number]))]
-    return alerts, max(numbers, default=event_id)
+    alerts: list[Alert] = []
+    seen, deadline = event_id, time.monotonic() + _READING_SECONDS
+    for number in numbers:
+        if alert := _alert(instance, number, found[number]):
+            alerts.append(alert)
+        seen = number
+        if time.monotonic() > deadline:
+            break
+    return alerts, seen
 
 
 def _log(context: dg.SensorEvaluationContext, alerts: Sequence[Alert]) -> None:
