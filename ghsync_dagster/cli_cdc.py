@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ghsync_dagster.domain.text import shortened
 from ghsync_dagster.observability.logging import configure_logging, get_logger
 from ghsync_dagster.settings import Settings, load_settings
 from ghsync_dagster.stopping import stop_on_signals
@@ -255,7 +256,7 @@ def list_letters(
         _print_json([{**letter.as_json(), "state": at, "state_reason": why} for letter, at, why in letters])
         return
     for letter, at, _ in letters:
-        text = letter.text if len(letter.text) <= _SHOWN_TEXT else f"{letter.text[:_SHOWN_TEXT]}..."
+        text = shortened(letter.text, _SHOWN_TEXT)
         typer.echo(f"{letter.id}  {letter.failed_at}  {at:8}  {letter.kind}: {text}")
     still_open = sum(at.is_open for _, at, _ in letters)
     typer.echo(f"listed: {len(letters):,}, of which open: {still_open:,}", err=True)

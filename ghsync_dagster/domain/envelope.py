@@ -24,6 +24,7 @@ import msgspec
 
 from ghsync_dagster.domain.change import Change, Op, Position
 from ghsync_dagster.domain.errors import UndecodableError
+from ghsync_dagster.domain.text import shortened
 from ghsync_dagster.domain.user import USER_FIELDS, User
 
 UNAVAILABLE: Final = "__debezium_unavailable_value"
@@ -570,7 +571,7 @@ def _shape(value: Any) -> str:  # noqa: ANN401
 def _shown(value: Any, limit: int = 60) -> str:  # noqa: ANN401
     # What is nested is as deep as its writer liked.
     text = _shape(value) if isinstance(value, dict | list) else json.dumps(value)
-    return text if len(text) <= limit else f"{text[:limit]}..."
+    return shortened(text, limit)
 
 
 def _names(found: Mapping[str, Any], limit: int = 8) -> str:

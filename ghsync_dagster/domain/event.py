@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import msgspec
 
+from ghsync_dagster.domain.text import shortened
 from ghsync_dagster.domain.user import USER_FIELDS, Rule
 
 RAW_LIMIT: Final = 2_000
@@ -245,5 +246,4 @@ def _is_utf8(line: bytes) -> bool:
 def _shown(value: str | None, limit: int = 60) -> str:
     if value is None:
         return "null"
-    text = json.dumps(value)
-    return text if len(text) <= limit else f"{text[:limit]}..."
+    return shortened(json.dumps(value), limit)

@@ -16,6 +16,7 @@ import msgspec
 
 from ghsync_dagster.defs.errors import kind_of, own_class, root_cause
 from ghsync_dagster.domain.errors import WAY_OUT, ConfigError, GhsyncError, RefusedError, UnavailableError
+from ghsync_dagster.domain.text import shortened
 from ghsync_dagster.observability.logging import configure_logging, get_logger, redact
 from ghsync_dagster.settings import load_settings
 
@@ -174,8 +175,7 @@ def _reason(run: dg.DagsterEvent, step: dg.DagsterEvent | None) -> tuple[str, st
 
 def _shown(text: str) -> str:
     """Return a text as an alert may hold it: no credentials, bearably long, and fit to be encoded."""
-    text = redact(text.strip()).encode(errors="backslashreplace").decode()
-    return text if len(text) <= _TEXT_LIMIT else f"{text[:_TEXT_LIMIT]}..."
+    return shortened(redact(text.strip()).encode(errors="backslashreplace").decode(), _TEXT_LIMIT)
 
 
 def _time(entry: dg.EventLogEntry) -> str:
