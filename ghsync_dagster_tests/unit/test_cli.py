@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import pytest
 import typer
+from cdc_parts import until
 from typer.testing import CliRunner, Result
 
 from ghsync_dagster import cli, cli_cdc
@@ -163,8 +165,10 @@ def test_sigterm_ends_the_command_with_143(tmp_path: Path) -> None:
         [sys.executable, "-m", "ghsync_dagster.cli", "report"], env=environment, stderr=subprocess.PIPE
     ) as process:
         writer = _opened_by_a_reader(tmp_path / "pipe")
-        process.send_signal(signal.SIGTERM)
         try:
+            # Python acts on a signal between two steps or in a call that it interrupts: one just before waits with it.
+            until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_SLEEPING)
+            process.send_signal(signal.SIGTERM)
             assert process.wait(10) == 143
         finally:
             os.close(writer)
