@@ -47,6 +47,11 @@ def user(key: object, login: str | None = "octo", **fields: str | None) -> dict[
     return {"user_id": str(key), "login": login, "gravatar_id": "", "avatar_url": None, "url": "http://u"} | fields
 
 
+def server_position(pos: int, file: str = "bin.000001", server_id: int = 1) -> dict[str, Any]:
+    """A position in a server's binlog, as members of a record's source."""
+    return {"server_id": server_id, "file": file, "pos": pos, "row": 0}
+
+
 def _json(value: Any) -> bytes:
     return json.dumps(value).encode()
 
@@ -68,7 +73,7 @@ class Topic:
         self.position = pos or self.position + 10
         number = None if key is None else int(str(key))
         image = None if row is None else {**row, "user_id": int(row["user_id"])}
-        source = {"ts_ms": 1_700_000_000_000, "snapshot": "false", "file": "bin.000001", "pos": self.position, "row": 0}
+        source = {"ts_ms": 1_700_000_000_000, "snapshot": "false"} | server_position(self.position)
         before = {**user(number), "user_id": number} if op == "d" else None
         value = {"before": before, "after": image, "source": source, "op": op}
         self.raw(None if number is None else {"user_id": number}, value, partition=partition)

@@ -1,13 +1,17 @@
 """Truncates in a topic of several partitions: where each other partition stood when the table was truncated.
 
-Belongs here: finding these places, by the positions in the binlog that records carry, and what is applied up to them.
+Belongs here: finding these offsets, by the positions in the binlog that records carry, and what is applied up to them.
 Not here: consuming and writing.
 
-The binlog has one order, and each partition a part of it. A truncate at position P wipes out what every partition holds
-from before P and nothing from behind it. So in each other partition the first record from behind P is looked for,
-wherever the consumer is: what stands before it is applied, then the truncate, and then the partition is consumed from
-that record on, again if need be. A partition that has no record from behind P yet may still get one from before it; and
-a record that does not tell its place may be from either side. Then there is no order that is sure.
+The binlog of a server has one order, and each partition holds a part of it. A truncate at position P removes what every
+partition holds from before P, and nothing from after it. So in each other partition the first record from after P is
+searched, wherever the consumer is. What stands before that record is applied, then the truncate. Then the partition is
+consumed from that record on, again if need be.
+
+No order is certain where a partition has no record from after P yet: it may still get one from before it. Nor is one
+where a record does not tell its position, or tells one in the binlog of another server. Such a record may be from
+either side, unless one from before P comes after it in its partition. Several records may have one position: all rows
+of a transaction have with MariaDB. A truncate is a transaction of its own, so they are all on one side of it.
 """
 
 from __future__ import annotations
@@ -27,13 +31,13 @@ if TYPE_CHECKING:
     from ghsync_dagster.domain.change import Position
     from ghsync_dagster.stores.kafka_consumer import TopicConsumer
 
-_LOOK_BACK: Final = 1_000
-"""How many records the first look goes back from a partition's end; each further look goes ten times as far."""
+_SCAN_BACK: Final = 1_000
+"""How many records the first scan goes back from a partition's end; each further one goes ten times as far."""
 _TOMBSTONE: Final = "tombstone"
 _CHUNK: Final = 5_000
 """How many records are read at once."""
 _WAIT_SECONDS: Final = 30.0
-"""How long to wait for a record from behind the truncate in each other partition."""
+"""How long to wait for a record from after the truncate in each other partition."""
 _LOOK_SECONDS: Final = 0.5
 
 Chunks = Callable[[int, int, int], "Iterable[Sequence[Message]]"]
@@ -47,7 +51,7 @@ class Truncate(NamedTuple):
         topic: Where it was read.
         partition: Its partition.
         offset: Its offset.
-        position: Its place in the binlog, None where the record does not tell.
+        position: Its position in the binlog, None where the record does not tell.
     """
 
     topic: str
@@ -65,18 +69,24 @@ class Truncate(NamedTuple):
         )
 
 
-class _Seen(NamedTuple):
-    """What was seen in a range: a record from before the truncate, the first from behind it, one without place."""
+class Scan(NamedTuple):
+    """What a part of a partition holds, seen from a truncate.
+
+    Attributes:
+        before: Whether it holds a record from before the truncate.
+        after: The offset of the first record from after it, None where there is none yet.
+        doubt: Why nothing tells where a record after the last one from before belongs, None where all tell.
+    """
 
     before: bool
-    behind: int | None
-    unsure: int | None
+    after: int | None
+    doubt: str | None
 
 
-def first_behind(truncate: Truncate, partition: int, low: int, high: int, chunks: Chunks) -> int | None:
-    """Return the offset of a partition's first record from behind a truncate; None where there is none yet.
+def first_after(truncate: Truncate, partition: int, low: int, high: int, chunks: Chunks) -> Scan:
+    """Find a partition's first record from after a truncate.
 
-    No chunk is read behind the one that holds it.
+    No chunk is read after the one that holds it.
 
     Args:
         truncate: The truncate, in another partition.
@@ -86,39 +96,45 @@ def first_behind(truncate: Truncate, partition: int, low: int, high: int, chunks
         chunks: Reads a range of it.
 
     Raises:
-        PermanentError: The places of the records do not tell.
+        PermanentError: The positions of the records do not tell.
     """
-    back = _LOOK_BACK
+    back = _SCAN_BACK
     while True:
         start = max(low, high - back)
-        seen = _look(truncate, partition, chunks(partition, start, high))
-        if seen.before or start == low:
+        scan = _scan(truncate, partition, chunks(partition, start, high))
+        if scan.before or start == low:
             break
         back *= 10
-    if seen.behind is not None and seen.unsure is not None:
-        raise truncate.refused(f"partition {partition} offset {seen.unsure} does not tell its place in the binlog")
-    return seen.behind
+    if scan.after is not None and scan.doubt is not None:
+        raise truncate.refused(scan.doubt)
+    return scan
 
 
-def _look(truncate: Truncate, partition: int, chunks: Iterable[Sequence[Message]]) -> _Seen:
+def _scan(truncate: Truncate, partition: int, chunks: Iterable[Sequence[Message]]) -> Scan:
     if truncate.position is None:
-        raise truncate.refused("it does not tell its own place in the binlog")
-    before, unsure, last = False, None, None
+        raise truncate.refused("it does not tell its own position in the binlog")
+    before, doubt, last = False, None, None
     for at, (message, change) in enumerate(_decoded(chunks)):
         if not isinstance(change, Change) or change.op is Op.SKIP:
             continue
+        place = f"partition {partition} offset {message.offset()}"
         if change.position is None:
             # A tombstone belongs to the delete before it.
-            if unsure is None and not (change.what == _TOMBSTONE and at > 0):
-                unsure = message.offset()
+            if not (change.what == _TOMBSTONE and at > 0):
+                doubt = doubt or f"{place} does not tell its position in the binlog"
             continue
-        if last is not None and change.position < last:
-            raise truncate.refused(f"partition {partition} offset {message.offset()} breaks the order of the binlog")
+        if last is not None and (change.position.compare(last) or 0) < 0:
+            raise truncate.refused(f"{place} breaks the order of the binlog")
         last = change.position
-        if last > truncate.position:
-            return _Seen(before, message.offset(), unsure)
-        before, unsure = True, None
-    return _Seen(before, None, unsure)
+        order = last.compare(truncate.position)
+        if order is None:
+            doubt = doubt or f"{place} is of {last.origin}, the truncate of {truncate.position.origin}"
+        elif order > 0:
+            return Scan(before, message.offset(), doubt)
+        else:
+            # Whatever comes before it in its partition is applied before it.
+            before, doubt = True, None
+    return Scan(before, None, doubt)
 
 
 def _decoded(chunks: Iterable[Sequence[Message]]) -> Iterator[tuple[Message, Decoded]]:
@@ -126,6 +142,16 @@ def _decoded(chunks: Iterable[Sequence[Message]]) -> Iterator[tuple[Message, Dec
     decoder = ChangeDecoder()
     for messages in chunks:
         yield from zip(messages, decode(decoder, messages), strict=True)
+
+
+def _is_earlier(one: Truncate, other: Truncate) -> bool:
+    """Tell which of two truncates is to be applied first. One that was written twice has one position."""
+    if one.position is None or other.position is None:
+        raise one.refused("it does not tell its own position in the binlog")
+    order = one.position.compare(other.position)
+    if order is None:
+        raise one.refused(f"it is of {one.position.origin}, another truncate of {other.position.origin}")
+    return (order, one.partition, one.offset) < (0, other.partition, other.offset)
 
 
 def nexts(consumer: TopicConsumer, partitions: Iterable[int]) -> dict[int, int]:
@@ -145,7 +171,7 @@ class OrderedTruncates:
         write: Applies and acknowledges a batch, or raises.
         breathe: Waits so many seconds, and raises when the work must not go on.
         keep: Keeps the place of a truncate that is about to be applied, and where the other partitions stand then.
-        wait_seconds: How long to wait for a record from behind the truncate in each other partition.
+        wait_seconds: How long to wait for a record from after the truncate in each other partition.
     """
 
     def __init__(
@@ -199,31 +225,31 @@ class OrderedTruncates:
         stops = {truncate.partition: truncate.offset}
         for partition in partitions:
             if partition != truncate.partition:
-                stops[partition] = self._behind(truncate, partition)
+                stops[partition] = self._after(truncate, partition)
         return stops
 
-    def _behind(self, truncate: Truncate, partition: int) -> int:
+    def _after(self, truncate: Truncate, partition: int) -> int:
         deadline = time.monotonic() + self._wait_seconds
         while True:
             low, high = self._consumer.offsets(partition)
-            found = first_behind(truncate, partition, low, high, self._chunks)
-            if found is not None:
-                return found
+            scan = first_after(truncate, partition, low, high, self._chunks)
+            if scan.after is not None:
+                return scan.after
             if time.monotonic() > deadline:
-                raise truncate.refused(f"partition {partition} holds no change from behind it yet")
+                why = f"partition {partition} holds no change from after it yet"
+                raise truncate.refused(f"{why}, and {scan.doubt}" if scan.doubt else why)
             self._breathe(_LOOK_SECONDS)
 
     def _earlier(self, truncate: Truncate, starts: Mapping[int, int], stops: Mapping[int, int]) -> Truncate | None:
         """Return the earliest truncate among what is to be applied before this one."""
-        found: list[Truncate] = []
+        earliest = truncate
         for partition, stop in stops.items():
             for message, change in _decoded(self._chunks(partition, starts[partition], stop)):
                 if isinstance(change, Change) and change.op is Op.TRUNCATE:
-                    found.append(Truncate(truncate.topic, partition, message.offset() or 0, change.position))
-        for other in found:
-            if other.position is None:
-                raise other.refused("it does not tell its own place in the binlog")
-        return min(found, key=lambda other: (other.position, other.partition), default=None)
+                    other = Truncate(truncate.topic, partition, message.offset() or 0, change.position)
+                    if _is_earlier(other, earliest):
+                        earliest = other
+        return None if earliest is truncate else earliest
 
     def _chunks(self, partition: int, start: int, stop: int) -> Iterator[list[Message]]:
         for at in range(start, stop, _CHUNK):

@@ -9,6 +9,8 @@ from enum import Enum
 
 import msgspec
 
+from ghsync_dagster.domain.binlog import read_gtid
+
 
 class Op(Enum):
     """What is to be done."""
@@ -19,18 +21,50 @@ class Op(Enum):
     SKIP = "skip"
 
 
-class Position(msgspec.Struct, frozen=True, order=True, gc=False):
-    """A place in one MySQL server's binlog. Later places compare greater, across the roll to the next file.
+class Position(msgspec.Struct, frozen=True, gc=False):
+    """A position in one server's binlog.
 
     Attributes:
         file: The number at the end of the binlog file's name.
-        pos: The byte position of the event in the file.
-        row: The place of the row within the event, from 0.
+        pos: The byte position in the file: of the event with MySQL, of its transaction with MariaDB.
+        row: The number of the row, from 0. It begins again within a transaction, so with ``pos`` it is not unique.
+        server: The server's `server_id` and the base name of its binlog files, such as "184054/mysql-bin"; "" where
+            unknown. A relayed transaction carries the id of the server that it was first executed on.
+        gtid: The GTID of the transaction, as `source.gtid` tells it; None where the server writes none.
     """
 
     file: int
     pos: int
     row: int = 0
+    server: str = ""
+    gtid: str | None = None
+
+    def compare(self, other: Position) -> int | None:
+        """Tell which of two positions the server executed first.
+
+        GTIDs of one sequence are in order, whichever server they are read from. Byte positions are so within one
+        server only, and without GTIDs or within one transaction.
+
+        Returns:
+            -1 if this one was first, 1 if the other one was, 0 if they are of one event or transaction. None if they
+            can't be compared: they are of two servers, or one does not tell its server.
+        """
+        if self.gtid is not None or other.gtid is not None:
+            one, another = read_gtid(self.gtid), read_gtid(other.gtid)
+            if one is None or another is None or one.sequence != another.sequence:
+                return None
+            if one.number != another.number:
+                return -1 if one.number < another.number else 1
+        if not self.server or self.server != other.server:
+            return None
+        first, second = (self.file, self.pos), (other.file, other.pos)
+        return (first > second) - (first < second)
+
+    @property
+    def origin(self) -> str:
+        """The server in words, for messages."""
+        name = f"server {self.server}" if self.server else "a server that the record does not name"
+        return name if self.gtid is None else f"{name} (GTID {self.gtid})"
 
 
 class Change(msgspec.Struct, frozen=True, gc=False):

@@ -18,7 +18,7 @@ import json
 import re
 from collections.abc import Mapping
 from enum import Enum
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeGuard
 
 import msgspec
 
@@ -148,6 +148,8 @@ class _Before(msgspec.Struct, gc=False):
 class _Source(msgspec.Struct, gc=False):
     ts_ms: _BigInt | None = None
     snapshot: str | bool | None = None
+    server_id: _BigInt | None = None
+    gtid: str | None = None
     file: str | None = None
     pos: _BigInt | None = None
     row: _BigInt = 0
@@ -206,6 +208,8 @@ class ChangeDecoder:
         "_head",
         "_key_head",
         "_key_tail",
+        "_server",
+        "_server_id",
         "_start",
         "_stop",
         "_typed",
@@ -218,6 +222,8 @@ class ChangeDecoder:
         self._key_tail = b"}"
         self._file: str | None = None
         self._file_number: int | None = None
+        self._server_id: int | None = None
+        self._server = ""
         self._typed = True
         self._expect_head(b"")
 
@@ -266,11 +272,16 @@ class ChangeDecoder:
             self._agree(key, user_id)
         if source is None or what == "r" or (source.snapshot != "false" and source.snapshot):
             return Change(op, user_id, user, what)
-        if source.file != self._file:
+        if source.file != self._file or source.server_id != self._server_id:
             self._file, self._file_number = source.file, _file_number(source.file)
+            self._server_id, self._server = source.server_id, _server(source.server_id, source.file)
+        committed_ms = source.ts_ms
+        if committed_ms is not None and committed_ms <= 0:
+            committed_ms = None
         if self._file_number is None or source.pos is None:
-            return Change(op, user_id, user, what, source.ts_ms)
-        return Change(op, user_id, user, what, source.ts_ms, Position(self._file_number, source.pos, source.row))
+            return Change(op, user_id, user, what, committed_ms)
+        position = Position(self._file_number, source.pos, source.row, self._server, source.gtid)
+        return Change(op, user_id, user, what, committed_ms, position)
 
     def _decode_any(self, key: bytes | None, value: bytes | None) -> Change:
         """Decode a record of any form, and find words for what is refused."""
@@ -398,39 +409,42 @@ class ChangeDecoder:
 
 def _origin(source: Any, op: Any) -> tuple[int | None, Position | None]:  # noqa: ANN401
     """Return when and where the database committed, as far as the source block tells."""
-    if not isinstance(source, dict):
-        return None, None
-    return _when_and_where(
-        op, source.get("snapshot"), source.get("ts_ms"), source.get("file"), source.get("pos"), source.get("row")
-    )
+    return _when_and_where(op, source) if isinstance(source, dict) else (None, None)
 
 
 def _flattened_origin(row: dict[str, Any], op: Any) -> tuple[int | None, Position | None]:  # noqa: ANN401
     """Return when and where the database committed, as far as `add.fields` added it (`source.pos` or just `pos`)."""
-    snapshot, file, pos, number = (
-        row.get(f"__source_{name}", row.get(f"__{name}")) for name in ("snapshot", "file", "pos", "row")
-    )
-    return _when_and_where(op, snapshot, row.get("__source_ts_ms"), file, pos, number)
+    source = {name: row.get(f"__source_{name}", row.get(f"__{name}")) for name in _ORIGIN_FIELDS}
+    # Without `source.` it is the time at which the connector saw the change.
+    source["ts_ms"] = row.get("__source_ts_ms")
+    return _when_and_where(op, source)
 
 
-def _when_and_where(
-    op: Any,  # noqa: ANN401
-    snapshot: Any,  # noqa: ANN401
-    ts_ms: Any,  # noqa: ANN401
-    file: Any,  # noqa: ANN401
-    pos: Any,  # noqa: ANN401
-    row: Any,  # noqa: ANN401
-) -> tuple[int | None, Position | None]:
+_ORIGIN_FIELDS: Final = ("snapshot", "server_id", "gtid", "file", "pos", "row")
+
+
+def _when_and_where(op: Any, source: Mapping[str, Any]) -> tuple[int | None, Position | None]:  # noqa: ANN401
+    snapshot = source.get("snapshot")
     if op == "r" or (snapshot != "false" and snapshot):
         return None, None
-    committed_ms = ts_ms if _is_bigint(ts_ms) else None
-    number = _file_number(file if isinstance(file, str) else None)
+    ts_ms: Any = source.get("ts_ms")
+    file, pos, row = (source.get(name) for name in ("file", "pos", "row"))
+    # Some write 0 where they know no time.
+    committed_ms = ts_ms if _is_bigint(ts_ms) and ts_ms > 0 else None
+    number = _file_number(file) if isinstance(file, str) else None
     if number is None or not _is_bigint(pos):
         return committed_ms, None
-    return committed_ms, Position(number, pos, row if _is_bigint(row) else 0)
+    server_id, gtid = source.get("server_id"), source.get("gtid")
+    return committed_ms, Position(
+        number,
+        pos,
+        row if _is_bigint(row) else 0,
+        _server(server_id if _is_bigint(server_id) else None, file),
+        gtid if isinstance(gtid, str) else None,
+    )
 
 
-def _is_bigint(value: Any) -> bool:  # noqa: ANN401
+def _is_bigint(value: Any) -> TypeGuard[int]:  # noqa: ANN401
     return type(value) is int and _BIGINT_MIN <= value <= _BIGINT_MAX
 
 
@@ -442,6 +456,12 @@ def _file_number(file: str | None) -> int | None:
     """Return the number that MySQL gives a binlog file: `mysql-bin.000003` is 3."""
     number = (file or "").rpartition(".")[2]
     return int(number) if len(number) <= _FILE_DIGITS and number.isascii() and number.isdigit() else None
+
+
+def _server(server_id: int | None, file: str | None) -> str:
+    """Return what tells the binlogs of two servers apart, "" where it is unknown: no server that is followed is 0."""
+    base = (file or "").rpartition(".")[0]
+    return f"{server_id}/{base}" if server_id and base else ""
 
 
 def _bystander(payload: dict[str, Any]) -> str | None:

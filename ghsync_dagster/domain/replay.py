@@ -198,7 +198,8 @@ def _is_newer(sighting: Sighting, letter: Candidate) -> bool | None:
         return sighting.offset > letter.offset
     if sighting.position is None or letter.position is None:
         return None
-    return sighting.position > letter.position
+    order = sighting.position.compare(letter.position)
+    return None if order is None else order > 0
 
 
 def _overtaken(sighting: Sighting) -> Judgement:
@@ -240,4 +241,4 @@ def _passed(stretch: Stretch | None, offset: int) -> bool:
 
 
 def _is_earlier(one: Position | None, other: Position | None) -> bool:
-    return one is not None and other is not None and one < other
+    return one is not None and other is not None and (one.compare(other) or 0) < 0

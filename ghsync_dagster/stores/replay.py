@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
+from msgspec.structs import astuple
 from pymongo import UpdateOne
 
 from ghsync_dagster.domain.change import Position
@@ -88,7 +89,7 @@ class Resolution:
             "failed_at": self.failed_at,
             "state": self.state.value,
             "reason": self.reason,
-            "position": None if position is None else [position.file, position.pos, position.row],
+            "position": None if position is None else [*astuple(position)],
             "keys": [*self.keys],
             "at": datetime.now(UTC),
         }

@@ -419,14 +419,15 @@ def test_with_several_partitions_a_later_truncate_elsewhere_counts(
     topic = make_topic(2)
 
     def change(key: int, login: str, pos: int, partition: int) -> None:
-        source = {"snapshot": "false", "file": "bin.000001", "pos": pos, "row": 0}
+        source = {"snapshot": "false", "server_id": 1, "file": "bin.000001", "pos": pos, "row": 0}
         image = row(key, login) | {"user_id": key}
         topic.raw({"user_id": key}, {"op": "c", "after": image, "source": source}, partition=partition)
 
     change(1, "poison-1", 10, 0)
     change(2, "x", 20, 1)
     parts.drain(topic)
-    topic.raw(None, {"op": "t", "source": {"file": "bin.000001", "pos": 30, "snapshot": "false"}}, partition=1)
+    truncated = {"snapshot": "false", "server_id": 1, "file": "bin.000001", "pos": 30}
+    topic.raw(None, {"op": "t", "source": truncated}, partition=1)
     change(3, "poison-3", 40, 0)
     change(4, "x", 50, 1)
     parts.drain(topic)

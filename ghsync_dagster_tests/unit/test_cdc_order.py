@@ -1,4 +1,4 @@
-"""The first record from behind a truncate: found in chunks, as a scan of the whole window finds it."""
+"""The first record from after a truncate: found in chunks, as a scan of the whole window finds it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ghsync_dagster.cdc import order
-from ghsync_dagster.cdc.order import OrderedTruncates, Truncate, first_behind
+from ghsync_dagster.cdc.order import OrderedTruncates, Truncate, first_after
 from ghsync_dagster.domain.change import Position
 from ghsync_dagster.domain.errors import PermanentError
 from ghsync_dagster.stores import kafka_topics
@@ -37,6 +37,12 @@ WITHOUT_PLACE: Mapping[str, tuple[bytes | None, bytes | None]] = {
     "heartbeat": (None, b'{"ts_ms":1}'),
     "undecodable": (key(), b"{"),
 }
+
+
+def at(pos: int) -> Position:
+    """Return the position that `envelopes.source` tells."""
+    told = source()
+    return Position(FILE, pos, server="223344/mysql-bin", gtid=told["gtid"])
 
 
 def message(partition: int, offset: int, record: int | str, op: str = "u") -> Message:
@@ -96,10 +102,10 @@ class Reading:
             self.kept = dict(stops)
 
         truncates = OrderedTruncates(cast("TopicConsumer", consumer), write, breathe, keep, wait_seconds=-1)
-        truncates.apply(Truncate(TOPIC, 0, 0, Position(FILE, self._pos)))
+        truncates.apply(Truncate(TOPIC, 0, 0, at(self._pos)))
 
 
-def test_a_long_partition_is_read_in_chunks_up_to_the_first_record_from_behind(
+def test_a_long_partition_is_read_in_chunks_up_to_the_first_record_from_after(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     reading = Reading(22_000, 60_000, lambda offset: message(1, offset, offset))
@@ -174,9 +180,9 @@ def in_chunks(records: Sequence[Record], low: int, size: int) -> int | str | Non
             found = [(offset, records[offset - low]) for offset in range(at, min(at + size, stop))]
             yield [message(partition, offset, record) for offset, record in found if record is not None]
 
-    truncate = Truncate(TOPIC, 0, 0, Position(FILE, TRUNCATED))
+    truncate = Truncate(TOPIC, 0, 0, at(TRUNCATED))
     try:
-        return first_behind(truncate, 1, low, low + len(records), chunks)
+        return first_after(truncate, 1, low, low + len(records), chunks).after
     except PermanentError as error:
         return error.message
 
@@ -194,7 +200,7 @@ def test_what_is_found_in_chunks_is_what_the_whole_window_tells(
 ) -> None:
     expected = by_whole_windows(records, low, back)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(order, "_LOOK_BACK", back)
+        patch.setattr(order, "_SCAN_BACK", back)
         found = in_chunks(records, low, size)
     if isinstance(expected, str):
         assert isinstance(found, str)
@@ -210,6 +216,6 @@ def test_a_truncate_without_place_is_refused_before_anything_is_read() -> None:
         read.append((start, stop))
         yield []
 
-    with pytest.raises(PermanentError, match="does not tell its own place"):
-        first_behind(Truncate(TOPIC, 0, 0, None), 1, 0, 10, chunks)
+    with pytest.raises(PermanentError, match="does not tell its own position"):
+        first_after(Truncate(TOPIC, 0, 0, None), 1, 0, 10, chunks)
     assert read == []

@@ -30,7 +30,9 @@ from ghsync_dagster.domain.envelope import UNAVAILABLE, ChangeDecoder, Refusal, 
 from ghsync_dagster.domain.errors import PermanentError, UndecodableError
 from ghsync_dagster.domain.user import USER_FIELDS
 
-AT = (1_700_000_000_123, Position(3, 484, 0))
+SERVER = "223344/mysql-bin"
+GTID = "3e11fa47-71ca-11e1-9e33-c80aa9429562:23"
+AT = (1_700_000_000_123, Position(3, 484, 0, SERVER, GTID))
 """When and where the records of `envelopes.source` were committed."""
 
 
@@ -103,22 +105,19 @@ def test_records_that_are_no_snapshot_keep_time_and_place(snapshot: object) -> N
         ({"ts_ms": 7, "file": "b." + "9" * 5_000, "pos": 4}, (7, None)),
         ({"ts_ms": 2**63, "file": "b.1", "pos": 2**63}, NOWHERE),
         ({"ts_ms": 7, "file": "b.1", "pos": 4, "row": 2**63}, (7, Position(1, 4, 0))),
+        ({"file": "b.1", "pos": 4, "server_id": 5}, (None, Position(1, 4, server="5/b"))),
+        ({"file": "c.d.1", "pos": 4, "server_id": 5}, (None, Position(1, 4, server="5/c.d"))),
+        ({"file": "b.1", "pos": 4, "server_id": 0}, (None, Position(1, 4))),
+        ({"file": "b.1", "pos": 4, "server_id": "5"}, (None, Position(1, 4))),
+        ({"file": "b.1", "pos": 4, "server_id": 2**63}, (None, Position(1, 4))),
+        ({"file": ".1", "pos": 4, "server_id": 5}, (None, Position(1, 4))),
+        ({"file": "b.1", "pos": 4, "gtid": "0-1-7"}, (None, Position(1, 4, gtid="0-1-7"))),
+        ({"file": "b.1", "pos": 4, "gtid": 7}, (None, Position(1, 4))),
+        *(({"ts_ms": odd, "file": "", "pos": 0, "row": 0}, NOWHERE) for odd in (0, -1, -(2**63))),
     ],
 )
 def test_time_and_place_are_told_as_far_as_the_source_tells_them(given_source: object, at: tuple[Any, Any]) -> None:
     assert decode(key(), envelope("c", None, row(), source=given_source)) == upsert("c", at=at)
-
-
-def test_places_are_ordered_within_an_event_a_file_and_across_files() -> None:
-    places = [
-        Position(9, 900, 0),
-        Position(9, 900, 1),
-        Position(9, 1000, 0),
-        Position(10, 4, 0),
-        Position(999999, 4, 0),
-    ]
-    assert sorted([places[3], *places[:3], places[4]]) == places
-    assert Position(1_000_000, 4) > places[-1]
 
 
 def test_a_key_change_is_a_delete_and_a_create_of_two_keys() -> None:
@@ -263,7 +262,8 @@ def test_flattened_rows_are_upserts_and_deletes(wrap: str) -> None:
 
 @pytest.mark.parametrize("prefix", ["", "source_"])
 def test_flattened_metadata_tells_operation_time_and_place(prefix: str) -> None:
-    place = {f"{prefix}file": "mysql-bin.000003", f"{prefix}pos": 484, f"{prefix}row": 0, f"{prefix}snapshot": "false"}
+    told = {name: source()[name] for name in ("server_id", "gtid", "file", "pos", "row", "snapshot")}
+    place = {f"{prefix}{name}": value for name, value in told.items()}
     metadata: dict[str, Any] = place | {"source_ts_ms": AT[0], "table": "Users", "ts_ms": 9}
     assert decode(key(), flattened(row(), op="u", deleted="false", **metadata)) == upsert("u")
     assert decode(key(), flattened(row(), op="d", deleted="true", **metadata)) == delete()
@@ -491,8 +491,15 @@ ROWS: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {"user_id": st.integers(-3, 12) | BIGINTS, "login": TEXTS, "gravatar_id": TEXTS, "avatar_url": TEXTS, "url": TEXTS},
     optional={"extra": st.integers(), "op": TEXTS, "payload": TEXTS},
 )
-PLACES = st.builds(Position, st.integers(0, 10**7), st.integers(0, 2**40), st.integers(0, 9))
-TIMES = st.integers(0, 2**42)
+PLACES = st.builds(
+    Position,
+    st.integers(0, 10**7),
+    st.integers(0, 2**40),
+    st.integers(0, 9),
+    st.sampled_from(["", "1/mysql-bin", "2/mysql-bin"]),
+    st.sampled_from([None, "0-1-7", GTID]),
+)
+TIMES = st.integers(1, 2**42)
 
 
 def text_of(change: Change) -> dict[str, Any]:
@@ -528,8 +535,9 @@ def encoded(draw: st.DrawFn, change: Change) -> tuple[bytes | None, bytes | None
     wrap = draw(st.sampled_from(WRAPPERS))
     place = {}
     if change.position is not None:
-        file = f"mysql-bin.{change.position.file:06d}"
-        place = {"file": file, "pos": change.position.pos, "row": change.position.row}
+        position = change.position
+        place = {"file": f"mysql-bin.{position.file:06d}", "pos": position.pos, "row": position.row}
+        place |= {"server_id": int(position.server.partition("/")[0] or 0), "gtid": position.gtid}
     snapshot = draw(st.sampled_from(["first", "true", "last", "incremental"])) if change.what == "r" else "false"
     its_source = source(snapshot, change.committed_ms or 0) | place
     if change.op is Op.TRUNCATE:

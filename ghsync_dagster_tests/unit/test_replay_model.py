@@ -21,9 +21,9 @@ pytestmark = pytest.mark.usefixtures("without_gc")
 # the decision
 
 OWN = Stretch(low=0, committed=100)
-HERE = Position(1, 500)
+HERE = Position(1, 500, server="1/bin")
 LETTER = Candidate(0, 50, HERE, intact=True, keyed=True)
-EARLIER, LATER = Position(1, 400), Position(1, 600)
+EARLIER, LATER = Position(1, 400, server="1/bin"), Position(1, 600, server="1/bin")
 
 
 @pytest.mark.parametrize(
