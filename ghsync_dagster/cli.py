@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ghsync_dagster import cli_cdc
+from ghsync_dagster import cli_cdc, cli_repair
 from ghsync_dagster.domain.errors import GhsyncError, TransientError
 from ghsync_dagster.observability.logging import configure_logging, redact
 from ghsync_dagster.settings import Settings, load_settings
@@ -62,6 +62,7 @@ app = typer.Typer(
 )
 
 app.add_typer(cli_cdc.cdc, name="cdc")
+cli_cdc.cdc.command()(cli_repair.repair)
 app.add_typer(cli_cdc.dlq, name="dlq")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]

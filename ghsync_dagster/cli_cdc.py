@@ -85,7 +85,7 @@ def audit_changes(
     attempts = settings.retry_attempts
     waiting = retrying("Asking for the lag", lambda: await_no_lag(kafka, lag_wait), attempts=attempts)
     finding = in_step_with_mysql(retrying("Comparing", compare, attempts=attempts), waiting)
-    _print_json(asdict(finding)) if as_json else _show_finding(finding)
+    print_json(asdict(finding)) if as_json else _show_finding(finding)
     if not finding.passed:
         raise typer.Exit(NOT_EQUAL)
 
@@ -119,7 +119,7 @@ def rehearse(
     events = settings.events_path if load else None
     found = run_rehearsal(settings, rate=rate, seconds=seconds, load=events, tell=say)
     if as_json:
-        _print_json({**asdict(found), "ok": found.ok})
+        print_json({**asdict(found), "ok": found.ok})
     else:
         for name, text in _rehearsed(found).items():
             typer.echo(f"{name:18} {text}")
@@ -204,7 +204,7 @@ def _brief(snapshot: MetricsSnapshot) -> dict[str, Any]:
 
 def _finish(report: ConsumerReport, snapshot: MetricsSnapshot, *, as_json: bool) -> None:
     if as_json:
-        _print_json({**asdict(report), "metrics": snapshot.as_dict()})
+        print_json({**asdict(report), "metrics": snapshot.as_dict()})
         return
     records = ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(report.records.items())) or "none"
     lines = {
@@ -253,7 +253,7 @@ def list_letters(
     found = ((letter, at, why) for letter, at, why in _letters() if kind in (None, letter.kind) and fits(at))
     letters = deque(found, maxlen=limit)
     if as_json:
-        _print_json([{**letter.as_json(), "state": at, "state_reason": why} for letter, at, why in letters])
+        print_json([{**letter.as_json(), "state": at, "state_reason": why} for letter, at, why in letters])
         return
     for letter, at, _ in letters:
         text = shortened(letter.text, _SHOWN_TEXT)
@@ -278,7 +278,7 @@ def show(
     }
     shown = [found[name] for name in wanted if name in found]
     if as_json:
-        _print_json(shown)
+        print_json(shown)
     else:
         for fields in shown:
             for name, value in fields.items():
@@ -356,7 +356,7 @@ def replay_letters(
             )
 
         report = retrying("Replaying", once, attempts=settings.retry_attempts)
-    _print_json(report.as_json()) if as_json else _show_replay(report)
+    print_json(report.as_json()) if as_json else _show_replay(report)
     if apply and report.left_open:
         raise typer.Exit(LEFT_OPEN)
 
@@ -396,7 +396,8 @@ def _show_replay(report: ReplayReport) -> None:
     typer.echo(counts, err=True)
 
 
-def _print_json(document: object) -> None:
+def print_json(document: object) -> None:
+    """Print what a program reads."""
     import msgspec
 
     typer.echo(msgspec.json.format(msgspec.json.encode(document), indent=2).decode())

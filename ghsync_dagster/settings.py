@@ -266,6 +266,18 @@ class Settings(BaseSettings):
         validation_alias="GHSYNC_MAX_LATENCY_MS",
         description="The p99 from database commit to stored document above which the check cdc_latency fails.",
     )
+    repair_max_users: int = Field(
+        default=10_000,
+        ge=0,
+        validation_alias="GHSYNC_REPAIR_MAX_USERS",
+        description="How many users ghsync cdc repair asks for without --yes.",
+    )
+    repair_users_a_second: float = Field(
+        default=5_000,
+        gt=0,
+        validation_alias="GHSYNC_REPAIR_USERS_A_SECOND",
+        description="How many users a consumer repairs a second at most, so that MySQL and the stream have room.",
+    )
     metrics_port: int | None = Field(
         default=None,
         ge=0,

@@ -169,4 +169,6 @@ def change_consumer(settings: Settings, kafka: KafkaSettings, listener: ChangeLi
         store_opener(settings),
         listener=listener,
         rules=load_rules(settings.rules_module),
+        open_source=lambda: open_mysql(settings),
+        repair_users_a_second=settings.repair_users_a_second,
     )

@@ -9,6 +9,7 @@ keys before the next one. After any error the whole segment is to be applied aga
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -38,8 +39,13 @@ class Applied:
     refused: dict[str, Refused] = field(default_factory=dict)
 
 
-def apply(store: StreamStore, segment: Segment) -> Applied:
+def apply(store: StreamStore, segment: Segment, keep: Set[str] = frozenset()) -> Applied:
     """Apply one segment: the truncate, then one operation a key.
+
+    Args:
+        store: Where users are stored.
+        segment: What is to be applied.
+        keep: Users that the truncate does not remove.
 
     Raises:
         UnavailableError: MongoDB went away: apply the segment again.
@@ -47,7 +53,7 @@ def apply(store: StreamStore, segment: Segment) -> Applied:
     """
     applied = Applied()
     if segment.truncate:
-        applied.truncated = store.remove_everyone()
+        applied.truncated = store.remove_everyone(keep)
     upserts = {key: change.user for key, change in segment.changes.items() if change.user is not None}
     deletes = [key for key, change in segment.changes.items() if change.op is Op.DELETE]
     if deletes:

@@ -62,6 +62,7 @@ class Batch:
         size: Bytes of the values.
         offsets: Where to go on in each partition once the batch is applied.
         firsts: The first record of each partition.
+        left_out: Places of the records that are not applied, since their users were repaired from a later place.
     """
 
     messages: list[Message] = field(default_factory=list)
@@ -71,6 +72,7 @@ class Batch:
     size: int = 0
     offsets: dict[int, int] = field(default_factory=dict)
     firsts: dict[int, Message] = field(default_factory=dict)
+    left_out: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.messages)
@@ -122,7 +124,7 @@ class Batch:
             starts += [at for at, change in enumerate(self.changes) if at and _is_truncate(change)]
         parts = []
         for start, stop in zip(starts, [*starts[1:], len(self.changes)], strict=True):
-            segments = coalesce([change for change in self.changes[start:stop] if type(change) is Change])
+            segments = coalesce([change for _, change in self._applicable(start, stop)])
             parts += [Part(segment, start, stop) for segment in segments]
         return parts
 
@@ -133,12 +135,21 @@ class Batch:
         pairs = zip(self.messages, self.changes, strict=True)
         return [(message, error) for message, error in pairs if isinstance(error, UndecodableError)]
 
+    def kinds(self, places: Collection[int]) -> list[str]:
+        """Return ``Change.what`` of the changes at some places."""
+        return [change.what for at in places if isinstance(change := self.changes[at], Change)]
+
     def history(self, part: Part, key: str) -> Iterator[tuple[Message, Change]]:
         """Yield the records of one key in a part, in order."""
-        for at in range(part.start, part.stop):
-            change = self.changes[at]
-            if type(change) is Change and change.key == key:
+        for at, change in self._applicable(part.start, part.stop):
+            if change.key == key:
                 yield self.messages[at], change
+
+    def _applicable(self, start: int, stop: int) -> Iterator[tuple[int, Change]]:
+        """Yield the changes of a part that are to be applied, with their places."""
+        for at, change in enumerate(self.changes[start:stop], start):
+            if type(change) is Change and at not in self.left_out:
+                yield at, change
 
 
 def _is_truncate(change: Decoded) -> bool:

@@ -25,6 +25,7 @@ from ghsync_dagster.cdc.interpreter import quick_turns, short_collections
 from ghsync_dagster.cdc.known_topic import KnownTopic, group_name
 from ghsync_dagster.cdc.listener import KAFKA, MONGO, AppliedBatch, ChangeListener, Listeners, SilentListener
 from ghsync_dagster.cdc.order import OrderedTruncates, Truncate, nexts
+from ghsync_dagster.cdc.repair import SourceReader
 from ghsync_dagster.cdc.write import Membership, Trouble, Writer, Written
 from ghsync_dagster.domain.change import Change
 from ghsync_dagster.domain.envelope import ChangeDecoder
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.domain.user import Rule
     from ghsync_dagster.stores.kafka import KafkaSettings
     from ghsync_dagster.stores.mongo import UserStore
+    from ghsync_dagster.stores.mysql import MySqlStore
 
 _TAKE: Final = 5_000
 """Records that are taken at once."""
@@ -98,6 +100,8 @@ class ChangeConsumer:
         listener: Hears of all that happens.
         rules: Rules whose breaking is counted.
         truncate_wait_seconds: With several partitions, how long a truncate waits for the others to pass it.
+        open_source: Opens MySQL for repairs; without it they wait for another consumer.
+        repair_users_a_second: How many users are repaired a second at most.
     """
 
     def __init__(
@@ -108,12 +112,16 @@ class ChangeConsumer:
         listener: ChangeListener | None = None,
         rules: Sequence[Rule] = (),
         truncate_wait_seconds: float = 30.0,
+        open_source: Callable[[], MySqlStore] | None = None,
+        repair_users_a_second: float = float("inf"),
     ) -> None:
         self.kafka = kafka
         self.open_store = open_store
         self.listener = listener or SilentListener()
         self.rules = rule_tests(rules)
         self.truncate_wait_seconds = truncate_wait_seconds
+        self.open_source = open_source
+        self.repair_users_a_second = repair_users_a_second
 
     def run(self, stop: threading.Event, *, until_end: bool = False, seconds: float | None = None) -> ConsumerReport:
         """Consume until told to stop; then finish the batch at work, commit, and leave the group.
@@ -227,6 +235,7 @@ class _Run:
 
     def __init__(self, owner: ChangeConsumer, store: UserStore, listener: ChangeListener, until: _Until) -> None:
         from ghsync_dagster.stores.kafka_consumer import TopicConsumer
+        from ghsync_dagster.stores.repairs import RepairStore
 
         self._until = until
         self._topic = KnownTopic(owner.kafka, store)
@@ -235,7 +244,9 @@ class _Run:
         self._decoder = ChangeDecoder()
         self._pending = Batch()
         self._batch = Batch()
-        """The batch that is at work, or was last."""
+        """The batch that is at work, or was last; none while users are repaired."""
+        self._begins: dict[int, int] = {}
+        """Where what is at work begins in each partition: to commit that changes nothing."""
         self._written: Written | None = None
         """A batch that is written and not yet committed."""
         self._more = False
@@ -251,10 +262,19 @@ class _Run:
         """Whether anything was handed over since the topic was seen to be the same."""
         self._to_reach = False
         """Whether this consumer has only just joined the group, and waits for partitions."""
+        self._to_own = False
+        """Whether partitions came since it was last seen whether this consumer has all of them."""
         self._trouble = Trouble("changes can't be consumed")
         self._unacknowledged = Trouble("changes can't be acknowledged")
         self._consumer = TopicConsumer(owner.kafka, assigned=self._assigned, revoked=self._revoked, lost=self._lost)
         self._membership = Membership(owner.kafka.session_timeout_seconds)
+        self._reader = (
+            None
+            if owner.open_source is None
+            else SourceReader(RepairStore(store), owner.open_source, owner.repair_users_a_second)
+        )
+        self._was_repair = False
+        """Whether users were repaired last, so that it is a batch's turn."""
         self._writer = Writer(
             store,
             DeadLetters(owner.kafka),
@@ -262,6 +282,7 @@ class _Run:
             self._membership,
             owner.rules,
             name=group_name(owner.kafka),
+            reader=self._reader,
         )
 
     def consume(self, *, until_end: bool) -> bool:
@@ -290,6 +311,8 @@ class _Run:
             finally:
                 self._writer.close()
                 self._topic.close()
+                if self._reader is not None:
+                    self._reader.close()
         self._raise_failure()
         return reached
 
@@ -310,6 +333,9 @@ class _Run:
                 elif not self._is_writing and not self._is_ready():
                     self._until.wait(min(max(self._next_batch - time.monotonic(), 0), _IDLE_SECONDS))
                 self._take(_TAKE, 0)
+            elif self._reader is not None and self._reader.is_busy:
+                self._writer.wait(_TURN_SECONDS)
+                self._take(_TAKE, 0 if self._writer.at_work or self._reader.is_ready else _TURN_SECONDS)
             else:
                 self._take(_TAKE, _WORK_SECONDS if self._writer.at_work else _IDLE_SECONDS)
 
@@ -334,9 +360,13 @@ class _Run:
                 if self._to_see:
                     self._see_topic()
                 self._get_ready()
-                if self._is_ready():
+                is_ready = self._is_ready()
+                if (is_ready or self._is_repair_due) and not self._to_see:
                     self._see_topic()
                     self._to_see = True
+                if self._is_repair_due and not (is_ready and self._was_repair):
+                    self._hand_over_repair()
+                elif is_ready:
                     self._hand_over()
         except TransientError as error:
             self._unacknowledged.goes_on(error)
@@ -347,6 +377,10 @@ class _Run:
 
     def _get_ready(self) -> None:
         """Once there is nothing to do but to wait for partitions, do what would hold them up when they come."""
+        if self._to_own and self._reader is not None and self._consumer.partitions:
+            # Nobody else may apply records of users that are repaired, and a key does not tell its partition.
+            self._reader.owns(self._consumer.partitions, self._consumer.all_partitions())
+            self._to_own = False
         if self._to_reach:
             self._to_reach = False
             # Whether the topic is the same is seen before the first write.
@@ -411,8 +445,30 @@ class _Run:
             self._submit(self._pending)
             self._pending = Batch()
 
+    @property
+    def _is_repair_due(self) -> bool:
+        return self._reader is not None and self._reader.is_ready
+
+    def _hand_over_repair(self) -> None:
+        """Have users repaired, one reading between two batches."""
+        assert self._reader is not None  # noqa: S101
+        work = self._reader.next_work()
+        if work is not None:
+            self._was_repair = True
+            self._batch = Batch()
+            self._begins = self._places()
+            self._confirm()
+            self._writer.submit(work)
+
+    def _places(self) -> dict[int, int]:
+        """Return where the group is in the partitions that this consumer has."""
+        if unknown := sorted(self._consumer.partitions - self._committed.keys()):
+            self._committed |= nexts(self._consumer, unknown)
+        return {partition: self._committed[partition] for partition in self._consumer.partitions}
+
     def _submit(self, batch: Batch) -> None:
-        self._batch = batch
+        self._was_repair = False
+        self._batch, self._begins = batch, batch.begins
         self._next_batch = time.monotonic() + _PACE_SECONDS
         self._confirm()
         self._writer.submit(batch)
@@ -422,7 +478,7 @@ class _Run:
         if not self._membership.is_fresh:
             # What stands before the batch is committed already, or there is nothing before it. What went meanwhile is
             # another's to commit.
-            begins = self._batch.begins
+            begins = self._begins
             if offsets := {partition: begins[partition] for partition in begins.keys() & self._consumer.partitions}:
                 self._commit(offsets)
 
@@ -456,6 +512,8 @@ class _Run:
     def _assigned(self, partitions: set[int]) -> None:
         self._assignment += 1
         self._next_topic, self._to_reach = 0.0, not self._consumer.partitions
+        self._writer.forget_fences()
+        self._to_own = True
         log.info("partitions came", partitions=sorted(partitions), all=sorted(self._consumer.partitions))
         self._listener.assigned(self._consumer.partitions)
 
@@ -472,7 +530,11 @@ class _Run:
     def _give_up(self, partitions: set[int], seconds: float) -> None:
         """Finish the batch at work within some seconds, or stop it; forget what is pending of these partitions."""
         self._assignment += 1
-        if not partitions.isdisjoint(self._batch.offsets) and not self._finished(seconds):
+        self._to_own = True
+        if self._reader is not None:
+            self._reader.owns((), ())
+        is_repair = self._writer.at_work and not len(self._batch)
+        if (is_repair or not partitions.isdisjoint(self._batch.offsets)) and not self._finished(seconds):
             self._pending = _joined(self._batch, self._pending)
         for partition in partitions:
             self._committed.pop(partition, None)
@@ -606,10 +668,8 @@ class _Run:
         if self._is_writing:
             first = self._batch.firsts.get(partition, first)
         if first is None:
-            if partition not in self._committed:
-                self._committed |= nexts(self._consumer, [partition])
             # What waits, if anything, has only just come.
-            self._listener.lag(partition, max(end - self._committed[partition], 0), 0.0)
+            self._listener.lag(partition, max(end - self._places()[partition], 0), 0.0)
         else:
             appended = timestamp_ms(first)
             seconds = 0.0 if appended is None else max(time.time() - appended / 1000, 0.0)

@@ -19,7 +19,9 @@ SKIPPED: Final = "skipped"
 """No change of a user: a heartbeat, a schema change, a transaction marker."""
 DEAD_LETTER: Final = "dead_letter"
 """Refused alone, and kept with the dead letters."""
-OUTCOMES: Final = (APPLIED, COALESCED, SKIPPED, DEAD_LETTER)
+LEFT_OUT: Final = "left_out"
+"""Not applied, since its user was repaired from a later place in the binlog."""
+OUTCOMES: Final = (APPLIED, COALESCED, SKIPPED, DEAD_LETTER, LEFT_OUT)
 
 MONGO: Final = "mongo"
 KAFKA: Final = "kafka"
@@ -76,6 +78,9 @@ class ChangeListener(Protocol):
     def dead_letter(self, kind: str, count: int = 1) -> None:
         """Records went to the dead letters. ``kind`` is the slug of the reason, such as ``not-json``."""
 
+    def repaired(self, outcome: str, count: int = 1) -> None:
+        """Users were repaired. ``outcome`` is one of ``domain.repair.Outcome``."""
+
     def connection(self, name: str, *, up: bool) -> None:
         """A server answers (``up``) or does not. ``name`` is ``MONGO`` or ``KAFKA``; repeated news is welcome."""
 
@@ -100,6 +105,9 @@ class SilentListener:
 
     def dead_letter(self, kind: str, count: int = 1) -> None:
         """Hear of dead letters."""
+
+    def repaired(self, outcome: str, count: int = 1) -> None:
+        """Hear of repaired users."""
 
     def connection(self, name: str, *, up: bool) -> None:
         """Hear of a server's state."""
@@ -140,6 +148,11 @@ class Listeners:
         """Pass on dead letters."""
         for listener in self._listeners:
             listener.dead_letter(kind, count)
+
+    def repaired(self, outcome: str, count: int = 1) -> None:
+        """Pass on repaired users."""
+        for listener in self._listeners:
+            listener.repaired(outcome, count)
 
     def connection(self, name: str, *, up: bool) -> None:
         """Pass on a server's state."""

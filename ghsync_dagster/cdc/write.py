@@ -1,4 +1,4 @@
-"""Write: one batch at a time reaches the store, and its dead letters their topic.
+"""Write: one batch at a time reaches the store, and its dead letters their topic; users are repaired in between.
 
 Belongs here: the thread that writes while the next batch is taken, how long it may write for its partitions, and what
 becomes of faults. Not here: which records make a batch, and committing offsets, which the consuming thread does.
@@ -9,11 +9,12 @@ less than a session time-out ago; the command is given no more time than is left
 before its next command.
 
 Still a command may come late: a process can be frozen between this look and the sending, or a server between taking and
-doing it. It would write a state that a key had over a newer one. So who gives a batch up and is not sure of a command
+doing it. It would write a state that a key had over a newer one. So who gives a batch up and is in doubt of a command
 leaves a note in the database from which offset on its partitions are to be consumed again, and whoever has them goes
-back to it within a second or so. What remains: a process that is killed after it sent a command late and before it left
-the note; a server that does a command after it has refused or forgotten the connection that it came by; and a command
-that the network brings to the server only after its time was over and the batch was written by another one.
+back to it within a second or so. A user that was repaired stays as it is then, so it is asked for again too. What
+remains: a process that is killed after it sent a command late and before it left the note; a server that does a command
+after it has refused or forgotten the connection that it came by; and a command that the network brings to the server
+only after its time was over and the batch was written by another one.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ from ghsync_dagster.cdc.listener import (
     COALESCED,
     DEAD_LETTER,
     KAFKA,
+    LEFT_OUT,
     MONGO,
     SKIPPED,
     AppliedBatch,
 )
+from ghsync_dagster.cdc.repair import left_out
 from ghsync_dagster.domain.change import Change, Op
 from ghsync_dagster.domain.coalesce import Segment
 from ghsync_dagster.domain.errors import GhsyncError, TransientError, UnavailableError
@@ -48,6 +51,8 @@ if TYPE_CHECKING:
 
     from ghsync_dagster.cdc.batch import Batch, Part
     from ghsync_dagster.cdc.listener import ChangeListener
+    from ghsync_dagster.cdc.repair import RepairWork, SourceReader
+    from ghsync_dagster.domain.repair import Reading
     from ghsync_dagster.domain.user import RuleTest
     from ghsync_dagster.stores.mongo import UserStore
     from ghsync_dagster.stores.stream import Note
@@ -132,6 +137,7 @@ class Writer:
         membership: Says how long the thread may write.
         rules: Rules whose breaking is counted.
         name: Names the group and the topic in notes.
+        reader: Reads users that are to be repaired.
     """
 
     def __init__(
@@ -143,8 +149,9 @@ class Writer:
         rules: Sequence[RuleTest] = (),
         *,
         name: str = "",
+        reader: SourceReader | None = None,
     ) -> None:
-        from ghsync_dagster.stores.stream import StreamStore
+        from ghsync_dagster.stores.repairs import RepairStore
 
         self.rate = _FIRST_RATE
         """Operations that the store takes a second."""
@@ -152,17 +159,22 @@ class Writer:
         """Why the batch at work is not done yet, if something is in its way."""
         self.failure: BaseException | None = None
         """What ended the work for good."""
-        self._store = StreamStore(store, may_write=self._may_write)
+        self._store = RepairStore(store, may_write=self._may_write)
         self._letters = letters
         self._listener = listener
         self._membership = membership
         self._rules = rules
-        self._batch: Batch | None = None
+        self._reader = reader
+        self._task: Batch | RepairWork | None = None
         self._written: Written | None = None
         self._asked = MONGO
         self._name = name
         self._partitions: list[int] = []
         self._to_ask: dict[int, int] = {}
+        self._to_repair: set[str] = set()
+        """Users that are to be asked for again, since a command that wrote them may come late."""
+        self._fences: dict[str, Reading] | None = None
+        """The fence of each user that was repaired; None until they are read."""
         self._asked_again: dict[int, Note] = {}
         self._went_back: dict[int, Note] = {}
         self._next_look = 0.0
@@ -177,22 +189,27 @@ class Writer:
 
     @property
     def at_work(self) -> bool:
-        """Whether a batch is being written."""
-        return self._batch is not None
+        """Whether a batch is being written, or users are being repaired."""
+        return self._task is not None
 
-    def submit(self, batch: Batch) -> None:
-        """Begin with a batch, where none is at work."""
+    def submit(self, work: Batch | RepairWork) -> None:
+        """Begin with a batch, or with users to repair, where nothing is at work."""
         with self._changed:
-            if self._batch is not None:
+            if self._task is not None:
                 raise AssertionError("one batch at a time")
             self._stopped.clear()
-            self._batch = batch
+            self._task = work
             self._changed.notify_all()
 
     def wait(self, seconds: float) -> bool:
-        """Wait until no batch is at work, at most so long; tell whether that is so."""
+        """Wait until nothing is at work, at most so long; tell whether that is so."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._batch is None, timeout=max(seconds, 0))
+            return self._changed.wait_for(lambda: self._task is None, timeout=max(seconds, 0))
+
+    def forget_fences(self) -> None:
+        """Have the fences read again: another consumer may have repaired users of partitions that came."""
+        with self._changed:
+            self._fences = None
 
     @property
     def has_written(self) -> bool:
@@ -269,30 +286,64 @@ class Writer:
     # The thread itself
 
     def _run(self) -> None:
+        from ghsync_dagster.cdc.batch import Batch
+
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._batch is not None or self._closing, timeout=_NOTE_SECONDS)
-                batch, closing = self._batch, self._closing
+                self._changed.wait_for(lambda: self._task is not None or self._closing, timeout=_NOTE_SECONDS)
+                work, closing = self._task, self._closing
             written: Written | None = None
             try:
                 if closing or time.monotonic() >= self._next_look:
                     self._look_at_notes()
-                if batch is not None:
-                    written = self._work(batch)
+                if isinstance(work, Batch):
+                    written = self._work(work)
+                elif work is not None:
+                    self._repair(work)
                 elif closing:
                     retrying("Noting what is to be applied again", self._leave_notes, attempts=_LAST_ATTEMPTS)
             except BaseException as error:  # noqa: BLE001  the thread that takes records raises it
                 if not isinstance(error, _StoppedError):
                     self.failure = self.failure or error
-                if batch is not None:
-                    self._given_up(batch, unsure=self._store.unsure)
-            if batch is None and closing:
+                if isinstance(work, Batch):
+                    self._given_up(work, unsure=self._store.unsure)
+            if work is None and closing:
                 return
-            if batch is not None:
+            if work is not None:
                 with self._changed:
-                    self._batch, self._written = None, written
+                    self._task, self._written = None, written
                     self.trouble = None
                     self._changed.notify_all()
+
+    def _repair(self, work: RepairWork) -> None:
+        """Carry out what was read of the source. Where that cannot be done, the users are asked for again later."""
+        from ghsync_dagster.cdc.repair import carry_out
+
+        self._store.unsure = False
+        try:
+            repaired = carry_out(self._store, work, self._known_fences(), lambda _: None)
+        except TransientError as error:
+            self._listener.retried(type(error).__name__)
+            self._listener.connection(MONGO, up=False)
+            self._said.goes_on(error)
+            # The stream meets the same fault, or it is over.
+            self._stopped.wait(_NOTE_SECONDS)
+        else:
+            self._said.is_over()
+            for outcome, count in repaired.outcomes.items():
+                self._listener.repaired(outcome.value, count)
+        finally:
+            if self._store.unsure:
+                self._to_repair |= work.claim.requests.keys()
+                self._leave_notes_soon({})
+            if self._reader is not None:
+                self._reader.finished(work)
+
+    def _known_fences(self) -> dict[str, Reading]:
+        fences = self._fences
+        if fences is None:
+            fences = self._fences = self._store.fences()
+        return fences
 
     def _given_up(self, batch: Batch, *, unsure: bool) -> None:
         """Have what was not committed applied again, where a command of it may come late."""
@@ -301,11 +352,15 @@ class Writer:
         if unsure:
             with self._changed:
                 self._to_ask = {p: min(begins.get(p, at), at) for p, at in {**begins, **self._to_ask}.items()}
-            try:
-                # Before the partitions are another's.
-                self._leave_notes()
-            except GhsyncError as error:
-                log.warning("a note is to be left, which is tried on", offsets=begins, reason=error.message)
+            self._to_repair |= {key for key in batch.keys if key is not None}
+            self._leave_notes_soon(begins)
+
+    def _leave_notes_soon(self, begins: Mapping[int, int]) -> None:
+        """Leave notes before the partitions are another's; where that fails, it is tried again."""
+        try:
+            self._leave_notes()
+        except GhsyncError as error:
+            log.warning("a note is to be left; retrying", offsets=dict(begins), reason=error.message)
 
     def _leave_notes(self) -> None:
         """Leave the notes that are to be left.
@@ -314,6 +369,10 @@ class Writer:
             UnavailableError: The store is away.
             RefusedError: The store refuses.
         """
+        if self._to_repair:
+            # Users that were never repaired are put right by the records that come again.
+            self._store.request_fenced(self._to_repair)
+            self._to_repair = set()
         with self._changed:
             asked = dict(self._to_ask)
         if not asked:
@@ -391,8 +450,13 @@ class Writer:
         started = time.monotonic()
         written = Written(batch)
         operations = 0
+        left = left_out(batch, self._known_fences())
+        batch.left_out = left.records
+        written.left_out.update(batch.kinds(left.records))
+        if self._reader is not None:
+            self._reader.note(batch, left)
         for part in batch.parts():
-            applied = apply(self._store, part.segment)
+            applied = apply(self._store, part.segment, left.keep.get(part.start, frozenset()))
             operations += applied.upserts + applied.deletes + applied.truncated
             written.applied.update([change.what for change in part.segment.changes.values()])
             if part.segment.truncate:
@@ -401,6 +465,8 @@ class Writer:
                 self._redo(written, part, key)
             if self._rules:
                 self._count_broken_rules(written, part)
+        if left.ask_again:
+            self._store.request(left.ask_again)
         written.seconds = time.monotonic() - started
         written.acknowledged_ms = time.time_ns() // 1_000_000
         if operations:
@@ -451,6 +517,7 @@ class Written:
         letters: The dead letters among its records.
         applied: Records that were applied, by ``Change.what``.
         refused: Records that the database refused, likewise.
+        left_out: Records whose users were repaired from a later place, likewise.
         broken_rules: Applied records that break a rule, by rule.
         seconds: How long the store took.
         acknowledged_ms: When it had all, in milliseconds since 1970 UTC.
@@ -462,6 +529,7 @@ class Written:
         self.letters = [dead_letter(message, error.kind, error.message) for message, error in batch.undecodable()]
         self.applied: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
+        self.left_out: Counter[str] = Counter()
         self.broken_rules: Counter[str] = Counter()
         self.seconds = 0.0
         self.acknowledged_ms = 0
@@ -493,8 +561,9 @@ class Written:
         skipped = Counter([change.what for change in good if change.op is Op.SKIP])
         counts = {(what, SKIPPED): count for what, count in skipped.items()}
         for what, count in self.batch.seen.items():
-            applied, refused = self.applied[what], self.refused[what]
-            left = count - applied - refused - skipped[what]
-            counts |= {(what, APPLIED): applied, (what, DEAD_LETTER): refused, (what, COALESCED): left}
+            applied, refused, left_out = self.applied[what], self.refused[what], self.left_out[what]
+            rest = count - applied - refused - left_out - skipped[what]
+            counts |= {(what, APPLIED): applied, (what, DEAD_LETTER): refused, (what, LEFT_OUT): left_out}
+            counts[what, COALESCED] = rest
         counts[_UNDECODABLE, DEAD_LETTER] = len(self.batch) - len(good)
         return {what: count for what, count in counts.items() if count}

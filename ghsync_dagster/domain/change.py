@@ -6,10 +6,14 @@ Not here: how a record of the topic becomes one (``domain.envelope``), and in wh
 from __future__ import annotations
 
 from enum import Enum
+from typing import Final
 
 import msgspec
 
 from ghsync_dagster.domain.binlog import read_gtid
+
+TOMBSTONE: Final = "tombstone"
+"""``Change.what`` of a record without a value, which follows a delete."""
 
 
 class Op(Enum):

@@ -464,6 +464,23 @@ def _server(server_id: int | None, file: str | None) -> str:
     return f"{server_id}/{base}" if server_id and base else ""
 
 
+def binlog_position(server_id: int, file: str, pos: int) -> Position:
+    """Return the position at which a server's binlog ends, comparable with those of the server's records.
+
+    Args:
+        server_id: The server's `server_id`.
+        file: The binlog file that it writes.
+        pos: Where that file ends.
+
+    Raises:
+        ValueError: The file's name has no number at its end.
+    """
+    number = _file_number(file)
+    if number is None:
+        raise ValueError(f"no name of a binlog file: {file}")
+    return Position(number, pos, 0, _server(server_id, file))
+
+
 def _bystander(payload: dict[str, Any]) -> str | None:
     """Name the messages of Debezium that are no changes of rows, else None."""
     if payload.keys() == {"ts_ms"}:

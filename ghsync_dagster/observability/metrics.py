@@ -119,6 +119,7 @@ class MetricsSnapshot:
         retries: Retried steps, by the error's class.
         errors: Errors that ended the loop, by class.
         dead_letters: By kind.
+        repaired: Users that were repaired, by outcome.
         broken_rules: Applied records that break a rule, by rule.
         unknown_columns: Records with a column that nobody knows, by column.
         connections: Whether each server answers.
@@ -142,6 +143,7 @@ class MetricsSnapshot:
     retries: dict[str, int]
     errors: dict[str, int]
     dead_letters: dict[str, int]
+    repaired: dict[str, int]
     broken_rules: dict[str, int]
     unknown_columns: dict[str, int]
     connections: dict[str, bool]
@@ -259,6 +261,7 @@ class ChangeMetrics:
         self._retries: Counter[str] = Counter()
         self._errors: Counter[str] = Counter()
         self._dead_letters: Counter[str] = Counter()
+        self._repaired: Counter[str] = Counter()
         self._broken_rules: Counter[str] = Counter()
         self._unknown_columns: Counter[str] = Counter()
         self._connections: dict[str, bool] = {}
@@ -307,6 +310,11 @@ class ChangeMetrics:
         with self._lock:
             self._dead_letters[kind] += count
 
+    def repaired(self, outcome: str, count: int = 1) -> None:
+        """Count repaired users."""
+        with self._lock:
+            self._repaired[outcome] += count
+
     def connection(self, name: str, *, up: bool) -> None:
         """Note whether a server answers; what waits in Kafka is not known while that does not."""
         with self._lock:
@@ -349,6 +357,7 @@ class ChangeMetrics:
                 retries=dict(self._retries),
                 errors=dict(self._errors),
                 dead_letters=dict(self._dead_letters),
+                repaired=dict(self._repaired),
                 broken_rules=dict(self._broken_rules),
                 unknown_columns=dict(self._unknown_columns),
                 connections=dict(self._connections),
@@ -458,6 +467,7 @@ def _counters(now: MetricsSnapshot) -> Iterator[Metric]:
         ("retries", "Steps tried again after a transient fault, by the error's class.", "error", now.retries),
         ("errors", "Errors that ended the loop, by class.", "error", now.errors),
         ("dead_letters", "Records that went to the dead letters, by kind.", "kind", now.dead_letters),
+        ("repaired_users", "Users that were put right by asking MySQL, by outcome.", "outcome", now.repaired),
         ("broken_rules", "Applied records that break a business rule.", "rule", now.broken_rules),
         ("unknown_columns", "Records with a column that nobody knows.", "column", now.unknown_columns),
         ("disconnections", "How often a server stopped to answer.", "server", now.disconnections),

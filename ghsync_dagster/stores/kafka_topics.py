@@ -86,6 +86,26 @@ def _look(client: Consumer | AdminClient, topic: str, seconds: float) -> tuple[l
     return sorted(found.partitions), found.error
 
 
+def group_members(kafka: KafkaSettings) -> int:
+    """Return how many consumers are in the group.
+
+    Raises:
+        UnavailableError: No broker can be reached.
+        RefusedError: The credentials or rights are refused.
+    """
+    what = f"Asking who is in {kafka.group_id}"
+    with kafka_errors(what):
+        # Kept until the answer is there: the library ends the question with the client.
+        admin = AdminClient(client_config(kafka))
+        [asked] = admin.describe_consumer_groups([kafka.group_id], request_timeout=kafka.timeout_seconds).values()
+        try:
+            return len(asked.result(kafka.timeout_seconds).members)
+        except KafkaException as error:
+            if error.args[0].code() == KafkaError.GROUP_ID_NOT_FOUND:
+                return 0
+            raise
+
+
 def ensure_topic(kafka: KafkaSettings, topic: str) -> None:
     """Make a topic of one partition that keeps records of any size for good, unless it is there.
 

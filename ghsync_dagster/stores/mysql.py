@@ -14,7 +14,7 @@ import ssl
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import pymysql
@@ -86,6 +86,46 @@ _CREDENTIALS: Final = frozenset(
     }
 )
 _NOT_THERE: Final = frozenset({ER.BAD_DB_ERROR, ER.NO_SUCH_TABLE, ER.BAD_FIELD_ERROR})
+
+
+_LOCKED: Final = frozenset({ER.LOCK_WAIT_TIMEOUT, 3572})
+"""MariaDB and MySQL: a lock that is not waited for is another transaction's."""
+_ALTERED_SECONDS: Final = 2
+"""How long to wait for a table that is being altered."""
+
+
+class LockedRows(NamedTuple):
+    """Rows, and where the binlog ended while their keys were locked.
+
+    Attributes:
+        rows: By ``user_id``; a key that is not there has no row.
+        server_id: The server's ``server_id``.
+        file: The binlog file that it writes.
+        pos: Where that file ended.
+        gtids: The GTIDs in the binlog, in the server's own form; empty where it has none.
+    """
+
+    rows: dict[str, Row]
+    server_id: int
+    file: str
+    pos: int
+    gtids: str
+
+
+class _Dialect(NamedTuple):
+    """What MariaDB and the MySQLs say differently."""
+
+    locking: str
+    binlog_end: str
+    gtids: str
+
+    @classmethod
+    def of(cls, version: str) -> _Dialect:
+        if "mariadb" in version.lower():
+            return cls("LOCK IN SHARE MODE NOWAIT", "SHOW MASTER STATUS", "@@GLOBAL.gtid_binlog_pos")
+        major, minor = (int(number) for number in re.findall(r"\d+", version)[:2])
+        end = "SHOW BINARY LOG STATUS" if (major, minor) >= (8, 2) else "SHOW MASTER STATUS"
+        return cls("FOR SHARE NOWAIT", end, "@@GLOBAL.gtid_executed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,6 +318,7 @@ class MySqlStore:
         self._tls = _tls(self.address)
         self._timeout = timeout_seconds
         self._connection: Connection[Cursor] | None = None
+        self._dialect: _Dialect | None = None
 
     def __enter__(self) -> MySqlStore:
         return self
@@ -331,6 +372,59 @@ class MySqlStore:
             return set()
         query = f"SELECT `user_id` FROM {self.table} WHERE `user_id` IN %s"  # noqa: S608  only names
         return {str(values[0]) for values in self._run("Reading keys", query, (wanted,))}
+
+    def read_locked(self, keys: Iterable[str]) -> LockedRows | None:
+        """Read the rows of ``keys`` and the end of the binlog while no other transaction can change these keys.
+
+        A shared lock is held on each key, and on the gap where there is no row, for one round trip. It is never waited
+        for: this connection cannot be part of a deadlock, and holds nothing up that is already at work.
+
+        Args:
+            keys: Few, so that the locks are short; what MySQL cannot hold as a key has no row.
+
+        Returns:
+            What was read; None where another transaction has one of the keys locked.
+
+        Raises:
+            ConfigError: The server writes no binlog.
+            UnavailableError: The server went away, or the table is being altered.
+            RefusedError: The account may not read the table, or the end of the binlog.
+        """
+        if self._dialect is None:
+            self._dialect = _Dialect.of(self.version())
+        dialect = self._dialect
+        wanted = sorted(int(key) for key in keys if is_key(key))
+        # An index that is forced: a scan would lock every row that it passes.
+        query = f"SELECT {_COLUMNS} FROM {self.table} FORCE INDEX (PRIMARY) WHERE `user_id` IN %s {dialect.locking}"  # noqa: S608  only names
+        with self._cursor("Reading rows under locks") as cursor:
+            statements = [
+                "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ",
+                f"SET SESSION lock_wait_timeout = {_ALTERED_SECONDS}",
+                "START TRANSACTION",
+                cursor.mogrify(query, (wanted or (0,),)),
+                dialect.binlog_end,
+                f"SELECT @@server_id, {dialect.gtids}",
+                "COMMIT",
+            ]
+            try:
+                cursor.execute("; ".join(statements))
+                answers = [cursor.fetchall()]
+                while cursor.nextset():
+                    answers.append(cursor.fetchall())
+            except pymysql.MySQLError as error:
+                with suppress(pymysql.MySQLError):
+                    cursor.execute("ROLLBACK")
+                if error.args and error.args[0] in _LOCKED:
+                    return None
+                raise
+        rows, end, [(server_id, gtids)] = answers[3:6]
+        if not end:
+            raise ConfigError(
+                f"{self.address} writes no binlog, so its rows cannot be put in order with the changes.",
+                way_out="Let MYSQL_URL name the server that the connector follows.",
+            )
+        file, pos = str(end[0][0]), int(end[0][1])
+        return LockedRows({str(found[0]): _row(found) for found in rows}, int(server_id), file, pos, str(gtids or ""))
 
     def execute(self, statements: Sequence[Statement]) -> int:
         """Run statements in one transaction, sent as one request; return how many rows they touched.

@@ -381,13 +381,16 @@ class StreamStore:
         middle = len(part) // 2
         return self._write_once(part[:middle], refused) + self._write_once(part[middle:], refused)
 
-    def remove_everyone(self) -> int:
+    def remove_everyone(self, keep: Set[str] = frozenset()) -> int:
         """Delete every user there is, and record that the stream deleted it; return how many documents there were.
 
         What a load is about to insert counts as there once its version entry is; it finds the deletion when it ends.
+
+        Args:
+            keep: Users that stay.
         """
         removed = 0
-        while found := self._first(self.store.users, "user_id"):
+        for found in self._all(self.store.users, "user_id", keep):
             keys = [user["user_id"] for user in found if isinstance(user.get("user_id"), str)]
             self.record_deleted(keys)
             self.drop_versions(keys)
@@ -395,7 +398,7 @@ class StreamStore:
                 # By _id, which a document that breaks the contract has too.
                 result = self.store.users.delete_many({"_id": {"$in": [user["_id"] for user in found]}})
             removed += result.deleted_count
-        while found := self._first(self.store.versions, "_id"):
+        for found in self._all(self.store.versions, "_id", keep):
             self.record_deleted(entry["_id"] for entry in found)
             self.drop_versions([entry["_id"] for entry in found])
         with self._command("Confirming deletions"):
@@ -403,9 +406,16 @@ class StreamStore:
             self.store.users.delete_many({"_id": {"$in": []}})
         return removed
 
-    def _first(self, collection: Collection[Document], field: str) -> list[Document]:
-        with self._command(f"Reading {collection.name}"):
-            return list(collection.find({}, {field: 1}).limit(CHUNK))
+    def _all(self, collection: Collection[Document], field: str, keep: Set[str]) -> Iterator[list[Document]]:
+        """Yield what a collection holds until a look from the beginning finds nothing but what is kept."""
+        while True:
+            with self._command(f"Reading {collection.name}"):
+                # Of what is kept, as many may stand before the first that goes.
+                read = list(collection.find({}, {field: 1}).limit(CHUNK + len(keep)))
+            found = [entry for entry in read if not isinstance(name := entry.get(field), str) or name not in keep]
+            if not found:
+                return
+            yield found
 
 
 def _upsert(key: str, user: dict[str, str | None]) -> ReplaceOne[Document] | UpdateOne:

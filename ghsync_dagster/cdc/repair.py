@@ -1,0 +1,478 @@
+"""Repair: the owner of the partitions asks the source again for users, and writes what it says.
+
+Belongs here: carrying out the steps of ``domain.repair``, in the two threads that take them, and what a batch of the
+stream may apply of users that were repaired. Not here: who asks for a repair (``cdc.repair_requests``), and which
+operations the store has (``stores.repairs``).
+
+``SourceReader`` claims requests and reads the source in a thread of its own, so that the stream never waits for MySQL.
+``carry_out`` writes what was read, in the thread that applies batches.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from ghsync_dagster.cdc.apply import apply
+from ghsync_dagster.domain.change import TOMBSTONE, Change, Op, Position
+from ghsync_dagster.domain.coalesce import Segment
+from ghsync_dagster.domain.envelope import binlog_position
+from ghsync_dagster.domain.errors import WAY_OUT, GhsyncError, PermanentError, TransientError
+from ghsync_dagster.domain.repair import (
+    READING_STEPS,
+    WRITING_STEPS,
+    Cure,
+    Disposition,
+    Outcome,
+    Overtaken,
+    Reading,
+    RepairStep,
+    StoredUser,
+    cure,
+    disposition,
+    overtaken,
+)
+from ghsync_dagster.observability.logging import get_logger
+from ghsync_dagster.stores.retry import waits
+
+if TYPE_CHECKING:
+    from ghsync_dagster.cdc.batch import Batch
+    from ghsync_dagster.domain.user import User
+    from ghsync_dagster.stores.mysql import MySqlStore
+    from ghsync_dagster.stores.repairs import RepairStore
+
+CHUNK: Final = 200
+"""Users that are locked, read and written at once: the stream waits as long as their write takes."""
+_AHEAD: Final = 2
+"""Readings that may wait for the writer or be at work."""
+_LOOK_SECONDS: Final = 1.0
+"""How often to look for requests."""
+_ONE_CONSUMER: Final = "Let one consumer have all partitions while users are repaired: stop the others of the group."
+_END_SECONDS: Final = 5.0
+"""How long to wait for the thread to end."""
+_LOCKED_SECONDS: Final = 0.02
+"""How long to leave users alone that another transaction has locked."""
+
+log = get_logger("repair")
+
+
+# What a batch may apply of users that were repaired
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Which records of a batch are not applied, since their users were repaired from a later place.
+
+    Attributes:
+        records: Their places in the batch.
+        ask_again: Users that have a record which cannot be compared with their fence.
+        keep: Of each truncate, by its place in the batch, the users that it does not remove.
+    """
+
+    records: frozenset[int] = frozenset()
+    ask_again: frozenset[str] = frozenset()
+    keep: Mapping[int, frozenset[str]] = field(default_factory=dict)
+
+
+_NOTHING: Final = LeftOut()
+
+
+def left_out(batch: Batch, fences: Mapping[str, Reading]) -> LeftOut:
+    """Decide which records of a batch are left out.
+
+    Args:
+        batch: Records in the order of their partitions.
+        fences: The reading of each user that was repaired.
+    """
+    if not fences or (batch.first_truncate() is None and fences.keys().isdisjoint(batch.keys)):
+        return _NOTHING
+    records: set[int] = set()
+    ask_again: set[str] = set()
+    keep: dict[int, frozenset[str]] = {}
+    last: dict[str, Disposition] = {}
+    for at, change in enumerate(batch.changes):
+        if type(change) is not Change:
+            continue
+        if change.op is Op.TRUNCATE:
+            found = {key: disposition(reading, change.position) for key, reading in fences.items()}
+            keep[at] = frozenset(key for key, what in found.items() if what is not Disposition.APPLY)
+            ask_again.update(key for key, what in found.items() if what is Disposition.ASK_AGAIN)
+        elif (key := change.key) is not None and (reading := fences.get(key)) is not None:
+            # A tombstone has no place of its own: it belongs to the delete before it.
+            is_of_delete = change.what == TOMBSTONE and key in last
+            what = last[key] if is_of_delete else disposition(reading, change.position)
+            last[key] = what
+            if what is not Disposition.APPLY:
+                records.add(at)
+            if what is Disposition.ASK_AGAIN:
+                ask_again.add(key)
+    return LeftOut(frozenset(records), frozenset(ask_again), keep)
+
+
+# Reading the source
+
+
+class Claim:
+    """Users whose requests were claimed, and what the stream applied of them since.
+
+    Attributes:
+        requests: The token of each user.
+        applied: The place of the last record of a user that was applied since, None where the record tells none.
+    """
+
+    def __init__(self, requests: Mapping[str, str]) -> None:
+        self.requests = dict(requests)
+        self.applied: dict[str, Position | None] = {}
+
+    def note(self, batch: Batch, left: LeftOut) -> None:
+        """Note the records of a batch that is about to be applied."""
+        if batch.first_truncate() is None and self.requests.keys().isdisjoint(batch.keys):
+            return
+        for at, change in enumerate(batch.changes):
+            if type(change) is not Change or at in left.records:
+                continue
+            if change.op is Op.TRUNCATE:
+                kept = left.keep.get(at, frozenset())
+                self.applied |= dict.fromkeys(self.requests.keys() - kept, change.position)
+            elif change.key in self.requests:
+                self.applied[change.key] = change.position
+
+
+@dataclass(frozen=True, slots=True)
+class RepairWork:
+    """Users that were read and wait to be written.
+
+    Attributes:
+        claim: Their requests.
+        reading: Where the reading lies.
+        rows: The rows of those that have one.
+    """
+
+    claim: Claim
+    reading: Reading
+    rows: Mapping[str, User]
+
+
+class SourceReader:
+    """Claims requests and reads the source, in a thread of its own.
+
+    Args:
+        store: Not used by another thread.
+        open_source: Opens MySQL, or raises what is in the way.
+        users_a_second: How many users are read a second at most.
+    """
+
+    def __init__(self, store: RepairStore, open_source: Callable[[], MySqlStore], users_a_second: float) -> None:
+        self._store = store
+        self._open_source = open_source
+        self._users_a_second = users_a_second
+        self._source: MySqlStore | None = None
+        self._changed = threading.Condition()
+        self._closing = False
+        self._owner = 0
+        """Counts how often partitions came or went; what was claimed before is not this consumer's to write."""
+        self._is_owner = False
+        self._shared = ""
+        """Why this consumer, which has some of the partitions, carries nothing out."""
+        self._claims: list[Claim] = []
+        self._works: list[RepairWork] = []
+        self._problem = ""
+        self._next_at = 0.0
+        self._commands: dict[RepairStep, Callable[[int], None]] = {
+            RepairStep.CLAIM: self._claim,
+            RepairStep.READ_SOURCE: self._read_source,
+        }
+        self._claimed: Claim | None = None
+        self._thread = threading.Thread(target=self._run, name="cdc-repair", daemon=True)
+        self._thread.start()
+
+    # For the thread that consumes
+
+    def owns(self, partitions: Collection[int], everything: Collection[int]) -> None:
+        """Say that partitions came or went.
+
+        Args:
+            partitions: Those that this consumer has now.
+            everything: All partitions of the topic.
+        """
+        with self._changed:
+            self._owner += 1
+            self._is_owner = bool(partitions) and set(everything) <= set(partitions)
+            self._shared = (
+                f"A consumer has partitions {sorted(partitions)} of {sorted(everything)} only. Nobody else may apply "
+                "records of a user that is repaired, and a user id does not tell its partition."
+                if partitions and not self._is_owner
+                else ""
+            )
+            self._claims, self._works = [], []
+            self._changed.notify_all()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is work for ``next_work``."""
+        return bool(self._works)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether work is there, or on its way."""
+        return bool(self._claims)
+
+    def next_work(self) -> RepairWork | None:
+        """Return users that were read, None where there are none."""
+        with self._changed:
+            return self._works.pop(0) if self._works else None
+
+    def finished(self, work: RepairWork) -> None:
+        """Say that work was carried out, or given up: what is open still is claimed again."""
+        with self._changed:
+            self._claims = [claim for claim in self._claims if claim is not work.claim]
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """End the thread."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        # It ends with the process where a server does not answer.
+        self._thread.join(_END_SECONDS)
+
+    # For the thread that writes
+
+    def note(self, batch: Batch, left: LeftOut) -> None:
+        """Note what a batch is about to apply of users that are claimed."""
+        with self._changed:
+            for claim in self._claims:
+                claim.note(batch, left)
+
+    # The thread itself
+
+    def _run(self) -> None:
+        try:
+            delays = waits()
+            while not self._closing:
+                try:
+                    is_at_work = self._go_on()
+                except TransientError as error:
+                    self._report(error)
+                    self._wait(next(delays))
+                except PermanentError as error:
+                    self._report(error)
+                    self._wait(30 * _LOOK_SECONDS)
+                else:
+                    delays = waits()
+                    if not is_at_work:
+                        self._wait(_LOOK_SECONDS)
+        finally:
+            self._close_source()
+
+    def _go_on(self) -> bool:
+        """Claim and read some users; tell whether there may be more."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._claims) < _AHEAD or self._closing)
+            owner, is_owner = self._owner, self._is_owner
+        if not is_owner or self._closing:
+            self._claimed = None
+            if self._shared and (requests := self._store.open_requests(CHUNK)):
+                self._store.note_problem(requests, f"{self._shared}{WAY_OUT}{_ONE_CONSUMER}")
+            return False
+        for step in READING_STEPS:
+            self._commands[step](owner)
+            if self._claimed is None:
+                self._close_source()
+                return False
+        return True
+
+    def _claim(self, owner: int) -> None:
+        with self._changed:
+            at_work = [key for claim in self._claims for key in claim.requests]
+        requests = self._store.open_requests(CHUNK, leave_out=at_work)
+        self._claimed = Claim(requests) if requests else None
+        if self._claimed is not None:
+            with self._changed:
+                if owner == self._owner:
+                    self._claims.append(self._claimed)
+
+    def _read_source(self, owner: int) -> None:
+        claim = self._claimed
+        assert claim is not None  # noqa: S101
+        self._keep_to_rate(len(claim.requests))
+        try:
+            works = list(self._read(claim))
+        except BaseException:
+            self._release(claim)
+            raise
+        if self._problem:
+            log.info("repairs go on")
+            self._problem = ""
+        with self._changed:
+            if owner == self._owner:
+                at = next(at for at, known in enumerate(self._claims) if known is claim)
+                # What the stream applied meanwhile is noted on the whole claim.
+                for work in works:
+                    work.claim.applied |= {
+                        key: claim.applied[key] for key in work.claim.requests & claim.applied.keys()
+                    }
+                self._claims[at : at + 1] = [work.claim for work in works]
+                self._works += works
+        if len(works) == 0:
+            self._wait(_LOCKED_SECONDS)
+
+    def _read(self, claim: Claim) -> Iterable[RepairWork]:
+        """Read the users of a claim; those that others have locked are left out, by halves."""
+        if self._source is None:
+            self._source = self._open_source()
+        parts = [sorted(claim.requests)]
+        while parts:
+            keys = parts.pop()
+            found = self._source.read_locked(keys)
+            if found is not None:
+                position = binlog_position(found.server_id, found.file, found.pos)
+                of_part = Claim({key: claim.requests[key] for key in keys})
+                yield RepairWork(of_part, Reading(uuid.uuid4().hex, position, found.gtids), found.rows)
+            elif len(keys) > 1:
+                middle = len(keys) // 2
+                parts += [keys[middle:], keys[:middle]]
+
+    def _release(self, claim: Claim) -> None:
+        with self._changed:
+            self._claims = [known for known in self._claims if known is not claim]
+
+    def _keep_to_rate(self, users: int) -> None:
+        now = time.monotonic()
+        if self._next_at > now:
+            self._wait(self._next_at - now)
+        self._next_at = max(self._next_at, now) + users / self._users_a_second
+
+    def _wait(self, seconds: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing, timeout=seconds)
+
+    def _report(self, error: GhsyncError) -> None:
+        """Report what is in the way, once, in the log and to who waits."""
+        self._close_source()
+        if self._closing:
+            return
+        if error.message != self._problem:
+            self._problem = error.message
+            log.warning("repairs wait; retrying", reason=error.message, way_out=error.way_out)
+        if self._claimed is not None:
+            try:
+                self._store.note_problem(self._claimed.requests, str(error))
+            except GhsyncError:
+                log.debug("the problem cannot be noted")
+
+    def _close_source(self) -> None:
+        source, self._source = self._source, None
+        if source is not None:
+            source.close()
+
+
+# Writing
+
+
+@dataclass(slots=True)
+class Repaired:
+    """What carrying out one piece of work came to.
+
+    Attributes:
+        outcomes: Users by outcome; those that stay open are left out.
+        users: The users that were carried out, but for those whose row was refused.
+        fenced: The users that have the reading as their fence now.
+    """
+
+    outcomes: Counter[Outcome] = field(default_factory=Counter)
+    users: list[str] = field(default_factory=list)
+    fenced: dict[str, Reading] = field(default_factory=dict)
+
+
+def carry_out(
+    store: RepairStore, work: RepairWork, fences: dict[str, Reading], resolve: Callable[[Iterable[str]], object]
+) -> Repaired:
+    """Carry out the writing steps for all users of a reading; users do not touch each other.
+
+    Args:
+        store: Where users are stored.
+        work: What was read.
+        fences: The fences that batches go by; those of the work are added before anything is written.
+        resolve: Resolves the dead letters of users that were repaired.
+
+    Raises:
+        UnavailableError: The store went away; the requests are open still.
+        RefusedError: The store refuses the writes as such.
+    """
+    writing = _Writing(store, work, fences, resolve)
+    for step in WRITING_STEPS:
+        writing.commands[step]()
+    return writing.repaired
+
+
+class _Writing:
+    """The writing steps of one piece of work, each a command."""
+
+    def __init__(
+        self,
+        store: RepairStore,
+        work: RepairWork,
+        fences: dict[str, Reading],
+        resolve: Callable[[Iterable[str]], object],
+    ) -> None:
+        self.repaired = Repaired()
+        self.commands: dict[RepairStep, Callable[[], None]] = {
+            RepairStep.READ_STORED: self._read_stored,
+            RepairStep.RECORD_FENCE: self._record_fence,
+            RepairStep.WRITE: self._write,
+            RepairStep.RECORD_OUTCOME: self._record_outcome,
+        }
+        self._store, self._work, self._fences, self._resolve = store, work, fences, resolve
+        judged = {key: self._overtaken(key) for key in work.claim.requests}
+        self._newer = [key for key, what in judged.items() if what is Overtaken.NEWER]
+        self._keys = [key for key, what in judged.items() if what is Overtaken.NO]
+        self._stored: dict[str, StoredUser] = {}
+        self._cures: dict[str, Cure] = {}
+        self._refused: dict[str, str] = {}
+
+    def _overtaken(self, key: str) -> Overtaken:
+        applied = self._work.claim.applied
+        return overtaken(self._work.reading, [applied[key]] if key in applied else [])
+
+    def _read_stored(self) -> None:
+        self._stored = self._store.stored_users(self._keys)
+
+    def _record_fence(self) -> None:
+        self._store.record_fence(self._requests(self._keys), self._work.reading)
+        self.repaired.fenced = dict.fromkeys(self._keys, self._work.reading)
+        self._fences |= self.repaired.fenced
+
+    def _write(self) -> None:
+        rows = self._work.rows
+        self._cures = {key: cure(self._stored[key], has_row=key in rows) for key in self._keys}
+        changes = {
+            key: Change(what.op, key, dict(rows[key]) if what.op is Op.UPSERT else None, "repair")
+            for key, what in self._cures.items()
+            if what.op is not Op.SKIP
+        }
+        if changes:
+            found = apply(self._store, Segment(truncate=False, changes=changes)).refused
+            self._refused = {key: f"{refused.kind}: {refused.text}" for key, refused in found.items()}
+
+    def _record_outcome(self) -> None:
+        by_outcome: dict[Outcome, list[str]] = {Outcome.OVERTAKEN: self._newer}
+        for key, what in self._cures.items():
+            by_outcome.setdefault(Outcome.REFUSED if key in self._refused else what.outcome, []).append(key)
+        self.repaired.users = [key for outcome, keys in by_outcome.items() if outcome.is_carried_out for key in keys]
+        self._resolve(self.repaired.users)
+        for outcome, keys in by_outcome.items():
+            if keys:
+                reading = None if outcome is Outcome.OVERTAKEN else self._work.reading
+                self._store.record_outcomes(self._requests(keys), outcome, reading)
+                self.repaired.outcomes[outcome] += len(keys)
+        if self._refused:
+            self._store.record_reasons(self._refused)
+
+    def _requests(self, keys: Iterable[str]) -> dict[str, str]:
+        return {key: self._work.claim.requests[key] for key in keys}

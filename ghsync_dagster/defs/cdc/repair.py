@@ -1,0 +1,152 @@
+"""The repair of users in Dagster: a job with launchpad config, and a sensor that starts it after an audit.
+
+Belongs here: config, what a run fails on, and which failed audits start one. Not here: who is repaired and how
+(``cdc.repair_requests``).
+"""
+
+# No annotations from __future__: Dagster wants the types of context and config, not their names.
+import threading
+from typing import Final
+
+import dagster as dg
+from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus
+from pydantic import Field
+
+from ghsync_dagster.cdc.checks import IN_STEP_WITH_MYSQL
+from ghsync_dagster.cdc.repair_requests import RepairReport, Selection, plan, refuse_too_many, repair, select
+from ghsync_dagster.defs.cdc.jobs import FLOW_TAG
+from ghsync_dagster.defs.cdc.slice import USERS_CHANGES
+from ghsync_dagster.defs.errors import as_failure
+from ghsync_dagster.defs.resources import ChangesResource
+from ghsync_dagster.domain.errors import ConfigError
+from ghsync_dagster.observability.logging import configure_logging, get_logger
+from ghsync_dagster.settings import load_settings
+from ghsync_dagster.stores.retry import retrying
+
+REPAIR_JOB: Final = "cdc_repair_job"
+REPAIR_OP: Final = "repair_users"
+_DIFFERENCES: Final = ("missing", "extra", "different")
+_CHECK: Final = dg.AssetCheckKey(dg.AssetKey(USERS_CHANGES), IN_STEP_WITH_MYSQL)
+_INTERVAL_SECONDS: Final = 30
+
+log = get_logger("repair")
+
+
+class RepairConfig(dg.Config):
+    """What the launchpad may set for ``cdc_repair_job``: which users are repaired, the union of what is chosen."""
+
+    user_ids: list[str] = Field(default_factory=list)
+    """These users."""
+    from_audit: bool = False
+    """The users that an audit finds to differ."""
+    dead_letters: bool = False
+    """The users with an open dead letter."""
+    everyone: bool = False
+    """Every user in which the two sides differ now, without waiting for changes in flight."""
+    patience_seconds: float = 10.0
+    """For how long the audit looks again at what differs."""
+    dry_run: bool = False
+    """Only tell what would be done."""
+    yes: bool = False
+    """Repair also more users than GHSYNC_REPAIR_MAX_USERS."""
+
+
+@dg.op(
+    name=REPAIR_OP, out=dg.Out(dg.Nothing), description="Asks MySQL again for users, and waits until they are right."
+)
+def repair_users(context: dg.OpExecutionContext, config: RepairConfig, changes: ChangesResource) -> None:
+    """Repair the chosen users; fail where one is not repaired."""
+    with as_failure():
+        report = _repaired(config, changes)
+    context.log.info(report.summary())
+    context.add_output_metadata(
+        {"asked": report.asked, "open": report.open, "seconds": report.seconds, **report.outcomes}
+    )
+    if not report.is_carried_out:
+        reason = f": {report.problem}" if report.problem else ""
+        raise dg.Failure(
+            description=f"{report.summary()}{reason}",
+            metadata={"kind": "data", "refused": dg.MetadataValue.json([user._asdict() for user in report.refused])},
+            allow_retries=False,
+        )
+
+
+def _repaired(config: RepairConfig, changes: ChangesResource) -> RepairReport:
+    from ghsync_dagster.cdc.listener import SilentListener
+    from ghsync_dagster.stores.repairs import RepairStore
+
+    settings = changes.settings()
+    selection = Selection(tuple(config.user_ids), config.from_audit, config.everyone, config.dead_letters)
+    if selection.is_empty:
+        raise ConfigError(
+            "No user is chosen.", way_out="Set user_ids, from_audit, dead_letters or everyone in the launchpad."
+        )
+    with changes.open_store() as store:
+        store.ensure_collection()
+        repairs = RepairStore(store)
+
+        def chosen() -> list[str]:
+            with changes.open_mysql() as mysql:
+                return select(selection, mysql, store, config.patience_seconds)
+
+        keys = retrying("Choosing users", chosen, attempts=settings.retry_attempts)
+        if config.dry_run:
+            with changes.open_mysql() as mysql:
+                return plan(mysql, store, repairs, keys)
+        if not config.yes:
+            refuse_too_many(len(keys), settings.repair_max_users)
+        own_consumer = lambda: changes.consumer(SilentListener())  # noqa: E731
+        return repair(changes.kafka(), repairs, keys, own_consumer, stop=threading.Event())
+
+
+@dg.job(
+    name=REPAIR_JOB,
+    executor_def=dg.in_process_executor,
+    description="Puts users right by asking MySQL again, while changes go on: by ids, from an audit, from dead "
+    "letters, or everyone who differs. Fails where a user is not repaired.",
+    tags={FLOW_TAG: "repair"},
+)
+def cdc_repair_job() -> None:
+    """Repair the users that the launchpad chooses."""
+    repair_users()
+
+
+@dg.sensor(
+    name="cdc_repair_sensor",
+    job=cdc_repair_job,
+    minimum_interval_seconds=_INTERVAL_SECONDS,
+    default_status=dg.DefaultSensorStatus.STOPPED,
+    description="After an audit that found up to GHSYNC_REPAIR_MAX_USERS differences, repairs them. More are left to a "
+    "person, whom the failed check alerts.",
+)
+def cdc_repair_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
+    """Start a repair once for each failed audit."""
+    settings = load_settings()
+    configure_logging(settings)
+    found = context.instance.event_log_storage.get_asset_check_execution_history(_CHECK, limit=1)
+    newest = found[0] if found else None
+    if newest is None or newest.status is not AssetCheckExecutionRecordStatus.FAILED:
+        return dg.SkipReason("The newest audit found no difference, or there was none.")
+    if context.cursor and int(context.cursor) >= newest.id:
+        return dg.SkipReason("The newest audit that failed was looked at already.")
+    evaluation = newest.evaluation
+    metadata = {} if evaluation is None else evaluation.metadata
+    count = sum(int(str(metadata[name].value)) for name in _DIFFERENCES if name in metadata)
+    cursor = str(newest.id)
+    if not count:
+        return dg.SensorResult(skip_reason="The newest audit compared nothing.", cursor=cursor)
+    if count > settings.repair_max_users:
+        log.error(
+            "too many differences to be repaired without a person", differences=count, limit=settings.repair_max_users
+        )
+        reason = (
+            f"{count} differences are more than GHSYNC_REPAIR_MAX_USERS={settings.repair_max_users}: see the check."
+        )
+        return dg.SensorResult(skip_reason=reason, cursor=cursor)
+    config = {"ops": {REPAIR_OP: {"config": {"from_audit": True}}}}
+    request = dg.RunRequest(run_key=f"audit-{newest.id}", run_config=config, tags={FLOW_TAG: "repair"})
+    return dg.SensorResult(run_requests=[request], cursor=cursor)
+
+
+JOBS = [cdc_repair_job]
+SENSORS = [cdc_repair_sensor]

@@ -1,0 +1,234 @@
+"""Repair of single users: the source is asked again, beside the live stream and beside loads.
+
+Belongs here: the order of the steps, as data that the code executes and a test enumerates, and the pure decisions
+between them. Not here: how a step is written to a server, who asks for a repair, or when the owner carries it out.
+
+The owner of a user's partition carries a request out, between two batches. It stands on this:
+
+- **One writer a user.** Only the owner of the partition applies records of the user, and it repairs in the thread that
+  applies them. So no record of the user is applied between two steps from ``READ_STORED`` on.
+- **A reading divides the binlog.** The source is read in one transaction: a shared lock on each asked key (on the gap
+  where there is no row), the rows, then the end of the binlog. A transaction writes the binlog before it commits and
+  holds its locks until then. So no record of an asked key lies before the reading's position and is not part of the
+  rows, and none lies after it and is. The position alone, without the locks, does not tell: the server shows
+  positions of transactions whose rows nobody sees yet.
+- **The fence.** The reading's position is stored before the row is written. From then on no record of the user from
+  before it is applied again, whatever is delivered again. A record that cannot be compared with the position is left
+  out too, and the user is asked for again.
+- **The request stays open** until the row is written. A repair that dies anywhere is repeated with a newer reading. A
+  command that is in doubt makes its request open again.
+
+The document is written by the stream's own steps (``domain.precedence``), so loads treat it as the stream's.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, StrEnum
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from ghsync_dagster.domain.binlog import GtidSet
+from ghsync_dagster.domain.change import Op, Position
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class RepairStep(Enum):
+    """The steps of a repair of one user, in order. Each may be the last one."""
+
+    CLAIM = "claim"
+    """Read the open request with its token. From here on the owner notes the records of the user that it applies."""
+
+    READ_SOURCE = "read source"
+    """Lock the key, read its row and the end of the binlog, release. After CLAIM: what is asked later is read later."""
+
+    READ_STORED = "read stored"
+    """Read document, version entry and deletion: they tell whether a user without a row is the files' own."""
+
+    RECORD_FENCE = "record fence"
+    """Store the reading's position for the user, where the request is still open. Before the first write."""
+
+    WRITE = "write"
+    """What ``cure`` says: the stream's own upsert of the row, its own delete, or nothing."""
+
+    RECORD_OUTCOME = "record outcome"
+    """Close the request where its token is still the claimed one: a user that was asked for since stays open."""
+
+
+READING_STEPS = (RepairStep.CLAIM, RepairStep.READ_SOURCE)
+"""What is done beside the stream."""
+
+WRITING_STEPS = (RepairStep.READ_STORED, RepairStep.RECORD_FENCE, RepairStep.WRITE, RepairStep.RECORD_OUTCOME)
+"""What is done by the writer, between two batches."""
+
+REPAIR_STEPS = READING_STEPS + WRITING_STEPS
+"""A repair."""
+
+
+class Reading(NamedTuple):
+    """Where a reading of the source lies in the binlog.
+
+    Attributes:
+        id: Names the reading.
+        position: The end of the binlog while the keys were locked; its ``server`` is the one that was read.
+        gtids: The GTIDs that the server had executed then, in its own form; empty where it has none.
+    """
+
+    id: str
+    position: Position
+    gtids: str = ""
+
+    def includes(self, position: Position | None) -> bool | None:
+        """Tell whether a record is part of what was read; None where that is not certain.
+
+        Places count on one server only. GTIDs count on all, but MySQL adds a GTID to the executed ones a moment after
+        the rows can be seen. So a GTID that is there is proof; one that is missing needs the place to agree.
+
+        Args:
+            position: The record's own; None where it tells none.
+        """
+        if position is None:
+            return None
+        order = msgspec.structs.replace(position, gtid=None).compare(self.position)
+        by_place = None if order is None else order < 0
+        by_gtid = _gtid_set(self.gtids).contains(position.gtid) if self.gtids else None
+        if by_gtid is None or by_gtid == by_place:
+            return by_place
+        return True if by_gtid and by_place is None else None
+
+
+@lru_cache(maxsize=256)
+def _gtid_set(text: str) -> GtidSet:
+    # Many users share a reading.
+    return GtidSet.parse(text)
+
+
+class Disposition(Enum):
+    """What becomes of a record of a user that was repaired."""
+
+    APPLY = "apply"
+    """It is from after the reading."""
+
+    LEAVE_OUT = "leave out"
+    """What was read includes it."""
+
+    ASK_AGAIN = "ask again"
+    """It cannot be compared with the reading: it is left out, and the source is asked again for its user."""
+
+
+def disposition(reading: Reading, position: Position | None) -> Disposition:
+    """Decide what becomes of a record of a repaired user.
+
+    Args:
+        reading: The user's newest reading.
+        position: The record's own; None where it tells none.
+    """
+    included = reading.includes(position)
+    if included is None:
+        return Disposition.ASK_AGAIN
+    return Disposition.LEAVE_OUT if included else Disposition.APPLY
+
+
+class Overtaken(Enum):
+    """What the records of a user that were applied since its request was claimed mean for the reading."""
+
+    NO = "no"
+    """There is none, or the reading includes them all: the row is the newest state."""
+
+    NEWER = "newer"
+    """The last one is from after the reading: the user has a newer state already."""
+
+    UNKNOWN = "unknown"
+    """The last one cannot be compared: the source is to be read again."""
+
+
+def overtaken(reading: Reading, applied: Iterable[Position | None]) -> Overtaken:
+    """Decide whether a reading is older than what the stream applied since the claim.
+
+    Args:
+        reading: What was read.
+        applied: The positions of the user's records that were applied since the claim, in order.
+    """
+    included = [reading.includes(position) for position in applied]
+    if not included or included[-1] is True:
+        return Overtaken.NO
+    return Overtaken.NEWER if included[-1] is False else Overtaken.UNKNOWN
+
+
+class StoredUser(NamedTuple):
+    """What is stored of a user, each part read at its own moment, in this order.
+
+    Attributes:
+        document: Whether there is a document.
+        marked: Whether a load has not finished with it.
+        versioned: Whether it has a version entry.
+        deleted: Whether the stream recorded that it deleted the user.
+    """
+
+    document: bool
+    marked: bool
+    versioned: bool
+    deleted: bool
+
+    @property
+    def is_of_files(self) -> bool:
+        """Whether files alone brought the document: the stream neither wrote nor deleted the user since."""
+        return self.document and (self.marked or self.versioned) and not self.deleted
+
+
+class Outcome(StrEnum):
+    """What a repair came to."""
+
+    WRITTEN = "written"
+    """MySQL has a row, and the document is that row."""
+
+    REMOVED = "removed"
+    """MySQL has no row, and the document was removed."""
+
+    LEFT_TO_FILES = "left_to_files"
+    """MySQL has no row, and files brought the document."""
+
+    ABSENT = "absent"
+    """Neither side has the user."""
+
+    OVERTAKEN = "overtaken"
+    """The stream applied a newer record of the user meanwhile."""
+
+    REFUSED = "refused"
+    """The database refuses the row for what is in it."""
+
+    @property
+    def is_carried_out(self) -> bool:
+        """Whether the collection now holds what MySQL held."""
+        return self is not Outcome.REFUSED
+
+
+class Cure(NamedTuple):
+    """How a user is put right.
+
+    Attributes:
+        op: ``UPSERT``, ``DELETE`` or ``SKIP``, by the stream's own steps.
+        outcome: What it comes to where the database refuses nothing.
+    """
+
+    op: Op
+    outcome: Outcome
+
+
+def cure(stored: StoredUser, *, has_row: bool) -> Cure:
+    """Decide how a user is put right.
+
+    Args:
+        stored: What is stored of the user.
+        has_row: Whether the source has a row.
+    """
+    if has_row:
+        return Cure(Op.UPSERT, Outcome.WRITTEN)
+    if stored.is_of_files:
+        return Cure(Op.SKIP, Outcome.LEFT_TO_FILES)
+    if stored.document:
+        return Cure(Op.DELETE, Outcome.REMOVED)
+    return Cure(Op.SKIP, Outcome.ABSENT)

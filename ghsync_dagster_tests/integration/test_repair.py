@@ -1,0 +1,316 @@
+"""Users are put right by asking the source, on a real broker, table and store, beside a stream that is behind."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from cdc_parts import Parts, Topic, make_strict, stored, until, user
+
+from ghsync_dagster.cdc.repair_requests import RepairReport, Selection, plan, refuse_too_many, repair, select
+from ghsync_dagster.domain.errors import ConfigError, UnavailableError
+from ghsync_dagster.domain.repair import Outcome
+from ghsync_dagster.stores.mysql import MySqlStore
+from ghsync_dagster.stores.repairs import RepairStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ghsync_dagster.stores.mongo import UserStore
+
+
+class _Bench:
+    """A table, a topic whose records lie in the table's own binlog, and who repairs."""
+
+    def __init__(self, parts: Parts, topic: Topic, mysql: MySqlStore, url: str, store: UserStore) -> None:
+        self.parts, self.topic, self.mysql, self.store, self.url = parts, topic, mysql, store, url
+        self.repairs = RepairStore(store)
+
+    def source(self) -> MySqlStore:
+        return MySqlStore(self.url, timeout_seconds=5)
+
+    def row(self, key: int, login: str | None) -> None:
+        """Set a row without a record in the topic, or remove it."""
+        if login is None:
+            self.mysql.execute([("DELETE FROM Users WHERE user_id = %s", (key,))])
+        else:
+            values = user(key, login)
+            columns = ", ".join(values)
+            query = f"REPLACE INTO Users ({columns}) VALUES %s"  # noqa: S608  only names
+            self.mysql.execute([(query, (list(values.values()),))])
+
+    def record(self, key: int | None, op: str, login: str | None = None, *, ahead: int = 0, **where: Any) -> None:
+        """Write a record as the connector would for the newest end of the binlog, or from some bytes after it."""
+        end = self.mysql.read_locked([])
+        assert end is not None
+        source = {"server_id": end.server_id, "file": end.file, "pos": end.pos + ahead, "row": 0, "snapshot": "false"}
+        after = None if login is None else {**user(key, login), "user_id": key}
+        before = {"user_id": key} if op == "d" else None
+        value = {"op": op, "before": before, "after": after, "source": source | {"ts_ms": 1_700_000_000_000}}
+        self.topic.raw(None if key is None else {"user_id": key}, value, **where)
+        self.topic.flush()
+
+    def consumer(self) -> Any:
+        return self.parts.consumer(self.topic, open_source=self.source)
+
+    def repair(self, *keys: int, still_seconds: float = 30.0) -> RepairReport:
+        chosen = [str(key) for key in keys]
+        return repair(
+            self.topic.kafka,
+            self.repairs,
+            chosen,
+            self.consumer,
+            stop=threading.Event(),
+            still_seconds=still_seconds,
+        )
+
+    def drain(self) -> None:
+        self.parts.drain(self.topic, open_source=self.source)
+
+    def login(self, key: int) -> str | None:
+        found = stored(self.store).get(str(key))
+        return None if found is None else found["login"]
+
+
+@pytest.fixture
+def bench(parts: Parts, topic: Topic, mysql: MySqlStore, mysql_url: str, store: UserStore) -> _Bench:
+    """A bench whose collection is set up."""
+    store.ensure_collection()
+    return _Bench(parts, topic, mysql, mysql_url, store)
+
+
+def test_each_kind_of_difference_is_put_right_without_a_running_consumer(bench: _Bench) -> None:
+    bench.row(1, "missing")
+    bench.row(2, "right")
+    bench.store.users.insert_many([user(2, "wrong"), user(3, "extra"), user(4, "file")])
+    bench.store.versions.insert_one({"_id": "4", "created_at": "2015-01-01T00:00:00Z", "id": 1, "load": "l"})
+    report = bench.repair(1, 2, 3, 4, 5)
+    assert report.by_itself
+    assert report.is_carried_out
+    expected = {Outcome.WRITTEN: 2, Outcome.REMOVED: 1, Outcome.LEFT_TO_FILES: 1, Outcome.ABSENT: 1}
+    assert report.outcomes == {outcome.value: count for outcome, count in expected.items()}
+    assert {key: found["login"] for key, found in stored(bench.store).items()} == {
+        "1": "missing",
+        "2": "right",
+        "4": "file",
+    }
+    # As the stream's own delete: no file brings the user back.
+    assert bench.store.deleted_among(["3", "5"]) == {"3"}
+
+
+def test_a_running_consumer_carries_out_what_is_asked_and_goes_on_with_changes(bench: _Bench) -> None:
+    bench.row(1, "right")
+    with bench.parts.running(bench.topic, open_source=bench.source) as running:
+        bench.record(7, "c", "seven")
+        until(lambda: bench.login(7) == "seven")
+        report = bench.repair(1)
+        bench.record(7, "u", "later")
+        until(lambda: bench.login(7) == "later")
+        assert running.metrics.snapshot().repaired == {"written": 1}
+        running.end()
+    assert not report.by_itself
+    assert report.outcomes == {"written": 1}
+    assert bench.login(1) == "right"
+
+
+def test_records_that_are_part_of_what_was_read_are_not_applied_again(bench: _Bench) -> None:
+    for login in ("first", "second"):
+        bench.row(1, login)
+        bench.record(1, "u", login, ahead=-1)
+    # The newest change left no record.
+    bench.row(1, "silent")
+    bench.repairs.request(["1"])
+    with bench.parts.running(bench.topic, open_source=bench.source) as running:
+        until(lambda: bench.login(1) == "silent")
+        running.end()
+    # Delivered again, as after a death.
+    bench.topic.commit(0)
+    seen: set[str | None] = set()
+
+    def is_passed() -> bool:
+        seen.add(bench.login(1))
+        return bench.topic.committed() == 2
+
+    with bench.parts.running(bench.topic, open_source=bench.source) as running:
+        until(is_passed)
+        assert running.metrics.snapshot().outcomes["left_out"] == 2
+        running.end()
+    assert seen == {"silent"}
+
+
+def test_a_record_from_after_the_reading_is_applied(bench: _Bench) -> None:
+    bench.row(1, "old")
+    assert bench.repair(1).is_carried_out
+    bench.row(1, "new")
+    bench.record(1, "u", "new")
+    bench.drain()
+    assert bench.login(1) == "new"
+    bench.row(1, None)
+    bench.record(1, "d")
+    bench.topic.raw({"user_id": 1}, None)
+    bench.drain()
+    assert bench.login(1) is None
+
+
+def test_a_record_of_another_server_is_not_applied_but_asked_for_again(bench: _Bench) -> None:
+    bench.row(1, "right")
+    assert bench.repair(1).is_carried_out
+    source = {"server_id": 99, "file": "other.000009", "pos": 4, "row": 0, "snapshot": "false"}
+    bench.topic.raw(
+        {"user_id": 1}, {"op": "u", "before": None, "after": {**user(1, "older"), "user_id": 1}, "source": source}
+    )
+    bench.topic.flush()
+    bench.row(1, "newest")
+    with bench.parts.running(bench.topic, open_source=bench.source) as running:
+        until(lambda: bench.login(1) == "newest")
+        running.end()
+
+
+def test_a_truncate_from_before_the_reading_keeps_the_repaired_user(bench: _Bench) -> None:
+    bench.record(2, "c", "two", ahead=-2)
+    bench.record(None, "t", ahead=-1)
+    bench.row(1, "after the truncate")
+    bench.repairs.request(["1"])
+    bench.topic.commit(1)
+    bench.store.users.insert_one(user(2, "two"))
+    with bench.parts.running(bench.topic, open_source=bench.source) as running:
+        until(lambda: bench.login(1) is not None)
+        until(lambda: bench.topic.committed() == 2)
+        running.end()
+    bench.topic.commit(0)
+    bench.drain()
+    assert stored(bench.store).keys() == {"1"}
+
+
+def test_a_row_that_another_transaction_has_locked_is_read_once_it_is_free(bench: _Bench) -> None:
+    bench.row(1, "before")
+    bench.row(2, "two")
+    with bench.source() as other, bench.parts.running(bench.topic, open_source=bench.source) as running:
+        other.execute([("SET autocommit = 0", ())])
+        other.execute([("UPDATE Users SET login = 'after' WHERE user_id = 1", ())])
+        token = bench.repairs.request(["1", "2"])
+        until(lambda: bench.login(2) == "two")
+        assert bench.repairs.progress(token).open == 1
+        assert bench.login(1) is None
+        other.execute([("COMMIT", ())])
+        until(lambda: bench.repairs.progress(token).open == 0)
+        assert bench.login(1) == "after"
+        running.end()
+
+
+def test_a_row_that_the_database_refuses_is_told_and_holds_up_no_other(bench: _Bench) -> None:
+    make_strict(bench.store)
+    bench.row(1, "far too long a login")
+    bench.row(2, "short")
+    strict = _Strict(bench)
+    report = repair(
+        bench.topic.kafka, bench.repairs, ["1", "2"], strict.consumer, stop=threading.Event(), still_seconds=30
+    )
+    assert not report.is_carried_out
+    assert report.outcomes == {"refused": 1, "written": 1}
+    assert [refused.user_id for refused in report.refused] == ["1"]
+    assert report.refused[0].why.startswith("validator")
+
+
+class _Strict:
+    """Makes consumers whose store leaves a stricter validator as it is."""
+
+    def __init__(self, bench: _Bench) -> None:
+        self._bench = bench
+
+    def consumer(self) -> Any:
+        from cdc_parts import StrictStore
+
+        found = self._bench.consumer()
+        parts = self._bench.parts
+        found.open_store = lambda: StrictStore(parts.uri, parts.database, "Users", timeout_seconds=2)
+        return found
+
+
+def test_requests_wait_while_mysql_is_away_and_the_reason_is_told(bench: _Bench) -> None:
+    bench.row(1, "right")
+    is_away = threading.Event()
+    is_away.set()
+
+    def source() -> MySqlStore:
+        if is_away.is_set():
+            raise UnavailableError("There is no MySQL.", way_out="Start it.")
+        return bench.source()
+
+    with bench.parts.running(bench.topic, open_source=source) as running:
+        token = bench.repairs.request(["1"])
+        until(lambda: "There is no MySQL" in bench.repairs.progress(token).problem)
+        bench.record(7, "c", "seven")
+        until(lambda: bench.login(7) == "seven")
+        is_away.clear()
+        until(lambda: bench.repairs.progress(token).open == 0)
+        running.end()
+    assert bench.login(1) == "right"
+
+
+def test_who_has_not_all_partitions_repairs_nothing(
+    parts: Parts, make_topic: Callable[..., Topic], mysql: MySqlStore, mysql_url: str, store: UserStore
+) -> None:
+    store.ensure_collection()
+    bench = _Bench(parts, make_topic(2), mysql, mysql_url, store)
+    bench.row(1, "right")
+    with parts.running(bench.topic, open_source=bench.source) as first:
+        until(lambda: first.metrics.snapshot().lag.keys() == {0, 1})
+        with parts.running(bench.topic, open_source=bench.source) as second:
+            until(lambda: len(second.metrics.snapshot().lag) == 1)
+            token = bench.repairs.request(["1"])
+            until(lambda: "partitions" in bench.repairs.progress(token).problem)
+            assert bench.login(1) is None
+            second.end()
+        until(lambda: bench.repairs.progress(token).open == 0)
+        first.end()
+    assert bench.login(1) == "right"
+
+
+def test_a_dry_run_tells_and_writes_nothing(bench: _Bench) -> None:
+    bench.row(1, "right")
+    bench.row(2, "right")
+    bench.store.users.insert_many([user(2, "right"), user(3, "extra")])
+    report = plan(bench.mysql, bench.store, bench.repairs, ["1", "2", "3", "4"])
+    assert report.dry_run
+    assert report.outcomes == {"written": 1, "in_sync": 1, "removed": 1, "absent": 1}
+    assert stored(bench.store).keys() == {"2", "3"}
+    assert not bench.repairs.is_any_open()
+
+
+def test_an_audit_chooses_whom_to_repair(bench: _Bench) -> None:
+    for key in range(1, 30):
+        bench.row(key, f"u{key}")
+    bench.store.users.insert_many([user(key, f"u{key}") for key in range(3, 30)] + [user(100, "extra")])
+    bench.store.users.update_one({"user_id": "7"}, {"$set": {"login": "wrong"}})
+    for selection in (Selection(from_audit=True), Selection(everyone=True)):
+        assert sorted(select(selection, bench.mysql, bench.store, 0.5)) == ["1", "100", "2", "7"]
+    assert select(Selection(user_ids=("7", "007", "-3")), bench.mysql, bench.store, 0) == ["7", "-3"]
+    with pytest.raises(ConfigError, match="No user id: 'octo'"):
+        select(Selection(user_ids=("octo",)), bench.mysql, bench.store, 0)
+    with pytest.raises(ConfigError, match="GHSYNC_REPAIR_MAX_USERS=3"):
+        refuse_too_many(4, 3)
+
+
+def test_a_consumer_that_dies_after_the_fence_repeats_the_repair(
+    bench: _Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.row(1, "old")
+    bench.record(1, "u", "old", ahead=-1)
+    bench.row(1, "right")
+    monkeypatch.setattr(RepairStore, "record_outcomes", _raise)
+    with pytest.raises(RuntimeError, match="died"):
+        bench.repair(1)
+    assert bench.login(1) == "right"
+    monkeypatch.undo()
+    assert bench.repairs.is_any_open()
+    with bench.parts.running(bench.topic, open_source=bench.source) as running:
+        until(lambda: not bench.repairs.is_any_open())
+        running.end()
+    bench.drain()
+    assert bench.login(1) == "right"
+
+
+def _raise(*_: object) -> None:
+    raise RuntimeError("died")

@@ -1,0 +1,273 @@
+"""What the real code does to each user, step by step, against the tables that the models enumerate; no servers."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any, cast
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ghsync_dagster.cdc.batch import Batch
+from ghsync_dagster.cdc.repair import Claim, RepairWork, SourceReader, carry_out, left_out
+from ghsync_dagster.domain.change import TOMBSTONE, Change, Op, Position
+from ghsync_dagster.domain.precedence import DELETE_STEPS, UPSERT_STEPS, StreamStep
+from ghsync_dagster.domain.repair import READING_STEPS, Outcome, Reading, RepairStep, StoredUser, cure
+from ghsync_dagster.stores.mysql import LockedRows
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from ghsync_dagster.stores.mysql import MySqlStore
+    from ghsync_dagster.stores.repairs import RepairStore
+
+Step = RepairStep | StreamStep
+SERVER = "7/bin"
+
+
+class _TracedStore:
+    """Notes which step each command is, by user; what it answers is given."""
+
+    def __init__(self, stored: Mapping[str, StoredUser] | None = None) -> None:
+        self.trace: dict[str, list[Step]] = defaultdict(list)
+        self.outcomes: dict[str, Outcome] = {}
+        self.was_told = threading.Event()
+        self.requests: dict[str, str] = {}
+        self._stored = stored or {}
+
+    def _note(self, step: Step, keys: Iterable[str]) -> None:
+        for key in keys:
+            self.trace[key].append(step)
+
+    def open_requests(self, limit: int, leave_out: Iterable[str] = ()) -> dict[str, str]:
+        found = {key: token for key, token in self.requests.items() if key not in set(leave_out)}
+        found = dict(list(found.items())[:limit])
+        self._note(RepairStep.CLAIM, found)
+        return found
+
+    def note_problem(self, keys: Iterable[str], problem: str) -> None:
+        assert list(keys) == ["1"]
+        assert "partitions [0] of [0, 1]" in problem
+        self.was_told.set()
+
+    def stored_users(self, keys: Iterable[str]) -> dict[str, StoredUser]:
+        keys = list(keys)
+        self._note(RepairStep.READ_STORED, keys)
+        return {key: self._stored[key] for key in keys}
+
+    def record_fence(self, requests: Mapping[str, str], reading: Reading) -> None:
+        assert reading.position.server == SERVER
+        self._note(RepairStep.RECORD_FENCE, requests)
+
+    def record_deleted(self, keys: Iterable[str]) -> None:
+        self._note(StreamStep.RECORD_DELETED, keys)
+
+    def drop_versions(self, keys: Iterable[str]) -> set[str]:
+        for key in keys:
+            again = StreamStep.WRITE_DOCUMENT in self.trace[key]
+            self.trace[key].append(StreamStep.DROP_VERSION_AGAIN if again else StreamStep.DROP_VERSION)
+        return set()
+
+    def write(self, upserts: Mapping[str, Any], deletes: Iterable[str] = (), **_: Any) -> dict[str, Any]:
+        self._note(StreamStep.WRITE_DOCUMENT, upserts)
+        self._note(StreamStep.REMOVE_DOCUMENT, deletes)
+        return {}
+
+    def forget_deleted(self, keys: Iterable[str]) -> None:
+        self._note(StreamStep.FORGET_DELETED, keys)
+
+    def record_outcomes(self, requests: Mapping[str, str], outcome: Outcome, reading: Reading | None) -> None:
+        assert (reading is None) == (outcome is Outcome.OVERTAKEN)
+        self._note(RepairStep.RECORD_OUTCOME, requests)
+        self.outcomes |= dict.fromkeys(requests, outcome)
+
+
+def expected(stored: StoredUser, *, has_row: bool) -> list[Step]:
+    """The steps of one user from the tables."""
+    op = cure(stored, has_row=has_row).op
+    write: tuple[Step, ...] = {Op.UPSERT: UPSERT_STEPS, Op.DELETE: DELETE_STEPS}.get(op, ())
+    steps: list[Step] = []
+    for step in RepairStep:
+        if step not in READING_STEPS:
+            steps += write if step is RepairStep.WRITE else [step]
+    return steps
+
+
+def row(key: str) -> dict[str, str | None]:
+    return {"user_id": key, "login": f"u{key}", "gravatar_id": None, "avatar_url": None, "url": None}
+
+
+def at(pos: int) -> Position:
+    return Position(3, pos, 0, SERVER)
+
+
+users = st.dictionaries(
+    st.integers(1, 50).map(str),
+    st.tuples(st.builds(StoredUser, st.booleans(), st.booleans(), st.booleans(), st.booleans()), st.booleans()),
+    min_size=1,
+)
+
+
+@given(users)
+def test_each_user_takes_the_steps_of_the_tables_in_their_order(found: dict[str, tuple[StoredUser, bool]]) -> None:
+    store = _TracedStore({key: stored for key, (stored, _) in found.items()})
+    rows = {key: row(key) for key, (_, has_row) in found.items() if has_row}
+    fences: dict[str, Reading] = {}
+    resolved: list[str] = []
+    reading = Reading("r", at(100))
+    work = RepairWork(Claim(dict.fromkeys(found, "token")), reading, rows)
+    repaired = carry_out(cast("RepairStore", store), work, fences, resolved.extend)
+    for key, (stored, has_row) in found.items():
+        assert store.trace[key] == expected(stored, has_row=has_row)
+        assert store.outcomes[key] is cure(stored, has_row=has_row).outcome
+    assert fences == dict.fromkeys(found, reading)
+    assert set(resolved) == set(found) == set(repaired.users)
+
+
+class _TracedSource:
+    """A source whose rows are given, which notes that it was read."""
+
+    def __init__(self, store: _TracedStore, locked: set[str]) -> None:
+        self._store, self._locked = store, locked
+        self.reads = 0
+
+    def read_locked(self, keys: Iterable[str]) -> LockedRows | None:
+        keys = list(keys)
+        self.reads += 1
+        if self._locked & set(keys):
+            return None
+        self._store._note(RepairStep.READ_SOURCE, keys)
+        return LockedRows({}, 7, "bin.000003", 100 + self.reads, "")
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def test_the_reader_claims_before_it_reads_and_leaves_locked_users_open() -> None:
+    store = _TracedStore()
+    store.requests = {str(key): "token" for key in range(1, 9)}
+    source = _TracedSource(store, {"3"})
+    reader = SourceReader(cast("RepairStore", store), lambda: cast("MySqlStore", source), float("inf"))
+    try:
+        reader.owns({0, 1}, {0, 1})
+        seen: dict[str, Position] = {}
+        while len(seen) < 7:
+            work = reader.next_work()
+            if work is not None:
+                seen |= dict.fromkeys(work.claim.requests, work.reading.position)
+                for key in work.claim.requests:
+                    del store.requests[key]
+                reader.finished(work)
+    finally:
+        reader.close()
+    assert "3" not in seen
+    for key in seen:
+        taken = store.trace[key]
+        assert taken[-2:] == list(READING_STEPS)
+
+
+def test_who_is_no_owner_reads_nothing_and_says_so() -> None:
+    store = _TracedStore()
+    store.requests = {"1": "token"}
+    reader = SourceReader(
+        cast("RepairStore", store), lambda: cast("MySqlStore", _TracedSource(store, set())), float("inf")
+    )
+    reader.owns({0}, {0, 1})
+    assert store.was_told.wait(10)
+    reader.close()
+    assert RepairStep.READ_SOURCE not in store.trace["1"]
+    assert reader.next_work() is None
+
+
+class _FakeMessage:
+    """A record's place; its content is decoded already."""
+
+    def __init__(self, offset: int) -> None:
+        self._offset = offset
+
+    def partition(self) -> int:
+        return 0
+
+    def offset(self) -> int:
+        return self._offset
+
+    def __len__(self) -> int:
+        return 1
+
+
+def batch_of(*changes: Change) -> Batch:
+    batch = Batch()
+    messages: list[Any] = [_FakeMessage(offset) for offset in range(len(changes))]
+    batch.add(messages, changes)
+    return batch
+
+
+def upsert(key: str, pos: int | None) -> Change:
+    return Change(Op.UPSERT, key, row(key), "u", position=None if pos is None else at(pos))
+
+
+def delete(key: str, pos: int) -> Change:
+    return Change(Op.DELETE, key, None, "d", position=at(pos))
+
+
+def tombstone(key: str) -> Change:
+    return Change(Op.DELETE, key, None, TOMBSTONE)
+
+
+FENCES = {"1": Reading("r", at(100)), "2": Reading("s", at(200))}
+
+
+def test_records_from_before_the_fence_are_left_out_and_later_ones_are_applied() -> None:
+    found = left_out(batch_of(upsert("1", 99), upsert("1", 100), upsert("2", 150), upsert("3", 1)), FENCES)
+    assert found.records == {0, 2}
+    assert not found.ask_again
+
+
+def test_a_record_that_cannot_be_compared_is_left_out_and_asked_for_again() -> None:
+    other = Change(Op.UPSERT, "2", row("2"), "u", position=Position(3, 500, 0, "8/bin"))
+    found = left_out(batch_of(upsert("1", None), other), FENCES)
+    assert found.records == {0, 1}
+    assert found.ask_again == {"1", "2"}
+
+
+def test_a_tombstone_goes_with_its_delete() -> None:
+    found = left_out(batch_of(delete("1", 50), tombstone("1"), delete("2", 250), tombstone("2")), FENCES)
+    assert found.records == {0, 1}
+    assert not found.ask_again
+    assert left_out(batch_of(tombstone("1")), FENCES).ask_again == {"1"}
+
+
+def test_a_truncate_keeps_the_users_that_were_read_after_it() -> None:
+    truncate = Change(Op.TRUNCATE, None, None, "t", position=at(150))
+    found = left_out(batch_of(upsert("3", 1), truncate), FENCES)
+    assert found.keep == {1: frozenset({"2"})}
+    nowhere = Change(Op.TRUNCATE, None, None, "t")
+    found = left_out(batch_of(nowhere), FENCES)
+    assert found.keep == {0: {"1", "2"}}
+    assert found.ask_again == {"1", "2"}
+
+
+def test_a_reading_that_the_stream_has_overtaken_is_not_written() -> None:
+    claim = Claim({"1": "token", "2": "token", "4": "token"})
+    batch = batch_of(upsert("1", 120), upsert("2", 90), upsert("4", None))
+    claim.note(batch, left_out(batch, {}))
+    absent = StoredUser(document=False, marked=False, versioned=False, deleted=False)
+    store = _TracedStore(dict.fromkeys(claim.requests, absent))
+    repaired = carry_out(
+        cast("RepairStore", store),
+        RepairWork(claim, Reading("r", at(100)), {key: row(key) for key in claim.requests}),
+        {},
+        lambda _: None,
+    )
+    # Of user 4 nobody knows: its request stays, and the source is read again.
+    assert store.outcomes == {"1": Outcome.OVERTAKEN, "2": Outcome.WRITTEN}
+    assert "4" not in store.trace
+    assert repaired.outcomes == {Outcome.OVERTAKEN: 1, Outcome.WRITTEN: 1}
+
+
+def test_what_was_left_out_does_not_count_as_applied() -> None:
+    claim = Claim({"1": "token"})
+    batch = batch_of(upsert("1", 50))
+    claim.note(batch, left_out(batch, FENCES))
+    assert claim.applied == {}
