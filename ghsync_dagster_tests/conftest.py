@@ -49,7 +49,7 @@ _SHARING = {
         *("test_store_away", "test_three_hours"),
     },
     "stream": {
-        *("test_cdc_campaign", "test_poison"),
+        *("test_cdc_campaign", "test_poison", "test_repair_campaign"),
         *("test_audit", "test_cdc_consume", "test_cdc_dagster", "test_cdc_takeover", "test_dead_letters"),
         *("test_debezium", "test_mysql_store", "test_rehearse", "test_repair", "test_replay"),
     },
