@@ -1,7 +1,7 @@
 """Repairs on the whole stack while the same users change: what is planted is put right, and nothing goes back.
 
-Each row has a counter in its login, which grows with each change. A watcher follows the collection, and sees each state
-that a document ever has: a counter that goes down is a newer state that was overwritten. Some changes are hidden from
+Each row has a counter in its login, which grows with each change. The consumer writes down each state that it gives a
+document: a counter that goes down is a newer state that was overwritten. Some changes are hidden from
 the binlog, so that only a repair brings them, and older records of the same users come after it.
 ``GHSYNC_FAULT_ROUNDS=N`` (any N) has 20 rounds, and 100,000 rows of a dropped partition.
 """
@@ -41,6 +41,8 @@ HIDDEN_SHARE = 0.05
 STEADY_SECONDS = 15 if FULL else 5
 DROPPED = 100_000 if FULL else 3_000
 DROPPED_RATE = 500
+WATCHED = Path(__file__).with_name("watched_consumer.py")
+STATES = "states"
 EXTRA = 5_000_000
 """Where the keys begin that MySQL does not have."""
 MARKER = 9_000_000
@@ -62,9 +64,11 @@ def _environment(settings: Settings, **more: str) -> dict[str, str]:
 
 
 @contextmanager
-def _consumer(settings: Settings, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def _consumer(settings: Settings, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    log = folder / "consumer.log"
+    command = [sys.executable, str(WATCHED), str(folder / STATES)]
     with log.open("ab") as stderr:
-        process = subprocess.Popen([GHSYNC, "cdc", "run"], env=_environment(settings), cwd=Path.home(), stderr=stderr)
+        process = subprocess.Popen(command, env=_environment(settings), cwd=Path.home(), stderr=stderr)
     try:
         yield process
     finally:
@@ -170,52 +174,30 @@ class Counters:
             self.sent += len(keys)
 
 
-class Watcher:
-    """Follows the collection: each state of a document, in order."""
+class States:
+    """What the consumer wrote, in its order."""
 
-    def __init__(self, settings: Settings, counters: Counters) -> None:
+    def __init__(self, file: Path, committed: dict[tuple[str, int], float]) -> None:
+        self.count = 0
         self.violations: list[str] = []
-        self.latencies: list[tuple[float, float]] = []
-        """When a change was seen, and how many seconds after its commit."""
-        self.states = 0
-        self._counters = counters
-        self._newest: dict[str, int] = {}
-        self._end = threading.Event()
-        self._ready = threading.Event()
-        self._settings = settings
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-        assert self._ready.wait(30)
+        self._latencies: list[tuple[float, float]] = []
+        newest: dict[str, int] = {}
+        for line in file.read_text(encoding="utf-8").splitlines():
+            at, key, login = line.split(" ", 2)
+            if not (login.startswith("n") and login[1:].isdigit()):
+                continue
+            counter = int(login[1:])
+            self.count += 1
+            if counter < newest.get(key, 0):
+                self.violations.append(f"user {key}: {counter} after {newest[key]}")
+            newest[key] = max(counter, newest.get(key, 0))
+            if (when := committed.get((key, counter))) is not None:
+                self._latencies.append((float(at), float(at) - when))
 
-    def _run(self) -> None:
-        with _store(self._settings) as store, store.users.watch(max_await_time_ms=50) as stream:
-            self._ready.set()
-            while not self._end.is_set():
-                if (event := stream.try_next()) is not None:
-                    self._see(event.get("fullDocument") or {})
-
-    def _see(self, document: dict[str, Any]) -> None:
-        login, key = document.get("login"), document.get("user_id")
-        if not isinstance(login, str) or not isinstance(key, str) or not login.startswith("n"):
-            return
-        counter, now = int(login[1:]), time.time()
-        self.states += 1
-        if counter < self._newest.get(key, 0):
-            self.violations.append(f"user {key}: {counter} after {self._newest[key]}")
-        self._newest[key] = max(counter, self._newest.get(key, 0))
-        committed = self._counters.committed.pop((key, counter), None)
-        if committed is not None:
-            self.latencies.append((now, now - committed))
-
-    def p99_ms(self, since: float, until_: float) -> float:
-        """Return the p99 in ms from commit to the watched document, in an interval of ``time.time``."""
-        found = [latency for at, latency in self.latencies if since <= at <= until_]
+    def p99_ms(self, began: float, ended: float) -> float:
+        """Return the p99 in ms from commit to the write, in an interval of ``time.time``."""
+        found = [latency for at, latency in self._latencies if began <= at <= ended]
         return round(1000 * statistics.quantiles(found, n=100)[98], 1)
-
-    def close(self) -> None:
-        """End the thread."""
-        self._end.set()
-        self._thread.join(30)
 
 
 def _plant(settings: Settings, chance: random.Random) -> None:
@@ -253,15 +235,14 @@ def test_planted_differences_are_put_right_under_changes_of_the_same_users(
     counters = Counters(stack_settings, chance, RATE, USERS)
     with _store(stack_settings) as store:
         store.ensure_collection()
-    watcher = Watcher(stack_settings, counters)
     rounds = []
     try:
-        with _consumer(stack_settings, tmp_path / "consumer.log"):
+        with _consumer(stack_settings, tmp_path):
             _await_stream(stack_settings, 0)
             with counters.going_on():
                 steady_from = time.time()
                 time.sleep(STEADY_SECONDS)
-                steady = watcher.p99_ms(steady_from, time.time())
+                steady_until = time.time()
             for number in range(1, ROUNDS + 1):
                 with counters.going_on():
                     counters.may_hide.set()
@@ -270,22 +251,23 @@ def test_planted_differences_are_put_right_under_changes_of_the_same_users(
                     counters.may_hide.clear()
                     began = time.time()
                     report = _repair(stack_settings, "--all")
-                    rounds.append((report, watcher.p99_ms(began, time.time())))
+                    rounds.append((report, began, time.time()))
                 _await_stream(stack_settings, number)
                 _assert_equal(stack_settings)
     finally:
         counters.close()
-        watcher.close()
-    asked = [report["asked"] for report, _ in rounds]
-    seconds = [report["whole_seconds"] for report, _ in rounds]
-    p99 = [repairing for _, repairing in rounds]
+    states = States(tmp_path / STATES, counters.committed)
+    asked = [report["asked"] for report, _, _ in rounds]
+    seconds = [report["whole_seconds"] for report, _, _ in rounds]
+    steady = states.p99_ms(steady_from, steady_until)
+    p99 = [states.p99_ms(began, ended) for _, began, ended in rounds]
     sys.stdout.write(
-        f"{ROUNDS} rounds, {counters.sent:,} changes, {watcher.states:,} states watched, "
-        f"{len(watcher.violations)} newer states overwritten; asked for {min(asked)} to {max(asked)} users; "
+        f"{ROUNDS} rounds, {counters.sent:,} changes, {states.count:,} states written, "
+        f"{len(states.violations)} newer states overwritten; asked for {min(asked)} to {max(asked)} users; "
         f"seconds {min(seconds)} to {max(seconds)}, median {statistics.median(seconds)}; "
         f"p99 steady {steady} ms, while repairing {min(p99)} to {max(p99)}, median {statistics.median(p99)}\n"
     )
-    assert not watcher.violations, watcher.violations[:20]
+    assert not states.violations, states.violations[:20]
     assert sum(asked) > ROUNDS * USERS // 4
 
 
@@ -301,7 +283,7 @@ def test_the_rows_of_a_dropped_partition_are_removed_by_one_command(stack_settin
             for at in range(0, DROPPED, 1_000):
                 values = ", ".join(f"({first + at + one}, 'gone', 'g', 'a', 'u')" for one in range(1_000))
                 mysql.execute([(f"INSERT INTO Users VALUES {values}", ())])  # noqa: S608  numbers only
-            with _consumer(stack_settings, tmp_path / "consumer.log") as consumer:
+            with _consumer(stack_settings, tmp_path) as consumer:
                 until(lambda: store.users.count_documents({}) == DROPPED + USERS, 240)
                 mysql.execute([("ALTER TABLE Users DROP PARTITION p1", ())])
                 mysql.execute([("ALTER TABLE Users ADD PARTITION (PARTITION p1 VALUES LESS THAN MAXVALUE)", ())])
