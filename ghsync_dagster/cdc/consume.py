@@ -24,7 +24,7 @@ from ghsync_dagster.cdc.dead_letters import DeadLetters
 from ghsync_dagster.cdc.interpreter import quick_turns, short_collections
 from ghsync_dagster.cdc.known_topic import KnownTopic, group_name
 from ghsync_dagster.cdc.listener import KAFKA, MONGO, AppliedBatch, ChangeListener, Listeners, SilentListener
-from ghsync_dagster.cdc.order import OrderedTruncates, Truncate, nexts
+from ghsync_dagster.cdc.order import OrderedTruncates, Truncate, nexts, oldest_positions
 from ghsync_dagster.cdc.repair import SourceReader
 from ghsync_dagster.cdc.write import Membership, Trouble, Writer, Written
 from ghsync_dagster.domain.change import Change
@@ -271,7 +271,12 @@ class _Run:
         self._reader = (
             None
             if owner.open_source is None
-            else SourceReader(RepairStore(store), owner.open_source, owner.repair_users_a_second)
+            else SourceReader(
+                RepairStore(store),
+                owner.open_source,
+                owner.repair_users_a_second,
+                lambda: oldest_positions(owner.kafka),
+            )
         )
         self._was_repair = False
         """Whether users were repaired last, so that it is a batch's turn."""
@@ -504,8 +509,9 @@ class _Run:
             self._confirm()
 
     def _raise_failure(self) -> None:
-        if self._writer.failure is not None:
-            raise self._writer.failure
+        for worker in (self._writer, self._reader):
+            if worker is not None and worker.failure is not None:
+                raise worker.failure
 
     # Partitions that come and go
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from confluent_kafka import Message
 
     from ghsync_dagster.domain.change import Position
+    from ghsync_dagster.stores.kafka import KafkaSettings
     from ghsync_dagster.stores.kafka_consumer import TopicConsumer
 
 _SCAN_BACK: Final = 1_000
@@ -161,6 +162,25 @@ def nexts(consumer: TopicConsumer, partitions: Iterable[int]) -> dict[int, int]:
         partition: consumer.offsets(partition)[0] if offset is None else offset
         for partition, offset in committed.items()
     }
+
+
+def oldest_positions(kafka: KafkaSettings) -> list[Position | None]:
+    """Return the position of the oldest record in each partition of the topic; None where nothing tells one.
+
+    Raises:
+        UnavailableError: No broker can be reached, or there is no such topic.
+        RefusedError: The credentials or rights are refused.
+    """
+    from ghsync_dagster.cdc.backlog import read_backlog
+    from ghsync_dagster.stores.kafka_topics import read_range
+
+    found: list[Position | None] = []
+    for partition in read_backlog(kafka).partitions:
+        first = min(partition.low + 1, partition.end)
+        messages = list(read_range(kafka, partition.partition, partition.low, first))
+        change = next(iter(decode(ChangeDecoder(), messages)), None)
+        found.append(change.position if isinstance(change, Change) else None)
+    return found
 
 
 class OrderedTruncates:

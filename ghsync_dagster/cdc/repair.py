@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -53,6 +53,8 @@ _AHEAD: Final = 2
 _LOOK_SECONDS: Final = 1.0
 """How often to look for requests."""
 _ONE_CONSUMER: Final = "Let one consumer have all partitions while users are repaired: stop the others of the group."
+_DROP_SECONDS: Final = 3_600.0
+"""How often to look for fences that nothing needs any more."""
 _END_SECONDS: Final = 5.0
 """How long to wait for the thread to end."""
 _LOCKED_SECONDS: Final = 0.02
@@ -165,12 +167,21 @@ class SourceReader:
         store: Not used by another thread.
         open_source: Opens MySQL, or raises what is in the way.
         users_a_second: How many users are read a second at most.
+        oldest: Returns the position of the oldest record in each partition of the topic, None where it tells none.
     """
 
-    def __init__(self, store: RepairStore, open_source: Callable[[], MySqlStore], users_a_second: float) -> None:
+    def __init__(
+        self,
+        store: RepairStore,
+        open_source: Callable[[], MySqlStore],
+        users_a_second: float = float("inf"),
+        oldest: Callable[[], Sequence[Position | None]] = tuple,
+    ) -> None:
         self._store = store
         self._open_source = open_source
         self._users_a_second = users_a_second
+        self._oldest = oldest
+        self._next_drop = 0.0
         self._source: MySqlStore | None = None
         self._changed = threading.Condition()
         self._closing = False
@@ -181,6 +192,8 @@ class SourceReader:
         """Why this consumer, which has some of the partitions, carries nothing out."""
         self._claims: list[Claim] = []
         self._works: list[RepairWork] = []
+        self.failure: BaseException | None = None
+        """What ended the thread, and nobody foresaw."""
         self._problem = ""
         self._next_at = 0.0
         self._commands: dict[RepairStep, Callable[[int], None]] = {
@@ -267,6 +280,8 @@ class SourceReader:
                     delays = waits()
                     if not is_at_work:
                         self._wait(_LOOK_SECONDS)
+        except BaseException as error:  # noqa: BLE001  the thread that consumes raises it
+            self.failure = error
         finally:
             self._close_source()
 
@@ -280,12 +295,24 @@ class SourceReader:
             if self._shared and (requests := self._store.open_requests(CHUNK)):
                 self._store.note_problem(requests, f"{self._shared}{WAY_OUT}{_ONE_CONSUMER}")
             return False
+        self._drop_fences()
         for step in READING_STEPS:
             self._commands[step](owner)
             if self._claimed is None:
                 self._close_source()
                 return False
         return True
+
+    def _drop_fences(self) -> None:
+        """Drop now and then the fences that no record of the topic is from before."""
+        if time.monotonic() < self._next_drop:
+            return
+        self._next_drop = time.monotonic() + _DROP_SECONDS
+        if self._store.has_fences() and (oldest := self._oldest()):
+            dropped = self._store.drop_fences(
+                lambda reading: all(reading.includes(position) is False for position in oldest)
+            )
+            log.info("fences are dropped that the topic holds nothing from before", readings=dropped)
 
     def _claim(self, owner: int) -> None:
         with self._changed:

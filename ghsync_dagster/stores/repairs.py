@@ -29,6 +29,7 @@ _REQUESTED: Final = "requested"
 _DONE: Final = "done"
 _ASKED_KEPT: Final = 20
 """How many of the requests for a user, of which each had others before it, are told what became of it."""
+_READINGS: Final = 100
 _TEXT: Final = 300
 
 
@@ -227,18 +228,23 @@ class RepairStore(StreamStore):
             cursor = self._repairs.find({}, {"reading": 1}, batch_size=CHUNK)
             return {entry["_id"]: readings[name] for entry in cursor if (name := entry.get("reading")) in readings}
 
-    def drop_fences(self, is_over: Callable[[Reading, datetime], bool]) -> int:
-        """Drop readings that nothing needs any more, and the closed requests that refer to them.
+    def has_fences(self) -> bool:
+        """Tell whether there is any fence."""
+        with mongo_errors("Reading fences"):
+            return self._readings.find_one({}, {"_id": 1}) is not None
+
+    def drop_fences(self, is_over: Callable[[Reading], bool]) -> int:
+        """Drop readings that nothing needs any more, with the closed requests that refer to them.
 
         Args:
-            is_over: Tells of a reading, and when it was made, whether no record from before it can come any more.
+            is_over: Tells of a reading whether no record from before it can come any more.
 
         Returns:
             How many readings were dropped.
         """
         with mongo_errors("Dropping fences"):
-            over = [found["_id"] for found in self._readings.find({}) if is_over(_reading(found), found["at"])]
-            for part in chunks(over, 100):
+            over = [reading.id for found in self._readings.find({}) if is_over(reading := _reading(found))]
+            for part in chunks(over, _READINGS):
                 self._repairs.delete_many({"reading": {"$in": part}, "state": _DONE})
                 self._readings.delete_many({"_id": {"$in": part}})
         return len(over)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from cdc_parts import Parts, Topic, make_strict, stored, until, user
+from confluent_kafka import TopicPartition
+from confluent_kafka.admin import AdminClient
 
 from ghsync_dagster.cdc.repair_requests import RepairReport, Selection, plan, refuse_too_many, repair, select
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
@@ -314,3 +316,25 @@ def test_a_consumer_that_dies_after_the_fence_repeats_the_repair(
 
 def _raise(*_: object) -> None:
     raise RuntimeError("died")
+
+
+def test_fences_are_dropped_once_the_topic_holds_nothing_from_before(bench: _Bench) -> None:
+    bench.record(1, "u", "old", ahead=-1)
+    bench.row(1, "right")
+    assert bench.repair(1).is_carried_out
+    readings = bench.store.database["_ghsync_readings"]
+    assert readings.count_documents({}) == 1
+    # The record from before is still there.
+    with bench.parts.running(bench.topic, open_source=bench.source) as running:
+        until(lambda: bench.topic.committed() == 1)
+        running.end()
+    assert readings.count_documents({}) == 1
+    bench.record(1, "u", "new")
+    admin = AdminClient({"bootstrap.servers": bench.topic.kafka.bootstrap_servers})
+    for future in admin.delete_records([TopicPartition(bench.topic.kafka.topic, 0, 1)]).values():
+        future.result(30)
+    with bench.parts.running(bench.topic, open_source=bench.source) as running:
+        until(lambda: readings.count_documents({}) == 0)
+        until(lambda: bench.login(1) == "new")
+        running.end()
+    assert bench.repairs.fences() == {}

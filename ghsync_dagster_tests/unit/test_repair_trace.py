@@ -46,6 +46,9 @@ class _TracedStore:
         self._note(RepairStep.CLAIM, found)
         return found
 
+    def has_fences(self) -> bool:
+        return False
+
     def note_problem(self, keys: Iterable[str], problem: str) -> None:
         assert list(keys) == ["1"]
         assert "partitions [0] of [0, 1]" in problem

@@ -1,0 +1,163 @@
+"""`ghsync cdc repair`, `cdc_repair_job` and its sensor, on the whole stack."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import dagster as dg
+import pytest
+from cdc_parts import GHSYNC, stored, until
+
+from ghsync_dagster.defs.cdc.repair import REPAIR_JOB, REPAIR_OP, cdc_repair_sensor
+from ghsync_dagster.stores.mongo import UserStore
+from ghsync_dagster.stores.mysql import MySqlStore
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ghsync_dagster.settings import Settings
+
+DAGSTER = str(Path(sys.executable).parent / "dagster")
+
+
+class _Sides:
+    """Both sides, and the environment of a command."""
+
+    def __init__(self, settings: Settings, mysql: MySqlStore, store: UserStore) -> None:
+        self.mysql, self.store = mysql, store
+        assert settings.mongodb_uri
+        assert settings.mysql_url
+        self.environment = {
+            "MONGODB_URI": settings.mongodb_uri.get_secret_value(),
+            "MONGODB_DATABASE": settings.mongodb_database,
+            "KAFKA_BOOTSTRAP_SERVERS": str(settings.kafka_bootstrap_servers),
+            "KAFKA_GROUP_ID": settings.kafka_group_id,
+            "CONNECT_URL": str(settings.connect_url),
+            "MYSQL_URL": settings.mysql_url.get_secret_value(),
+        }
+
+    def run(self, *command: str, **more: str) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end."""
+        environment = self.environment | more
+        return subprocess.run(command, env=environment, cwd=Path.home(), capture_output=True, text=True, timeout=120)
+
+    def repair(self, *options: str, **more: str) -> subprocess.CompletedProcess[str]:
+        """Run ``ghsync cdc repair``."""
+        return self.run(GHSYNC, "cdc", "repair", *options, **more)
+
+    def hide(self, *statements: str) -> None:
+        """Change rows without a record in the binlog."""
+        self.mysql.execute([("SET SESSION sql_log_bin = 0", ()), *((statement, ()) for statement in statements)])
+        self.mysql.execute([("SET SESSION sql_log_bin = 1", ())])
+
+
+@pytest.fixture
+def sides(stack_settings: Settings) -> Iterator[_Sides]:
+    """Five users that both sides have, drained."""
+    assert stack_settings.mongodb_uri
+    assert stack_settings.mysql_url
+    uri = stack_settings.mongodb_uri.get_secret_value()
+    with (
+        MySqlStore(stack_settings.mysql_url.get_secret_value()) as mysql,
+        UserStore(uri, stack_settings.mongodb_database, "Users") as store,
+    ):
+        found = _Sides(stack_settings, mysql, store)
+        mysql.execute([("INSERT INTO Users (user_id, login) VALUES (1,'a'),(2,'b'),(3,'c'),(4,'d'),(5,'e')", ())])
+        until(lambda: found.run(GHSYNC, "cdc", "drain").returncode == 0 and len(stored(store)) == 5)
+        yield found
+
+
+def test_hidden_changes_are_repaired_from_an_audit(sides: _Sides) -> None:
+    sides.hide(
+        "UPDATE Users SET login = 'hidden' WHERE user_id = 1",
+        "DELETE FROM Users WHERE user_id = 2",
+        "INSERT INTO Users (user_id, login) VALUES (6, 'new')",
+    )
+    dry = sides.repair("--from-audit", "--patience", "0.5", "--dry-run")
+    assert dry.returncode == 0
+    assert dry.stdout.startswith("3 users: 1 removed, 2 written; nothing was written")
+    assert stored(sides.store)["1"]["login"] == "a"
+    done = sides.repair("--from-audit", "--patience", "0.5", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["outcomes"], report["open"], report["by_itself"]) == ({"written": 2, "removed": 1}, 0, True)
+    found = stored(sides.store)
+    assert {key: document["login"] for key, document in found.items()} == {
+        "1": "hidden",
+        "3": "c",
+        "4": "d",
+        "5": "e",
+        "6": "new",
+    }
+    assert sides.run(GHSYNC, "cdc", "audit", "--patience", "1").returncode == 0
+    # The stream goes on from there.
+    sides.mysql.execute([("UPDATE Users SET login = 'later' WHERE user_id = 1", ())])
+    until(lambda: sides.run(GHSYNC, "cdc", "drain").returncode == 0 and stored(sides.store)["1"]["login"] == "later")
+
+
+def test_what_is_asked_for_wrongly_is_one_clear_error(sides: _Sides) -> None:
+    for options, more, words in (
+        ((), {}, "No user is chosen"),
+        (("--user-id", "octo"), {}, "No user id: 'octo'"),
+        (("--user-id", "1", "--user-id", "2"), {"GHSYNC_REPAIR_MAX_USERS": "1"}, "2 users would be repaired"),
+        (("--user-id", "1"), {"MYSQL_URL": "nowhere"}, "MYSQL_URL is malformed"),
+    ):
+        done = sides.repair(*options, **more)
+        assert done.returncode == 2, done.stderr
+        assert words in done.stderr
+        assert "way out: " in done.stderr
+    assert sides.store.database["_ghsync_repairs"].count_documents({}) == 0
+    allowed = sides.repair("--user-id", "1", "--user-id", "2", "--yes", GHSYNC_REPAIR_MAX_USERS="1")
+    assert allowed.returncode == 0, allowed.stderr
+
+
+def test_the_job_repairs_what_the_launchpad_chooses(sides: _Sides, tmp_path: Path) -> None:
+    sides.store.users.update_one({"user_id": "3"}, {"$set": {"login": "foreign"}})
+    config = tmp_path / "run.json"
+    for chosen, code in (({}, 1), ({"user_ids": ["3"]}, 0)):
+        config.write_text(json.dumps({"ops": {REPAIR_OP: {"config": chosen}}}))
+        job = (DAGSTER, "job", "execute", "-m", "ghsync_dagster.definitions", "-j", REPAIR_JOB, "-c", str(config))
+        done = sides.run(*job, DAGSTER_HOME=str(tmp_path))
+        assert done.returncode == code, done.stderr[-3000:]
+        assert ("No user is chosen" in done.stderr) == (code == 1)
+    assert stored(sides.store)["3"]["login"] == "c"
+
+
+@pytest.mark.parametrize(
+    ("found", "starts", "words"),
+    [
+        (None, False, "there was none"),
+        ({"missing": 0, "extra": 0, "different": 0}, False, "compared nothing"),
+        ({"missing": 2, "extra": 1, "different": 3}, True, ""),
+        ({"missing": 0, "extra": 10_001, "different": 0}, False, "more than GHSYNC_REPAIR_MAX_USERS"),
+    ],
+)
+def test_the_sensor_starts_one_repair_for_each_small_difference(
+    found: dict[str, int] | None, starts: bool, words: str
+) -> None:
+    with dg.instance_for_test() as instance:
+        if found is not None:
+            instance.report_runless_asset_event(
+                dg.AssetCheckEvaluation(
+                    asset_key=dg.AssetKey("users_changes"),
+                    check_name="in_step_with_mysql",
+                    passed=False,
+                    metadata={name: dg.MetadataValue.int(count) for name, count in found.items()},
+                )
+            )
+        context = dg.build_sensor_context(instance=instance)
+        result = cdc_repair_sensor(context)
+        assert isinstance(result, dg.SensorResult | dg.SkipReason)
+        if isinstance(result, dg.SkipReason) or not starts:
+            skipped = result.skip_message if isinstance(result, dg.SkipReason) else result.skip_reason
+            assert words in str(skipped)
+            assert not starts
+            return
+        [request] = result.run_requests or []
+        assert request.run_config == {"ops": {REPAIR_OP: {"config": {"from_audit": True}}}}
+        again = dg.build_sensor_context(instance=instance, cursor=result.cursor)
+        assert isinstance(cdc_repair_sensor(again), dg.SkipReason)
