@@ -62,13 +62,17 @@ def drain(as_json: AsJson = False) -> None:
 def audit_changes(
     lag_wait: Annotated[float, typer.Option(min=0, help="Seconds to wait until no change waits for the group.")] = 60,
     patience: Annotated[float, typer.Option(min=0, help="Seconds for which what differs is read again.")] = 30,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=0, help="How many differences are named. Default: 20; with --json all, at most 100,000."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare MySQL's table with the collection, key by key, while both may change; write nothing.
 
     Exit code 1 where they differ.
     """
-    from ghsync_dagster.cdc.audit import AuditResult, Patience, audit
+    from ghsync_dagster.cdc.audit import MOST_OFFENDERS, OFFENDERS, AuditResult, Patience, audit
     from ghsync_dagster.cdc.backlog import await_no_lag
     from ghsync_dagster.cdc.checks import in_step_with_mysql
     from ghsync_dagster.stores.retry import retrying
@@ -76,10 +80,12 @@ def audit_changes(
 
     settings = load_settings()
     configure_logging(settings)
+    if limit is None:
+        limit = MOST_OFFENDERS if as_json else OFFENDERS
 
     def compare() -> AuditResult:
         with open_mysql(settings) as mysql, store_opener(settings)() as store:
-            return audit(mysql, store, patience=Patience(seconds=patience))
+            return audit(mysql, store, patience=Patience(seconds=patience), limit=limit)
 
     kafka = existing_kafka(settings)
     attempts = settings.retry_attempts
@@ -97,7 +103,10 @@ def _show_finding(finding: Finding) -> None:
             f"{name}: MySQL {values['mysql']}, MongoDB {values['mongodb']}"
             for name, values in offender["fields"].items()
         )
-        typer.echo(f"  {offender['kind']:9} {offender['user_id']}{f': {differs}' if differs else ''}")
+        kind = "shifted" if offender["shifted"] else offender["kind"]
+        typer.echo(f"  {kind:9} {offender['user_id']}{f': {differs}' if differs else ''}")
+    if more := finding.counts["not_named"]:
+        typer.echo(f"  ... and {more} more: --limit N names more, --json all")
     if finding.way_out:
         typer.echo(f"way out: {finding.way_out}", err=True)
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Final
 
 from ghsync_dagster.batch.checks import OFFENDERS, Finding
+from ghsync_dagster.cdc.causes import CURE, Circumstances, likely_causes
 
 if TYPE_CHECKING:
     from ghsync_dagster.cdc.audit import AuditResult
@@ -180,13 +181,15 @@ def nothing_to_compare_with(why: str) -> Finding:
     )
 
 
-def in_step_with_mysql(result: AuditResult, waiting: int) -> Finding:
+def in_step_with_mysql(result: AuditResult, waiting: int, known: Circumstances | None = None) -> Finding:
     """Hold that the collection holds what MySQL's table holds.
 
     Args:
         result: What the audit found.
         waiting: Records that still waited for the group when the audit began.
+        known: What else may explain differences.
     """
+    known = known or Circumstances()
     late = f"; {waiting} changes were still waiting for the consumer" if waiting else ""
     return Finding(
         IN_STEP_WITH_MYSQL,
@@ -198,16 +201,20 @@ def in_step_with_mysql(result: AuditResult, waiting: int) -> Finding:
             "missing": result.missing,
             "extra": result.extra,
             "different": result.different,
+            "shifted": result.shifted,
             "from_files": result.from_files,
+            "not_named": result.total - len(result.offenders),
             "read_again": result.reread,
             "waiting": waiting,
             "seconds": result.seconds,
         },
         [asdict(offender) for offender in result.offenders],
-        ""
-        if result.equal
-        else f"{_LOOK}; then run the check again."
-        if waiting
-        else "Look for dead letters of these users and for who else writes to the collection; then write their rows "
-        "anew, see docs/operations.md, A user is wrong.",
+        "" if result.equal else _way_out_of_differences(result, waiting, known),
     )
+
+
+def _way_out_of_differences(result: AuditResult, waiting: int, known: Circumstances) -> str:
+    if waiting and not known.connector:
+        return f"{_LOOK}; then run the check again."
+    causes = " ".join(likely_causes(result, known))
+    return f"{causes} Once the cause is gone: {CURE}; see docs/operations.md, A user is wrong."

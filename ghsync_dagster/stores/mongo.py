@@ -312,6 +312,47 @@ class UserStore:
         with mongo_errors("Reading users"):
             return {found["user_id"]: found for found in self.users.find({"user_id": {"$in": list(keys)}}, {"_id": 0})}
 
+    def page(self, after: str | None, upto: str | None, limit: int) -> list[Document]:
+        """Return up to ``limit`` whole documents by ``user_id`` in the order of text.
+
+        Both ends are given where they can be: not every server stops reading at the limit.
+
+        Args:
+            after: Only those above it; None: from the first text on.
+            upto: At most it; None: to the last text.
+            limit: How many.
+        """
+        bounds = {"$gte": ""} if after is None else {"$gt": after}
+        if upto is not None:
+            bounds["$lte"] = upto
+        with (
+            mongo_errors("Reading users"),
+            # Without a projection: it would take the server more time than it saves of the documents' few fields.
+            self.users.find({"user_id": bounds}, sort=[("user_id", 1)], limit=limit, batch_size=limit) as cursor,
+        ):
+            return cursor.to_list()
+
+    def ids_that_are_no_text(self) -> Iterator[object]:
+        """Yield the ``user_id`` of each document in which it is no text; None where it has none."""
+        # An array is text to the first condition where one of its members is.
+        query = {"$or": [{"user_id": {"$not": {"$type": "string"}}}, {"user_id": {"$type": "array"}}]}
+        with (
+            mongo_errors("Reading users"),
+            self.users.find(query, {"_id": 0, "user_id": 1}, batch_size=CHUNK) as cursor,
+        ):
+            for found in cursor:
+                yield found.get("user_id")
+
+    def estimated_count(self) -> int:
+        """Return about how many documents there are."""
+        with mongo_errors("Counting users"):
+            return self.users.estimated_document_count()
+
+    def versioned_among(self, keys: Sequence[str]) -> set[str]:
+        """Return those of ``keys`` that have a version entry."""
+        with mongo_errors("Reading versions"):
+            return {found["_id"] for found in self.versions.find({"_id": {"$in": list(keys)}}, {"_id": 1})}
+
     def count_of(self, key: str) -> int:
         """Return how many documents one user has."""
         with mongo_errors("Counting a user's documents"):

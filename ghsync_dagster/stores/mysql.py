@@ -9,6 +9,7 @@ Rows are ordered by the number, as the signed BIGINT key is.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import ssl
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ import pymysql
 from pymysql.constants import CLIENT, CR, ER
 
 from ghsync_dagster.domain.errors import ConfigError, RefusedError, UnavailableError
+from ghsync_dagster.domain.key_order import integer_ranges
 from ghsync_dagster.domain.user import USER_FIELDS
 from ghsync_dagster.observability.logging import redact
 
@@ -36,9 +38,16 @@ KEY_MIN: Final = -(2**63)
 KEY_MAX: Final = 2**63 - 1
 """The range of a signed BIGINT."""
 
+_UNKNOWN: Final = (0, -1)
+"""Limits that were not asked for yet."""
+
 DEFAULT_TABLE: Final = "Users"
 _DEFAULT_PORT: Final = 3306
-_CANONICAL: Final = re.compile(r"0|-?[1-9][0-9]{0,18}")
+_CANONICAL: Final = re.compile(r"0|-?[1-9][0-9]{0,19}")
+_KEY_BITS: Final = {"tinyint": 8, "smallint": 16, "mediumint": 24, "int": 32, "bigint": 64}
+_SEPARATOR: Final = b"\xff"
+_NULL: Final = b"\xfe"
+"""Bytes that no text in UTF-8 has, so that a row's bytes tell fields and nulls apart whatever the fields hold."""
 _TIMES_TO_ANSWER: Final = 6
 """A query may take so many times as long as a connection: a count reads the whole table."""
 
@@ -295,7 +304,43 @@ def is_key(key: str) -> bool:
     >>> [is_key(key) for key in ("42", "-7", "007", "-0", "9223372036854775808", "octo")]
     [True, True, False, False, False, False]
     """
-    return _CANONICAL.fullmatch(key) is not None and KEY_MIN <= int(key) <= KEY_MAX
+    return _is_integer(key) and KEY_MIN <= int(key) <= KEY_MAX
+
+
+def _is_integer(key: str) -> bool:
+    """Tell whether a ``user_id`` is written as the server writes an integer of 64 bits, with or without a sign."""
+    return _CANONICAL.fullmatch(key) is not None and KEY_MIN <= int(key) <= 2 * KEY_MAX + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """An interval of keys in the order of their text: above ``after``, at most ``upto``.
+
+    Attributes:
+        after: None: from the first key on.
+        upto: None: to the last key.
+    """
+
+    after: str | None = None
+    upto: str | None = None
+
+
+def hash_sum(users: Iterable[Mapping[str, Any]]) -> int:
+    """Return the sum of the 128-bit hashes of users' five fields, as ``MySqlStore.digest`` adds them up in SQL.
+
+    Sums, since equal hashes would cancel out under XOR.
+
+    Raises:
+        KeyError: A field is not there.
+        AttributeError: A field is neither text nor None.
+        UnicodeEncodeError: A text has a half of a surrogate pair.
+    """
+    # One loop without calls of our own: it runs for every document of the collection.
+    total, md5, number = 0, hashlib.md5, int.from_bytes
+    for user in users:
+        parts = [_NULL if (value := user[name]) is None else value.encode() for name in USER_FIELDS]
+        total += number(md5(_SEPARATOR.join(parts), usedforsecurity=False).digest(), "big")
+    return total
 
 
 class MySqlStore:
@@ -315,6 +360,8 @@ class MySqlStore:
     def __init__(self, url: str, *, table: str = DEFAULT_TABLE, timeout_seconds: float = 10) -> None:
         self.address = parse_url(url)
         self.table = f"`{table.replace('`', '``')}`"
+        self._name = table
+        self._limits: tuple[int, int] | None = _UNKNOWN
         self._tls = _tls(self.address)
         self._timeout = timeout_seconds
         self._connection: Connection[Cursor] | None = None
@@ -359,19 +406,95 @@ class MySqlStore:
 
     def rows_by_id(self, keys: Iterable[str]) -> dict[str, Row]:
         """Return the rows of ``keys``; what MySQL can't hold as a key is not there."""
-        wanted = [int(key) for key in keys if is_key(key)]
+        limits = self._key_limits()
+        wanted: list[int] | list[str] = (
+            [int(key) for key in keys if _is_integer(key) and limits[0] <= int(key) <= limits[1]]
+            if limits
+            else list(keys)
+        )
         if not wanted:
             return {}
-        query = f"SELECT {_COLUMNS} FROM {self.table} WHERE `user_id` IN %s"  # noqa: S608  only names
-        return {str(values[0]): _row(values) for values in self._run("Reading rows", query, (wanted,))}
+        query = f"SELECT {self._columns()} FROM {self.table} WHERE `user_id` IN %s"  # noqa: S608  only names
+        found = (_row(values) for values in self._run("Reading rows", query, (wanted,)))
+        # A text key's collation may take other texts for the same.
+        asked = set(map(str, wanted))
+        return {str(row["user_id"]): row for row in found if str(row["user_id"]) in asked}
 
-    def ids_among(self, keys: Iterable[str]) -> set[str]:
-        """Return those of ``keys`` that have a row."""
-        wanted = [int(key) for key in keys if is_key(key)]
-        if not wanted:
-            return set()
-        query = f"SELECT `user_id` FROM {self.table} WHERE `user_id` IN %s"  # noqa: S608  only names
-        return {str(values[0]) for values in self._run("Reading keys", query, (wanted,))}
+    def digest(self, span: Span, most: int) -> tuple[int, int]:
+        """Return the count of a span's rows and their ``hash_sum``, made by the server; stop at ``most`` rows."""
+        if not (where := self._within(span)):
+            return 0, 0
+        texts = (f"IFNULL(CAST(CONVERT(`{name}` USING utf8mb4) AS BINARY), _binary 0xfe)" for name in USER_FIELDS[1:])
+        key = f"CAST({self._key_text()} AS BINARY)"
+        # With its limit the inner query is carried out once and first: no row is hashed twice, and none beyond it.
+        query = (
+            "SELECT COUNT(*), SUM(CAST(CONV(LEFT(hash, 16), 16, 10) AS UNSIGNED)),"  # noqa: S608  only names
+            " SUM(CAST(CONV(RIGHT(hash, 16), 16, 10) AS UNSIGNED))"
+            f" FROM (SELECT MD5(CONCAT_WS(_binary 0xff, {key}, {', '.join(texts)})) AS hash"
+            f" FROM {self.table} WHERE {where[0]} LIMIT %s) AS hashes"
+        )
+        ((count, high, low),) = self._run("Hashing rows", query, (*where[1], most))
+        return int(count), (int(high or 0) << 64) + int(low or 0)
+
+    def rows_within(self, span: Span, above: Mapping[str, str | None] | None, limit: int) -> list[Row]:
+        """Return up to ``limit`` rows of a span, in the key's own order; only those above the row ``above``."""
+        if not (where := self._within(span)):
+            return []
+        condition, values = where
+        if above is not None:
+            condition, values = f"({condition}) AND {self._key_text()} > %s", (*values, self._key_value(above))
+        query = f"SELECT {self._columns()} FROM {self.table} WHERE {condition} ORDER BY {self._key_text()} LIMIT %s"  # noqa: S608  only names
+        return [_row(found) for found in self._run("Reading rows", query, (*values, limit))]
+
+    def rows_outside(self, limit: int) -> tuple[int, list[str]]:
+        """Return how many rows no span holds, as their key is null or no text, and up to ``limit`` of these keys."""
+        where = f"WHERE {self._key_text()} IS NULL"
+        ((count,),) = self._run("Counting rows", f"SELECT COUNT(*) FROM {self.table} {where}")  # noqa: S608  only names
+        if not count:
+            return 0, []
+        query = f"SELECT HEX(`user_id`) FROM {self.table} {where} LIMIT %s"  # noqa: S608  only names
+        found = self._run("Reading keys", query, (limit,))
+        return int(count), ["null" if key is None else f"0x{key}" for (key,) in found]
+
+    def _within(self, span: Span) -> tuple[str, tuple[object, ...]] | None:
+        """Return the condition that a row's key is in a span, with its values; None where no row can be."""
+        limits = self._key_limits()
+        if limits is not None:
+            ranges = integer_ranges(span.after, span.upto, *limits)
+            values = tuple(bound for both in ranges for bound in both)
+            return (" OR ".join(["`user_id` BETWEEN %s AND %s"] * len(ranges)), values) if ranges else None
+        key = self._key_text()
+        bounds = [(f"{key} > %s", span.after), (f"{key} <= %s", span.upto)]
+        given = [(condition, value) for condition, value in bounds if value is not None]
+        conditions = [f"{key} IS NOT NULL", *(condition for condition, _ in given)]
+        return " AND ".join(conditions), tuple(value for _, value in given)
+
+    def _key_limits(self) -> tuple[int, int] | None:
+        """Return the least and the largest key that the column can hold; None where it holds no integers."""
+        if self._limits is _UNKNOWN:
+            query = (
+                "SELECT DATA_TYPE, COLUMN_TYPE FROM information_schema.COLUMNS"
+                " WHERE TABLE_SCHEMA = DATABASE() AND TABLE_NAME = %s AND COLUMN_NAME = 'user_id'"
+            )
+            found = self._run("Asking the key's type", query, (self._name,))
+            # Where there is no such table, the next query says so.
+            kind, words = map(str, found[0]) if found else ("bigint", "bigint")
+            bits = _KEY_BITS.get(kind.lower())
+            signed = "unsigned" not in words.lower()
+            self._limits = (
+                None if bits is None else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+            )
+        return self._limits
+
+    def _key_text(self) -> str:
+        """Return the SQL of the key: the number where it is one, else its text, which is ordered by its bytes."""
+        return "`user_id`" if self._key_limits() else "CONVERT(`user_id` USING utf8mb4) COLLATE utf8mb4_bin"
+
+    def _key_value(self, row: Mapping[str, str | None]) -> object:
+        return int(str(row["user_id"])) if self._key_limits() else row["user_id"]
+
+    def _columns(self) -> str:
+        return ", ".join([self._key_text(), *(f"`{name}`" for name in USER_FIELDS[1:])])
 
     def read_locked(self, keys: Iterable[str]) -> LockedRows | None:
         """Read the rows of ``keys`` and the end of the binlog while no other transaction can change these keys.

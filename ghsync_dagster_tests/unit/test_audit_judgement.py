@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 
-from ghsync_dagster.cdc.audit import Patience, Sighting, Verdict, differences, judge, matches
+from ghsync_dagster.cdc.audit import Patience, Sighting, Verdict, differences, is_shifted, judge, matches
 from ghsync_dagster.domain.user import MARKER_FIELD, MARKER_VALUE, User
 
 
@@ -102,3 +102,47 @@ def test_odd_text_is_shown_in_ascii() -> None:
 
 def test_waits_grow_to_their_longest() -> None:
     assert list(islice(Patience(first_wait=0.5, longest_wait=3).waits(), 5)) == [0.5, 1, 2, 3, 3]
+
+
+ROW = {"user_id": "1", "login": "one", "gravatar_id": "g1", "avatar_url": "a1", "url": "u1"}
+
+
+@pytest.mark.parametrize(
+    ("row", "stored"),
+    [
+        # Read with the columns of before `ADD COLUMN bio AFTER login`; bio is null, then text.
+        (ROW, {**ROW, "gravatar_id": None, "avatar_url": "g1", "url": "a1"}),
+        (ROW, {**ROW, "gravatar_id": "bio", "avatar_url": "g1", "url": "a1"}),
+        # The same of a user without a gravatar.
+        ({**ROW, "gravatar_id": None}, {**ROW, "gravatar_id": "bio", "avatar_url": None, "url": "a1"}),
+        ({**ROW, "gravatar_id": ""}, {**ROW, "gravatar_id": None, "avatar_url": "", "url": "a1"}),
+        # A column dropped or moved.
+        (ROW, {**ROW, "gravatar_id": "a1", "avatar_url": "u1", "url": None}),
+        (ROW, {**ROW, "login": "u1", "url": "one"}),
+        (ROW, {"user_id": "1", "login": "g1", "gravatar_id": "a1", "avatar_url": "u1", "url": "one"}),
+    ],
+)
+def test_values_in_each_others_columns_are_recognized(
+    row: dict[str, str | None], stored: dict[str, str | None]
+) -> None:
+    assert is_shifted(row, stored)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        ROW,
+        {**ROW, "login": "other"},
+        {**ROW, "login": "other", "url": "u2"},
+        # One field alone is a value that somebody wrote.
+        {**ROW, "avatar_url": "u1"},
+        # Nulls and empty texts are everywhere.
+        {**ROW, "avatar_url": None, "url": None},
+        {**ROW, "gravatar_id": "x", "avatar_url": "y", "url": "a1"},
+        {"user_id": "1"},
+        {**ROW, "login": 7, "url": 8},
+    ],
+)
+def test_other_differences_are_no_shift(stored: dict[str, object]) -> None:
+    assert not is_shifted(ROW, stored)
+    assert not is_shifted({**ROW, "gravatar_id": None}, {**ROW, "gravatar_id": "", "url": None})
