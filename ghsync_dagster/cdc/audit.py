@@ -315,10 +315,10 @@ class _Audit:
         """Count rows and documents that can have no counterpart, as their key is no key or no text."""
         count, keys = self._mysql.rows_outside(_BLOCK)
         self._rows += count
-        self._unusual_keys += count
         for key in keys:
             self._count(Verdict.MISSING, Offender(key, Verdict.MISSING.value))
         self._counts[Verdict.MISSING] += count - len(keys)
+        self._unusual_keys += count - len(keys)
         for odd in self._mongo.ids_that_are_no_text():
             self._documents += 1
             self._count(Verdict.EXTRA, Offender(f"{odd!r} ({type(odd).__name__})"[:_SHOWN], Verdict.EXTRA.value))

@@ -38,9 +38,6 @@ KEY_MIN: Final = -(2**63)
 KEY_MAX: Final = 2**63 - 1
 """The range of a signed BIGINT."""
 
-_UNKNOWN: Final = (0, -1)
-"""Limits that were not asked for yet."""
-
 DEFAULT_TABLE: Final = "Users"
 _DEFAULT_PORT: Final = 3306
 _CANONICAL: Final = re.compile(r"0|-?[1-9][0-9]{0,19}")
@@ -343,6 +340,55 @@ def hash_sum(users: Iterable[Mapping[str, Any]]) -> int:
     return total
 
 
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """How the column ``user_id`` is read.
+
+    Attributes:
+        text: SQL of the number, or of the text where it is none.
+        order: SQL by which keys are compared: the number, or the bytes of the text, whatever its collation.
+        unreadable: The condition that a key is null, or bytes that are no text.
+        limits: The least and the largest number that it holds; None where it holds none.
+    """
+
+    text: str
+    order: str
+    unreadable: str
+    limits: tuple[int, int] | None
+
+    @classmethod
+    def of(cls, kind: str, is_unsigned: bool) -> _Key:
+        """Return how a column of a type is read, such as ``bigint``."""
+        if bits := _KEY_BITS.get(kind):
+            limits = (0, 2**bits - 1) if is_unsigned else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+            return cls("`user_id`", "`user_id`", "`user_id` IS NULL", limits)
+        text = "CONVERT(`user_id` USING utf8mb4)"
+        order = f"CAST({text} AS BINARY)"
+        unreadable = f"{text} IS NULL"
+        if kind.endswith(("binary", "blob")):
+            # One of the servers puts a question mark in the place of each byte that is no text.
+            unreadable = f"({unreadable} OR {order} <> `user_id`)"
+        return cls(text, order, unreadable, None)
+
+    def value(self, text: str) -> object:
+        """Return what a key's text is compared by."""
+        return int(text) if self.limits else text.encode()
+
+    def columns(self) -> str:
+        """Return the SQL of all columns."""
+        return ", ".join([self.text, *(f"`{name}`" for name in USER_FIELDS[1:])])
+
+    def within(self, span: Span) -> tuple[str, tuple[object, ...]] | None:
+        """Return the condition that a row's key is in a span, with its values; None where no row can be."""
+        if self.limits is not None:
+            ranges = integer_ranges(span.after, span.upto, *self.limits)
+            values = tuple(bound for both in ranges for bound in both)
+            return (" OR ".join(["`user_id` BETWEEN %s AND %s"] * len(ranges)), values) if ranges else None
+        given = [(sign, bound.encode()) for sign, bound in ((">", span.after), ("<=", span.upto)) if bound is not None]
+        conditions = [f"NOT {self.unreadable}", *(f"{self.order} {sign} %s" for sign, _ in given)]
+        return " AND ".join(conditions), tuple(value for _, value in given)
+
+
 class MySqlStore:
     """The table of users over one connection, which is made when first needed and again after it broke.
 
@@ -361,7 +407,7 @@ class MySqlStore:
         self.address = parse_url(url)
         self.table = f"`{table.replace('`', '``')}`"
         self._name = table
-        self._limits: tuple[int, int] | None = _UNKNOWN
+        self._key_column: _Key | None = None
         self._tls = _tls(self.address)
         self._timeout = timeout_seconds
         self._connection: Connection[Cursor] | None = None
@@ -406,31 +452,28 @@ class MySqlStore:
 
     def rows_by_id(self, keys: Iterable[str]) -> dict[str, Row]:
         """Return the rows of ``keys``; what MySQL can't hold as a key is not there."""
-        limits = self._key_limits()
-        wanted: list[int] | list[str] = (
-            [int(key) for key in keys if _is_integer(key) and limits[0] <= int(key) <= limits[1]]
-            if limits
-            else list(keys)
-        )
+        key = self._key()
+        wanted: list[object] = [
+            key.value(one)
+            for one in keys
+            if key.limits is None or (_is_integer(one) and key.limits[0] <= int(one) <= key.limits[1])
+        ]
         if not wanted:
             return {}
-        query = f"SELECT {self._columns()} FROM {self.table} WHERE `user_id` IN %s"  # noqa: S608  only names
-        found = (_row(values) for values in self._run("Reading rows", query, (wanted,)))
-        # A text key's collation may take other texts for the same.
-        asked = set(map(str, wanted))
-        return {str(row["user_id"]): row for row in found if str(row["user_id"]) in asked}
+        query = f"SELECT {key.columns()} FROM {self.table} WHERE {key.order} IN %s"  # noqa: S608  only names
+        return {str(values[0]): _row(values) for values in self._run("Reading rows", query, (wanted,))}
 
     def digest(self, span: Span, most: int) -> tuple[int, int]:
         """Return the count of a span's rows and their ``hash_sum``, made by the server; stop at ``most`` rows."""
-        if not (where := self._within(span)):
+        key = self._key()
+        if not (where := key.within(span)):
             return 0, 0
         texts = (f"IFNULL(CAST(CONVERT(`{name}` USING utf8mb4) AS BINARY), _binary 0xfe)" for name in USER_FIELDS[1:])
-        key = f"CAST({self._key_text()} AS BINARY)"
         # With its limit the inner query is carried out once and first: no row is hashed twice, and none beyond it.
         query = (
             "SELECT COUNT(*), SUM(CAST(CONV(LEFT(hash, 16), 16, 10) AS UNSIGNED)),"  # noqa: S608  only names
             " SUM(CAST(CONV(RIGHT(hash, 16), 16, 10) AS UNSIGNED))"
-            f" FROM (SELECT MD5(CONCAT_WS(_binary 0xff, {key}, {', '.join(texts)})) AS hash"
+            f" FROM (SELECT MD5(CONCAT_WS(_binary 0xff, CAST({key.order} AS BINARY), {', '.join(texts)})) AS hash"
             f" FROM {self.table} WHERE {where[0]} LIMIT %s) AS hashes"
         )
         ((count, high, low),) = self._run("Hashing rows", query, (*where[1], most))
@@ -438,17 +481,18 @@ class MySqlStore:
 
     def rows_within(self, span: Span, above: Mapping[str, str | None] | None, limit: int) -> list[Row]:
         """Return up to ``limit`` rows of a span, in the key's own order; only those above the row ``above``."""
-        if not (where := self._within(span)):
+        key = self._key()
+        if not (where := key.within(span)):
             return []
         condition, values = where
         if above is not None:
-            condition, values = f"({condition}) AND {self._key_text()} > %s", (*values, self._key_value(above))
-        query = f"SELECT {self._columns()} FROM {self.table} WHERE {condition} ORDER BY {self._key_text()} LIMIT %s"  # noqa: S608  only names
+            condition, values = f"({condition}) AND {key.order} > %s", (*values, key.value(str(above["user_id"])))
+        query = f"SELECT {key.columns()} FROM {self.table} WHERE {condition} ORDER BY {key.order} LIMIT %s"  # noqa: S608  only names
         return [_row(found) for found in self._run("Reading rows", query, (*values, limit))]
 
     def rows_outside(self, limit: int) -> tuple[int, list[str]]:
         """Return how many rows no span holds, as their key is null or no text, and up to ``limit`` of these keys."""
-        where = f"WHERE {self._key_text()} IS NULL"
+        where = f"WHERE {self._key().unreadable}"
         ((count,),) = self._run("Counting rows", f"SELECT COUNT(*) FROM {self.table} {where}")  # noqa: S608  only names
         if not count:
             return 0, []
@@ -456,45 +500,17 @@ class MySqlStore:
         found = self._run("Reading keys", query, (limit,))
         return int(count), ["null" if key is None else f"0x{key}" for (key,) in found]
 
-    def _within(self, span: Span) -> tuple[str, tuple[object, ...]] | None:
-        """Return the condition that a row's key is in a span, with its values; None where no row can be."""
-        limits = self._key_limits()
-        if limits is not None:
-            ranges = integer_ranges(span.after, span.upto, *limits)
-            values = tuple(bound for both in ranges for bound in both)
-            return (" OR ".join(["`user_id` BETWEEN %s AND %s"] * len(ranges)), values) if ranges else None
-        key = self._key_text()
-        bounds = [(f"{key} > %s", span.after), (f"{key} <= %s", span.upto)]
-        given = [(condition, value) for condition, value in bounds if value is not None]
-        conditions = [f"{key} IS NOT NULL", *(condition for condition, _ in given)]
-        return " AND ".join(conditions), tuple(value for _, value in given)
-
-    def _key_limits(self) -> tuple[int, int] | None:
-        """Return the least and the largest key that the column can hold; None where it holds no integers."""
-        if self._limits is _UNKNOWN:
+    def _key(self) -> _Key:
+        if self._key_column is None:
             query = (
                 "SELECT DATA_TYPE, COLUMN_TYPE FROM information_schema.COLUMNS"
                 " WHERE TABLE_SCHEMA = DATABASE() AND TABLE_NAME = %s AND COLUMN_NAME = 'user_id'"
             )
             found = self._run("Asking the key's type", query, (self._name,))
             # Where there is no such table, the next query says so.
-            kind, words = map(str, found[0]) if found else ("bigint", "bigint")
-            bits = _KEY_BITS.get(kind.lower())
-            signed = "unsigned" not in words.lower()
-            self._limits = (
-                None if bits is None else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-            )
-        return self._limits
-
-    def _key_text(self) -> str:
-        """Return the SQL of the key: the number where it is one, else its text, which is ordered by its bytes."""
-        return "`user_id`" if self._key_limits() else "CONVERT(`user_id` USING utf8mb4) COLLATE utf8mb4_bin"
-
-    def _key_value(self, row: Mapping[str, str | None]) -> object:
-        return int(str(row["user_id"])) if self._key_limits() else row["user_id"]
-
-    def _columns(self) -> str:
-        return ", ".join([self._key_text(), *(f"`{name}`" for name in USER_FIELDS[1:])])
+            kind, words = (str(text).lower() for text in (found[0] if found else ("bigint", "bigint")))
+            self._key_column = _Key.of(kind, "unsigned" in words)
+        return self._key_column
 
     def read_locked(self, keys: Iterable[str]) -> LockedRows | None:
         """Read the rows of ``keys`` and the end of the binlog while no other transaction can change these keys.

@@ -5,17 +5,17 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from ghsync_dagster.cdc import audit as audit_module
 from ghsync_dagster.cdc.audit import Offender, Patience, audit
 from ghsync_dagster.cdc.workload import DELETE, INSERT, KEY_CHANGE, ODD_TEXTS, Mix, RowChange, Workload
-from ghsync_dagster.domain.errors import ConfigError, UnavailableError
+from ghsync_dagster.domain.errors import ConfigError, RefusedError, UnavailableError
 from ghsync_dagster.domain.user import MARKER_FIELD, MARKER_VALUE, USER_FIELDS
 from ghsync_dagster.stores.mongo import UserStore
-from ghsync_dagster.stores.mysql import MySqlStore
+from ghsync_dagster.stores.mysql import MySqlStore, Span, hash_sum
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -210,6 +210,196 @@ def test_patience_ends_early_when_it_is_asked_to(mysql: MySqlStore, mongo: UserS
     found = audit(mysql, mongo, patience=Patience(seconds=60, wait=stop.wait))
     assert found.missing == 1
     assert found.seconds < 10
+
+
+# Rows that the audit must not leave out
+
+
+def other_table(mysql_url: str, columns: str) -> MySqlStore:
+    """A store on a new table with these columns in place of the documented one."""
+    with MySqlStore(mysql_url) as admin:
+        admin.execute([("DROP TABLE IF EXISTS `Users`", ())])
+        admin.execute([(f"CREATE TABLE `Users` ({columns}) CHARACTER SET utf8mb4", ())])
+    return MySqlStore(mysql_url, timeout_seconds=5)
+
+
+TEXTS = "login VARCHAR(255), gravatar_id VARCHAR(255), avatar_url VARCHAR(255), url VARCHAR(255)"
+
+
+def test_a_key_above_a_signed_bigint_is_missing_and_named(mysql_url: str, mongo: UserStore) -> None:
+    with other_table(mysql_url, f"user_id BIGINT UNSIGNED PRIMARY KEY, {TEXTS}") as mysql:
+        put_rows(mysql, [user(1), user(2**63), user(2**64 - 1)])
+        # What the stream makes of the last one.
+        put_documents(mongo, [user(1), user(-1)])
+        found = audit(mysql, mongo, patience=NO_PATIENCE)
+        assert (found.rows, found.missing, found.extra, found.unusual_keys) == (mysql.count(), 2, 1, 2)
+        assert {offender.user_id for offender in found.offenders} == {str(2**63), str(2**64 - 1), "-1"}
+
+
+@pytest.mark.parametrize(
+    ("key", "readable", "unusual"),
+    [
+        (
+            "VARCHAR(40) COLLATE utf8mb4_general_ci PRIMARY KEY",
+            ["1", "-7", "10"],
+            ["octo", "OCTA", "007", "9" * 30, "a\t", "a"],
+        ),
+        ("VARCHAR(40) COLLATE utf8mb4_bin PRIMARY KEY", ["1", "-7", "10"], ["octo", "OCTO", "", "007", "x\u00e9"]),
+        ("VARCHAR(40) CHARACTER SET latin1 PRIMARY KEY", ["1", "2"], ["\u00e9"]),
+        ("DECIMAL(30,0) PRIMARY KEY", ["1", "-7"], ["9" * 25]),
+        ("VARBINARY(16) PRIMARY KEY", ["1", "2"], ["octo"]),
+        ("SMALLINT PRIMARY KEY", ["1", "-7", "32767", "-32768"], []),
+        ("INT UNSIGNED PRIMARY KEY", ["1", "4294967295"], []),
+        ("INT ZEROFILL PRIMARY KEY", ["1", "20"], []),
+    ],
+)
+def test_each_row_is_accounted_for_whatever_the_type_of_its_key(
+    mysql_url: str, mongo: UserStore, key: str, readable: list[str], unusual: list[str]
+) -> None:
+    with other_table(mysql_url, f"user_id {key}, {TEXTS}") as mysql:
+        put_rows(mysql, [{**user(0), "user_id": one} for one in readable + unusual])
+        put_documents(mongo, [{**user(0), "user_id": one} for one in readable])
+        found = audit(mysql, mongo, patience=NO_PATIENCE)
+        assert (found.rows, found.documents) == (mysql.count(), len(readable))
+        assert (found.missing, found.extra, found.different) == (len(unusual), 0, 0)
+        assert {offender.user_id for offender in found.offenders} == set(unusual)
+        mongo.users.update_many({}, {"$set": {"login": "other"}})
+        assert audit(mysql, mongo, patience=NO_PATIENCE).different == len(readable)
+
+
+def test_rows_without_a_key_or_with_one_twice_are_missing(
+    mysql_url: str, mongo: UserStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So that the rows of one key would not fit into what is read at once.
+    monkeypatch.setattr(audit_module, "_BLOCK", 4)
+    with other_table(mysql_url, f"user_id BIGINT, {TEXTS}") as mysql:
+        put_rows(mysql, [user(key) for key in range(10)])
+        put_rows(mysql, [user(3, login=f"other{number}") for number in range(6)])
+        put_rows(mysql, [{**user(0), "user_id": None}, {**user(0), "user_id": None}])
+        put_documents(mongo, [user(key) for key in range(10)])
+        found = audit(mysql, mongo, patience=NO_PATIENCE)
+        assert (found.rows, found.documents, found.missing) == (mysql.count(), 10, 8)
+        assert {offender.user_id for offender in found.offenders} == {"3", "null"}
+    with other_table(mysql_url, f"user_id VARBINARY(8) PRIMARY KEY, {TEXTS}") as mysql:
+        mysql.execute([("INSERT INTO `Users` (user_id) VALUES (x'ff01')", ())])
+        mongo.users.delete_many({})
+        found = audit(mysql, mongo, patience=NO_PATIENCE)
+        assert (found.rows, found.missing, found.unusual_keys) == (1, 1, 1)
+        assert found.offenders == (Offender("0xFF01", "missing"),)
+
+
+# Blocks
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        TEXTS,
+        TEXTS.replace("(255)", "(255) CHARACTER SET utf8mb3"),
+        TEXTS.replace("(255)", "(255) COLLATE utf8mb4_bin"),
+        TEXTS.replace("VARCHAR(255)", "TEXT"),
+        f"{TEXTS}, more INT DEFAULT 7, made VARCHAR(9) AS ('x') VIRTUAL",
+    ],
+)
+def test_both_sides_make_the_same_hashes(mysql_url: str, columns: str) -> None:
+    texts = [text for text in ODD_TEXTS if "utf8mb3" not in columns or all(ord(char) < 2**16 for char in text)]
+    users = [user(key, login=text, gravatar_id=text, url=None) for key, text in enumerate(texts, start=-3)]
+    users += [user(100, gravatar_id=None, url=""), user(101, gravatar_id="", url=None)]
+    with other_table(mysql_url, f"user_id BIGINT PRIMARY KEY, {columns}") as mysql:
+        statement = f"INSERT INTO `Users` ({', '.join(USER_FIELDS)}) VALUES (%s, %s, %s, %s, %s)"  # noqa: S608  only names
+        mysql.execute([(statement, [found[name] for name in USER_FIELDS]) for found in users])
+        assert mysql.digest(Span(), 1_000) == (len(users), hash_sum(users))
+        one = mysql.digest(Span("100", "101"), 1_000)
+        assert one == (1, hash_sum(users[-1:]))
+        # Fields that run into each other, or change places, give other hashes.
+        assert one[1] not in (hash_sum(users[-2:-1]), hash_sum([user(101, gravatar_id=None, url="")]))
+        assert mysql.digest(Span("9"), 1_000) == (0, 0)
+        assert mysql.digest(Span(), 2)[0] == 2
+
+
+def test_equal_blocks_are_not_compared_row_by_row(
+    mysql: MySqlStore, mongo: UserStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit_module, "_BLOCK", 100)
+    put_rows(mysql, [user(key) for key in range(3_000)])
+    put_documents(mongo, [user(key) for key in range(3_000)])
+    read: list[int] = []
+    rows_within = MySqlStore.rows_within
+
+    def counted(self: MySqlStore, *given: Any) -> list[Any]:
+        found = rows_within(self, *given)
+        read.append(len(found))
+        return found
+
+    monkeypatch.setattr(MySqlStore, "rows_within", counted)
+    assert audit(mysql, mongo, patience=NO_PATIENCE).equal
+    assert read == []
+    # Two changes whose hashes would cancel out are in one block.
+    mongo.users.update_many({"user_id": {"$in": ["1500", "1501"]}}, {"$set": {"login": "evil"}})
+    mongo.users.delete_one({"user_id": "7"})
+    found = audit(mysql, mongo, patience=NO_PATIENCE)
+    assert (found.rows, found.documents, found.different, found.missing) == (3_000, 2_999, 2, 1)
+    assert 0 < sum(read) <= 3 * 101
+
+
+def test_many_users_from_files_beside_few_rows_are_sorted_out_block_by_block(
+    mysql: MySqlStore, mongo: UserStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit_module, "_BLOCK", 200)
+    put_rows(mysql, [user(key) for key in range(0, 3_000, 6)])
+    put_documents(mongo, [user(key) for key in range(3_000)])
+    alone = [key for key in range(3_000) if key % 6]
+    entries = [(str(key), "2015-01-01T00:00:00Z", key) for key in alone]
+    mongo.insert_versions(entries, "load", before_each=lambda: None)
+    found = audit(mysql, mongo, patience=NO_PATIENCE)
+    assert found.equal
+    assert (found.rows, found.documents, found.from_files, found.reread) == (500, 3_000, 2_500, 0)
+    mongo.versions.delete_one({"_id": "1"})
+    assert audit(mysql, mongo, patience=NO_PATIENCE).offenders == (Offender("1", "extra"),)
+
+
+def test_documents_of_one_user_over_the_end_of_a_block_are_counted_once(
+    mysql: MySqlStore, store: UserStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit_module, "_BLOCK", 4)
+    put_rows(mysql, [user(key) for key in range(10)])
+    put_documents(store, [user(key) for key in range(10)] + [user(5) for _ in range(9)])
+    found = audit(mysql, store, patience=NO_PATIENCE)
+    assert (found.rows, found.documents, found.extra, found.missing, found.different) == (10, 19, 9, 0, 0)
+
+
+def test_a_collection_that_orders_text_by_a_collation_is_refused(mysql: MySqlStore, store: UserStore) -> None:
+    store.database.create_collection("Users", collation={"locale": "en", "numericOrdering": True})
+    put_documents(store, [user(key) for key in (9, 10, 100)])
+    found = list(store.users.find({}, {"user_id": 1}).sort("user_id", 1))
+    if [one["user_id"] for one in found] == ["10", "100", "9"]:
+        pytest.skip("this server does not order by a collection's collation")
+    with pytest.raises(RefusedError, match="collation"):
+        audit(mysql, store, patience=NO_PATIENCE)
+
+
+# What is told of differences
+
+
+def test_every_difference_is_given_though_few_are_kept(mysql: MySqlStore, mongo: UserStore) -> None:
+    put_rows(mysql, [user(key) for key in range(1_500)])
+    put_documents(mongo, [user(key) for key in range(5_000, 6_200)])
+    given: list[Offender] = []
+    found = audit(mysql, mongo, patience=NO_PATIENCE, limit=3, on_difference=given.append)
+    assert len(found.offenders) == 3
+    assert found.total == len(given) == len({offender.user_id for offender in given}) == 2_700
+    assert found.extra_keys == (5_000, 6_199)
+    assert len(audit(mysql, mongo, patience=NO_PATIENCE, limit=10_000).offenders) == 2_700
+
+
+def test_values_in_each_others_columns_are_told_as_shifted(mysql: MySqlStore, mongo: UserStore) -> None:
+    row = {"user_id": "1", "login": "one", "gravatar_id": "g1", "avatar_url": "a1", "url": "u1"}
+    put_rows(mysql, [row, user(2)])
+    put_documents(mongo, [{**row, "gravatar_id": None, "avatar_url": "g1", "url": "a1"}, user(2, login="x")])
+    found = audit(mysql, mongo, patience=NO_PATIENCE)
+    assert (found.different, found.shifted) == (2, 1)
+    assert {offender.user_id: offender.shifted for offender in found.offenders} == {"1": True, "2": False}
+    assert "2 different (1 shifted)" in found.summary()
 
 
 class Follower:
