@@ -155,11 +155,12 @@ class _Source(msgspec.Struct, gc=False):
     row: _BigInt = 0
 
 
-class _Event(msgspec.Struct, gc=False):
-    op: Literal["c", "u", "d", "r"]
-    after: _Row | None = None
+class _Event(msgspec.Struct, gc=False, kw_only=True):
+    # In the order in which Debezium writes them: a name is first compared with the one that follows the last.
     before: _Before | None = None
+    after: _Row | None = None
     source: _Source | None = None
+    op: Literal["c", "u", "d", "r"]
 
 
 class _Wrapped(msgspec.Struct, gc=False):
@@ -237,11 +238,12 @@ class ChangeDecoder:
         Raises:
             UndecodableError: The record is no change that can be applied; its `kind` is one of `Refusal`.
         """
-        if self._typed and value and value.startswith(self._head) and value.endswith(b"}"):
+        head = self._head
+        if self._typed and value and (not head or (value.startswith(head) and value.endswith(b"}"))):
             try:
                 if not value.isascii():
                     value.decode()
-                event = _decode_event(value[self._start : self._stop])
+                event = _decode_event(value[self._start : self._stop] if head else value)
             except _UNREADABLE:
                 event = None
             if event is not None and (change := self._usual(key, event)) is not None:
