@@ -10,14 +10,19 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from ghsync_dagster.domain.change import Change
+from ghsync_dagster.domain.change import Change, Op
 from ghsync_dagster.domain.coalesce import Segment, coalesce
-from ghsync_dagster.domain.errors import UndecodableError
+from ghsync_dagster.domain.envelope import Refusal
+from ghsync_dagster.domain.errors import TransientError, UndecodableError
+from ghsync_dagster.observability.logging import get_logger
 
 if TYPE_CHECKING:
     from confluent_kafka import Message
 
     from ghsync_dagster.domain.envelope import ChangeDecoder
+    from ghsync_dagster.stores.kafka import KafkaSettings
+
+log = get_logger("cdc")
 
 TRUNCATE: Final = "t"
 """``Change.what`` of a truncate."""
@@ -39,15 +44,77 @@ class Part(NamedTuple):
     stop: int
 
 
-def decode(decoder: ChangeDecoder, messages: Sequence[Message]) -> list[Decoded]:
-    """Decode records; each gives its change, or the error that refuses it."""
-    decoded: list[Decoded] = []
-    for message in messages:
+class RecordDecoder:
+    """Decodes records, each partition's in the order of its offsets.
+
+    A table without a key gives deletes without a key, and after each of them a tombstone that tells nothing. The delete
+    is applied by its row, so such a tombstone is skipped, if it comes right after one in its partition.
+
+    Args:
+        decoder: Decodes one record.
+        kafka: The topic, to be asked for the record before such a tombstone where it is not known: at a border of
+            batches, or after a restart. None to do without.
+    """
+
+    def __init__(self, decoder: ChangeDecoder, kafka: KafkaSettings | None = None) -> None:
+        self._decoder = decoder
+        self._kafka = kafka
+        self._last: Message | None = None
+
+    def decode(self, messages: Sequence[Message]) -> list[Decoded]:
+        """Decode records; each gives its change, or the error that refuses it."""
+        decoded: list[Decoded] = []
+        decode = self._decoder.decode
+        for at, message in enumerate(messages):
+            try:
+                decoded.append(decode(message.key(), message.value()))
+            except UndecodableError as error:
+                nothing = error.kind == Refusal.MISSING_KEY.kind and self._follows_its_delete(messages, at)
+                decoded.append(_KEYLESS_TOMBSTONE if nothing else error)
+        if messages:
+            self._last = messages[-1]
+        return decoded
+
+    def _follows_its_delete(self, messages: Sequence[Message], at: int) -> bool:
+        """Tell whether a record without a key is a tombstone right after a delete without a key."""
+        if self._what(_ANY_KEY, messages[at].value()) != "tombstone":
+            return False
+        before = self._before(messages, at)
+        if before is None or not self._decoder.is_keyless(_raw(before.key())):
+            return False
+        return self._what(None, before.value()) == "d"
+
+    def _before(self, messages: Sequence[Message], at: int) -> Message | None:
+        """Return the record right before one in its partition, None where it is gone or can't be read now."""
+        partition, offset = messages[at].partition() or 0, (messages[at].offset() or 0) - 1
+        near = (messages[index] for index in range(at - 1, -1, -1))
+        known = next((message for message in near if message.partition() == partition), self._last)
+        if known is not None and (known.partition(), known.offset()) == (partition, offset):
+            return known
+        if self._kafka is None or offset < 0:
+            return None
+        from ghsync_dagster.stores.kafka_topics import read_range
+
         try:
-            decoded.append(decoder.decode(message.key(), message.value()))
-        except UndecodableError as error:
-            decoded.append(error)
-    return decoded
+            return next(iter(read_range(self._kafka, partition, offset, offset + 1)), None)
+        except TransientError as error:
+            # What was taken must not be lost. A dead letter too many is no harm.
+            log.warning("the record before a tombstone could not be read", partition=partition, reason=error.message)
+            return None
+
+    def _what(self, key: bytes | None, value: str | bytes | None) -> str | None:
+        try:
+            return self._decoder.decode(key, _raw(value)).what
+        except UndecodableError:
+            return None
+
+
+_ANY_KEY: Final = b"0"
+_KEYLESS_TOMBSTONE: Final = Change(Op.SKIP, None, None, "keyless-tombstone")
+
+
+def _raw(value: str | bytes | None) -> bytes | None:
+    return value.encode() if isinstance(value, str) else value
 
 
 @dataclass(slots=True)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from ghsync_dagster import clock
-from ghsync_dagster.cdc.batch import Batch, decode
+from ghsync_dagster.cdc.batch import Batch, RecordDecoder
 from ghsync_dagster.cdc.dead_letters import DeadLetters
 from ghsync_dagster.cdc.interpreter import quick_turns, short_collections
 from ghsync_dagster.cdc.known_topic import KnownTopic, group_name
@@ -241,7 +241,7 @@ class _Run:
         self._topic = KnownTopic(owner.kafka, store)
         self._listener = listener
         self._truncate_wait = owner.truncate_wait_seconds
-        self._decoder = ChangeDecoder()
+        self._decoder = RecordDecoder(ChangeDecoder(), owner.kafka)
         self._pending = Batch()
         self._batch = Batch()
         """The batch that is at work, or was last; none while users are repaired."""
@@ -435,7 +435,7 @@ class _Run:
         messages = self._consumer.take(limit, seconds)
         self._more = len(messages) >= limit > 1
         if messages and not self._to_rewind:
-            self._pending.add(messages, decode(self._decoder, messages))
+            self._pending.add(messages, self._decoder.decode(messages))
 
     def _is_full(self) -> bool:
         pending = self._pending

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from ghsync_dagster.cdc.batch import Batch, Decoded, decode
+from ghsync_dagster.cdc.batch import Batch, Decoded, RecordDecoder
 from ghsync_dagster.domain.change import Change, Op
 from ghsync_dagster.domain.envelope import ChangeDecoder
 from ghsync_dagster.domain.errors import PermanentError
@@ -140,9 +140,9 @@ def _scan(truncate: Truncate, partition: int, chunks: Iterable[Sequence[Message]
 
 def _decoded(chunks: Iterable[Sequence[Message]]) -> Iterator[tuple[Message, Decoded]]:
     """Yield each record with what it is; a chunk is read when the one before it is used up."""
-    decoder = ChangeDecoder()
+    decoder = RecordDecoder(ChangeDecoder())
     for messages in chunks:
-        yield from zip(messages, decode(decoder, messages), strict=True)
+        yield from zip(messages, decoder.decode(messages), strict=True)
 
 
 def _is_earlier(one: Truncate, other: Truncate) -> bool:
@@ -223,14 +223,15 @@ class OrderedTruncates:
             if earlier is None:
                 break
             truncate = earlier
+        decoder = RecordDecoder(ChangeDecoder(), self._consumer.kafka)
         for partition, stop in stops.items():
             for messages in self._chunks(partition, starts[partition], stop):
                 batch = Batch()
-                batch.add(messages, decode(ChangeDecoder(), messages))
+                batch.add(messages, decoder.decode(messages))
                 self._write(batch)
         batch = Batch()
         messages = self._read(truncate.partition, truncate.offset, truncate.offset + 1)
-        batch.add(messages, decode(ChangeDecoder(), messages))
+        batch.add(messages, decoder.decode(messages))
         self._keep(truncate.partition, truncate.offset, stops)
         # Where the other partitions are behind the truncate already, they go back in the same commit.
         batch.offsets = {**stops, **batch.offsets}

@@ -24,6 +24,7 @@ import msgspec
 
 from ghsync_dagster.domain.change import Change, Op, Position
 from ghsync_dagster.domain.errors import UndecodableError
+from ghsync_dagster.domain.formats import format_of
 from ghsync_dagster.domain.text import shortened
 from ghsync_dagster.domain.user import USER_FIELDS, User
 
@@ -34,6 +35,12 @@ _KEY_FIELD: Final = USER_FIELDS[0]
 _TEXT_FIELDS: Final = USER_FIELDS[1:]
 _BIGINT_MIN: Final = -(2**63)
 _BIGINT_MAX: Final = 2**63 - 1
+
+
+_REPAIR_NAMED: Final = "Then run `ghsync cdc repair --dead-letters`."
+_REPAIR_UNNAMED: Final = (
+    "Then run `ghsync cdc repair --from-audit`, which needs no user from the record, and `ghsync dlq close` for it."
+)
 
 
 class Refusal(Enum):
@@ -48,72 +55,84 @@ class Refusal(Enum):
     NOT_UTF8 = (
         "not-utf8",
         "The key or value is not UTF-8.",
-        "Find the producer: Connect's JSON converter writes UTF-8 only.",
+        "Find out who else writes to the topic: Connect's JSON converter writes UTF-8 only. " + _REPAIR_UNNAMED,
     )
     NOT_JSON = (
         "not-json",
         "The value is no JSON text, or more than one.",
-        "Set Connect's value.converter to the JSON converter, or find out who else writes to the topic.",
+        "Set Connect's value.converter to the JSON converter, or find out who else writes to the topic. "
+        + _REPAIR_UNNAMED,
+    )
+    OTHER_FORMAT = (
+        "other-format",
+        "The value is in another known format than Debezium's JSON.",
+        "Set Connect's key.converter and value.converter to the JSON converter. " + _REPAIR_UNNAMED,
     )
     BAD_TEXT = (
         "bad-text",
         "A string holds half of a surrogate pair, which is no text: neither UTF-8 nor MongoDB can hold it.",
-        "Correct the producer: MySQL can't hold such text either.",
+        "Correct the producer: MySQL can't hold such text either. " + _REPAIR_NAMED,
     )
     NOT_AN_EVENT = (
         "not-an-event",
         "The value is JSON, but no form of a change event.",
-        "Find out who writes other messages to the topic.",
+        "Find out who writes other messages to the topic. " + _REPAIR_UNNAMED,
     )
     UNKNOWN_OP = (
         "unknown-op",
         "The operation is none of c, u, d, r and t.",
-        "Read what the operation means in the release notes of the connector.",
+        "Read what the operation means in the release notes of the connector. " + _REPAIR_NAMED,
     )
     MISSING_ROW = (
         "missing-row",
         "A create, update or snapshot record without the row after it.",
-        "Set binlog_row_image=FULL in MySQL, and look for a transformation that drops `after`.",
+        "Set binlog_row_image=FULL in MySQL, and look for a transformation that drops `after`. " + _REPAIR_NAMED,
     )
     MISSING_COLUMN = (
         "missing-column",
         "The row lacks one of a user's five columns; nothing tells what to store for it.",
-        "Bring the column back in MySQL or in the connector's column filter, then replay.",
+        "Bring the column back in MySQL or in the connector's column filter. " + _REPAIR_NAMED,
+    )
+    COLUMN_CASE = (
+        "column-case",
+        "The name of a user's column is in another case.",
+        "Rename the columns to lower case by ALTER TABLE ... RENAME COLUMN in MySQL. " + _REPAIR_UNNAMED,
     )
     BAD_COLUMN = (
         "bad-column",
         "A column other than user_id is neither a string nor null.",
-        "Declare the column as VARCHAR in MySQL, and look for a converter that changes it.",
+        "Declare the column as VARCHAR in MySQL, and look for a converter that changes it. " + _REPAIR_NAMED,
     )
     BAD_USER_ID = (
         "bad-user-id",
         "The user_id is no whole number of MySQL's BIGINT, as a JSON number or in canonical decimal digits.",
-        "Declare user_id as BIGINT PRIMARY KEY in MySQL, and look for a converter that changes it.",
+        "Declare user_id as BIGINT PRIMARY KEY in MySQL, and look for a converter that changes it. " + _REPAIR_UNNAMED,
     )
     BAD_KEY = (
         "bad-key",
         "The record's key is none of the known forms.",
-        "Set Connect's key.converter to the JSON converter, and the table's key to user_id.",
+        "Set Connect's key.converter to the JSON converter, and the table's key to user_id. " + _REPAIR_UNNAMED,
     )
     MISSING_KEY = (
         "missing-key",
         "A delete or a tombstone that does not tell whose.",
-        "Look for a transformation that drops keys; find the row with `ghsync cdc audit`.",
+        "Look for a transformation that drops keys. " + _REPAIR_UNNAMED,
     )
     KEY_MISMATCH = (
         "key-mismatch",
         "The record's key names another user than its row.",
-        "Set no message.key.columns in the connector, and look for a transformation that changes keys.",
+        "Set no message.key.columns in the connector, and look for a transformation that changes keys. "
+        + _REPAIR_UNNAMED,
     )
     KEY_CHANGED = (
         "key-changed",
         "An update that changes user_id; Debezium writes a delete and a create for that.",
-        "Make user_id the primary key in MySQL, and set no message.key.columns in the connector.",
+        "Make user_id the primary key in MySQL, and set no message.key.columns in the connector. " + _REPAIR_UNNAMED,
     )
     CONTRADICTION = (
         "contradiction",
         "A flattened row whose __deleted and __op do not agree.",
-        "Look for a second transformation behind ExtractNewRecordState.",
+        "Look for a second transformation after ExtractNewRecordState. " + _REPAIR_NAMED,
     )
 
     def __init__(self, kind: str, words: str, way_out: str) -> None:
@@ -204,6 +223,7 @@ class ChangeDecoder:
     """
 
     __slots__ = (
+        "_binary",
         "_file",
         "_file_number",
         "_head",
@@ -226,6 +246,7 @@ class ChangeDecoder:
         self._server_id: int | None = None
         self._server = ""
         self._typed = True
+        self._binary: frozenset[str] = frozenset()
         self._expect_head(b"")
 
     def decode(self, key: bytes | None, value: bytes | None) -> Change:
@@ -298,10 +319,14 @@ class ChangeDecoder:
             return self._flattened(key, payload)
         if (what := _bystander(payload)) is not None:
             return Change(Op.SKIP, None, None, what)
+        if "specversion" in payload:
+            raise Refusal.OTHER_FORMAT.error("The value is a CloudEvent.")
+        _refuse_case(payload, "The row")
         raise Refusal.NOT_AN_EVENT.error(f"The value has neither op nor user_id, but {_names(payload)}.")
 
     def _payload(self, value: bytes) -> Any:  # noqa: ANN401  any JSON value
-        """Read the value, taken out of its wrapper."""
+        """Read the value, taken out of its wrapper, and which of its columns the wrapper's schema declares as bytes."""
+        self._binary = frozenset()
         if self._head and value.startswith(self._head) and value.endswith(b"}"):
             try:
                 return _decode_json(value[self._start : self._stop])
@@ -311,7 +336,8 @@ class ChangeDecoder:
         if not isinstance(found, dict) or "payload" not in found or "op" in found or _KEY_FIELD in found:
             self._expect_head(b"")
             return found
-        if found.keys() <= _WRAPPER_PARTS:
+        self._binary = _binary_columns(found.get("schema"))
+        if found.keys() <= _WRAPPER_PARTS and not self._binary:
             tail = bytes(_decode_wrapped(value).payload) + b"}"
             self._expect_head(value.removesuffix(tail) if value.endswith(tail) else b"")
         return found["payload"]
@@ -321,6 +347,13 @@ class ChangeDecoder:
         self._head = head
         self._start = len(head)
         self._stop = -1 if head else None
+
+    def is_keyless(self, key: bytes | None) -> bool:
+        """Tell whether a record's key is absent, in any form that says so."""
+        try:
+            return self._key_user_id(key) is None
+        except UndecodableError:
+            return False
 
     def _envelope(self, key: bytes | None, event: dict[str, Any]) -> Change:
         op = event["op"]
@@ -364,12 +397,15 @@ class ChangeDecoder:
         missing = [name for name in USER_FIELDS if name not in row]
         if missing:
             row_name = where.removesuffix(".") or "The row"
+            _refuse_case(row, row_name)
             raise Refusal.MISSING_COLUMN.error(f"{row_name} lacks {', '.join(missing)}.")
-        user: dict[str, str | None] = {_KEY_FIELD: _user_id(row[_KEY_FIELD], f"{where}{_KEY_FIELD}")}
+        user: dict[str, str | None] = {_KEY_FIELD: self._row_user_id(row, where)}
         for name in _TEXT_FIELDS:
             value = row[name]
             if value is not None and not isinstance(value, str):
                 raise Refusal.BAD_COLUMN.error(f"{where}{name} must be a string or null, got {_shape(value)}.")
+            if value is not None and name in self._binary:
+                raise Refusal.BAD_COLUMN.error(f"The schema declares {where}{name} as bytes, so its text is base64.")
             if value != self._unavailable:
                 user[name] = value
         return user
@@ -381,9 +417,14 @@ class ChangeDecoder:
             if by_key is None:
                 raise Refusal.MISSING_KEY.error(f"The record is {what} without a key, and no row tells whose.")
             return by_key
-        by_row = _user_id(row[_KEY_FIELD], f"{where}{_KEY_FIELD}")
+        by_row = self._row_user_id(row, where)
         _refuse_mismatch(by_key, by_row)
         return by_row
+
+    def _row_user_id(self, row: dict[str, Any], where: str) -> str:
+        if _KEY_FIELD in self._binary:
+            raise Refusal.BAD_USER_ID.error(f"The schema declares {where}{_KEY_FIELD} as bytes, so its text is base64.")
+        return _user_id(row[_KEY_FIELD], f"{where}{_KEY_FIELD}")
 
     def _agree(self, key: bytes | None, user_id: str) -> None:
         """Refuse a record whose key is unreadable or names another user. Without a key there is nothing to refuse."""
@@ -504,6 +545,26 @@ def _is_deleted(row: dict[str, Any], op: Any) -> bool:  # noqa: ANN401
     return op == "d" if deleted is None else deleted
 
 
+def _refuse_case(row: Mapping[str, Any], name: str) -> None:
+    """Refuse an object that has a user's column in another case."""
+    if odd := [column for column in row if column not in USER_FIELDS and column.lower() in USER_FIELDS]:
+        raise Refusal.COLUMN_CASE.error(f"{name} has {_names(dict.fromkeys(odd))} in place of the lower-case name.")
+
+
+def _binary_columns(schema: Any) -> frozenset[str]:  # noqa: ANN401
+    """Return which columns of a user a schema of Connect declares as bytes, in an envelope or flattened."""
+    fields = _schema_fields(schema)
+    for name in ("before", "after"):
+        fields += [inner for field in fields if field.get("field") == name for inner in _schema_fields(field)]
+    binary = [field.get("field") for field in fields if field.get("type") == "bytes"]
+    return frozenset(name for name in USER_FIELDS if name in binary)
+
+
+def _schema_fields(schema: Any) -> list[dict[str, Any]]:  # noqa: ANN401
+    fields = schema.get("fields") if isinstance(schema, dict) else None
+    return [field for field in fields if isinstance(field, dict)] if isinstance(fields, list) else []
+
+
 def _refuse_changed_key(before: Any, user: User) -> None:  # noqa: ANN401
     if not isinstance(before, dict) or before.get(_KEY_FIELD) is None:
         return
@@ -550,11 +611,14 @@ def _user_id_of_key(key: bytes | None) -> str | None:
     except UndecodableError as error:
         raise Refusal.BAD_KEY.error(error.message) from error
     if isinstance(found, dict) and _KEY_FIELD not in found and "payload" in found:
+        if _KEY_FIELD in _binary_columns(found.get("schema")):
+            raise Refusal.BAD_USER_ID.error("The schema of the record's key declares user_id as bytes.")
         found = found["payload"]
     if found is None:
         return None
     if isinstance(found, dict):
         if _KEY_FIELD not in found:
+            _refuse_case(found, "The record's key")
             raise Refusal.BAD_KEY.error(f"The record's key has no user_id, but {_names(found)}.")
         found = found[_KEY_FIELD]
     return _user_id(found, "The user_id of the record's key")
@@ -569,6 +633,8 @@ def _read(raw: bytes, what: str) -> Any:  # noqa: ANN401  any JSON value
 
 
 def _unreadable(raw: bytes, what: str, error: Exception) -> UndecodableError:
+    if (name := format_of(raw)) is not None:
+        return Refusal.OTHER_FORMAT.error(f"The {what} looks like {name}.")
     try:
         text = raw.decode()
     except UnicodeDecodeError as place:

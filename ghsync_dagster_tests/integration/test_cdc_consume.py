@@ -23,7 +23,7 @@ from pymongo.errors import AutoReconnect, OperationFailure
 from ghsync_dagster import clock, rehearsal
 from ghsync_dagster.cdc import consume, write
 from ghsync_dagster.cdc.backlog import read_backlog
-from ghsync_dagster.cdc.batch import decode
+from ghsync_dagster.cdc.batch import RecordDecoder
 from ghsync_dagster.cdc.checks import kafka_lag
 from ghsync_dagster.cdc.consume import ChangeConsumer
 from ghsync_dagster.cdc.dead_letters import DeadLetters, read_dead_letters
@@ -865,7 +865,7 @@ def test_a_sign_of_life_sets_back_no_partition_that_has_gone(
     monkeypatch.setattr(TopicConsumer, "commit", lambda _, offsets: committed.append(dict(offsets)))
     run = consume._Run(parts.consumer(topic), store, SilentListener(), consume._Until(threading.Event(), None))
     messages = list(read_to_end(topic.kafka, topic.kafka.topic))
-    run._batch.add(messages, decode(ChangeDecoder(), messages))
+    run._batch.add(messages, RecordDecoder(ChangeDecoder()).decode(messages))
     with closing(run._topic), closing(run._writer), closing(run._consumer):
         for partitions in ({0, 1}, {0}, set[int]()):
             run._membership = write.Membership(topic.kafka.session_timeout_seconds)

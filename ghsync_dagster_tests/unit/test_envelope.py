@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import pickle
 from pathlib import Path
@@ -326,6 +327,53 @@ def without(name: str) -> dict[str, Any]:
     return {column: value for column, value in row().items() if column != name}
 
 
+UPPER = {column.upper(): value for column, value in row().items()}
+AVRO = b"\x00\x00\x00\x00\x05\x02\x02\x0aocto"
+FORMATS = [
+    (AVRO, "Avro or Protobuf with the header of a schema registry (schema id 5)"),
+    (b"\x00\x00\x00\x01\x00" + dump(row()), "JSON Schema with the header of a schema registry (schema id 256)"),
+    (b"\x82\xa2op\xa1c\xa5after\xc0", "MessagePack"),
+    (b"\xde\x00\x01\xa2op\xa1c", "MessagePack"),
+    (b"\xa1bopac", "CBOR"),
+    (b"\x0f\x00\x00\x00\x02op\x00\x02\x00\x00\x00c\x00\x00", "BSON"),
+    (gzip.compress(dump(row())), "gzip"),
+    (b"\x28\xb5\x2f\xfd\x00", "zstd"),
+    (b"\xac\xed\x00\x05sr", "a serialized Java object"),
+    (b"Obj\x01\x04", "an Avro file"),
+    (b" <event/>", "XML or HTML"),
+    (b"Struct{after=Struct{user_id=1},op=c}", "the text of a Connect Struct"),
+    (b"\xef\xbb\xbf" + envelope("c", None, row()), "text that begins with a byte order mark"),
+    ('{"op":"c"}'.encode("utf-16"), "UTF-16"),
+]
+CLOUD_EVENT = {
+    "id": "name:mysql-server;file:mysql-bin.000003;pos:484",
+    "source": "/debezium/mysql/mysql-server",
+    "specversion": "1.0",
+    "type": "io.debezium.connector.mysql.DataChangeEvent",
+    "datacontenttype": "application/json",
+    "iodebeziumop": "c",
+    "data": {"before": None, "after": row()},
+}
+
+
+def under_schema(columns: dict[str, Any], *, op: str = "c", flat: bool = False, **types: str) -> bytes:
+    """Return a record whose schema declares the types of its columns; a string where none is given."""
+    fields = [{"type": types.get(name, "string"), "optional": True, "field": name} for name in columns]
+    if flat:
+        schema: dict[str, Any] = {"type": "struct", "fields": fields}
+        return dump({"schema": schema, "payload": columns})
+    images = [{"type": "struct", "fields": fields, "field": name} for name in ("before", "after")]
+    before, after = (columns, None) if op == "d" else (None, columns)
+    schema = {"type": "struct", "fields": [*images, {"type": "string", "field": "op"}]}
+    return dump({"schema": schema, "payload": {"before": before, "after": after, "op": op}})
+
+
+BYTES_KEY = dump(
+    {
+        "schema": {"type": "struct", "fields": [{"type": "bytes", "field": "user_id"}]},
+        "payload": {"user_id": "1234"},
+    }
+)
 REFUSED: list[tuple[Refusal, bytes | None, bytes | None, str]] = [
     (
         Refusal.NOT_UTF8,
@@ -335,10 +383,12 @@ REFUSED: list[tuple[Refusal, bytes | None, bytes | None, str]] = [
     ),
     (Refusal.NOT_UTF8, key(), envelope("u", row(login="@"), row()).replace(b"@", b"\xff"), "value is not UTF-8"),
     (Refusal.NOT_UTF8, key(), b"\xed\xa0\x80", "from byte 0"),
-    (Refusal.NOT_UTF8, key(), b"\xac\xed\x00\x05sr", "from byte 0"),
+    *((Refusal.OTHER_FORMAT, key(), value, name) for value, name in FORMATS),
+    (Refusal.OTHER_FORMAT, key(), dump(CLOUD_EVENT), "a CloudEvent"),
+    (Refusal.OTHER_FORMAT, key(), wrapped(CLOUD_EVENT, "schema"), "a CloudEvent"),
     (Refusal.NOT_JSON, key(), b" ", "truncated"),
     (Refusal.NOT_JSON, key(), b"not json", "no JSON"),
-    (Refusal.NOT_JSON, key(), b"\x00\x00\x00\x00\x01\x02", "no JSON"),
+    (Refusal.NOT_JSON, key(), b"\x00\x00\x00\x00", "no JSON"),
     (Refusal.NOT_JSON, key(), envelope("c", None, row())[:-1], "truncated"),
     (Refusal.NOT_JSON, key(), envelope("c", None, row()) * 2, "trailing"),
     (Refusal.NOT_JSON, key(), b'{"op":NaN}', "no JSON"),
@@ -374,6 +424,12 @@ REFUSED: list[tuple[Refusal, bytes | None, bytes | None, str]] = [
     ),
     (Refusal.MISSING_COLUMN, key(), envelope("c", None, {}), "user_id, login, gravatar_id, avatar_url, url"),
     (Refusal.MISSING_COLUMN, key(), dump(without("url")), "The row lacks url."),
+    (Refusal.COLUMN_CASE, key(), envelope("c", None, UPPER), 'after has "USER_ID", "LOGIN", "GRAVATAR_ID"'),
+    (Refusal.COLUMN_CASE, key(), envelope("c", None, without("url") | {"Url": ""}), 'after has "Url" in place'),
+    (Refusal.COLUMN_CASE, key(), flattened(without("login") | {"LOGIN": ""}), 'The row has "LOGIN" in place'),
+    (Refusal.COLUMN_CASE, dump({"USER_ID": 1}), flattened(UPPER), 'The row has "USER_ID"'),
+    (Refusal.COLUMN_CASE, dump({"USER_ID": 1}), None, 'The record\'s key has "USER_ID" in place'),
+    (Refusal.COLUMN_CASE, dump({"USER_ID": 1}), envelope("d", UPPER, None), "The record's key has"),
     *(
         (Refusal.BAD_COLUMN, key(), envelope("u", None, row() | {name: 5}), f"after.{name} must be a string or null")
         for name in USER_FIELDS[1:]
@@ -381,6 +437,16 @@ REFUSED: list[tuple[Refusal, bytes | None, bytes | None, str]] = [
     (Refusal.BAD_COLUMN, key(), envelope("c", None, row(login=True)), "got true or false"),
     (Refusal.BAD_COLUMN, key(), envelope("c", None, row(login={"$gt": ""})), "got an object"),
     (Refusal.BAD_COLUMN, key(), flattened(row(url=["a"])), "url must be a string or null, got an array"),
+    (
+        Refusal.BAD_COLUMN,
+        key(),
+        under_schema(row("1", "b2N0bw=="), login="bytes"),
+        "schema declares after.login as bytes",
+    ),
+    (Refusal.BAD_COLUMN, key(), under_schema(row(), flat=True, url="bytes"), "schema declares url as bytes"),
+    (Refusal.BAD_USER_ID, None, under_schema(row("1234"), user_id="bytes"), "schema declares after.user_id as bytes"),
+    (Refusal.BAD_USER_ID, None, under_schema(row("1234"), op="d", user_id="bytes"), "declares before.user_id as bytes"),
+    (Refusal.BAD_USER_ID, BYTES_KEY, None, "The schema of the record's key declares user_id as bytes"),
     (Refusal.BAD_USER_ID, key(), envelope("c", None, row(None)), "after.user_id must be a whole number, got null"),
     (Refusal.BAD_USER_ID, key(), envelope("c", None, row(1.0)), "got a number with a fraction"),
     (Refusal.BAD_USER_ID, key(), envelope("c", None, row(True)), "got true or false"),
@@ -405,8 +471,10 @@ REFUSED: list[tuple[Refusal, bytes | None, bytes | None, str]] = [
     (Refusal.BAD_USER_ID, b'{"user_id":null}', None, "key must be a whole number, got null"),
     (Refusal.BAD_USER_ID, b'"x"', None, 'got "x"'),
     (Refusal.BAD_USER_ID, b"9223372036854775808", None, "key must lie within"),
-    (Refusal.BAD_KEY, b"Struct{user_id=1}", None, "The key is no JSON"),
-    (Refusal.BAD_KEY, b"Struct{user_id=1}", envelope("c", None, row()), "The key is no JSON"),
+    (Refusal.BAD_KEY, b"id=1", None, "The key is no JSON"),
+    (Refusal.BAD_KEY, b"Struct{user_id=1}", None, "The key looks like the text of a Connect Struct"),
+    (Refusal.BAD_KEY, b"Struct{user_id=1}", envelope("c", None, row()), "The key looks like the text"),
+    (Refusal.BAD_KEY, AVRO, envelope("c", None, row()), "The key looks like Avro or Protobuf"),
     (Refusal.BAD_KEY, b"\xff", envelope("c", None, row()), "The key is not UTF-8 from byte 0"),
     (Refusal.BAD_KEY, b'{"id":1}', envelope("u", row(), row()), 'The record\'s key has no user_id, but "id"'),
     (Refusal.BAD_KEY, b'{"schema":{},"payload":{"id":1}}', envelope("d", row(), None), "has no user_id"),
@@ -481,6 +549,24 @@ def test_a_refused_record_leaves_the_decoder_as_good_as_new() -> None:
             decoder.decode(its_key, value)
         for one_key, one_value in good:
             assert decoder.decode(one_key, one_value) == decode(one_key, one_value)
+
+
+def test_a_column_that_the_schema_declares_as_bytes_may_be_null() -> None:
+    decoder = ChangeDecoder()
+    for _ in range(2):
+        change = decoder.decode(key(), under_schema(row(url=None), url="bytes"))
+        assert change == upsert("c", at=NOWHERE, url=None)
+        # What is remembered of a schema holds for that schema only.
+        with pytest.raises(UndecodableError, match="as bytes"):
+            decoder.decode(key(), under_schema(row(), url="bytes"))
+        assert decoder.decode(key(), under_schema(row())) == upsert("c", at=NOWHERE)
+
+
+@pytest.mark.parametrize("its_key", [None, b"", b"null", dump({"schema": None, "payload": None})])
+def test_an_absent_key_is_told_in_each_form(its_key: bytes | None) -> None:
+    assert ChangeDecoder().is_keyless(its_key)
+    assert not ChangeDecoder().is_keyless(key())
+    assert not ChangeDecoder().is_keyless(b"?")
 
 
 # laws
