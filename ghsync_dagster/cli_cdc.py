@@ -7,9 +7,9 @@ anything that the consumer decides.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,18 +20,18 @@ from ghsync_dagster.settings import Settings, load_settings
 from ghsync_dagster.stopping import stop_on_signals
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
-    from datetime import datetime
+    from collections.abc import Collection, Iterable, Iterator
 
     from ghsync_dagster.batch.checks import Finding
     from ghsync_dagster.cdc.consume import ConsumerReport
-    from ghsync_dagster.cdc.dead_letters import DeadLetter
-    from ghsync_dagster.cdc.replay import Edit, ReplayReport
+    from ghsync_dagster.domain.letters import Letter
     from ghsync_dagster.observability.metrics import ChangeMetrics, MetricsSnapshot
     from ghsync_dagster.rehearsal import Rehearsal
-    from ghsync_dagster.stores.replay import LetterState
+    from ghsync_dagster.stores.dead_letters import LetterIndex
+    from ghsync_dagster.stores.kafka import KafkaSettings
+    from ghsync_dagster.stores.mongo import UserStore
 
-LEFT_OPEN = NOT_EQUAL = 1
+NOT_EQUAL = 1
 _STOPPED = 128
 _SHOWN_TEXT = 80
 
@@ -242,33 +242,23 @@ Kind = Annotated[str | None, typer.Option(help="Only those of this kind, such as
 @dlq.command("list")
 def list_letters(
     kind: Kind = None,
-    state: Annotated[
-        str | None, typer.Option(help="Only open (replaying ones too), replaying, replayed or skipped ones.")
-    ] = None,
+    state: Annotated[str | None, typer.Option(help="Only open, resolved or closed ones.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the newest so many.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List dead letters, oldest first, and whether they are replayed."""
-    from collections import deque
-
-    from ghsync_dagster.stores.replay import LetterState
+    """List dead letters, oldest first, with their users and whether they are open."""
+    from ghsync_dagster.domain.letters import LetterState
 
     _expect("--state", state, list(LetterState))
     _expect_kind(kind)
-
-    def fits(at: LetterState) -> bool:
-        return at.is_open if state == LetterState.OPEN else state in (None, at)
-
-    found = ((letter, at, why) for letter, at, why in _letters() if kind in (None, letter.kind) and fits(at))
-    letters = deque(found, maxlen=limit)
-    if as_json:
-        print_json([{**letter.as_json(), "state": at, "state_reason": why} for letter, at, why in letters])
-        return
-    for letter, at, _ in letters:
-        text = shortened(letter.text, _SHOWN_TEXT)
-        typer.echo(f"{letter.id}  {letter.failed_at}  {at:8}  {letter.kind}: {text}")
-    still_open = sum(at.is_open for _, at, _ in letters)
-    typer.echo(f"listed: {len(letters):,}, of which open: {still_open:,}", err=True)
+    at = None if state is None else LetterState(state)
+    with _letters() as (_, _, index):
+        if limit is None:
+            found = index.find(state=at, kind=kind)
+        else:
+            found = reversed(list(index.find(state=at, kind=kind, limit=limit, newest=True)))
+        counts = _print_letters(found, as_json=as_json)
+    say(f"listed: {counts.total():,}, of which open: {counts[LetterState.OPEN]:,}")
 
 
 @dlq.command()
@@ -276,26 +266,60 @@ def show(
     ids: Annotated[list[str], typer.Argument(help="Ids as dlq list prints them: topic-partition-offset.")],
     as_json: AsJson = False,
 ) -> None:
-    """Show dead letters whole: key, value, headers, why, and whether they are replayed."""
-    from ghsync_dagster.cdc.replay import no_such_letter
+    """Show dead letters whole: key, value, headers, why, the way out, and whether they are open."""
+    from ghsync_dagster.cdc.dead_letters import no_such_letter, whole_letter
+    from ghsync_dagster.domain.envelope import Refusal
 
+    ways_out = {refusal.kind: refusal.way_out for refusal in Refusal}
     wanted = dict.fromkeys(ids)
-    found = {
-        letter.id: {**letter.as_json(whole=True), "state": state, "state_reason": why}
-        for letter, state, why in _letters()
-        if letter.id in wanted
-    }
-    shown = [found[name] for name in wanted if name in found]
+    with _letters() as (kafka, _, index):
+        found = index.by_id(wanted)
+        shown = []
+        for letter in (found[name] for name in wanted if name in found):
+            whole = whole_letter(kafka, letter)
+            record = {"record": "gone from the topic of dead letters"} if whole is None else whole.as_json(whole=True)
+            way_out = {"way_out": ways_out[letter.kind]} if letter.kind in ways_out else {}
+            shown.append(_listed(letter) | record | way_out)
     if as_json:
         print_json(shown)
     else:
         for fields in shown:
             for name, value in fields.items():
-                if (name, value) != ("state_reason", ""):
+                if (name, value) not in (("state_reason", ""), ("state_since", "")):
                     typer.echo(f"{name:13} {value}")
             typer.echo("")
     if missing := wanted.keys() - found.keys():
         raise no_such_letter(missing)
+
+
+@dlq.command("close")
+def close_letters(
+    ids: Annotated[list[str] | None, typer.Argument(help="Ids as dlq list prints them.")] = None,
+    kind: Annotated[str | None, typer.Option(help="All open ones of this kind.")] = None,
+    superseded: Annotated[
+        bool,
+        typer.Option("--superseded", help="All open ones whose users have a newer record, or a truncate, after them."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Close open dead letters whose changes nobody misses any more, and print them; write nothing else."""
+    from ghsync_dagster.cdc import dead_letters
+    from ghsync_dagster.domain.letters import LetterState
+
+    if [bool(ids), kind is not None, superseded].count(True) != 1:
+        raise typer.BadParameter("Give ids, or --kind, or --superseded.")
+    _expect_kind(kind)
+    with _letters() as (kafka, store, index):
+        if superseded:
+            closed = dead_letters.close_superseded(kafka, store, index)
+        elif ids:
+            letters = dead_letters.letters_by_id(index, ids)
+            closed = dead_letters.close_letters(index, letters, "closed by id")
+        else:
+            of_kind = index.find(state=LetterState.OPEN, kind=kind)
+            closed = dead_letters.close_letters(index, of_kind, f"closed by kind {kind}")
+        counts = _print_letters(closed, as_json=as_json)
+    say(f"closed: {counts.total():,}")
 
 
 def _expect(option: str, given: str | None, known: Collection[str]) -> None:
@@ -310,99 +334,53 @@ def _expect_kind(given: str | None) -> None:
     _expect("--kind", given, [*(refusal.kind for refusal in Refusal), *sorted(KINDS_OF_REFUSED)])
 
 
-def _letters() -> Iterator[tuple[DeadLetter, LetterState, str]]:
-    from ghsync_dagster.cdc.replay import letter_states
+@contextmanager
+def _letters() -> Iterator[tuple[KafkaSettings, UserStore, LetterIndex]]:
+    """Open the index of dead letters, with all that their topic holds now."""
+    from ghsync_dagster.cdc.dead_letters import caught_up_index
     from ghsync_dagster.wiring import existing_kafka, store_opener
 
     settings = load_settings()
     configure_logging(settings)
     kafka = existing_kafka(settings)
     with store_opener(settings)() as store:
-        yield from letter_states(kafka, store)
+        yield kafka, store, caught_up_index(kafka, store)
 
 
-@dlq.command("replay")
-def replay_letters(
-    ids: Annotated[list[str] | None, typer.Option("--id", help="Only this letter; may be given again.")] = None,
-    key: Annotated[str | None, typer.Option(help="Only those of this user_id.")] = None,
-    kind: Kind = None,
-    since: Annotated[str | None, typer.Option(help="Only those refused then or later: 2026-01-31T12:00Z.")] = None,
-    with_value: Annotated[
-        str | None, typer.Option(help="Value to take instead of the letter's own, or @FILE. With one --id.")
-    ] = None,
-    with_key: Annotated[
-        str | None, typer.Option(help="Record key to take instead of the letter's own, or @FILE. With one --id.")
-    ] = None,
-    apply: Annotated[bool, typer.Option("--apply", help="Do it. Without this, only tell what would be done.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Apply open dead letters after a fix, unless their users have moved on; a dry run without --apply.
+def _print_letters(letters: Iterable[Letter], *, as_json: bool) -> Counter[str]:
+    """Print letters as they come, since there may be any number; return how many there were, by state."""
+    import msgspec
 
-    Exit code 1 where --apply does not resolve one of the selected.
-    """
-    from ghsync_dagster.cdc.replay import Selection, plan_replay, replay
-    from ghsync_dagster.stores.retry import retrying
-    from ghsync_dagster.wiring import existing_kafka, store_opener
-
-    settings = load_settings()
-    configure_logging(settings)
-    _expect_kind(kind)
-    selection = Selection(frozenset(ids or ()), key, kind, None if since is None else _time(since))
-    edit = _edit(with_key, with_value)
-    kafka = existing_kafka(settings)
-    with store_opener(settings)() as store:
-
-        def once() -> ReplayReport:
-            if not apply:
-                return plan_replay(kafka, store, selection, edit)
-            return replay(
-                kafka,
-                store,
-                selection,
-                edit,
-                lease_wait_seconds=settings.lease_wait_seconds,
-                lease_quiet_seconds=settings.lease_quiet_seconds,
-            )
-
-        report = retrying("Replaying", once, attempts=settings.retry_attempts)
-    print_json(report.as_json()) if as_json else _show_replay(report)
-    if apply and report.left_open:
-        raise typer.Exit(LEFT_OPEN)
+    counts: Counter[str] = Counter()
+    for letter in letters:
+        if as_json:
+            typer.echo("," if counts else "[")
+            typer.echo(msgspec.json.encode(_listed(letter)), nl=False)
+        else:
+            text = shortened(letter.text, _SHOWN_TEXT)
+            user = letter.user or "-"
+            typer.echo(f"{letter.id}  {letter.failed_at}  {letter.state:8}  {user}  {letter.kind}: {text}")
+        counts[letter.state] += 1
+    if as_json:
+        typer.echo("\n]" if counts else "[]")
+    return counts
 
 
-def _time(text: str) -> datetime:
-    from datetime import UTC, datetime
-
-    try:
-        found = datetime.fromisoformat(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text} is no time such as 2026-01-31T12:00Z.", param_hint="--since") from None
-    return found if found.tzinfo else found.replace(tzinfo=UTC)
-
-
-def _edit(key: str | None, value: str | None) -> Edit | None:
-    from ghsync_dagster.cdc.replay import Edit
-
-    return None if key is None and value is None else Edit(_given(key), _given(value))
-
-
-def _given(text: str | None) -> bytes | None:
-    if text is not None and text.startswith("@"):
-        return Path(text[1:]).read_bytes()
-    return None if text is None else text.encode()
-
-
-def _show_replay(report: ReplayReport) -> None:
-    for found in report.letters:
-        change = found.change
-        what = f"{change.op.value} of user {change.key}: " if change is not None and change.key is not None else ""
-        before = f" (it was {found.state} before)" if found.state else ""
-        typer.echo(f"{found.letter.id}  {found.fate.value}: {what}{found.reason}{before}")
-    counts = ", ".join(f"{count:,} {fate}" for fate, count in report.counts.items()) or "no open dead letter fits"
-    if not report.applied:
-        helps = ": give --apply to do it" if report.to_resolve else ", nor would --apply resolve any"
-        counts += f"; nothing was written{helps}"
-    typer.echo(counts, err=True)
+def _listed(letter: Letter) -> dict[str, Any]:
+    return {
+        "id": letter.id,
+        "topic": letter.topic,
+        "partition": letter.partition,
+        "offset": letter.offset,
+        "timestamp_ms": letter.timestamp_ms,
+        "user_id": letter.user,
+        "kind": letter.kind,
+        "text": letter.text,
+        "failed_at": letter.failed_at,
+        "state": letter.state,
+        "state_reason": letter.reason,
+        "state_since": letter.at,
+    }
 
 
 def print_json(document: object) -> None:

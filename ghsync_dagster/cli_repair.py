@@ -65,7 +65,7 @@ def repair(
 
         def chosen() -> list[str]:
             with open_mysql(settings) as mysql:
-                return select(selection, mysql, store, patience)
+                return select(selection, mysql, store, kafka, patience)
 
         keys = retrying("Choosing users", chosen, attempts=settings.retry_attempts)
         if dry_run:

@@ -22,7 +22,6 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
 from ghsync_dagster.cdc.consume import ChangeConsumer, ConsumerReport
-from ghsync_dagster.cdc.replay import Edit, Fate, ReplayReport, Selection, replay
 from ghsync_dagster.domain.user import json_schema
 from ghsync_dagster.local.kafka import ensure_kafka
 from ghsync_dagster.local.mysql import ensure_mysql
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
 
 FIELDS = ("user_id", "login", "gravatar_id", "avatar_url", "url")
 GHSYNC = str(Path(sys.executable).parent / "ghsync")
-ALL = Selection()
 
 
 def user(key: object, login: str | None = "octo", **fields: str | None) -> dict[str, Any]:
@@ -337,20 +335,3 @@ def make_strict(store: UserStore) -> None:
     strict = json_schema()
     strict["properties"]["login"] = {"bsonType": "string", "maxLength": 8}
     store.database.command({"collMod": "Users", "validator": {"$jsonSchema": strict}})
-
-
-def replayed(topic: Topic, store: UserStore, selection: Selection = ALL, edit: Edit | None = None) -> ReplayReport:
-    """Replay dead letters."""
-    return replay(topic.kafka, store, selection, edit, lease_wait_seconds=60, lease_quiet_seconds=1)
-
-
-def fates(report: ReplayReport) -> dict[int, Fate]:
-    """What became of each letter, by the offset of its record."""
-    return {found.letter.offset: found.fate for found in report.letters}
-
-
-def assert_nothing_half_done(store: UserStore) -> None:
-    """See that no load or replay has left anything behind."""
-    assert store.count_marked() == 0
-    assert store.undo.count_documents({}) == 0
-    assert list(store.unfinished_loads()) == []

@@ -6,8 +6,7 @@ raise, and never look like failed data.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -17,7 +16,7 @@ from ghsync_dagster.cdc.causes import CURE, Circumstances, likely_causes
 if TYPE_CHECKING:
     from ghsync_dagster.cdc.audit import AuditResult
     from ghsync_dagster.cdc.backlog import Backlog
-    from ghsync_dagster.cdc.dead_letters import DeadLetter
+    from ghsync_dagster.cdc.dead_letters import OpenLetters
     from ghsync_dagster.observability.metrics import Latency
 
 KAFKA_LAG: Final = "kafka_lag"
@@ -135,14 +134,9 @@ def cdc_latency(measured: Sequence[Measured], waiting: int, *, limit_ms: float, 
     )
 
 
-def dead_letters_empty(letters: Iterable[DeadLetter]) -> Finding:
+def dead_letters_empty(letters: OpenLetters) -> Finding:
     """Hold that no dead letter is open."""
-    kinds: Counter[str] = Counter()
-    shown: list[dict[str, str]] = []
-    for letter in letters:
-        kinds[letter.kind] += 1
-        if len(shown) < OFFENDERS:
-            shown.append({"id": letter.id, "kind": letter.kind, "text": letter.text, "failed_at": letter.failed_at})
+    kinds = letters.kinds
     count = kinds.total()
     by_kind = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
     return Finding(
@@ -150,8 +144,18 @@ def dead_letters_empty(letters: Iterable[DeadLetter]) -> Finding:
         count == 0,
         f"{count} dead letters: {by_kind}" if count else "no dead letter",
         {"dead_letters": count, **{f"kind {kind}": number for kind, number in sorted(kinds.items())}},
-        shown,
-        "Look at them (ghsync dlq list, ghsync dlq show ID), mend the cause, then replay them: ghsync dlq replay."
+        [
+            {
+                "id": letter.id,
+                "user_id": letter.user,
+                "kind": letter.kind,
+                "text": letter.text,
+                "failed_at": letter.failed_at,
+            }
+            for letter in letters.oldest[:OFFENDERS]
+        ],
+        "Look at them (ghsync dlq list, ghsync dlq show ID) and fix the cause. Then ghsync cdc repair --dead-letters; "
+        "those that name no user: ghsync dlq close."
         if count
         else "",
     )

@@ -280,9 +280,10 @@ class _Run:
         )
         self._was_repair = False
         """Whether users were repaired last, so that it is a batch's turn."""
+        self._letters = DeadLetters(owner.kafka, store)
         self._writer = Writer(
             store,
-            DeadLetters(owner.kafka),
+            self._letters,
             listener,
             self._membership,
             owner.rules,
@@ -520,6 +521,7 @@ class _Run:
         self._next_topic, self._to_reach = 0.0, not self._consumer.partitions
         self._writer.forget_fences()
         self._to_own = True
+        self._letters.reload()
         log.info("partitions came", partitions=sorted(partitions), all=sorted(self._consumer.partitions))
         self._listener.assigned(self._consumer.partitions)
 

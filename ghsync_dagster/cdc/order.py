@@ -177,9 +177,8 @@ def oldest_positions(kafka: KafkaSettings) -> list[Position | None]:
     found: list[Position | None] = []
     for partition in read_backlog(kafka).partitions:
         first = min(partition.low + 1, partition.end)
-        messages = list(read_range(kafka, partition.partition, partition.low, first))
-        change = next(iter(decode(ChangeDecoder(), messages)), None)
-        found.append(change.position if isinstance(change, Change) else None)
+        oldest = _decoded([list(read_range(kafka, partition.partition, partition.low, first))])
+        found.append(next((change.position for _, change in oldest if isinstance(change, Change)), None))
     return found
 
 

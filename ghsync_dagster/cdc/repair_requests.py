@@ -265,13 +265,16 @@ class Selection:
         return not (self.user_ids or self.from_audit or self.everyone or self.dead_letters)
 
 
-def select(selection: Selection, mysql: MySqlStore, store: UserStore, patience_seconds: float) -> list[str]:
+def select(
+    selection: Selection, mysql: MySqlStore, store: UserStore, kafka: KafkaSettings, patience_seconds: float
+) -> list[str]:
     """Return the users that are to be repaired, each once.
 
     Args:
         selection: Which ones.
         mysql: Open.
         store: Open.
+        kafka: The way to the dead letters.
         patience_seconds: For how long the audit looks again at what differs.
 
     Raises:
@@ -283,7 +286,7 @@ def select(selection: Selection, mysql: MySqlStore, store: UserStore, patience_s
     if selection.from_audit or selection.everyone:
         chosen |= dict.fromkeys(_differing(mysql, store, 0.0 if selection.everyone else patience_seconds))
     if selection.dead_letters:
-        chosen |= dict.fromkeys(_with_open_letters(store))
+        chosen |= dict.fromkeys(_with_open_letters(kafka, store))
     return list(chosen)
 
 
@@ -306,10 +309,13 @@ def _differing(mysql: MySqlStore, store: UserStore, patience_seconds: float) -> 
     return users
 
 
-def _with_open_letters(store: UserStore) -> list[str]:
-    from ghsync_dagster.stores.dead_letters import LetterIndex
+def _with_open_letters(kafka: KafkaSettings, store: UserStore) -> list[str]:
+    from ghsync_dagster.cdc.dead_letters import caught_up_index
 
-    return list(LetterIndex(store).open_users())
+    users = caught_up_index(kafka, store).open_users()
+    if None in users:
+        log.warning("dead letters that name no user are left open; look at them, then: ghsync dlq close")
+    return sorted(user for user in users if user is not None)
 
 
 def _is_user_id(text: str) -> bool:

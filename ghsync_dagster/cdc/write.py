@@ -288,6 +288,7 @@ class Writer:
     def _run(self) -> None:
         from ghsync_dagster.cdc.batch import Batch
 
+        self._letters.begin()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._task is not None or self._closing, timeout=_NOTE_SECONDS)
@@ -321,7 +322,7 @@ class Writer:
 
         self._store.unsure = False
         try:
-            repaired = carry_out(self._store, work, self._known_fences(), lambda _: None)
+            repaired = carry_out(self._store, work, self._known_fences(), self._letters.resolve_repaired)
         except TransientError as error:
             self._listener.retried(type(error).__name__)
             self._listener.connection(MONGO, up=False)
@@ -442,8 +443,10 @@ class Writer:
     def _write_letters(self, written: Written) -> None:
         if written.letters:
             self._go_on()
-            self._letters.write(written.letters)
+            written.letters = self._letters.write(written.letters)
             log.warning("records went to the dead letters", records=len(written.letters), kinds=dict(written.kinds))
+        self._asked = MONGO
+        self._letters.settle(written.batch, written.letters)
 
     def _apply(self, batch: Batch) -> Written:
         """Apply a batch from its beginning: a try that failed may have got anywhere."""

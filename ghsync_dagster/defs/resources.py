@@ -15,10 +15,8 @@ from ghsync_dagster.observability.logging import bind_run, configure_logging
 from ghsync_dagster.settings import load_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from ghsync_dagster.cdc.consume import ChangeConsumer
-    from ghsync_dagster.cdc.dead_letters import DeadLetter
+    from ghsync_dagster.cdc.dead_letters import OpenLetters
     from ghsync_dagster.cdc.listener import ChangeListener
     from ghsync_dagster.settings import Settings
     from ghsync_dagster.stores.kafka import KafkaSettings
@@ -129,12 +127,12 @@ class ChangesResource(dg.ConfigurableResource["ChangesResource"]):
 
         return open_mysql(self.settings())
 
-    def dead_letters(self) -> Iterator[DeadLetter]:
-        """Yield the dead letters that were neither replayed nor skipped, oldest first."""
-        from ghsync_dagster.cdc.replay import open_dead_letters
+    def dead_letters(self) -> OpenLetters:
+        """Return the open dead letters."""
+        from ghsync_dagster.cdc.dead_letters import open_letters
 
         with self.open_store() as store:
-            yield from open_dead_letters(self.kafka(), store)
+            return open_letters(self.kafka(), store)
 
 
 def _words(server: str, variable: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from dagster._daemon.sensor import MIN_INTERVAL_LOOP_TIME
 
 from ghsync_dagster.cdc.backlog import Backlog, PartitionBacklog
 from ghsync_dagster.cdc.consume import ChangeConsumer, ConsumerReport
-from ghsync_dagster.cdc.dead_letters import DeadLetter
+from ghsync_dagster.cdc.dead_letters import OpenLetters
 from ghsync_dagster.cdc.listener import APPLIED, AppliedBatch, SilentListener
 from ghsync_dagster.definitions import build_defs, defs
 from ghsync_dagster.defs.cdc import metadata, sensors
@@ -28,6 +29,7 @@ from ghsync_dagster.defs.cdc.slice import USERS_CHANGES
 from ghsync_dagster.defs.cdc.supervisor import Phase, Replace, Rules
 from ghsync_dagster.defs.resources import ChangesResource
 from ghsync_dagster.domain.errors import UnavailableError
+from ghsync_dagster.domain.letters import Letter
 from ghsync_dagster.local import kafka, stack
 from ghsync_dagster.local.dagster_home import ensure_dagster_home
 from ghsync_dagster.local.supervisor import Record, ServiceStatus
@@ -360,12 +362,14 @@ class Parts(ChangesResource):
     def no_mysql(self) -> None:
         """Say that MySQL was set up."""
 
-    def dead_letters(self) -> Iterator[DeadLetter]:
+    def dead_letters(self) -> OpenLetters:
         """So many dead letters as the test says, or none."""
-        return (
-            DeadLetter(KAFKA.topic, 0, at, None, b"1", b"{", [], "not-json", "no JSON", "2026-01-01T00:00:00+00:00")
+        failed_at = "2026-01-01T00:00:00+00:00"
+        found = [
+            Letter(KAFKA.topic, 0, at, None, "1", "not-json", "no JSON", failed_at, (0, at))
             for at in range(self.letters)
-        )
+        ]
+        return OpenLetters(Counter(letter.kind for letter in found), found[:20], found[:-51:-1])
 
 
 @pytest.fixture
@@ -498,7 +502,8 @@ def test_dead_letters_empty_counts_all_and_shows_twenty(
     if letters:
         assert len(values(found)["offenders"]) == min(letters, 20)
         assert found.description == f"{letters} dead letters: {letters} not-json"
-        assert "ghsync dlq" in values(found)["way_out"]
+        assert "ghsync cdc repair --dead-letters" in values(found)["way_out"]
+        assert {offender["user_id"] for offender in values(found)["offenders"]} == {"1"}
 
 
 def test_dead_letters_is_a_table_with_counts(instance: dg.DagsterInstance, tmp_path: Path) -> None:
@@ -522,7 +527,7 @@ class Away(Parts):
         """Kafka, which is not there."""
         raise UnavailableError("Kafka is away.", way_out="Start it.")
 
-    def dead_letters(self) -> Iterator[DeadLetter]:
+    def dead_letters(self) -> OpenLetters:
         """So many dead letters as the test says, or none."""
         raise UnavailableError("Kafka is away.", way_out="Start it.")
 

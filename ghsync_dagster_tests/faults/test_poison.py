@@ -1,7 +1,7 @@
-"""Sixty bad records among 100,000: each is kept alone with its reason, all others are applied, and a fix settles them.
+"""Sixty bad records among 100,000: each is kept alone with its reason, the others are applied, newer ones settle it.
 
 Fifty can't be decoded, of ten kinds, as a broken producer might write them; ten are refused by the database. Of each
-sort some are still the newest of their users when the fix comes, and others have newer records behind them.
+sort some are the newest of their users, and others have newer records after them.
 """
 
 from __future__ import annotations
@@ -14,22 +14,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
-from cdc_parts import StrictStore, assert_nothing_half_done, fates, make_strict, replayed, stored, user
+from cdc_parts import StrictStore, make_strict, stored, user
 
-from ghsync_dagster.cdc import consume, look
-from ghsync_dagster.cdc import replay as replaying
 from ghsync_dagster.cdc.consume import ChangeConsumer, ConsumerReport
-from ghsync_dagster.cdc.dead_letters import read_dead_letters
-from ghsync_dagster.cdc.replay import Edit, Fate, Selection, open_dead_letters
-from ghsync_dagster.domain.envelope import ChangeDecoder
+from ghsync_dagster.cdc.dead_letters import close_letters, open_letters, read_dead_letters
+from ghsync_dagster.domain.letters import LetterState
 from ghsync_dagster.domain.user import json_schema
+from ghsync_dagster.stores.dead_letters import LetterIndex
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from cdc_parts import Parts, Topic
 
-    from ghsync_dagster.domain.change import Change
     from ghsync_dagster.stores.mongo import UserStore
 
 pytestmark = pytest.mark.faults
@@ -40,9 +37,9 @@ USERS: Final = 5_000
 REFUSED: Final = 10
 """Records that the database refuses."""
 OVERTAKEN: Final = 4
-"""So many of them get a newer record before the replay."""
-BY_EDIT: Final = "key-mismatch"
-"""This kind is mended letter by letter, the others by code that can read them."""
+"""So many of them get a newer record once the database takes them."""
+OF_TWO_USERS: Final = "key-mismatch"
+"""Records of this kind name two users, so that no record of one of them settles it."""
 
 Value = dict[str, Any]
 Record = tuple[bytes, bytes]
@@ -58,7 +55,6 @@ class Bad:
         user_id: Its user.
         meant: The change that was meant.
         record: Key and value as they are written.
-        due: What becomes of its letter once it can be applied.
         later: What is written of the user afterwards: ``update``, ``delete``, or nothing.
     """
 
@@ -67,15 +63,12 @@ class Bad:
     user_id: int
     meant: Value
     record: Record
-    due: Fate
     later: str = ""
 
-    def apply(self, users: dict[str, Value]) -> None:
-        """Do what was meant."""
-        if self.meant["op"] == "d":
-            users.pop(str(self.user_id), None)
-        else:
-            users[str(self.user_id)] = self.meant["after"] | {"user_id": str(self.user_id)}
+    @property
+    def state(self) -> LetterState:
+        """The state of its letter once the topic is applied."""
+        return LetterState.RESOLVED if self.later and self.kind != OF_TWO_USERS else LetterState.OPEN
 
 
 def change(user_id: int, login: str, op: str = "u") -> Value:
@@ -119,27 +112,21 @@ BREAKS: Final[dict[str, tuple[Callable[[int, Value], Record], str]]] = {
     ),
     "bad-column": (lambda key, value: record(key, with_row(value, login=7)), "after.login must be a string or null"),
     "bad-user-id": (lambda key, value: record(key, with_row(value, user_id=1.5)), "after.user_id must be a whole"),
-    BY_EDIT: (lambda key, value: record(-key, value), "The record's key names user -"),
+    OF_TWO_USERS: (lambda key, value: record(-key, value), "The record's key names user -"),
 }
 """How each kind is made of a good change, and what its refusal says."""
 
 
 def poison() -> list[Bad]:
-    """Return five records of each kind that can't be decoded: two overtaken by good ones, and one by the last one."""
+    """Return five records of each kind that can't be decoded: two overtaken by good ones, and two of one user."""
     found = []
     for number, (kind, (make, words)) in enumerate(BREAKS.items()):
         base = USERS + 10 * number
-        cases = [
-            (base + 1, Fate.MOVED_ON, "update"),
-            (base + 2, Fate.MOVED_ON, "delete"),
-            (base + 3, Fate.REPLAYED, ""),
-            (base + 4, Fate.SUPERSEDED, ""),
-            (base + 4, Fate.REPLAYED, ""),
-        ]
-        for at, (user_id, due, later) in enumerate(cases):
+        cases = [(base + 1, "update"), (base + 2, "delete"), (base + 3, ""), (base + 4, ""), (base + 4, "")]
+        for at, (user_id, later) in enumerate(cases):
             # One kind was meant as deletes.
             meant = change(user_id, f"octo-{at}", "d" if kind == "unknown-op" else "u")
-            found.append(Bad(kind, words, user_id, meant, make(user_id, meant), due, later))
+            found.append(Bad(kind, words, user_id, meant, make(user_id, meant), later))
     return found
 
 
@@ -149,8 +136,7 @@ def refused() -> list[Bad]:
     for number in range(REFUSED):
         user_id = USERS + 1_000 + number
         meant = change(user_id, "much too long")
-        due = Fate.MOVED_ON if number < OVERTAKEN else Fate.REPLAYED
-        found.append(Bad("validator", "code 121", user_id, meant, record(user_id, meant), due))
+        found.append(Bad("validator", "code 121", user_id, meant, record(user_id, meant)))
     return found
 
 
@@ -184,21 +170,6 @@ def write_all(topic: Topic, chance: random.Random, bad: Sequence[Bad]) -> dict[i
     return offsets
 
 
-def mended_decoder(bad: Iterable[Bad]) -> type[ChangeDecoder]:
-    """Return the decoder after the fix, which knows what the broken producer meant."""
-    meant = {each.record: record(each.user_id, each.meant) for each in bad}
-
-    class MendedDecoder(ChangeDecoder):
-        __slots__ = ()
-
-        def decode(self, key: bytes | None, value: bytes | None) -> Change:
-            if key is not None and value is not None:
-                key, value = meant.get((key, value), (key, value))
-            return super().decode(key, value)
-
-    return MendedDecoder
-
-
 def assert_only_the_bad_ones_were_left_out(topic: Topic, report: ConsumerReport, bad: Mapping[int, Bad]) -> None:
     assert report.reached_end
     assert report.records.keys() == {"applied", "coalesced", "dead_letter"}
@@ -212,24 +183,19 @@ def assert_only_the_bad_ones_were_left_out(topic: Topic, report: ConsumerReport,
     assert topic.committed() == RECORDS
 
 
-def replay_one_by_one(topic: Topic, store: UserStore, bad: Mapping[int, Bad]) -> None:
-    """Replay the letters whose keys must be mended by hand; the newest first, so that no older one shows meanwhile."""
-    for offset, each in sorted(bad.items(), reverse=True):
-        selection = Selection(ids=frozenset({f"{topic.kafka.topic}-0-{offset}"}))
-        [found] = replayed(topic, store, selection, Edit(key=record(each.user_id, each.meant)[0])).letters
-        assert (found.fate, found.resolved) == (each.due, True)
+def states(topic: Topic, store: UserStore) -> dict[int, LetterState]:
+    """The state of each letter, by the offset of its record."""
+    return {letter.offset: letter.state for letter in LetterIndex(store, topic.kafka.topic).find()}
 
 
-def test_bad_records_are_kept_alone_all_others_are_applied_and_a_replay_after_the_fix_applies_what_is_newest(
-    topic: Topic, parts: Parts, store: UserStore, monkeypatch: pytest.MonkeyPatch
+def test_bad_records_are_kept_alone_all_others_are_applied_and_newer_ones_resolve_them(
+    topic: Topic, parts: Parts, store: UserStore
 ) -> None:
     seed = random.SystemRandom().randrange(10**6)
     sys.stdout.write(f"seed {seed}\n")
     chance = random.Random(seed)  # noqa: S311
     every = [*poison(), *refused()]
     chance.shuffle(every)
-    # The older one of a user's two letters comes first.
-    every.sort(key=lambda each: each.due is not Fate.SUPERSEDED)
     bad = write_all(topic, chance, every)
 
     make_strict(store)
@@ -237,33 +203,25 @@ def test_bad_records_are_kept_alone_all_others_are_applied_and_a_replay_after_th
     report = consumer.run(threading.Event(), until_end=True, seconds=60)
     assert_only_the_bad_ones_were_left_out(topic, report, bad)
     assert stored(store) == topic.expected
+    assert states(topic, store) == {offset: each.state for offset, each in bad.items()}
 
-    # Before the fix a replay changes nothing.
-    with StrictStore(parts.uri, parts.database, "Users") as strict:
-        early = replayed(topic, strict)
-    assert (set(fates(early).values()), early.left_open) == ({Fate.REFUSED}, len(bad))
-    assert stored(store) == topic.expected
-
-    # The fix: code that can read what the producer broke, a database that takes long logins; and life has gone on.
-    for module in (consume, look, replaying):
-        monkeypatch.setattr(module, "ChangeDecoder", mended_decoder(each for each in every if each.kind != BY_EDIT))
+    # The fix: a database that takes long logins; and life has gone on.
     store.database.command({"collMod": "Users", "validator": {"$jsonSchema": json_schema()}})
-    for each in refused()[:OVERTAKEN]:
-        topic.upsert(each.user_id, "newer, and much longer")
+    overtaken = [each.user_id for each in refused()[:OVERTAKEN]]
+    for user_id in overtaken:
+        topic.upsert(user_id, "newer, and much longer")
     parts.drain(topic)
-
-    by_edit = {offset: each for offset, each in bad.items() if each.kind == BY_EDIT}
-    done = replayed(topic, store)
-    assert fates(done) == {offset: Fate.REFUSED if offset in by_edit else each.due for offset, each in bad.items()}
-    skipped = [found for found in done.letters if found.fate in (Fate.MOVED_ON, Fate.SUPERSEDED)]
-    assert [found.reason for found in skipped if "a newer" not in found.reason] == []
-    assert done.left_open == len(by_edit)
-    replay_one_by_one(topic, store, by_edit)
-
-    for each in every:
-        if each.due is Fate.REPLAYED:
-            each.apply(topic.expected)
     assert stored(store) == topic.expected
-    assert_nothing_half_done(store)
-    assert list(open_dead_letters(topic.kafka, store)) == []
-    assert replayed(topic, store).letters == ()
+    left = {
+        offset: each for offset, each in bad.items() if each.state is LetterState.OPEN and each.user_id not in overtaken
+    }
+    assert {offset for offset, state in states(topic, store).items() if state is LetterState.OPEN} == left.keys()
+
+    # What is left a repair settles, by user; what names no user or two, somebody closes by kind.
+    index = LetterIndex(store, topic.kafka.topic)
+    users = {str(each.user_id) for each in left.values() if each.kind != OF_TWO_USERS}
+    assert index.open_users() == {*users, None}
+    assert index.resolve_repaired(users, "repaired") == len(left) - 5
+    of_kind = index.find(state=LetterState.OPEN, kind=OF_TWO_USERS)
+    assert len(list(close_letters(index, of_kind, "looked at"))) == 5
+    assert open_letters(topic.kafka, store).kinds == {}

@@ -393,7 +393,7 @@ def test_every_difference_is_given_though_few_are_kept(mysql: MySqlStore, mongo:
 
 
 def test_values_in_each_others_columns_are_told_as_shifted(mysql: MySqlStore, mongo: UserStore) -> None:
-    row = {"user_id": "1", "login": "one", "gravatar_id": "g1", "avatar_url": "a1", "url": "u1"}
+    row: dict[str, str | None] = {"user_id": "1", "login": "one", "gravatar_id": "g1", "avatar_url": "a1", "url": "u1"}
     put_rows(mysql, [row, user(2)])
     put_documents(mongo, [{**row, "gravatar_id": None, "avatar_url": "g1", "url": "a1"}, user(2, login="x")])
     found = audit(mysql, mongo, patience=NO_PATIENCE)

@@ -807,7 +807,7 @@ def test_of_a_note_and_one_that_is_to_be_left_the_earlier_counts(
     monkeypatch.setattr(write, "_LAST_ATTEMPTS", 1)
     membership = write.Membership(6)
     name = group_name(topic.kafka)
-    writer = write.Writer(store, DeadLetters(topic.kafka), SilentListener(), membership, name=name)
+    writer = write.Writer(store, DeadLetters(topic.kafka, store), SilentListener(), membership, name=name)
     try:
         assert writer.is_to_go_back({0: 6})
         assert not writer.is_to_go_back({0: 5})
@@ -824,9 +824,10 @@ def test_a_batch_whose_partitions_were_given_up_while_its_letters_are_written_is
     at_work, stopped = threading.Event(), threading.Event()
     became: list[str] = []
 
-    def wait(*_: Any) -> None:
+    def wait(*_: Any) -> list[Any]:
         at_work.set()
         assert stopped.wait(30)
+        return []
 
     def stop(writer: write.Writer) -> None:
         stop_batch(writer)

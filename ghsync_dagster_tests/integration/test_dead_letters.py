@@ -15,11 +15,11 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.admin._config import ConfigResource
 from confluent_kafka.cimpl import NewTopic
 
-from ghsync_dagster.cdc.dead_letters import DeadLetter, DeadLetters, read_dead_letters
+from ghsync_dagster.cdc.dead_letters import DeadLetter, read_dead_letters
 from ghsync_dagster.domain.errors import RefusedError, UnavailableError
 from ghsync_dagster.stores import kafka_topics
 from ghsync_dagster.stores.kafka import KafkaSettings
-from ghsync_dagster.stores.kafka_topics import read_to_end
+from ghsync_dagster.stores.kafka_topics import RecordWriter, read_to_end
 
 if TYPE_CHECKING:
     from cdc_parts import Parts, Topic
@@ -46,8 +46,10 @@ def letter(topic: Topic, offset: int = 7, **fields: Any) -> DeadLetter:
 
 
 def written(topic: Topic, *letters: DeadLetter) -> list[DeadLetter]:
-    writer = DeadLetters(topic.kafka)
-    writer.write(letters)
+    writer = RecordWriter(topic.kafka, topic.kafka.dead_letter_topic)
+    before = len(list(read_to_end(topic.kafka, writer.topic)))
+    places = writer.write(letter.as_record() for letter in letters)
+    assert places == [(0, before + at) for at in range(len(letters))]
     writer.close()
     return list(read_dead_letters(topic.kafka))
 

@@ -287,10 +287,10 @@ def test_an_audit_chooses_whom_to_repair(bench: _Bench) -> None:
     bench.store.users.insert_many([user(key, f"u{key}") for key in range(3, 30)] + [user(100, "extra")])
     bench.store.users.update_one({"user_id": "7"}, {"$set": {"login": "wrong"}})
     for selection in (Selection(from_audit=True), Selection(everyone=True)):
-        assert sorted(select(selection, bench.mysql, bench.store, 0.5)) == ["1", "100", "2", "7"]
-    assert select(Selection(user_ids=("7", "007", "-3")), bench.mysql, bench.store, 0) == ["7", "-3"]
+        assert sorted(select(selection, bench.mysql, bench.store, bench.topic.kafka, 0.5)) == ["1", "100", "2", "7"]
+    assert select(Selection(user_ids=("7", "007", "-3")), bench.mysql, bench.store, bench.topic.kafka, 0) == ["7", "-3"]
     with pytest.raises(ConfigError, match="No user id: 'octo'"):
-        select(Selection(user_ids=("octo",)), bench.mysql, bench.store, 0)
+        select(Selection(user_ids=("octo",)), bench.mysql, bench.store, bench.topic.kafka, 0)
     with pytest.raises(ConfigError, match="GHSYNC_REPAIR_MAX_USERS=3"):
         refuse_too_many(4, 3)
 

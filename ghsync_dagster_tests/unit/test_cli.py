@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -18,9 +17,7 @@ from cdc_parts import until
 from typer.testing import CliRunner, Result
 
 from ghsync_dagster import cli, cli_cdc
-from ghsync_dagster.cdc.dead_letters import DeadLetter
 from ghsync_dagster.cdc.listener import APPLIED, AppliedBatch
-from ghsync_dagster.cdc.replay import Fate, ReplayedLetter, ReplayReport
 from ghsync_dagster.domain.errors import (
     ConfigError,
     GhsyncError,
@@ -31,7 +28,6 @@ from ghsync_dagster.domain.errors import (
 )
 from ghsync_dagster.local import kafka
 from ghsync_dagster.observability.metrics import ChangeMetrics
-from ghsync_dagster.stores.replay import LetterState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -190,7 +186,7 @@ def _opened_by_a_reader(pipe: Path) -> int:
 
 @pytest.mark.parametrize(
     "command",
-    ["cdc run", "cdc drain", "cdc audit", "dlq list", "dlq show t-0-0", "dlq replay", "dlq replay --apply"],
+    ["cdc run", "cdc drain", "cdc audit", "dlq list", "dlq show t-0-0", "dlq close t-0-0", "dlq close --superseded"],
 )
 def test_what_needs_kafka_starts_none_where_there_is_none(
     ghsync: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
@@ -203,35 +199,6 @@ def test_what_needs_kafka_starts_none_where_there_is_none(
     assert "There is no Kafka: KAFKA_BOOTSTRAP_SERVERS is not set" in result.stderr
     assert "ghsync up" in result.stderr
     assert not (tmp_path / "kafka").exists()
-
-
-@pytest.mark.parametrize(
-    ("state", "listed"),
-    [("open", ["open", "replaying"]), *([state, [state]] for state in ("replaying", "replayed", "skipped"))],
-)
-def test_dead_letters_whose_replay_began_are_listed_as_open_too(
-    ghsync: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, state: str, listed: list[str]
-) -> None:
-    letters = [
-        (DeadLetter("t", 0, at, None, b"1", b"{", [], "not-json", "no JSON", "2026-01-01T00:00:00+00:00"), found, "")
-        for at, found in enumerate(LetterState)
-    ]
-    monkeypatch.setattr(cli_cdc, "_letters", lambda: letters)
-    result = ghsync("dlq", "list", "--state", state, "--json")
-    assert [letter["state"] for letter in json.loads(result.stdout)] == listed
-
-
-@pytest.mark.parametrize(
-    ("to_resolve", "told"),
-    [(1, "1 refused; nothing was written: give --apply to do it"), (0, "nor would --apply resolve any")],
-)
-def test_a_dry_run_offers_to_apply_only_where_that_helps(
-    capsys: pytest.CaptureFixture[str], to_resolve: int, told: str
-) -> None:
-    made = DeadLetter("t", 0, 1, None, b"1", b"{", [], "not-json", "no JSON", "2026-01-01T00:00:00+00:00")
-    letters = (ReplayedLetter(made, Fate.REFUSED, "why"),)
-    cli_cdc._show_replay(ReplayReport(applied=False, letters=letters, to_resolve=to_resolve))
-    assert capsys.readouterr().err.endswith(f"{told}\n")
 
 
 def test_a_consumer_s_line_has_no_figure_for_what_is_not_known() -> None:

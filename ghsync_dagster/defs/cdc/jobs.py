@@ -5,12 +5,13 @@ Belongs here: ops, their config, and what makes a drain fail. Not here: how chan
 
 # No annotations from __future__: Dagster wants the types of context and config, not their names.
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import dagster as dg
 
 from ghsync_dagster.batch import checks
 from ghsync_dagster.batch.checks import Finding
+from ghsync_dagster.cdc.dead_letters import DeadLetter
 from ghsync_dagster.defs.batch.checks import as_result
 from ghsync_dagster.defs.cdc.checks import CHECKS
 from ghsync_dagster.defs.cdc.slice import consume
@@ -83,7 +84,7 @@ def drain_changes(context: dg.OpExecutionContext, config: DrainConfig, changes: 
         ends = retrying("drain", lambda: read_backlog(changes.kafka()), attempts=attempts).ends()
         report = consume(context, changes, until_end=True, seconds=config.timeout_seconds)
         left = retrying("drain", lambda: read_backlog(changes.kafka()), attempts=attempts).before(ends)
-        new = retrying("drain", lambda: list(read_dead_letters(changes.kafka(), letters)), attempts=attempts)
+        new = retrying("drain", lambda: _by_kind(read_dead_letters(changes.kafka(), letters)), attempts=attempts)
     context.add_output_metadata({"seconds": report.seconds, "records": sum(report.records.values()), "left": left})
     if left or not report.reached_end:
         why = (
@@ -96,7 +97,7 @@ def drain_changes(context: dg.OpExecutionContext, config: DrainConfig, changes: 
             metadata={"left": left, "kind": "data", "way_out": "Run it again; raise timeout_seconds if it is set."},
             allow_retries=False,
         )
-    return dict(Counter(letter.kind for letter in new))
+    return new
 
 
 @dg.op(out=dg.Out(dg.Nothing), description="Fails on what must not be after a drain.")
@@ -119,6 +120,10 @@ def gate_drain(
             metadata={"kind": "data", "way_out": way_out, **_as_metadata(failed)},
             allow_retries=False,
         )
+
+
+def _by_kind(letters: Iterable[DeadLetter]) -> dict[str, int]:
+    return dict(Counter(letter.kind for letter in letters))
 
 
 def _new_dead_letters(made: Mapping[str, int], limit: int) -> Finding:

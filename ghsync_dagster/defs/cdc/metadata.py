@@ -6,7 +6,6 @@ judgement, which is a check's.
 
 from __future__ import annotations
 
-from collections import Counter, deque
 from typing import TYPE_CHECKING, Any, Final
 
 import dagster as dg
@@ -14,9 +13,9 @@ import dagster as dg
 from ghsync_dagster.cdc.checks import Measured, certain_p99
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from ghsync_dagster.cdc.dead_letters import DeadLetter
+    from ghsync_dagster.cdc.dead_letters import OpenLetters
     from ghsync_dagster.observability.metrics import MetricsSnapshot, Percentiles
     from ghsync_dagster.stores.kafka import KafkaSettings
 
@@ -24,8 +23,6 @@ Metadata = dict[str, Any]
 
 _RECORDS: Final = "interval_records"
 _P99: Final = "latency_p99_ms"
-_SHOWN: Final = 50
-_TEXT: Final = 200
 
 
 def of_observation(now: MetricsSnapshot, kafka: KafkaSettings) -> Metadata:
@@ -93,22 +90,18 @@ def _number(metadata: Mapping[str, Any], name: str) -> float:
     return value if isinstance(value, int | float) else 0
 
 
-def of_dead_letters(letters: Iterable[DeadLetter], topic: str) -> Metadata:
+def of_dead_letters(letters: OpenLetters, topic: str) -> Metadata:
     """Return the metadata of ``dead_letters``: exact counts, and the newest of them."""
-    kinds: Counter[str] = Counter()
-    newest: deque[DeadLetter] = deque(maxlen=_SHOWN)
-    for letter in letters:
-        kinds[letter.kind] += 1
-        newest.append(letter)
+    kinds = letters.kinds
     rows = [
         {
             "id": letter.id,
+            "user_id": letter.user or "",
             "kind": letter.kind,
-            "why": letter.text[:_TEXT],
-            "key": str(letter.as_json()["key"])[:_TEXT],
+            "why": letter.text,
             "failed_at": letter.failed_at,
         }
-        for letter in reversed(newest)
+        for letter in letters.newest
     ]
     return {
         "dagster/row_count": kinds.total(),

@@ -87,7 +87,7 @@ def _repaired(config: RepairConfig, changes: ChangesResource) -> RepairReport:
 
         def chosen() -> list[str]:
             with changes.open_mysql() as mysql:
-                return select(selection, mysql, store, config.patience_seconds)
+                return select(selection, mysql, store, changes.kafka(), config.patience_seconds)
 
         keys = retrying("Choosing users", chosen, attempts=settings.retry_attempts)
         if config.dry_run:
