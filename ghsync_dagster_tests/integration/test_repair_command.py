@@ -51,8 +51,8 @@ class _Sides:
 
     def hide(self, *statements: str) -> None:
         """Change rows without a record in the binlog."""
-        self.mysql.execute([("SET SESSION sql_log_bin = 0", ()), *((statement, ()) for statement in statements)])
-        self.mysql.execute([("SET SESSION sql_log_bin = 1", ())])
+        for statement in ("SET SESSION sql_log_bin = 0", *statements, "SET SESSION sql_log_bin = 1"):
+            self.mysql.execute([(statement, ())])
 
 
 @pytest.fixture
