@@ -323,9 +323,9 @@ class Span:
 
 
 def hash_sum(users: Iterable[Mapping[str, Any]]) -> int:
-    """Return the sum of the 128-bit hashes of users' five fields, as ``MySqlStore.digest`` adds them up in SQL.
+    """Return the sum of users' hashes, each the first 128 bits of SHA-256 over the five fields.
 
-    Sums, since equal hashes would cancel out under XOR.
+    ``MySqlStore.digest`` adds up the same in SQL. Sums, since equal hashes would cancel out under XOR.
 
     Raises:
         KeyError: A field is not there.
@@ -333,10 +333,10 @@ def hash_sum(users: Iterable[Mapping[str, Any]]) -> int:
         UnicodeEncodeError: A text has a half of a surrogate pair.
     """
     # One loop without calls of our own: it runs for every document of the collection.
-    total, md5, number = 0, hashlib.md5, int.from_bytes
+    total, sha256, number = 0, hashlib.sha256, int.from_bytes
     for user in users:
         parts = [_NULL if (value := user[name]) is None else value.encode() for name in USER_FIELDS]
-        total += number(md5(_SEPARATOR.join(parts), usedforsecurity=False).digest(), "big")
+        total += number(sha256(_SEPARATOR.join(parts)).digest()[:16], "big")
     return total
 
 
@@ -469,11 +469,12 @@ class MySqlStore:
         if not (where := key.within(span)):
             return 0, 0
         texts = (f"IFNULL(CAST(CONVERT(`{name}` USING utf8mb4) AS BINARY), _binary 0xfe)" for name in USER_FIELDS[1:])
+        # Not MD5: MySQL 9.6 and later are without it.
         # With its limit the inner query is carried out once and first: no row is hashed twice, and none beyond it.
         query = (
             "SELECT COUNT(*), SUM(CAST(CONV(LEFT(hash, 16), 16, 10) AS UNSIGNED)),"  # noqa: S608  only names
-            " SUM(CAST(CONV(RIGHT(hash, 16), 16, 10) AS UNSIGNED))"
-            f" FROM (SELECT MD5(CONCAT_WS(_binary 0xff, CAST({key.order} AS BINARY), {', '.join(texts)})) AS hash"
+            " SUM(CAST(CONV(MID(hash, 17, 16), 16, 10) AS UNSIGNED))"
+            f" FROM (SELECT SHA2(CONCAT_WS(_binary 0xff, CAST({key.order} AS BINARY), {', '.join(texts)}), 256) AS hash"
             f" FROM {self.table} WHERE {where[0]} LIMIT %s) AS hashes"
         )
         ((count, high, low),) = self._run("Hashing rows", query, (*where[1], most))
