@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 BOOTSTRAP := $(PYTHON) ghsync_dagster/local/bootstrap.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev packages run cdc test dev check bench bench-batch bench-cdc bench-supervised faults lock clean
+.PHONY: help setup setup-dev packages run cdc test dev check bench bench-batch bench-cdc bench-supervised bench-audit faults lock clean
 
 help: ## show these commands
 	@$(PYTHON) -c 'import re; [print("make {:<17}{}".format(*m)) for m in re.findall(r"(?m)^([a-z-]+):.*?## (.+)", open("Makefile").read())]'
@@ -39,7 +39,7 @@ check: packages ## lint, format, types, import rules
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: bench-batch bench-cdc bench-supervised ## run all benchmarks against their peers
+bench: bench-batch bench-cdc bench-supervised bench-audit ## run all benchmarks against their peers
 
 bench-batch: setup-dev ## the batch benchmark
 	@$(BIN)/python -m benchmarks.batch
@@ -49,6 +49,9 @@ bench-cdc: setup-dev ## the benchmark of the change path
 
 bench-supervised: setup-dev ## the benchmark of hand-overs and kills under the supervisor
 	@$(BIN)/python -m benchmarks.cdc_supervised
+
+bench-audit: setup-dev ## the benchmark of the audit against an earlier build
+	@$(BIN)/python -m benchmarks.audit
 
 faults: setup-dev ## the long campaign of kills and races
 	@GHSYNC_FAULT_ROUNDS=30 $(BIN)/python -m pytest -m faults
