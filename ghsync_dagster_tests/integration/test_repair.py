@@ -13,6 +13,7 @@ from confluent_kafka.admin import AdminClient
 from ghsync_dagster.cdc.repair_requests import RepairReport, Selection, plan, refuse_too_many, repair, select
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
 from ghsync_dagster.domain.repair import Outcome
+from ghsync_dagster.stores.dead_letters import LetterIndex
 from ghsync_dagster.stores.mysql import MySqlStore
 from ghsync_dagster.stores.repairs import RepairStore
 
@@ -338,3 +339,18 @@ def test_fences_are_dropped_once_the_topic_holds_nothing_from_before(bench: _Ben
         until(lambda: bench.login(1) == "new")
         running.end()
     assert bench.repairs.fences() == {}
+
+
+def test_users_with_open_dead_letters_are_repaired_and_their_letters_resolved(bench: _Bench) -> None:
+    bench.row(1, "right")
+    bench.store.users.insert_one(user(2, "extra"))
+    for key in (1, 2):
+        bench.topic.raw({"user_id": key}, b"{")
+    bench.topic.raw(None, b"{")
+    bench.drain()
+    chosen = select(Selection(dead_letters=True), bench.mysql, bench.store, bench.topic.kafka, 0)
+    assert chosen == ["1", "2"]
+    assert bench.repair(1, 2).is_carried_out
+    assert (bench.login(1), bench.login(2)) == ("right", None)
+    states = {letter.user: letter.state.value for letter in LetterIndex(bench.store, bench.topic.kafka.topic).find()}
+    assert states == {"1": "resolved", "2": "resolved", None: "open"}

@@ -63,7 +63,7 @@ users_changes = dg.AssetSpec(
     owners=OWNERS,
     kinds={"kafka"},
     description="Records of the topic that could not be decoded or that the database refused, kept whole in a topic of "
-    "their own. Materializing lists those that are open now; it changes nothing.",
+    "their own. Materializing lists those that are open now; it changes no user.",
 )
 def dead_letters(changes: ChangesResource) -> dg.MaterializeResult[None]:
     """List the dead letters."""

@@ -165,7 +165,7 @@ cdc_audit_job = dg.define_asset_job(
     "cdc_audit_job",
     selection=dg.AssetSelection.checks(*CHECKS),
     description="Every check of the change flow: lag, latency, dead letters, and the comparison with MySQL. Writes "
-    "nothing.",
+    "no user.",
     tags={FLOW_TAG: "audit"},
 )
 
