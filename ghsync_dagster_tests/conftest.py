@@ -25,7 +25,8 @@ from ghsync_dagster.domain.user import BUILT_IN_RULES
 from ghsync_dagster.local import stack
 from ghsync_dagster.local.kafka import ensure_kafka
 from ghsync_dagster.local.mongo import ensure_mongo
-from ghsync_dagster.local.mysql import ensure_mysql, parse_url
+from ghsync_dagster.local.mysql import ensure_mysql
+from ghsync_dagster.mysql_url import parse_mysql_url
 from ghsync_dagster.settings import Settings, load_settings
 from ghsync_dagster.stores.mongo import UserStore
 from ghsync_dagster.wiring import spark_handle
@@ -183,7 +184,7 @@ def stack_settings(local_stack: Settings) -> Iterator[Settings]:
 def empty_table_and_topics(settings: Settings) -> None:
     """Truncate the table, wait until the topic has the truncation, and delete all records of topic and dead letters."""
     marker = -uuid.uuid4().int % 2**62
-    address = parse_url(ensure_mysql(settings))
+    address = parse_mysql_url(ensure_mysql(settings))
     bootstrap = ensure_kafka(settings)
     consumer = Consumer({"bootstrap.servers": bootstrap, "group.id": uuid.uuid4().hex, "enable.auto.commit": False})
     end = consumer.get_watermark_offsets(TopicPartition(settings.kafka_topic, 0), timeout=30)[1]

@@ -122,7 +122,7 @@ class Rule:
 
 
 _URL: Final = "https?://[!-~]+"
-_COLUMN_WIDTH: Final = 255
+COLUMN_WIDTH: Final = 255
 """The width of MySQL's VARCHAR columns: a longer value could not come back through the change stream."""
 
 BUILT_IN_RULES: Final = (
@@ -145,7 +145,7 @@ BUILT_IN_RULES: Final = (
             f"{name}_length",
             name,
             f"{name} must have at most 255 characters",
-            max_length=_COLUMN_WIDTH,
+            max_length=COLUMN_WIDTH,
             required=False,
         )
         for name in USER_FIELDS[1:]

@@ -6,15 +6,18 @@ database that it stands between, and the connector itself, see ``local.connector
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
-from ghsync_dagster.local import connector, kafka, mysql
+from ghsync_dagster.domain.source import Effect, problems_of
+from ghsync_dagster.local import connector, kafka, mysql, tls_stores
 from ghsync_dagster.local.jars import ensure_unpacked, locked_set
 from ghsync_dagster.local.supervisor import ServerSpec, ServiceStatus, Supervisor
+from ghsync_dagster.mysql_url import MySqlAddress, parse_mysql_url
 from ghsync_dagster.observability.logging import get_logger, redact
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ DEFAULT_PORT = 8083
 EXTERNAL = "external"
 _HEAP_MEGABYTES = 384
 _PING_SECONDS = 3.0
+_LOGIN_FILES = ("user", "password", "made-of")
 
 
 def ensure_connect(settings: Settings, progress: Callable[[str], None] | None = None) -> str:
@@ -52,18 +56,18 @@ def up(settings: Settings, progress: Callable[[str], None]) -> ServiceStatus:
 
     Raises:
         UnavailableError: A server did not start, or the connector does not run; holds its state or the reason.
-        ConfigError: A setting does not fit a local worker.
+        ConfigError: A setting does not fit a local worker, or the source can't be followed as it is.
     """
     if settings.connect_url:
         return _up_external(settings, settings.connect_url.rstrip("/"), progress)
     _refuse_security(settings, "A local Connect worker", "Set CONNECT_URL to a worker of your own, set up for it.")
     bootstrap = kafka.ensure_kafka(settings, progress)
     url = mysql.ensure_mysql(settings, progress)
-    database = mysql.parse_url(url)
+    _look_at_source(url, progress)
     supervisor = _supervisor(settings)
     if _bootstrap_in_use(settings) not in (None, bootstrap):
         supervisor.down(progress)
-    login = _keep_login(_folder(settings) / "secrets", database)
+    login = _keep_login(_folder(settings) / "secrets", parse_mysql_url(url))
     gone: list[int] = []
 
     def choose() -> ServerSpec:
@@ -72,9 +76,7 @@ def up(settings: Settings, progress: Callable[[str], None]) -> ServiceStatus:
         return _choose_server(settings, bootstrap, progress)
 
     status = supervisor.up(choose, progress)
-    config = connector.config_of(settings, bootstrap, url) | {
-        f"database.{what}": f"${{directory:{login}:{what}}}" for what in ("user", "password")
-    }
+    config = connector.config_of(settings, bootstrap, url) | _login_settings(login)
     with connector.client_of(str(status.uri)) as client:
         state = connector.ensure(client, config, lambda: mysql.followers(url), frozenset(gone), progress)
     for old in login.parent.iterdir():
@@ -114,6 +116,8 @@ def _connector_state(url: str) -> connector.ConnectorState:
 def _up_external(settings: Settings, url: str, progress: Callable[[str], None]) -> ServiceStatus:
     if not _serves(url, _PING_SECONDS):
         return _external(url, None)
+    if settings.mysql_url:
+        _look_at_source(settings.mysql_url.get_secret_value(), progress)
     state = connector.await_settled(url)
     connector.require_running(state, redact(url))
     if state.state != connector.NONE:
@@ -122,7 +126,16 @@ def _up_external(settings: Settings, url: str, progress: Callable[[str], None]) 
         settings, "The connector", f"Register a connector named {connector.CONNECTOR} on {redact(url)} yourself."
     )
     source = mysql.ensure_mysql(settings, progress)
-    database = mysql.parse_url(source)
+    database = parse_mysql_url(source)
+    if files := tls_stores.pem_texts(database):
+        raise ConfigError(
+            f"The connector on {redact(url)} needs the {' and the '.join(files)} of MYSQL_URL's TLS files, which only"
+            " files of that worker's own machine can be.",
+            way_out=f"Put PKCS#12 stores there and register a connector named {connector.CONNECTOR} yourself, with"
+            " database.ssl.truststore and database.ssl.keystore.",
+        )
+    if not settings.mysql_url:
+        _look_at_source(source, progress)
     config = connector.config_of(settings, kafka.ensure_kafka(settings, progress), source) | {
         "database.user": database.user,
         "database.password": database.password,
@@ -144,19 +157,62 @@ def _external(url: str, state: connector.ConnectorState | None) -> ServiceStatus
     )
 
 
-def _keep_login(folder: Path, database: mysql.Address) -> Path:
-    """Return the folder that holds user and password as files; others than before get a new one.
+def _look_at_source(url: str, progress: Callable[[str], None]) -> None:
+    """See that the source can be followed as it is; what only risks changes is told.
+
+    Raises:
+        ConfigError: The table or a setting stops or loses changes; each problem is named with its way out.
+        UnavailableError: The database can't be asked.
+        RefusedError: Its TLS is not as the URL asks for.
+    """
+    problems = problems_of(mysql.source(url))
+    for problem in problems:
+        if problem.effect is Effect.RISKS:
+            progress(f"mysql: {problem.text}; way out: {problem.way_out}")
+    if wrong := [problem for problem in problems if problem.effect is not Effect.RISKS]:
+        raise ConfigError(
+            f"Changes can't be followed: {'; '.join(problem.text for problem in wrong)}.",
+            way_out=" ".join(problem.way_out for problem in wrong),
+        )
+
+
+def _keep_login(folder: Path, database: MySqlAddress) -> Path:
+    """Return the folder that holds user, password and TLS stores as files; others than before get a new one.
 
     So they are others for Connect too, which compares only the connector's settings, and these name the folder.
     """
+    texts = tls_stores.pem_texts(database)
     values = {"user": database.user, "password": database.password}
+    if texts:
+        # The stores themselves differ each time they are made.
+        digest = hashlib.sha256(repr((sorted(texts.items()), database.ssl_key_password)).encode())
+        values["made-of"] = digest.hexdigest()
     for found in folder.glob("*"):
-        if {path.name: path.read_text(encoding="utf-8") for path in found.iterdir()} == values:
+        if {name: _text_of(found / name) for name in _LOGIN_FILES} == {name: values.get(name) for name in _LOGIN_FILES}:
             return found
     made = folder / secrets.token_hex(4)
+    if texts:
+        password = secrets.token_urlsafe(24)
+        for name, content in tls_stores.java_stores(database, password).items():
+            mysql.write_secret(made / f"{name}.p12", content)
+        mysql.write_secret(made / "store-password", password.encode())
     for name, value in values.items():
-        mysql.write_secret(made / name, value)
+        mysql.write_secret(made / name, value.encode())
     return made
+
+
+def _text_of(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+def _login_settings(login: Path) -> dict[str, str]:
+    """Return the connector's settings that lead to the files of a login."""
+    found = {f"database.{what}": f"${{directory:{login}:{what}}}" for what in ("user", "password")}
+    for store in (tls_stores.TRUST, tls_stores.KEY):
+        if (path := login / f"{store}.p12").exists():
+            found[f"database.ssl.{store}"] = str(path)
+            found[f"database.ssl.{store}.password"] = f"${{directory:{login}:store-password}}"
+    return found
 
 
 def _refuse_security(settings: Settings, who: str, way_out: str) -> None:

@@ -7,12 +7,14 @@ Belongs here: all that is asked of a worker's REST interface about the connector
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
 from ghsync_dagster.local import mysql
+from ghsync_dagster.mysql_url import MySqlAddress, parse_mysql_url
 from ghsync_dagster.observability.logging import redact
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
     import httpx
 
+    from ghsync_dagster.domain.source import Source
     from ghsync_dagster.settings import Settings
 
 CONNECTOR = "ghsync-users"
@@ -34,6 +37,12 @@ _VERDICT_SECONDS = 3.0
 # Debezium gives up a database that does not answer after 30 s; later its task follows, or takes the table in at first.
 _FOLLOW_SECONDS = 35.0
 _POLL_SECONDS = 0.1
+_MARIADB_SSL_MODES = {
+    "DISABLED": "disable",
+    "REQUIRED": "trust",
+    "VERIFY_CA": "verify-ca",
+    "VERIFY_IDENTITY": "verify-full",
+}
 # A worker that is about to find its order anew says so with 409 to some requests and with 500 to others.
 _REBALANCING = "a rebalance is expected"
 _RIGHTS = "the database user needs SELECT, RELOAD, SHOW DATABASES, REPLICATION SLAVE and REPLICATION CLIENT"
@@ -72,19 +81,28 @@ def config_of(settings: Settings, bootstrap: str, url: str) -> dict[str, str]:
 
     Raises:
         UnavailableError: The database can't be asked.
-        ConfigError: KAFKA_TOPIC is no name that Debezium can give to the table's topic.
+        RefusedError: The database's TLS is not as the URL asks for.
+        ConfigError: KAFKA_TOPIC is no name that Debezium can give to the table's topic, or MYSQL_URL names a socket.
     """
-    database = mysql.parse_url(url)
-    kind, name = ("mariadb", "MariaDb") if mysql.is_mariadb(url) else ("mysql", "MySql")
+    database = parse_mysql_url(url)
+    if database.unix_socket:
+        raise ConfigError(
+            f"The connector can't follow {database}: Debezium connects by host and port only.",
+            way_out="Set MYSQL_URL to host and port, without unix_socket.",
+        )
+    source = mysql.source(url)
+    kind, name = ("mariadb", "MariaDb") if source.is_mariadb else ("mysql", "MySql")
     return {
         "connector.class": f"io.debezium.connector.{kind}.{name}Connector",
         "tasks.max": "1",
         "database.hostname": database.host,
         "database.port": str(database.port),
         "database.server.id": str(_server_id(settings)),
-        "topic.prefix": _topic_prefix(settings.kafka_topic),
-        "database.include.list": mysql.DATABASE,
-        "table.include.list": f"{mysql.DATABASE}.{mysql.TABLE}",
+        "database.ssl.mode": ssl_mode(database, source),
+        "topic.prefix": _topic_prefix(settings.kafka_topic, source.name),
+        # Both are regular expressions.
+        "database.include.list": re.escape(database.database),
+        "table.include.list": re.escape(source.name),
         "snapshot.mode": "initial",
         "tombstones.on.delete": "true",
         "skipped.operations": "none",
@@ -107,8 +125,23 @@ def config_of(settings: Settings, bootstrap: str, url: str) -> dict[str, str]:
     }
 
 
-def _topic_prefix(topic: str) -> str:
-    ending = f".{mysql.DATABASE}.{mysql.TABLE}"
+def ssl_mode(database: MySqlAddress, source: Source) -> str:
+    """Return the connector's word for an address's ``ssl_mode``; each of the two connectors has its own.
+
+    Args:
+        database: The address.
+        source: What was read over a connection by it: MariaDB's connector knows no mode that takes TLS where there is
+            some, so it gets what that connection got.
+    """
+    if not source.is_mariadb:
+        return database.ssl_mode.lower()
+    if database.ssl_mode == "PREFERRED":
+        return "trust" if source.encrypted else "disable"
+    return _MARIADB_SSL_MODES[database.ssl_mode]
+
+
+def _topic_prefix(topic: str, table: str) -> str:
+    ending = f".{table}"
     if not topic.endswith(ending) or topic == ending:
         raise ConfigError(
             f"KAFKA_TOPIC is {topic}, but Debezium ends the name of the table's topic with {ending}.",

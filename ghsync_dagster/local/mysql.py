@@ -17,27 +17,37 @@ import tempfile
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, unquote, urlsplit
+from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import quote
 
-from ghsync_dagster.domain.errors import ConfigError, UnavailableError
+from ghsync_dagster.domain.errors import ConfigError, RefusedError, UnavailableError
+from ghsync_dagster.domain.source import Source, read_source
+from ghsync_dagster.domain.table import DATABASE, TABLE, create_table, quoted
 from ghsync_dagster.local.first_files import make_first_files
 from ghsync_dagster.local.jars import ensure_unpacked, locked_set
-from ghsync_dagster.local.supervisor import ServerSpec, ServiceStatus, Supervisor, server_to_use
+from ghsync_dagster.local.supervisor import ServerSpec, ServiceStatus, State, Supervisor, server_to_use
+from ghsync_dagster.mysql_url import (
+    DEFAULT_PORT,
+    MySqlAddress,
+    asker,
+    connect,
+    parse_mysql_url,
+    tls_context,
+    tls_problem,
+)
 from ghsync_dagster.observability.logging import get_logger, redact
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from pymysql.connections import Connection
     from pymysql.cursors import Cursor
 
+    from ghsync_dagster.domain.source import Ask
     from ghsync_dagster.settings import Settings
 
+T = TypeVar("T")
 SERVICE = "mysql"
-DATABASE = "new_data"
-TABLE = "Users"
-DEFAULT_PORT = 3306
 EXTERNAL = "external"
 _USER = "ghsync"
 _MARIADB = "mariadb"
@@ -53,37 +63,13 @@ _MISSING_LIBRARY = re.compile(r"error while loading shared libraries: ([^:]+)")
 # the last: Debezium can't follow a MariaDB that has never logged anything.
 _SETUP = """SET SESSION sql_log_bin = 0;
 CREATE DATABASE IF NOT EXISTS {database} CHARACTER SET utf8mb4;
-CREATE TABLE IF NOT EXISTS {database}.{table} (user_id BIGINT PRIMARY KEY, login VARCHAR(255) NOT NULL, \
-gravatar_id VARCHAR(255), avatar_url VARCHAR(255), url VARCHAR(255));
+{table};
 CREATE USER IF NOT EXISTS '{user}'@'%' IDENTIFIED BY '{password}';
 {more}SET SESSION sql_log_bin = 1;
 GRANT ALL PRIVILEGES ON *.* TO '{user}'@'%';
 """
 # A fresh MySQL has a superuser without a password; a fresh MariaDB lets in only who started it.
 _SETUP_OF_MYSQL = "ALTER USER 'root'@'localhost' IDENTIFIED BY '{password}';\n"
-
-
-@dataclass(frozen=True)
-class Address:
-    """What a MYSQL_URL says.
-
-    Attributes:
-        host: Name or address.
-        port: TCP port.
-        user: Who logs in.
-        password: Empty where there is none.
-    """
-
-    host: str
-    port: int
-    user: str
-    password: str
-
-    @property
-    def without_credentials(self) -> str:
-        """The URL without user and password."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"mysql://{host}:{self.port}/{DATABASE}"
 
 
 @dataclass(frozen=True)
@@ -154,32 +140,14 @@ def status(settings: Settings) -> ServiceStatus:
     return _with_login(settings, _supervisor(settings).status())
 
 
-def parse_url(url: str) -> Address:
-    """Take a URL such as ``mysql://user:password@host:3306/new_data`` apart.
-
-    Raises:
-        ConfigError: It is no such URL; its credentials are not told.
-    """
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port or DEFAULT_PORT
-    except ValueError:
-        host, port = None, 0
-    if not host or not parts.scheme.startswith(("mysql", "mariadb")) or not parts.username:
-        raise ConfigError(
-            "MYSQL_URL is malformed.",
-            way_out="Write it as mysql://user:password@host:3306/new_data, with special characters as %XX.",
-        )
-    return Address(host, port, unquote(parts.username), unquote(parts.password or ""))
-
-
-def is_mariadb(url: str) -> bool:
-    """Ask the server at ``url`` whether it is a MariaDB, which needs a connector of its own.
+def source(url: str) -> Source:
+    """Ask the server at ``url`` about itself and the table of users.
 
     Raises:
         UnavailableError: It can't be reached, or refuses the credentials.
+        RefusedError: Its TLS is not as the URL asks for.
     """
-    return any("mariadb" in str(row[0]).lower() for row in _asked(url, "SELECT VERSION()"))
+    return _asked(url, lambda ask, address: read_source(ask, address.database, TABLE))
 
 
 def followers(url: str) -> frozenset[int]:
@@ -188,22 +156,23 @@ def followers(url: str) -> frozenset[int]:
     Raises:
         UnavailableError: The server can't be reached, or refuses the credentials.
     """
-    user = parse_url(url).user
-    rows = _asked(url, "SHOW PROCESSLIST")
+    rows = _asked(url, lambda ask, _: ask("SHOW PROCESSLIST", ())) or ()
+    user = parse_mysql_url(url).user
     return frozenset(row[0] for row in rows if row[1] == user and str(row[4]).startswith("Binlog Dump"))
 
 
-def _asked(url: str, question: str) -> Sequence[tuple[Any, ...]]:
+def _asked(url: str, question: Callable[[Ask, MySqlAddress], T]) -> T:
     from pymysql.err import MySQLError
 
-    address = parse_url(url)
+    address = parse_mysql_url(url)
     try:
-        with _connected(address, _PING_SECONDS) as connection, connection.cursor() as cursor:
-            cursor.execute(question)
-            return cursor.fetchall()
+        with _connected(address, _PING_SECONDS) as connection:
+            return question(asker(connection), address)
     except (MySQLError, OSError) as error:
+        if problem := tls_problem(error):
+            raise RefusedError(f"{address}: {problem[0]}.", way_out=problem[1]) from None
         raise UnavailableError(
-            f"{address.without_credentials} does not answer: {redact(str(error))}.",
+            f"{address} does not answer: {redact(str(error))}.",
             way_out="See whether it is up and whether MYSQL_URL's user and password are right.",
         ) from None
 
@@ -347,8 +316,10 @@ def _write_setup(program: Program, folder: Path) -> Path:
     """Write the statements that the server runs before it serves; they change nothing from the second start on."""
     password = _password(folder)
     more = _SETUP_OF_MYSQL.format(password=password) if program.base is None else ""
+    table = create_table(f"{quoted(DATABASE)}.{quoted(TABLE)}")
     path = folder / "setup.sql"
-    write_secret(path, _SETUP.format(database=DATABASE, table=TABLE, user=_USER, password=password, more=more))
+    setup = _SETUP.format(database=DATABASE, table=table, user=_USER, password=password, more=more)
+    write_secret(path, setup.encode())
     return path
 
 
@@ -356,11 +327,11 @@ def _password(folder: Path) -> str:
     """Return the local server's password, made once."""
     path = folder / "password"
     if not path.exists():
-        write_secret(path, secrets.token_urlsafe(24))
+        write_secret(path, secrets.token_urlsafe(24).encode())
     return path.read_text(encoding="ascii")
 
 
-def write_secret(path: Path, text: str) -> None:
+def write_secret(path: Path, content: bytes) -> None:
     """Write a file that only its owner can read, whole or not at all.
 
     Raises:
@@ -370,8 +341,8 @@ def write_secret(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Made with mode 0600.
         handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
         Path(part).replace(path)
     except OSError as error:
         raise ConfigError(
@@ -389,11 +360,15 @@ def _supervisor(settings: Settings) -> Supervisor:
     return Supervisor(
         SERVICE,
         folder,
-        lambda port, seconds: _logs_in(Address("127.0.0.1", port, _USER, _password(folder)), seconds) is True,
+        lambda port, seconds: _logs_in(_own_address(folder, port), seconds) is True,
         lambda port: f"mysql://127.0.0.1:{port}/{DATABASE}",
         variable="MYSQL_URL",
         address_key="url",
     )
+
+
+def _own_address(folder: Path, port: int) -> MySqlAddress:
+    return MySqlAddress("127.0.0.1", port, _USER, _password(folder), DATABASE)
 
 
 def _with_login(settings: Settings, status: ServiceStatus) -> ServiceStatus:
@@ -405,39 +380,37 @@ def _with_login(settings: Settings, status: ServiceStatus) -> ServiceStatus:
 
 
 def _external(url: str) -> ServiceStatus:
-    address = parse_url(url)
-    # One that refuses the credentials serves too.
-    serves = _logs_in(address, _PING_SECONDS) is not None
-    uri = address.without_credentials
-    return ServiceStatus(SERVICE, "up" if serves else "down", uri=uri, server=EXTERNAL, address_key="url")
+    address = parse_mysql_url(url)
+    uri, more = str(address), {}
+    try:
+        # One that refuses the credentials serves too.
+        serves = _logs_in(address, _PING_SECONDS) is not None
+    except RefusedError as error:
+        serves, more = False, {"error": error.message}
+    state: State = "up" if serves else "down"
+    return ServiceStatus(SERVICE, state, uri=uri, server=EXTERNAL, address_key="url", more=more)
 
 
 @contextlib.contextmanager
-def _connected(address: Address, seconds: float) -> Iterator[Connection[Cursor]]:
-    import pymysql
-
+def _connected(address: MySqlAddress, seconds: float) -> Iterator[Connection[Cursor]]:
     whole = max(1, round(seconds))
-    connection = pymysql.connect(
-        host=address.host,
-        port=address.port,
-        user=address.user,
-        # As text the client would take it for Latin-1, which is neither MySQL's nor every password.
-        password=address.password.encode(),
-        connect_timeout=whole,
-        read_timeout=whole,
-        write_timeout=whole,
-    )
-    with contextlib.closing(connection):
+    with contextlib.closing(connect(address, tls_context(address), seconds=whole, answer_seconds=whole)) as connection:
         yield connection
 
 
-def _logs_in(address: Address, seconds: float) -> bool | None:
-    """Tell whether a server takes the credentials; None where none serves."""
+def _logs_in(address: MySqlAddress, seconds: float) -> bool | None:
+    """Tell whether a server takes the credentials; None where none serves.
+
+    Raises:
+        RefusedError: Something serves there, but not by the TLS that the address asks for.
+    """
     from pymysql.err import MySQLError
 
     try:
         with _connected(address, seconds) as connection:
             connection.ping(reconnect=False)
     except (MySQLError, OSError) as error:
+        if address.requires_tls and (problem := tls_problem(error)):
+            raise RefusedError(f"{address}: {problem[0]}.", way_out=problem[1]) from None
         return False if error.args and error.args[0] == _ACCESS_DENIED else None
     return True

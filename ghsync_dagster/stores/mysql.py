@@ -1,7 +1,7 @@
 """MySQL: the table ``Users`` that the change stream mirrors.
 
-Belongs here: single reads and transactions, what a ``MYSQL_URL`` means, and how the driver's failures translate to
-ours. Not here: what is compared with what, or which changes a workload makes.
+Belongs here: single reads and transactions, and how the driver's failures translate to ours. Not here: what a
+``MYSQL_URL`` means, what is compared with what, or which changes a workload makes.
 
 A row leaves this module in the shape of a stored user: ``user_id`` as a decimal string, the columns' text or None.
 Rows are ordered by the number, as the signed BIGINT key is.
@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import hashlib
 import re
-import ssl
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
-from urllib.parse import parse_qsl, unquote, urlsplit
 
 import pymysql
 from pymysql.constants import CLIENT, CR, ER
 
 from ghsync_dagster.domain.errors import ConfigError, RefusedError, UnavailableError
 from ghsync_dagster.domain.key_order import integer_ranges
+from ghsync_dagster.domain.source import Source, read_source
+from ghsync_dagster.domain.table import TABLE, create_table, quoted
 from ghsync_dagster.domain.user import USER_FIELDS
+from ghsync_dagster.mysql_url import asker, connect, parse_mysql_url, tls_context, tls_problem
 from ghsync_dagster.observability.logging import redact
 
 if TYPE_CHECKING:
@@ -38,8 +38,6 @@ KEY_MIN: Final = -(2**63)
 KEY_MAX: Final = 2**63 - 1
 """The range of a signed BIGINT."""
 
-DEFAULT_TABLE: Final = "Users"
-_DEFAULT_PORT: Final = 3306
 _CANONICAL: Final = re.compile(r"0|-?[1-9][0-9]{0,19}")
 _KEY_BITS: Final = {"tinyint": 8, "smallint": 16, "mediumint": 24, "int": 32, "bigint": 64}
 _SEPARATOR: Final = b"\xff"
@@ -47,10 +45,6 @@ _NULL: Final = b"\xfe"
 """Bytes that no text in UTF-8 has, so that a row's bytes tell fields and nulls apart whatever the fields hold."""
 _TIMES_TO_ANSWER: Final = 6
 """A query may take so many times as long as a connection: a count reads the whole table."""
-
-_MODES: Final = ("DISABLED", "PREFERRED", "REQUIRED", "VERIFY_CA", "VERIFY_IDENTITY")
-_OPTIONS: Final = ("ssl_mode", "ssl_ca", "ssl_cert", "ssl_key", "ssl_key_password", "unix_socket")
-_URL_FORM: Final = "mysql://user:password@host:port/new_data"
 
 _NET_READ_ERROR: Final = range(1158, 1162)
 _AWAY: Final = frozenset(
@@ -134,111 +128,6 @@ class _Dialect(NamedTuple):
         return cls("FOR SHARE NOWAIT", end, "@@GLOBAL.gtid_executed")
 
 
-@dataclass(frozen=True, slots=True)
-class MySqlAddress:
-    """What a ``MYSQL_URL`` says. Its text form shows no credentials.
-
-    Attributes:
-        host: Name or address.
-        port: TCP port.
-        user: Who connects.
-        password: Their password; empty where there is none.
-        database: Holds the table.
-        unix_socket: Path of a socket in place of host and port, or None.
-        ssl_mode: ``DISABLED``, ``PREFERRED`` (TLS where the server has it, unverified), ``REQUIRED`` (TLS, unverified),
-            ``VERIFY_CA`` or ``VERIFY_IDENTITY``: the mysql client's words and meaning.
-        ssl_ca: PEM file of the authorities, or None for the system's.
-        ssl_cert: PEM file of the client's certificate, or None.
-        ssl_key: PEM file of its key, or None where ``ssl_cert`` holds it.
-        ssl_key_password: The key's password, or None.
-    """
-
-    host: str
-    port: int
-    user: str
-    password: str
-    database: str
-    unix_socket: str | None = None
-    ssl_mode: str = "PREFERRED"
-    ssl_ca: str | None = None
-    ssl_cert: str | None = None
-    ssl_key: str | None = None
-    ssl_key_password: str | None = None
-
-    def __repr__(self) -> str:
-        return f"MySqlAddress({self})"
-
-    def __str__(self) -> str:
-        return f"mysql://{self.unix_socket or f'{self.host}:{self.port}'}/{self.database}"
-
-
-def parse_url(url: str) -> MySqlAddress:
-    """Read a ``MYSQL_URL``: ``mysql://user:password@host:port/database?option=value``.
-
-    User, password and database are percent-decoded. Options: ``ssl_mode``, ``ssl_ca``, ``ssl_cert``, ``ssl_key``,
-    ``ssl_key_password``, ``unix_socket``. As in the mysql client, an ``ssl_ca`` without a mode means ``VERIFY_CA``.
-
-    Raises:
-        ConfigError: It is malformed; what is wrong is named, credentials are not shown.
-    """
-    try:
-        parts = urlsplit(url)
-        port = parts.port or _DEFAULT_PORT
-        given = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
-    except ValueError:
-        raise _malformed("its port or its options can't be read") from None
-    if parts.scheme not in ("mysql", "mariadb", "mysql+pymysql", "mariadb+pymysql"):
-        raise _malformed("it does not begin with mysql://")
-    if unknown := sorted(set(given) - set(_OPTIONS)):
-        raise _malformed(f"unknown option {', '.join(unknown)}; there are {', '.join(_OPTIONS)}")
-    database = unquote(parts.path.lstrip("/"))
-    if not parts.username or not database or not (parts.hostname or "unix_socket" in given):
-        raise _malformed("it lacks a host, a user or a database")
-    mode = given.pop("ssl_mode", "VERIFY_CA" if given.get("ssl_ca") else "PREFERRED").upper()
-    if mode not in _MODES:
-        raise _malformed(f"ssl_mode is none of {', '.join(_MODES)}")
-    return MySqlAddress(
-        host=parts.hostname or "localhost",
-        port=port,
-        user=unquote(parts.username),
-        password=unquote(parts.password or ""),
-        database=database,
-        ssl_mode=mode,
-        **given,
-    )
-
-
-def _malformed(why: str) -> ConfigError:
-    return ConfigError(
-        f"MYSQL_URL is malformed: {why}.",
-        way_out=f"Write it as {_URL_FORM}, with special characters of user and password percent-encoded.",
-    )
-
-
-def _tls(address: MySqlAddress) -> ssl.SSLContext | None:
-    """Return the context that the address asks for; None where TLS is left to the server or disabled.
-
-    Raises:
-        ConfigError: A file can't be read.
-    """
-    if address.ssl_mode == "DISABLED" or (address.ssl_mode == "PREFERRED" and not address.ssl_cert):
-        return None
-    try:
-        context = ssl.create_default_context(cafile=address.ssl_ca)
-        if address.ssl_cert:
-            context.load_cert_chain(address.ssl_cert, address.ssl_key, address.ssl_key_password)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(
-            f"The TLS files of MYSQL_URL can't be used ({type(error).__name__}: {error}).",
-            way_out="Check that ssl_ca, ssl_cert and ssl_key name readable PEM files that belong together.",
-        ) from None
-    # Certificates that MySQL makes for itself lack what the strict mode of newer Pythons asks for.
-    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-    context.check_hostname = address.ssl_mode == "VERIFY_IDENTITY"
-    context.verify_mode = ssl.CERT_REQUIRED if address.ssl_mode.startswith("VERIFY") else ssl.CERT_NONE
-    return context
-
-
 @contextmanager
 def mysql_errors(what: str) -> Iterator[None]:
     """Translate the driver's failures to ours, credentials masked.
@@ -260,16 +149,8 @@ def mysql_errors(what: str) -> Iterator[None]:
 def _translated(what: str, error: pymysql.MySQLError) -> ConfigError | RefusedError | UnavailableError:
     code = error.args[0] if error.args and isinstance(error.args[0], int) else 0
     text = f"code {code}: {_first_line(str(error.args[-1] if error.args else error))}"
-    cause = getattr(error, "original_exception", None)
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        return RefusedError(
-            f"{what}: MySQL's certificate is not trusted ({cause.verify_message}).",
-            way_out="Point ssl_ca in MYSQL_URL at its authority's PEM file; for VERIFY_IDENTITY name its host.",
-        )
-    if code == CR.CR_SSL_CONNECTION_ERROR:
-        return RefusedError(
-            f"{what}: MySQL refused TLS ({text}).", way_out="Check ssl_mode in MYSQL_URL and the server's TLS settings."
-        )
+    if problem := tls_problem(error):
+        return RefusedError(f"{what}: {problem[0]}.", way_out=problem[1])
     if code in _AWAY or isinstance(error, pymysql.InterfaceError):
         return _unavailable(what, text)
     if code in _NOT_THERE:
@@ -395,7 +276,7 @@ class MySqlStore:
     Not for several threads at once. Use as a context manager, or call ``close``.
 
     Args:
-        url: As ``parse_url`` reads it.
+        url: As ``parse_mysql_url`` reads it.
         table: The table's name.
         timeout_seconds: How long a connection may take; a query has six times as long.
 
@@ -403,12 +284,12 @@ class MySqlStore:
         ConfigError: The URL or its TLS files can't be used.
     """
 
-    def __init__(self, url: str, *, table: str = DEFAULT_TABLE, timeout_seconds: float = 10) -> None:
-        self.address = parse_url(url)
-        self.table = f"`{table.replace('`', '``')}`"
+    def __init__(self, url: str, *, table: str = TABLE, timeout_seconds: float = 10) -> None:
+        self.address = parse_mysql_url(url)
+        self.table = quoted(table)
         self._name = table
         self._key_column: _Key | None = None
-        self._tls = _tls(self.address)
+        self._tls = tls_context(self.address)
         self._timeout = timeout_seconds
         self._connection: Connection[Cursor] | None = None
         self._dialect: _Dialect | None = None
@@ -428,16 +309,22 @@ class MySqlStore:
 
     def ensure_table(self) -> None:
         """Create the table where there is none."""
-        columns = ", ".join(f"`{name}` VARCHAR(255)" for name in USER_FIELDS[2:])
-        self._run(
-            f"Creating {self.table}",
-            f"CREATE TABLE IF NOT EXISTS {self.table} (`user_id` BIGINT NOT NULL PRIMARY KEY,"
-            f" `login` VARCHAR(255) NOT NULL, {columns}) CHARACTER SET utf8mb4",
-        )
+        self._run(f"Creating {self.table}", create_table(self.table))
 
     def version(self) -> str:
         """Return what the server calls itself, such as ``11.4.5-MariaDB-log``."""
         return str(self._run("Asking the version", "SELECT VERSION()")[0][0])
+
+    def source(self) -> Source:
+        """Return what the server says of itself and of the table, as far as the account may ask.
+
+        Raises:
+            UnavailableError: The server can't be reached.
+            RefusedError: It refuses the account or its certificate is not trusted.
+        """
+        with self._cursor("Looking at the source"):
+            assert self._connection is not None  # noqa: S101  a cursor has one
+            return read_source(asker(self._connection), self.address.database, self._name)
 
     def count(self) -> int:
         """Return the number of rows."""
@@ -616,27 +503,14 @@ class MySqlStore:
                 raise
 
     def _connect(self) -> Connection[Cursor]:
-        address = self.address
-        tls: Mapping[str, Any] = (
-            {"ssl_disabled": True} if address.ssl_mode == "DISABLED" else {"ssl": self._tls} if self._tls else {}
-        )
-        return pymysql.connect(
-            host=address.host,
-            port=address.port,
-            user=address.user,
-            # The driver would encode text as Latin-1.
-            password=address.password.encode(),
-            database=address.database,
-            unix_socket=address.unix_socket,
-            charset="utf8mb4",
-            autocommit=True,
+        return connect(
+            self.address,
+            self._tls,
+            seconds=self._timeout,
+            answer_seconds=self._timeout * _TIMES_TO_ANSWER,
+            database=self.address.database,
             # FOUND_ROWS: an update that leaves its row as it was has touched it all the same.
             client_flag=CLIENT.MULTI_STATEMENTS | CLIENT.FOUND_ROWS,
-            connect_timeout=self._timeout,
-            read_timeout=self._timeout * _TIMES_TO_ANSWER,
-            write_timeout=self._timeout * _TIMES_TO_ANSWER,
-            program_name="ghsync",
-            **tls,
         )
 
 

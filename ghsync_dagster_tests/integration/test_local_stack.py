@@ -24,6 +24,7 @@ from pymongo import MongoClient
 
 from ghsync_dagster.domain.errors import UnavailableError
 from ghsync_dagster.local import connect, kafka, mysql, stack
+from ghsync_dagster.mysql_url import parse_mysql_url
 from ghsync_dagster.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def ghsync(settings: Settings, *arguments: str) -> str:
 
 @contextlib.contextmanager
 def database(url: str) -> Iterator[Any]:
-    address = mysql.parse_url(url)
+    address = parse_mysql_url(url)
     with (
         pymysql.connect(
             host=address.host,
@@ -164,7 +165,7 @@ def test_status_gives_a_program_what_it_needs_to_connect(
 def test_the_password_is_told_nowhere_but_in_files_of_the_owner(
     settings: Settings, up: dict[str, stack.ServiceStatus]
 ) -> None:
-    password = mysql.parse_url(str(up["mysql"].login)).password
+    password = parse_mysql_url(str(up["mysql"].login)).password
     assert len(password) >= 32
     with_password = [path for path in settings.home_dir.glob("*/*") if path.is_file() and password in path.read_text()]
     assert {path.name for path in with_password} == {"password", "setup.sql"}
@@ -232,7 +233,7 @@ def test_a_new_snapshot_as_the_operations_manual_has_it_brings_every_row_again(
 def test_a_connector_that_can_not_run_is_an_error_with_its_reason(
     settings: Settings, up: dict[str, stack.ServiceStatus]
 ) -> None:
-    address = mysql.parse_url(str(up["mysql"].login))
+    address = parse_mysql_url(str(up["mysql"].login))
     with database(str(up["mysql"].login)) as cursor:
         cursor.execute("DROP USER IF EXISTS 'weak'@'%'")
         cursor.execute("CREATE USER 'weak'@'%' IDENTIFIED BY 'w3ak-sécret'")

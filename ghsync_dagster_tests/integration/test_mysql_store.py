@@ -10,7 +10,7 @@ import pytest
 
 from ghsync_dagster.cdc.workload import ODD_TEXTS, Mix, Workload
 from ghsync_dagster.domain.errors import ConfigError, RefusedError, UnavailableError
-from ghsync_dagster.stores.mysql import KEY_MAX, KEY_MIN, MySqlAddress, MySqlStore, is_key, parse_url
+from ghsync_dagster.stores.mysql import KEY_MAX, KEY_MIN, MySqlStore, is_key
 
 pytestmark = pytest.mark.integration
 
@@ -157,54 +157,6 @@ def test_a_server_that_never_answers_is_an_outage() -> None:
             pytest.raises(UnavailableError),
         ):
             store.count()
-
-
-def test_a_url_is_read_whole() -> None:
-    assert parse_url("mysql://app:p%40ss%2F%3A@db.example:3307/new_data") == MySqlAddress(
-        "db.example", 3307, "app", "p@ss/:", "new_data"
-    )
-    assert parse_url("mariadb+pymysql://app@[::1]/x%20y") == MySqlAddress("::1", 3306, "app", "", "x y")
-    socket_only = parse_url("mysql://app@/new_data?unix_socket=/run/m.sock")
-    assert (socket_only.unix_socket, str(socket_only)) == ("/run/m.sock", "mysql:///run/m.sock/new_data")
-
-
-@pytest.mark.parametrize(
-    ("query", "mode"),
-    [
-        ("", "PREFERRED"),
-        ("?ssl_ca=/ca.pem", "VERIFY_CA"),
-        ("?ssl_ca=/ca.pem&ssl_mode=verify_identity", "VERIFY_IDENTITY"),
-        ("?ssl_mode=REQUIRED", "REQUIRED"),
-        ("?ssl_mode=disabled", "DISABLED"),
-    ],
-)
-def test_tls_is_asked_for_as_by_the_mysql_client(query: str, mode: str) -> None:
-    assert parse_url(f"mysql://app@db/new_data{query}").ssl_mode == mode
-
-
-@pytest.mark.parametrize(
-    ("url", "why"),
-    [
-        ("postgres://app:s3cret@db/new_data", "does not begin with mysql://"),
-        ("s3cret", "does not begin with mysql://"),
-        ("mysql://app:s3cret@db:33o6/new_data", "its port or its options"),
-        ("mysql://app:s3cret@db", "lacks a host, a user or a database"),
-        ("mysql://db/new_data", "lacks a host, a user or a database"),
-        ("mysql://app:s3cret@db/new_data?sslmode=require", "unknown option sslmode"),
-        ("mysql://app:s3cret@db/new_data?ssl_mode=maybe", "ssl_mode is none of"),
-        ("mysql://app:s3cret@db/new_data?ssl_mode", "its port or its options"),
-    ],
-)
-def test_a_malformed_url_is_told_without_its_password(url: str, why: str) -> None:
-    with pytest.raises(ConfigError, match="MYSQL_URL is malformed") as told:
-        MySqlStore(url)
-    assert why in str(told.value)
-    assert "s3cret" not in str(told.value)
-
-
-def test_tls_files_that_are_not_there_are_told() -> None:
-    with pytest.raises(ConfigError, match="TLS files of MYSQL_URL"):
-        MySqlStore("mysql://app@db/new_data?ssl_ca=/no/such.pem")
 
 
 def test_a_planned_history_meets_its_rows_on_the_server_beside_others(mysql: MySqlStore) -> None:

@@ -100,20 +100,6 @@ def test_a_home_that_java_would_take_for_two_is_a_clear_error(tmp_path: Path, na
         kafka.up(load_settings(GHSYNC_HOME=tmp_path / name), print)
 
 
-def test_a_mysql_url_is_taken_apart() -> None:
-    assert mysql.parse_url("mysql://app:p%40ss%2F@db1/new_data") == mysql.Address("db1", 3306, "app", "p@ss/")
-    address = mysql.parse_url("mysql+pymysql://app@[::1]:33060/x")
-    assert address == mysql.Address("::1", 33060, "app", "")
-    assert address.without_credentials == "mysql://[::1]:33060/new_data"
-
-
-@pytest.mark.parametrize("url", ["", "db1:3306", "postgres://u:s3cret@h/x", "mysql://h/x", "mysql://u:s3cret@h:port/x"])
-def test_a_malformed_mysql_url_is_a_clear_error_without_the_secret(url: str) -> None:
-    with pytest.raises(ConfigError, match="MYSQL_URL is malformed") as caught:
-        mysql.parse_url(url)
-    assert "s3cret" not in str(caught.value)
-
-
 def test_named_servers_that_are_away_are_down(tmp_path: Path) -> None:
     settings = load_settings(
         GHSYNC_HOME=tmp_path,
@@ -159,10 +145,11 @@ def test_only_a_real_mysql_on_path_comes_before_the_locked_server(
 
 
 def test_the_topic_must_be_one_that_debezium_can_name() -> None:
-    assert connector._topic_prefix("mysql-server.new_data.Users") == "mysql-server"
+    assert connector._topic_prefix("mysql-server.new_data.Users", "new_data.Users") == "mysql-server"
+    assert connector._topic_prefix("a.b.other.Users", "other.Users") == "a.b"
     for topic in ("users", ".new_data.Users", "mysql-server.new_data.users"):
         with pytest.raises(ConfigError, match="KAFKA_TOPIC"):
-            connector._topic_prefix(topic)
+            connector._topic_prefix(topic, "new_data.Users")
 
 
 def test_a_local_worker_refuses_brokers_that_it_has_no_keys_for(tmp_path: Path) -> None:

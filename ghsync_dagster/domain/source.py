@@ -1,0 +1,413 @@
+"""Whether MySQL's table and settings let every change be followed: what is asked of the server, and the judgement.
+
+Belongs here: the questions, what their answers mean, and the way out of each problem. Not here: the connection that
+they are asked over, and what a command does about a problem.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Final
+
+from ghsync_dagster.domain.table import KEY, create_table, quoted
+from ghsync_dagster.domain.user import USER_FIELDS
+
+Ask = Callable[[str, Sequence[object]], Sequence[tuple[Any, ...]] | None]
+"""Sends one question with its values and returns the answer's rows; None where the server refuses this question."""
+
+_ESSENTIAL: Final = ("log_bin", "binlog_format", "binlog_row_image")
+_SETTINGS: Final = (
+    *_ESSENTIAL,
+    *("log_bin_compress", "binlog_expire_logs_seconds", "binlog_expire_logs_auto_purge", "expire_logs_days"),
+    *("log_slave_updates", "log_replica_updates"),
+)
+_SHORTEST_SECONDS: Final = 86_400.0
+"""A binlog that is kept for less may be gone before a connector that stopped is looked after."""
+_WHOLE_NUMBERS: Final = frozenset({"tinyint", "smallint", "mediumint", "int", "bigint"})
+_TEXTS: Final = frozenset({"char", "varchar", "tinytext", "text", "mediumtext", "longtext"})
+_CHANGING_ACTIONS: Final = ("CASCADE", "SET NULL", "SET DEFAULT")
+_LOGS_CASCADES: Final = (9, 6)
+"""The first MySQL that writes what a foreign key's action changes into the binlog; no MariaDB does."""
+_VERSION: Final = re.compile(r"(\d+)\.(\d+)")
+
+
+class Effect(Enum):
+    """What a problem does to the changes."""
+
+    STOPS = "stops"
+    """The connector refuses to run, or what it writes can't be applied."""
+    LOSES = "loses"
+    """Changes are missing from the binlog, and nothing else shows it."""
+    RISKS = "risks"
+    """Changes may get lost in some event, or it can't be told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something about the source that is wrong.
+
+    Attributes:
+        name: A slug, such as ``binlog-format``.
+        effect: What it does to the changes.
+        text: What is wrong, in words.
+        way_out: What to do.
+    """
+
+    name: str
+    effect: Effect
+    text: str
+    way_out: str
+
+
+@dataclass(frozen=True, slots=True)
+class SourceColumn:
+    """A column as the server describes it.
+
+    Attributes:
+        name: In the server's case.
+        type: Without its length, lower case, such as ``bigint``.
+        whole_type: With everything, lower case, such as ``bigint(20) unsigned``.
+        nullable: Whether it may be NULL.
+    """
+
+    name: str
+    type: str
+    whole_type: str
+    nullable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What was read of the server and the table.
+
+    Attributes:
+        version: What the server calls itself.
+        database: The database that was asked for.
+        table: The table that was asked for.
+        settings: GLOBAL settings by name, as the server words them; one that it lacks or hides is absent.
+        found_as: The table's name in the server's case; None where it is not there or not shown to the account.
+        kind: ``BASE TABLE``, ``VIEW``, ``SYSTEM VERSIONED``; empty where there is none.
+        engine: ``InnoDB`` or another; empty where there is none.
+        columns: In their order.
+        keys: Each unique index by name to its columns in order; ``PRIMARY`` first where there is one.
+        cascades: Foreign keys of the table whose actions change its rows.
+        filters: Databases that the server's ``binlog_do_db`` and ``binlog_ignore_db`` name; None where not readable.
+        replicates: Whether the server is itself a replica; None where not readable.
+        encrypted: Whether the connection that asked uses TLS.
+    """
+
+    version: str
+    database: str
+    table: str
+    settings: Mapping[str, str]
+    found_as: str | None
+    kind: str = ""
+    engine: str = ""
+    columns: tuple[SourceColumn, ...] = ()
+    keys: Mapping[str, tuple[str, ...]] | None = None
+    cascades: tuple[str, ...] = ()
+    filters: tuple[str, str] | None = None
+    replicates: bool | None = None
+    encrypted: bool = False
+
+    @property
+    def is_mariadb(self) -> bool:
+        """Whether the server is a MariaDB, which has a connector of its own."""
+        return "mariadb" in self.version.lower()
+
+    @property
+    def name(self) -> str:
+        """Database and table."""
+        return f"{self.database}.{self.table}"
+
+
+def read_source(ask: Ask, database: str, table: str) -> Source:
+    """Ask the server about itself and the table, each time anew.
+
+    Args:
+        ask: Leads to the server.
+        database: Holds the table.
+        table: The table of users.
+    """
+    version = str((ask("SELECT VERSION()", ()) or [("",)])[0][0])
+    settings = ask("SHOW GLOBAL VARIABLES WHERE Variable_name IN %s", (_SETTINGS,)) or ()
+    cipher = ask("SHOW SESSION STATUS LIKE 'Ssl_cipher'", ()) or ()
+    binlog = _first_answer(ask, "SHOW BINARY LOG STATUS", "SHOW MASTER STATUS")
+    replica = _first_answer(ask, "SHOW REPLICA STATUS", "SHOW SLAVE STATUS")
+    # Where names have no case the server may hold another one than was asked for; the exact name comes first.
+    found = ask(
+        "SELECT TABLE_NAME, TABLE_TYPE, ENGINE FROM information_schema.TABLES WHERE TABLE_SCHEMA = %s"
+        " AND LOWER(TABLE_NAME) = LOWER(%s) ORDER BY BINARY TABLE_NAME = BINARY %s DESC",
+        (database, table, table),
+    )
+    name, kind, engine = ([str(part or "") for part in found[0]]) if found else ("", "", "")
+    of_table = (database, name)
+    columns = ask(
+        "SELECT COLUMN_NAME, DATA_TYPE, COLUMN_TYPE, IS_NULLABLE FROM information_schema.COLUMNS"
+        " WHERE TABLE_SCHEMA = %s AND TABLE_NAME = %s ORDER BY ORDINAL_POSITION",
+        of_table,
+    )
+    indexes = ask(
+        "SELECT INDEX_NAME, COLUMN_NAME FROM information_schema.STATISTICS WHERE NON_UNIQUE = 0"
+        " AND TABLE_SCHEMA = %s AND TABLE_NAME = %s ORDER BY INDEX_NAME <> 'PRIMARY', INDEX_NAME, SEQ_IN_INDEX",
+        of_table,
+    )
+    actions = ask(
+        "SELECT CONSTRAINT_NAME, DELETE_RULE, UPDATE_RULE FROM information_schema.REFERENTIAL_CONSTRAINTS"
+        " WHERE CONSTRAINT_SCHEMA = %s AND TABLE_NAME = %s ORDER BY CONSTRAINT_NAME",
+        of_table,
+    )
+    keys: dict[str, tuple[str, ...]] = {}
+    for index, column in indexes or ():
+        keys[str(index)] = (*keys.get(str(index), ()), str(column))
+    return Source(
+        version=version,
+        database=database,
+        table=table,
+        settings={str(setting).lower(): str(value) for setting, value in settings},
+        found_as=name or None,
+        kind=kind,
+        engine=engine,
+        columns=tuple(
+            SourceColumn(str(column), str(of_type).lower(), str(whole).lower(), str(nullable).upper() == "YES")
+            for column, of_type, whole, nullable in columns or ()
+        ),
+        keys=keys,
+        cascades=tuple(
+            str(constraint)
+            for constraint, *rules in actions or ()
+            if any(str(rule).upper() in _CHANGING_ACTIONS for rule in rules)
+        ),
+        filters=None if binlog is None else (str(binlog[0][2] or ""), str(binlog[0][3] or "")) if binlog else ("", ""),
+        replicates=None if replica is None else bool(replica),
+        encrypted=any(value for _, value in cipher),
+    )
+
+
+def _first_answer(ask: Ask, *questions: str) -> Sequence[tuple[Any, ...]] | None:
+    """Return the answer to the first question that the server's version and the account's rights allow."""
+    return next((answer for question in questions if (answer := ask(question, ())) is not None), None)
+
+
+def problems_of(source: Source) -> list[Problem]:
+    """Return what is wrong with a source, the worst effects first."""
+    found = [*_table_problems(source), *_settings_problems(source)]
+    return sorted(found, key=lambda problem: list(Effect).index(problem.effect))
+
+
+def _table_problems(source: Source) -> Iterator[Problem]:
+    name = _sql_name(source)
+    if source.found_as is None:
+        yield Problem(
+            "no-table",
+            Effect.RISKS,
+            f"there is no table {source.name}, or the account of MYSQL_URL may not see it",
+            f"Make it, or grant SELECT on it: {create_table(name)};",
+        )
+        return
+    if source.found_as != source.table:
+        yield Problem(
+            "table-case",
+            Effect.STOPS,
+            f"the table is named {source.found_as}, not {source.table}, so its changes go to another topic",
+            f"Rename it, on a server whose lower_case_table_names keeps the case: "
+            f"RENAME TABLE {quoted(source.found_as)} TO {name};",
+        )
+    if source.kind == "SYSTEM VERSIONED":
+        yield Problem(
+            "system-versioned",
+            Effect.STOPS,
+            f"{source.name} is system-versioned, which Debezium can't follow",
+            f"ALTER TABLE {name} DROP SYSTEM VERSIONING;",
+        )
+    elif source.kind != "BASE TABLE":
+        yield Problem(
+            "no-base-table",
+            Effect.STOPS,
+            f"{source.name} is a {source.kind.lower()}, which has no changes in the binlog",
+            "Follow the table behind it under this name.",
+        )
+        return
+    elif source.engine.lower() != "innodb":
+        yield Problem(
+            "engine",
+            Effect.RISKS,
+            f"{source.name} is kept by {source.engine}, so a failed statement may leave rows that no change tells",
+            f"ALTER TABLE {name} ENGINE=InnoDB;",
+        )
+    yield from _column_problems(source)
+    yield from _key_problems(source)
+    version = _VERSION.match(source.version)
+    logged = version is not None and not source.is_mariadb and (int(version[1]), int(version[2])) >= _LOGS_CASCADES
+    if source.cascades and not logged:
+        yield Problem(
+            "cascades",
+            Effect.RISKS,
+            f"the foreign keys {', '.join(source.cascades)} change rows of {source.name} by their actions, which this"
+            " server does not write into the binlog",
+            "Let the application change these rows itself (ON DELETE RESTRICT), or repair after the parent's changes.",
+        )
+
+
+def _column_problems(source: Source) -> Iterator[Problem]:
+    name = _sql_name(source)
+    by_name = {column.name: column for column in source.columns}
+    any_case = {column.name.lower(): column for column in source.columns}
+    for wanted in USER_FIELDS:
+        column = by_name.get(wanted)
+        if column is None and wanted in any_case:
+            other = any_case[wanted].name
+            yield Problem(
+                "column-case",
+                Effect.STOPS,
+                f"the column {other} of {source.name} must be named {wanted}: events have it in the table's case",
+                f"ALTER TABLE {name} RENAME COLUMN {quoted(other)} TO {quoted(wanted)};",
+            )
+        elif column is None:
+            yield Problem(
+                "column-missing",
+                Effect.STOPS,
+                f"{source.name} has no column {wanted}, so nothing tells what to store for it",
+                f"Add it as in: {create_table(name)};",
+            )
+        elif wanted == KEY:
+            yield from _key_type_problems(source, column)
+        elif column.type not in _TEXTS:
+            yield Problem(
+                "column-type",
+                Effect.STOPS,
+                f"the column {wanted} of {source.name} is {column.whole_type}, which does not reach the topic as text",
+                f"ALTER TABLE {name} MODIFY {quoted(wanted)} VARCHAR(255)"
+                f"{'' if column.nullable else ' NOT NULL'} CHARACTER SET utf8mb4;",
+            )
+
+
+def _key_type_problems(source: Source, column: SourceColumn) -> Iterator[Problem]:
+    way_out = f"ALTER TABLE {_sql_name(source)} MODIFY {quoted(KEY)} BIGINT NOT NULL;"
+    if column.type not in _WHOLE_NUMBERS:
+        yield Problem(
+            "key-type",
+            Effect.STOPS,
+            f"{KEY} of {source.name} is {column.whole_type}, not BIGINT, so its changes can't be told apart by number",
+            way_out,
+        )
+    elif column.type == "bigint" and "unsigned" in column.whole_type:
+        yield Problem(
+            "key-unsigned",
+            Effect.STOPS,
+            f"{KEY} of {source.name} is BIGINT UNSIGNED: Debezium writes a key above 9223372036854775807 as a negative"
+            " one, which may be another user's",
+            f"{way_out} Remove larger keys first.",
+        )
+
+
+def _key_problems(source: Source) -> Iterator[Problem]:
+    keys = source.keys or {}
+    key = (KEY,)
+    add = f"ADD PRIMARY KEY ({quoted(KEY)});"
+    if (primary := keys.get("PRIMARY")) is not None:
+        if tuple(column.lower() for column in primary) != key:
+            yield Problem(
+                "primary-key",
+                Effect.STOPS,
+                f"the primary key of {source.name} is ({', '.join(primary)}), not ({KEY}), so a change does not tell"
+                " its user alone, or two rows are one user's",
+                f"ALTER TABLE {_sql_name(source)} DROP PRIMARY KEY, {add}",
+            )
+    elif key not in {tuple(column.lower() for column in columns) for columns in keys.values()}:
+        yield Problem(
+            "primary-key",
+            Effect.STOPS,
+            f"{source.name} has no primary key, so two rows may be one user's",
+            f"ALTER TABLE {_sql_name(source)} {add}",
+        )
+
+
+def _settings_problems(source: Source) -> Iterator[Problem]:
+    settings = source.settings
+    if unread := [name for name in _ESSENTIAL if name not in settings]:
+        yield Problem(
+            "settings-unread",
+            Effect.RISKS,
+            f"the server does not show {', '.join(unread)} to the account of MYSQL_URL, so nobody can tell whether it"
+            " logs whole rows",
+            "Let the account read them (SHOW GLOBAL VARIABLES), or look yourself: ROW and FULL are needed.",
+        )
+    if settings.get("log_bin", "ON").upper() not in ("ON", "1"):
+        yield Problem(
+            "no-binlog",
+            Effect.STOPS,
+            "the server writes no binlog (log_bin is OFF)",
+            "Set log_bin in its configuration, with binlog_format=ROW and binlog_row_image=FULL, and restart it.",
+        )
+        return
+    if (of := settings.get("binlog_format", "ROW").upper()) != "ROW":
+        yield Problem(
+            "binlog-format",
+            Effect.LOSES,
+            f"binlog_format is {of}: a statement that is logged as text changes rows without an event",
+            f"{_set('binlog_format', 'ROW')} Sessions that are open keep theirs: end them; then repair.",
+        )
+    if (image := settings.get("binlog_row_image", "FULL").upper()) != "FULL":
+        yield Problem(
+            "row-image",
+            Effect.STOPS,
+            f"binlog_row_image is {image}: the connector fails on a row that is not whole",
+            f"{_set('binlog_row_image', 'FULL')} Sessions that are open keep theirs: end them. A connector that failed"
+            " needs a new snapshot, see docs/operations.md.",
+        )
+    if settings.get("log_bin_compress", "OFF").upper() in ("ON", "1"):
+        yield Problem(
+            "binlog-compressed",
+            Effect.LOSES,
+            "log_bin_compress is ON: Debezium passes over compressed events without a word",
+            f"{_set('log_bin_compress', 'OFF')} Then repair what was changed meanwhile.",
+        )
+    yield from _retention_problems(source)
+
+
+def _retention_problems(source: Source) -> Iterator[Problem]:
+    settings = source.settings
+    kept = _kept_seconds(settings)
+    if 0 < kept < _SHORTEST_SECONDS:
+        yield Problem(
+            "binlog-expiry",
+            Effect.RISKS,
+            f"the binlog is kept for {kept:.0f} s: a connector that stops for longer has lost changes",
+            _set("binlog_expire_logs_seconds", "604800"),
+        )
+    only, but = source.filters or ("", "")
+    if (only and source.database not in only.split(",")) or source.database in but.split(","):
+        yield Problem(
+            "binlog-filter",
+            Effect.LOSES,
+            f"the server's binlog_do_db or binlog_ignore_db leaves {source.database} out of the binlog",
+            "Take the option out of its configuration, restart it, and take a new snapshot.",
+        )
+    updates = settings.get("log_replica_updates", settings.get("log_slave_updates", "ON"))
+    if source.replicates and updates.upper() not in ("ON", "1"):
+        yield Problem(
+            "replica-updates",
+            Effect.LOSES,
+            "the server is a replica that does not log what it replicates (log_slave_updates is OFF)",
+            "Set log_slave_updates (log_replica_updates) in its configuration, restart it, and take a new snapshot.",
+        )
+
+
+def _kept_seconds(settings: Mapping[str, str]) -> float:
+    """Return how long the binlog is kept, in seconds; 0 where it is never purged or that is not known."""
+    if settings.get("binlog_expire_logs_auto_purge", "ON").upper() in ("OFF", "0"):
+        return 0.0
+    seconds = float(settings.get("binlog_expire_logs_seconds") or 0)
+    return seconds or float(settings.get("expire_logs_days") or 0) * 86_400
+
+
+def _set(setting: str, value: str) -> str:
+    return f"SET GLOBAL {setting} = {value}; and the same in the server's configuration."
+
+
+def _sql_name(source: Source) -> str:
+    return f"{quoted(source.database)}.{quoted(source.table)}"
