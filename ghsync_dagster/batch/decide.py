@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from ghsync_dagster.domain.event import RAW_LIMIT, Event, event_decoder
+from ghsync_dagster.domain.event import RAW_LIMIT, Event, event_decoder, event_shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -172,37 +172,29 @@ def event_schema() -> pa.Schema:
     """Return the columns of a part of events."""
     import pyarrow as pa
 
-    text, number = pa.string(), pa.int64()
-    actor = pa.struct([("id", number), *((name, text) for name in _ACTOR_TEXTS)])
-    repo = pa.struct([("id", number), ("name", text), ("url", text)])
-    return pa.schema([("id", text), ("type", text), ("created_at", text), ("actor", actor), ("repo", repo)])
+    return pa.schema(list(_event_type(event_shape())))
 
 
-_ACTOR_TEXTS: Final = ("login", "gravatar_id", "url", "avatar_url")
+def _event_type(shape: Any) -> pa.DataType:  # noqa: ANN401  as event_shape gives it
+    import pyarrow as pa
+
+    if isinstance(shape, dict):
+        return pa.struct([(name, _event_type(part)) for name, part in shape.items()])
+    return {int: pa.int64(), str: pa.string()}[shape]
 
 
 def _event_columns(events: Sequence[Event]) -> list[pa.Array]:
+    return [_event_column(part, [getattr(event, name) for event in events]) for name, part in event_shape().items()]
+
+
+def _event_column(shape: Any, values: list[Any]) -> pa.Array:  # noqa: ANN401  as event_shape gives it
     import pyarrow as pa
 
-    schema = event_schema()
-    actors = [event.actor for event in events]
-    repos = [event.repo for event in events]
-    actor = [pa.array([actor.id for actor in actors], pa.int64())]
-    actor += [pa.array([getattr(actor, name) for actor in actors], pa.string()) for name in _ACTOR_TEXTS]
-    repo = [
-        pa.array([repo and repo.id for repo in repos], pa.int64()),
-        pa.array([repo and repo.name for repo in repos], pa.string()),
-        pa.array([repo and repo.url for repo in repos], pa.string()),
-    ]
-    return [
-        pa.array([event.id for event in events], pa.string()),
-        pa.array([event.type for event in events], pa.string()),
-        pa.array([event.created_at for event in events], pa.string()),
-        pa.StructArray.from_arrays(actor, fields=list(schema.field("actor").type)),
-        pa.StructArray.from_arrays(
-            repo, fields=list(schema.field("repo").type), mask=pa.array([repo is None for repo in repos])
-        ),
-    ]
+    kind = _event_type(shape)
+    if not isinstance(shape, dict):
+        return pa.array(values, kind)
+    parts = [_event_column(part, [value and getattr(value, name) for value in values]) for name, part in shape.items()]
+    return pa.StructArray.from_arrays(parts, fields=list(kind), mask=pa.array([value is None for value in values]))
 
 
 def quarantine_schema() -> pa.Schema:

@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, Final
+from types import NoneType
+from typing import Any, Final, get_args
 
 import msgspec
 
@@ -58,6 +59,20 @@ class Event(msgspec.Struct, frozen=True, gc=False):
     created_at: str
     actor: Actor
     repo: Repo | None = None
+
+
+def event_shape(record: type[msgspec.Struct] = Event) -> dict[str, Any]:
+    """Return the fields of an event, from which its schemas elsewhere are derived.
+
+    Returns:
+        Each name, in order, to ``int``, ``str``, or the fields of a nested record.
+    """
+
+    def shape(kind: Any) -> Any:  # noqa: ANN401  what an annotation is
+        (plain,) = (part for part in get_args(kind) or (kind,) if part is not NoneType)
+        return event_shape(plain) if issubclass(plain, msgspec.Struct) else plain
+
+    return {field.name: shape(field.type) for field in msgspec.structs.fields(record)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,11 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from py4j.protocol import Py4JError, Py4JJavaError, Py4JNetworkError
 from pyspark.errors import PySparkException
@@ -24,6 +24,7 @@ from pyspark.sql import functions as F  # noqa: N812  the name that Spark's own 
 from pyspark.sql.types import LongType, StringType, StructField, StructType
 
 from ghsync_dagster.domain.errors import ConfigError, PermanentError, RefusedError, UnavailableError
+from ghsync_dagster.domain.event import event_shape
 from ghsync_dagster.domain.user import MARKER_FIELD, MARKER_VALUE, USER_FIELDS
 from ghsync_dagster.observability.logging import redact
 from ghsync_dagster.stores.mongo import CONFIRM_MS
@@ -33,24 +34,16 @@ if TYPE_CHECKING:
 
     from ghsync_dagster.stores.mongo import UserStore
 
-ACTOR_SCHEMA: Final = StructType(
-    [
-        StructField("id", LongType(), nullable=False),
-        *(StructField(name, StringType()) for name in ("login", "gravatar_id", "url", "avatar_url")),
-    ]
-)
-REPO_SCHEMA: Final = StructType(
-    [StructField("id", LongType()), StructField("name", StringType()), StructField("url", StringType())]
-)
-EVENT_SCHEMA: Final = StructType(
-    [
-        StructField("id", StringType()),
-        StructField("type", StringType()),
-        StructField("created_at", StringType()),
-        StructField("actor", ACTOR_SCHEMA),
-        StructField("repo", REPO_SCHEMA),
-    ]
-)
+_SPARK_TYPES: Final = {int: LongType(), str: StringType()}
+
+
+def _struct(shape: Mapping[str, Any]) -> StructType:
+    """Return the Spark type of what ``event_shape`` gives."""
+    fields = ((name, _struct(part) if isinstance(part, dict) else _SPARK_TYPES[part]) for name, part in shape.items())
+    return StructType([StructField(name, kind) for name, kind in fields])
+
+
+EVENT_SCHEMA: Final = _struct(event_shape())
 """A typed event, as ``domain.event.Event`` declares it."""
 
 USER_SCHEMA: Final = StructType([StructField(name, StringType()) for name in USER_FIELDS])

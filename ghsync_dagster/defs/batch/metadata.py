@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from ghsync_dagster.batch.reports import rows_of
+from ghsync_dagster.domain.event import event_shape
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -34,15 +35,7 @@ def of_events(report: ReadReport) -> Metadata:
         "files": len(report.files),
         **_speed(report.events, report.seconds),
         "location": dg.MetadataValue.path(report.events_path),
-        "dagster/column_schema": _columns(
-            {
-                "id": "string",
-                "type": "string",
-                "created_at": "string",
-                "actor": "struct<id bigint, login, gravatar_id, url, avatar_url string>",
-                "repo": "struct<id bigint, name, url string>",
-            }
-        ),
+        "dagster/column_schema": _columns({name: _type(part) for name, part in event_shape().items()}),
         "input": _table([{"file": file.path, "lines": file.lines} for file in report.files[:50]]),
         "events_over_time": dg.MetadataValue.md(events_over_time(Path(report.events_path))),
     }
@@ -96,6 +89,12 @@ def of_load(report: LoadReport, settings: Settings) -> Metadata:
 
 def _speed(rows: int, seconds: float) -> Metadata:
     return {"seconds": seconds, "rows_per_second": round(rows / seconds, 1) if seconds else 0.0}
+
+
+def _type(shape: Any) -> str:  # noqa: ANN401  as event_shape gives it
+    if isinstance(shape, dict):
+        return f"struct<{', '.join(f'{name} {_type(part)}' for name, part in shape.items())}>"
+    return {int: "bigint", str: "string"}[shape]
 
 
 def _columns(types: Mapping[str, str]) -> dg.TableSchema:

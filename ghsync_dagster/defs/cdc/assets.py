@@ -11,6 +11,7 @@ from ghsync_dagster.defs.cdc import metadata
 from ghsync_dagster.defs.cdc.slice import USERS_CHANGES
 from ghsync_dagster.defs.errors import as_failure
 from ghsync_dagster.defs.resources import ChangesResource
+from ghsync_dagster.domain.table import COLUMNS, DATABASE, KEY, TABLE
 from ghsync_dagster.settings import Settings
 
 GROUP = "cdc"
@@ -26,13 +27,16 @@ mysql_users = dg.AssetSpec(
     description="MySQL's table of users, the source of the changes. Debezium follows its binlog; ghsync reads it only "
     "in the check in_step_with_mysql.",
     metadata={
-        "dagster/table_name": "new_data.Users",
+        "dagster/table_name": f"{DATABASE}.{TABLE}",
         "server": "MYSQL_URL, or the local server of ghsync up",
         "dagster/column_schema": dg.TableSchema(
             [
-                dg.TableColumn("user_id", "BIGINT", constraints=dg.TableColumnConstraints(nullable=False, unique=True)),
-                dg.TableColumn("login", "VARCHAR(255)", constraints=dg.TableColumnConstraints(nullable=False)),
-                *(dg.TableColumn(name, "VARCHAR(255)") for name in ("gravatar_id", "avatar_url", "url")),
+                dg.TableColumn(
+                    column.name,
+                    column.type,
+                    constraints=dg.TableColumnConstraints(nullable=column.nullable, unique=column.name == KEY),
+                )
+                for column in COLUMNS
             ]
         ),
     },
