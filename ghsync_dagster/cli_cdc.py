@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.stores.kafka import KafkaSettings
     from ghsync_dagster.stores.mongo import UserStore
 
-NOT_EQUAL = 1
+NOT_EQUAL = CHANGES_LOST = 1
 _STOPPED = 128
 _SHOWN_TEXT = 80
 
@@ -54,8 +55,36 @@ def run(
 
 @cdc.command()
 def drain(as_json: AsJson = False) -> None:
-    """Apply what the topic holds now, then end."""
+    """Apply what the topic holds now, then end.
+
+    Exit code 1 where MySQL's table or settings are such that changes can't come or are lost.
+    """
+    from ghsync_dagster.cdc.checks import loses_changes
+
+    source = _look_at_source()
     _consume(until_end=True, seconds=None, as_json=as_json)
+    if source is not None and loses_changes(source):
+        raise typer.Exit(CHANGES_LOST)
+
+
+def _look_at_source() -> Finding | None:
+    """Say first what is wrong with MySQL's table or settings; None where nobody can look."""
+    from ghsync_dagster.domain.errors import GhsyncError
+    from ghsync_dagster.local import mysql
+    from ghsync_dagster.wiring import look_at_source
+
+    settings = load_settings()
+    configure_logging(settings)
+    if not mysql.was_set_up(settings):
+        return None
+    try:
+        found = look_at_source(settings)
+    except GhsyncError as error:
+        say(f"source: not looked at: {error}")
+        return None
+    for problem in found.offenders:
+        say(f"source: {problem['text']}; way out: {problem['way_out']}")
+    return found
 
 
 @cdc.command("audit")
@@ -74,14 +103,16 @@ def audit_changes(
     """
     from ghsync_dagster.cdc.audit import MOST_OFFENDERS, OFFENDERS, AuditResult, Patience, audit
     from ghsync_dagster.cdc.backlog import await_no_lag
-    from ghsync_dagster.cdc.checks import in_step_with_mysql
+    from ghsync_dagster.cdc.causes import Circumstances
+    from ghsync_dagster.cdc.checks import causes_in, in_step_with_mysql
     from ghsync_dagster.stores.retry import retrying
-    from ghsync_dagster.wiring import existing_kafka, open_mysql, store_opener
+    from ghsync_dagster.wiring import close_statements, existing_kafka, open_mysql, store_opener
 
     settings = load_settings()
     configure_logging(settings)
     if limit is None:
         limit = MOST_OFFENDERS if as_json else OFFENDERS
+    source, began = _look_at_source(), datetime.now(UTC)
 
     def compare() -> AuditResult:
         with open_mysql(settings) as mysql, store_opener(settings)() as store:
@@ -90,7 +121,10 @@ def audit_changes(
     kafka = existing_kafka(settings)
     attempts = settings.retry_attempts
     waiting = retrying("Asking for the lag", lambda: await_no_lag(kafka, lag_wait), attempts=attempts)
-    finding = in_step_with_mysql(retrying("Comparing", compare, attempts=attempts), waiting)
+    known = Circumstances(settings=causes_in(source))
+    finding = in_step_with_mysql(retrying("Comparing", compare, attempts=attempts), waiting, known)
+    if finding.passed:
+        close_statements(settings, began)
     print_json(asdict(finding)) if as_json else _show_finding(finding)
     if not finding.passed:
         raise typer.Exit(NOT_EQUAL)

@@ -227,7 +227,8 @@ class Settings(BaseSettings):
     mysql_url: SecretStr | None = Field(
         default=None,
         validation_alias="MYSQL_URL",
-        description="MySQL as mysql://user:password@host:port/new_data. Unset: the local server (see ghsync up mysql).",
+        description="MySQL as mysql://user:password@host:port/new_data, its options in docs/cdc.md (TLS). Unset: the "
+        "local server (see ghsync up mysql).",
     )
     connect_url: str | None = Field(
         default=None,

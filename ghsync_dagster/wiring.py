@@ -6,11 +6,13 @@ Belongs here: the one place that knows both the flows and the local servers. Not
 from __future__ import annotations
 
 import shlex
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from ghsync_dagster.batch.reports import Artifacts
 from ghsync_dagster.batch.rules import load_rules
 from ghsync_dagster.domain.errors import UnavailableError
+from ghsync_dagster.domain.source import STATEMENT_HOURS
 from ghsync_dagster.observability.logging import get_logger
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
     from pydantic import SecretStr
 
+    from ghsync_dagster.batch.checks import Finding
     from ghsync_dagster.batch.flow import BatchFlow
     from ghsync_dagster.cdc.consume import ChangeConsumer
     from ghsync_dagster.cdc.listener import ChangeListener
@@ -147,6 +150,39 @@ def open_mysql(settings: Settings) -> MySqlStore:
     if not url:
         raise _missing("MySQL", "MYSQL_URL")
     return MySqlStore(url, timeout_seconds=settings.server_timeout_seconds)
+
+
+def look_at_source(settings: Settings, *, hours: float = STATEMENT_HOURS) -> Finding:
+    """Return the finding on the table's shape, the server's settings and Connect's log; nothing is started.
+
+    Args:
+        settings: Say where they are.
+        hours: How far back the log is looked at.
+
+    Raises:
+        UnavailableError: MySQL is away, or MYSQL_URL is not set and the local server is not up.
+        RefusedError: MySQL refuses the account, or its TLS is not as MYSQL_URL asks for.
+        ConfigError: There is no such database.
+    """
+    from ghsync_dagster.cdc.checks import source_settings
+    from ghsync_dagster.local import connect
+
+    with open_mysql(settings) as mysql:
+        source = mysql.source()
+    since = datetime.now(UTC) - timedelta(hours=hours)
+    return source_settings(source, connect.logged_statements(settings, source.table, since))
+
+
+def close_statements(settings: Settings, began: datetime) -> None:
+    """Remember that both sides were equal: statements that Connect's log warned of before have done no lasting harm.
+
+    Args:
+        settings: Say where the log is.
+        began: When the comparison began.
+    """
+    from ghsync_dagster.local import connect
+
+    connect.close_statements(settings, began)
 
 
 def _missing(server: str, variable: str) -> UnavailableError:

@@ -53,7 +53,7 @@ _SHARING = {
         *("test_cdc_campaign", "test_poison", "test_repair_campaign"),
         *("test_audit", "test_cdc_consume", "test_cdc_dagster", "test_cdc_takeover", "test_dead_letters"),
         *("test_debezium", "test_letter_index", "test_mysql_store", "test_rehearse", "test_repair"),
-        "test_repair_command",
+        *("test_repair_command", "test_source"),
     },
 }
 """Files by the servers that they share, which live until the session ends."""

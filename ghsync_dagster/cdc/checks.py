@@ -12,17 +12,20 @@ from typing import TYPE_CHECKING, Final
 
 from ghsync_dagster.batch.checks import OFFENDERS, Finding
 from ghsync_dagster.cdc.causes import CURE, Circumstances, likely_causes
+from ghsync_dagster.domain.source import Effect, problems_of
 
 if TYPE_CHECKING:
     from ghsync_dagster.cdc.audit import AuditResult
     from ghsync_dagster.cdc.backlog import Backlog
     from ghsync_dagster.cdc.dead_letters import OpenLetters
+    from ghsync_dagster.domain.source import Source, Statements
     from ghsync_dagster.observability.metrics import Latency
 
 KAFKA_LAG: Final = "kafka_lag"
 CDC_LATENCY: Final = "cdc_latency"
 DEAD_LETTERS_EMPTY: Final = "dead_letters_empty"
 IN_STEP_WITH_MYSQL: Final = "in_step_with_mysql"
+SOURCE_SETTINGS: Final = "source_settings"
 
 _LOOK: Final = (
     "See that a consumer runs (the sensor cdc_supervisor, or ghsync cdc run) and what its newest observation says"
@@ -159,6 +162,51 @@ def dead_letters_empty(letters: OpenLetters) -> Finding:
         if count
         else "",
     )
+
+
+def source_settings(source: Source, statements: Statements | None) -> Finding:
+    """Hold that the table can be followed as it is, and that the server writes each of its changes as a whole row.
+
+    Args:
+        source: What the server says of itself and the table.
+        statements: What Connect's log warns of; None where the log can't be read here.
+    """
+    problems = problems_of(source, statements)
+    unread = "" if statements is not None else "; Connect's log can't be read here, so no statement is looked for"
+    good = f"{source.name} can be followed, and {source.version} logs whole rows"
+    return Finding(
+        SOURCE_SETTINGS,
+        not problems,
+        f"{'; '.join(problem.text for problem in problems) or good}{unread}",
+        {"problems": len(problems), **({"statements": statements.of_table} if statements is not None else {})},
+        [
+            {"problem": problem.name, "effect": problem.effect.value, "text": problem.text, "way_out": problem.way_out}
+            for problem in problems[:OFFENDERS]
+        ],
+        " ".join(problem.way_out for problem in problems),
+    )
+
+
+def no_source(why: str, *, passed: bool) -> Finding:
+    """Return the finding of a deployment whose source can't be looked at.
+
+    Args:
+        why: What it lacks, in words.
+        passed: Whether nothing is wrong with that, as no changes reach it.
+    """
+    way_out = "" if passed else "Set MYSQL_URL to an account that may read the table."
+    return Finding(SOURCE_SETTINGS, passed, f"not looked at: {why}", {"problems": 0}, way_out=way_out)
+
+
+def loses_changes(source: Finding) -> bool:
+    """Tell whether changes can't come, or are lost, and not only at risk."""
+    return any(offender["effect"] != Effect.RISKS.value for offender in source.offenders)
+
+
+def causes_in(source: Finding | None) -> list[str]:
+    """Return what is wrong with the source, a sentence each: the likely causes of differences."""
+    problems = source.offenders if source is not None else []
+    return [f"Likely cause: {problem['text']}. {problem['way_out']}" for problem in problems]
 
 
 def nothing_to_compare(why: str) -> Finding:

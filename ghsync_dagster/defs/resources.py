@@ -11,10 +11,14 @@ import dagster as dg
 from pydantic import PrivateAttr
 
 from ghsync_dagster.batch.flow import BatchFlow
+from ghsync_dagster.domain.source import STATEMENT_HOURS
 from ghsync_dagster.observability.logging import bind_run, configure_logging
 from ghsync_dagster.settings import load_settings
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
+    from ghsync_dagster.batch.checks import Finding
     from ghsync_dagster.cdc.consume import ChangeConsumer
     from ghsync_dagster.cdc.dead_letters import OpenLetters
     from ghsync_dagster.cdc.listener import ChangeListener
@@ -126,6 +130,27 @@ class ChangesResource(dg.ConfigurableResource["ChangesResource"]):
         from ghsync_dagster.wiring import open_mysql
 
         return open_mysql(self.settings())
+
+    def source(self, hours: float | None = None) -> Finding | None:
+        """Look at MySQL's table and settings; None where there is no MySQL here.
+
+        Args:
+            hours: How far back Connect's log is looked at; None for the usual time.
+
+        Raises:
+            GhsyncError: MySQL is away or refuses.
+        """
+        from ghsync_dagster.wiring import look_at_source
+
+        if self.no_mysql():
+            return None
+        return look_at_source(self.settings(), hours=STATEMENT_HOURS if hours is None else hours)
+
+    def close_statements(self, began: datetime) -> None:
+        """Remember that both sides were equal in a comparison that began then."""
+        from ghsync_dagster.wiring import close_statements
+
+        close_statements(self.settings(), began)
 
     def dead_letters(self) -> OpenLetters:
         """Return the open dead letters."""

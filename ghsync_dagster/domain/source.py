@@ -1,7 +1,7 @@
 """Whether MySQL's table and settings let every change be followed: what is asked of the server, and the judgement.
 
-Belongs here: the questions, what their answers mean, and the way out of each problem. Not here: the connection that
-they are asked over, and what a command does about a problem.
+Belongs here: the questions, what their answers and Connect's log mean, and the way out of each problem. Not here: the
+connection that they are asked over, where that log is, and what a command does about a problem.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from enum import Enum
 from typing import Any, Final
 
@@ -34,6 +35,15 @@ _LOGS_CASCADES: Final = (9, 6)
 _VERSION: Final = re.compile(r"(\d+)\.(\d+)")
 
 
+STATEMENT_HOURS: Final = 24.0
+"""How far back Connect's log is looked at for statements that came as text."""
+_LOGGED: Final = re.compile(
+    r"^(\S+) +WARN +Received DML '(.*?)' for processing, binlog probably contains events generated with statement",
+    re.MULTILINE | re.DOTALL,
+)
+"""What Debezium logs of a statement that stands in the binlog as text. It may have several lines."""
+
+
 class Effect(Enum):
     """What a problem does to the changes."""
 
@@ -41,6 +51,8 @@ class Effect(Enum):
     """The connector refuses to run, or what it writes can't be applied."""
     LOSES = "loses"
     """Changes are missing from the binlog, and nothing else shows it."""
+    LOST = "lost"
+    """Some changes are missing from the binlog already; later ones may come."""
     RISKS = "risks"
     """Changes may get lost in some event, or it can't be told."""
 
@@ -192,9 +204,69 @@ def _first_answer(ask: Ask, *questions: str) -> Sequence[tuple[Any, ...]] | None
     return next((answer for question in questions if (answer := ask(question, ())) is not None), None)
 
 
-def problems_of(source: Source) -> list[Problem]:
-    """Return what is wrong with a source, the worst effects first."""
+@dataclass(frozen=True, slots=True)
+class Statements:
+    """Statements that Debezium found in the binlog as text, where it needs rows: what they changed has no event.
+
+    Attributes:
+        of_table: How many name the table.
+        of_others: How many do not.
+        newest: When the newest of the table was logged; None where there is none.
+    """
+
+    of_table: int = 0
+    of_others: int = 0
+    newest: datetime | None = None
+
+
+def statements_in(log: str, table: str, since: datetime) -> Statements:
+    """Count the statements that a part of Connect's log warns of.
+
+    Args:
+        log: The log, or its end.
+        table: The table's name; a statement names it as a word, in any case.
+        since: Earlier ones don't count. With a zone, as all times here; the log has this machine's.
+    """
+    named = re.compile(rf"\b{re.escape(table)}\b", re.IGNORECASE)
+    of_table, of_others, newest = 0, 0, None
+    for found in _LOGGED.finditer(log):
+        at = logged_at(found[1])
+        if at is None or at < since:
+            continue
+        if named.search(found[2]):
+            of_table, newest = of_table + 1, at
+        else:
+            of_others += 1
+    return Statements(of_table, of_others, newest)
+
+
+def logged_at(line: str) -> datetime | None:
+    """Return when a line of Connect's log was written; None where it does not begin with a time."""
+    try:
+        return datetime.fromisoformat(line.partition(" ")[0]).astimezone()
+    except ValueError:
+        return None
+
+
+def problems_of(source: Source, statements: Statements | None = None) -> list[Problem]:
+    """Return what is wrong with a source, the worst effects first.
+
+    Args:
+        source: What was read of it.
+        statements: What Connect's log warns of; None where the log can't be read.
+    """
     found = [*_table_problems(source), *_settings_problems(source)]
+    if statements is not None and statements.newest is not None:
+        found.append(
+            Problem(
+                "statements",
+                Effect.LOST,
+                f"{statements.of_table} statements on {source.table} came as text, not as rows, the newest at"
+                f" {statements.newest.isoformat(timespec='seconds')}: what they changed has no event",
+                "Find the sessions with a binlog_format of their own (SET SESSION binlog_format) and end that; then"
+                " repair. An audit that finds both sides equal closes this.",
+            )
+        )
     return sorted(found, key=lambda problem: list(Effect).index(problem.effect))
 
 

@@ -7,13 +7,23 @@ database that it stands between, and the connector itself, see ``local.connector
 from __future__ import annotations
 
 import hashlib
+import os
 import secrets
 import shutil
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
-from ghsync_dagster.domain.source import Effect, problems_of
+from ghsync_dagster.domain.source import (
+    STATEMENT_HOURS,
+    Effect,
+    Statements,
+    logged_at,
+    problems_of,
+    statements_in,
+)
+from ghsync_dagster.domain.table import TABLE
 from ghsync_dagster.local import connector, kafka, mysql, tls_stores
 from ghsync_dagster.local.jars import ensure_unpacked, locked_set
 from ghsync_dagster.local.supervisor import ServerSpec, ServiceStatus, Supervisor
@@ -31,6 +41,8 @@ DEFAULT_PORT = 8083
 EXTERNAL = "external"
 _HEAP_MEGABYTES = 384
 _PING_SECONDS = 3.0
+_LOG_BLOCK = 1 << 18
+_LOG_BYTES = 1 << 23
 _LOGIN_FILES = ("user", "password", "made-of")
 
 
@@ -63,7 +75,7 @@ def up(settings: Settings, progress: Callable[[str], None]) -> ServiceStatus:
     _refuse_security(settings, "A local Connect worker", "Set CONNECT_URL to a worker of your own, set up for it.")
     bootstrap = kafka.ensure_kafka(settings, progress)
     url = mysql.ensure_mysql(settings, progress)
-    _look_at_source(url, progress)
+    _look_at_source(settings, url, progress)
     supervisor = _supervisor(settings)
     if _bootstrap_in_use(settings) not in (None, bootstrap):
         supervisor.down(progress)
@@ -117,7 +129,7 @@ def _up_external(settings: Settings, url: str, progress: Callable[[str], None]) 
     if not _serves(url, _PING_SECONDS):
         return _external(url, None)
     if settings.mysql_url:
-        _look_at_source(settings.mysql_url.get_secret_value(), progress)
+        _look_at_source(settings, settings.mysql_url.get_secret_value(), progress)
     state = connector.await_settled(url)
     connector.require_running(state, redact(url))
     if state.state != connector.NONE:
@@ -135,7 +147,7 @@ def _up_external(settings: Settings, url: str, progress: Callable[[str], None]) 
             " database.ssl.truststore and database.ssl.keystore.",
         )
     if not settings.mysql_url:
-        _look_at_source(source, progress)
+        _look_at_source(settings, source, progress)
     config = connector.config_of(settings, kafka.ensure_kafka(settings, progress), source) | {
         "database.user": database.user,
         "database.password": database.password,
@@ -157,19 +169,67 @@ def _external(url: str, state: connector.ConnectorState | None) -> ServiceStatus
     )
 
 
-def _look_at_source(url: str, progress: Callable[[str], None]) -> None:
-    """See that the source can be followed as it is; what only risks changes is told.
+def logged_statements(settings: Settings, table: str, since: datetime) -> Statements | None:
+    """Return what the local worker's log warns of since a time, or since both sides were last found equal.
+
+    Returns:
+        None where there is no such log, as with a worker that CONNECT_URL names.
+    """
+    log = _log(settings)
+    if not log.exists():
+        return None
+    closed = _text_of(_closed(settings))
+    since = max(since, datetime.fromisoformat(closed)) if closed else since
+    try:
+        return statements_in(_end_of(log, since), table, since)
+    except OSError:
+        return None
+
+
+def close_statements(settings: Settings, began: datetime) -> None:
+    """Remember since when statements of the log count: both sides were equal in a comparison that began then."""
+    if _log(settings).exists():
+        mysql.write_secret(_closed(settings), began.isoformat().encode())
+
+
+def _end_of(log: Path, since: datetime) -> str:
+    """Return the end of a log, block by block backwards until one begins before a time, within a limit."""
+    end = b""
+    with log.open("rb") as file:
+        place = file.seek(0, os.SEEK_END)
+        while place > 0 and len(end) < _LOG_BYTES:
+            size = min(_LOG_BLOCK, place)
+            place = file.seek(place - size)
+            end = file.read(size) + end
+            times = (logged_at(line.decode(errors="replace")) for line in end[:_LOG_BLOCK].splitlines())
+            if (first := next((at for at in times if at is not None), None)) is not None and first < since:
+                break
+    return end.decode(errors="replace")
+
+
+def _log(settings: Settings) -> Path:
+    return _folder(settings) / "log" / f"{SERVICE}.log"
+
+
+def _closed(settings: Settings) -> Path:
+    return _folder(settings) / "statements-closed"
+
+
+def _look_at_source(settings: Settings, url: str, progress: Callable[[str], None]) -> None:
+    """See that the source can be followed as it is; what stops or loses nothing now is only told.
 
     Raises:
         ConfigError: The table or a setting stops or loses changes; each problem is named with its way out.
         UnavailableError: The database can't be asked.
         RefusedError: Its TLS is not as the URL asks for.
     """
-    problems = problems_of(mysql.source(url))
+    since = datetime.now(UTC) - timedelta(hours=STATEMENT_HOURS)
+    problems = problems_of(mysql.source(url), logged_statements(settings, TABLE, since))
+    wrong = [problem for problem in problems if problem.effect in (Effect.STOPS, Effect.LOSES)]
     for problem in problems:
-        if problem.effect is Effect.RISKS:
+        if problem not in wrong:
             progress(f"mysql: {problem.text}; way out: {problem.way_out}")
-    if wrong := [problem for problem in problems if problem.effect is not Effect.RISKS]:
+    if wrong:
         raise ConfigError(
             f"Changes can't be followed: {'; '.join(problem.text for problem in wrong)}.",
             way_out=" ".join(problem.way_out for problem in wrong),
@@ -245,7 +305,7 @@ def _choose_server(settings: Settings, bootstrap: str, progress: Callable[[str],
     return ServerSpec(
         server=SERVICE,
         data=data,
-        log=folder / "log" / f"{SERVICE}.log",
+        log=_log(settings),
         default_ports=(DEFAULT_PORT,),
         command=command,
     )

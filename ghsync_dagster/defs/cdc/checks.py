@@ -7,12 +7,20 @@ about data raises.
 # No annotations from __future__: Dagster wants the types of context and config, not their names.
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import TypeVar
 
 import dagster as dg
 
 from ghsync_dagster.cdc import checks
-from ghsync_dagster.cdc.checks import CDC_LATENCY, DEAD_LETTERS_EMPTY, IN_STEP_WITH_MYSQL, KAFKA_LAG, Measured
+from ghsync_dagster.cdc.checks import (
+    CDC_LATENCY,
+    DEAD_LETTERS_EMPTY,
+    IN_STEP_WITH_MYSQL,
+    KAFKA_LAG,
+    SOURCE_SETTINGS,
+    Measured,
+)
 from ghsync_dagster.defs.batch.checks import as_result
 from ghsync_dagster.defs.cdc import metadata
 from ghsync_dagster.defs.cdc.slice import USERS_CHANGES
@@ -21,7 +29,7 @@ from ghsync_dagster.defs.resources import ChangesResource
 from ghsync_dagster.settings import Settings
 from ghsync_dagster.stores.retry import retrying
 
-CDC_CHECKS = (KAFKA_LAG, CDC_LATENCY, DEAD_LETTERS_EMPTY, IN_STEP_WITH_MYSQL)
+CDC_CHECKS = (KAFKA_LAG, CDC_LATENCY, DEAD_LETTERS_EMPTY, SOURCE_SETTINGS, IN_STEP_WITH_MYSQL)
 
 _WINDOW_REPORTS = 6
 _LEAST_WINDOW_SECONDS = 60.0
@@ -44,6 +52,13 @@ class LatencyConfig(dg.Config):
     """The bearable p99 in milliseconds; empty: GHSYNC_MAX_LATENCY_MS."""
     window_seconds: float | None = None
     """How far back to look; empty: six times GHSYNC_CDC_REPORT_SECONDS, at least a minute."""
+
+
+class SourceConfig(dg.Config):
+    """What the launchpad may set for ``source_settings``."""
+
+    statement_hours: float | None = None
+    """How far back Connect's log is looked at for statements that came as text; empty: 24."""
 
 
 class AuditConfig(dg.Config):
@@ -124,6 +139,22 @@ def dead_letters_empty(changes: ChangesResource) -> dg.AssetCheckResult:
 
 
 @dg.asset_check(
+    asset=USERS_CHANGES,
+    name=SOURCE_SETTINGS,
+    description="The table can be followed as it is, and the server logs each change of it as a whole row.",
+)
+def source_settings(config: SourceConfig, changes: ChangesResource) -> dg.AssetCheckResult:
+    """Judge the table's shape, the server's settings, and what Connect's log warns of."""
+    with as_failure():
+        no_kafka, no_mysql = changes.no_kafka(), changes.no_mysql()
+    if no_mysql:
+        return as_result(checks.no_source(no_mysql, passed=no_kafka is not None))
+    found = _retrying(changes, lambda: changes.source(config.statement_hours))
+    assert found is not None  # noqa: S101  there is a MySQL
+    return as_result(found)
+
+
+@dg.asset_check(
     asset="mongo_users",
     name=IN_STEP_WITH_MYSQL,
     additional_deps=["mysql_users"],
@@ -133,6 +164,7 @@ def in_step_with_mysql(config: AuditConfig, changes: ChangesResource) -> dg.Asse
     """Compare the collection with MySQL's table, once no change waits."""
     from ghsync_dagster.cdc.audit import AuditResult, Patience, audit
     from ghsync_dagster.cdc.backlog import await_no_lag
+    from ghsync_dagster.cdc.causes import Circumstances
 
     # The check is on an asset that deployments have which load files only.
     with as_failure():
@@ -142,12 +174,18 @@ def in_step_with_mysql(config: AuditConfig, changes: ChangesResource) -> dg.Asse
     if no_mysql:
         return as_result(checks.nothing_to_compare_with(no_mysql))
     waiting = _retrying(changes, lambda: await_no_lag(changes.kafka(), config.lag_wait_seconds))
+    source, began = _retrying(changes, changes.source), datetime.now(UTC)
 
     def compare() -> AuditResult:
         with changes.open_mysql() as mysql, changes.open_store() as store:
             return audit(mysql, store, patience=Patience(seconds=config.patience_seconds))
 
-    return as_result(checks.in_step_with_mysql(_retrying(changes, compare), waiting))
+    known = Circumstances(settings=checks.causes_in(source))
+    finding = checks.in_step_with_mysql(_retrying(changes, compare), waiting, known)
+    if finding.passed:
+        with as_failure():
+            changes.close_statements(began)
+    return as_result(finding)
 
 
-CHECKS = [kafka_lag, cdc_latency, dead_letters_empty, in_step_with_mysql]
+CHECKS = [kafka_lag, cdc_latency, dead_letters_empty, source_settings, in_step_with_mysql]
