@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from dagster_shared.error import SerializableErrorInfo
 
 
+class ChecksFailedError(Exception):
+    """Checks that do not block did not pass, and the run that evaluated them is to fail for it."""
+
+
 @contextmanager
 def as_failure() -> Iterator[None]:
     """Turn a ghsync error into a Dagster failure with its way out as metadata."""

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import dagster as dg
 import msgspec
@@ -15,21 +15,24 @@ import pytest
 from dagster._core.run_coordinator.queued_run_coordinator import QueuedRunCoordinator
 from dagster._daemon.sensor import MIN_INTERVAL_LOOP_TIME
 
+from ghsync_dagster.batch.checks import Finding
 from ghsync_dagster.cdc.backlog import Backlog, PartitionBacklog
 from ghsync_dagster.cdc.consume import ChangeConsumer, ConsumerReport
 from ghsync_dagster.cdc.dead_letters import OpenLetters
 from ghsync_dagster.cdc.listener import APPLIED, AppliedBatch, SilentListener
 from ghsync_dagster.definitions import build_defs, defs
-from ghsync_dagster.defs.cdc import metadata, sensors
+from ghsync_dagster.defs.cdc import jobs, metadata, sensors
 from ghsync_dagster.defs.cdc import slice as slices
 from ghsync_dagster.defs.cdc.checks import CDC_CHECKS, latency_window, measured_since
 from ghsync_dagster.defs.cdc.jobs import SYNC_JOB, SYNC_OP, cdc_sync_job
 from ghsync_dagster.defs.cdc.sensors import REPLACED_TAG, cdc_supervisor, end_slice, read_slices
 from ghsync_dagster.defs.cdc.slice import USERS_CHANGES
 from ghsync_dagster.defs.cdc.supervisor import Phase, Replace, Rules
+from ghsync_dagster.defs.gated import gated_executor
 from ghsync_dagster.defs.resources import ChangesResource
 from ghsync_dagster.domain.errors import UnavailableError
 from ghsync_dagster.domain.letters import Letter
+from ghsync_dagster.domain.source import Effect, Problem
 from ghsync_dagster.local import kafka, stack
 from ghsync_dagster.local.dagster_home import ensure_dagster_home
 from ghsync_dagster.local.supervisor import Record, ServiceStatus
@@ -99,6 +102,7 @@ def test_the_checks_are_on_their_assets_and_block_nothing(graph: AssetGraph) -> 
         "kafka_lag": "users_changes",
         "cdc_latency": "users_changes",
         "dead_letters_empty": "users_changes",
+        "source_settings": "users_changes",
         "in_step_with_mysql": "mongo_users",
     }
     assert not any(node.blocking for node in nodes.values())
@@ -111,6 +115,7 @@ def test_the_checks_of_the_change_flow_are_in_a_job_of_their_own() -> None:
         "users_changes_kafka_lag",
         "users_changes_cdc_latency",
         "users_changes_dead_letters_empty",
+        "users_changes_source_settings",
         "mongo_users_in_step_with_mysql",
     }
     for job in ("users_batch_job", "users_audit_job"):
@@ -120,9 +125,16 @@ def test_the_checks_of_the_change_flow_are_in_a_job_of_their_own() -> None:
 _JOBS = ("users_batch_job", "users_audit_job", "cdc_audit_job", "cdc_sync_job", "cdc_drain_job")
 
 
-@pytest.mark.parametrize("name", ["cdc_sync_job", "cdc_drain_job", "cdc_audit_job"])
-def test_steps_run_in_the_process_of_the_run(name: str) -> None:
-    assert defs.resolve_job_def(name).executor_def is dg.in_process_executor
+@pytest.mark.parametrize(
+    ("name", "executor"),
+    [
+        ("cdc_sync_job", dg.in_process_executor),
+        ("cdc_drain_job", dg.in_process_executor),
+        ("cdc_audit_job", gated_executor),
+    ],
+)
+def test_steps_run_in_the_process_of_the_run(name: str, executor: dg.ExecutorDefinition) -> None:
+    assert defs.resolve_job_def(name).executor_def is executor
 
 
 def test_the_schedule_of_the_checks_waits_for_a_person() -> None:
@@ -538,6 +550,7 @@ class Away(Parts):
         "users_changes_kafka_lag",
         "users_changes_cdc_latency",
         "users_changes_dead_letters_empty",
+        "users_changes_source_settings",
         "mongo_users_in_step_with_mysql",
     ],
 )
@@ -547,7 +560,8 @@ def test_a_server_that_is_away_raises_and_never_looks_like_failed_data(
     failure = evaluate(instance, check, Away(home=str(tmp_path)))
     assert not isinstance(failure, dg.AssetCheckEvaluation)
     assert failure.user_failure_data.metadata["kind"].value == "infrastructure"
-    assert "Kafka is away" in failure.user_failure_data.description
+    who = "There is no MySQL" if check == "users_changes_source_settings" else "Kafka is away"
+    assert who in failure.user_failure_data.description
 
 
 @pytest.mark.usefixtures("nowhere")
@@ -641,3 +655,28 @@ def test_where_no_change_stream_was_set_up_there_are_no_dead_letters(instance: d
     (event,) = result.asset_materializations_for_node("dead_letters")
     assert event.metadata["dagster/row_count"].value == 0
     assert "there is no Kafka here" in str(event.metadata["why"].value)
+
+
+class Looked:
+    """Stands for the change flow's parts: its source is looked at, or is away."""
+
+    def __init__(self, problem: Problem | None, *, away: bool = False) -> None:
+        self._problem = problem
+        self._away = away
+
+    def source(self) -> Finding:
+        """The finding on the source."""
+        if self._away:
+            raise UnavailableError("MySQL is away.", way_out="Start it.")
+        offenders = [{"effect": self._problem.effect.value}] if self._problem else []
+        return Finding("source_settings", not offenders, "as it is", offenders=offenders)
+
+
+@pytest.mark.parametrize("effect", Effect)
+def test_a_drain_fails_on_a_source_that_loses_changes_and_on_no_less(effect: Effect) -> None:
+    def gate(looked: Looked) -> list[Finding]:
+        return jobs._on_source(dg.build_op_context(), cast("ChangesResource", looked))
+
+    problem = Problem("any", effect, "wrong", "Correct it.")
+    assert bool(gate(Looked(problem))) == (effect is not Effect.RISKS)
+    assert gate(Looked(None)) == gate(Looked(problem, away=True)) == []

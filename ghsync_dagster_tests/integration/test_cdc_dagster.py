@@ -27,8 +27,10 @@ from ghsync_dagster.cdc.consume import ChangeConsumer, ConsumerReport
 from ghsync_dagster.cdc.known_topic import group_name
 from ghsync_dagster.definitions import build_defs
 from ghsync_dagster.defs.cdc import jobs
+from ghsync_dagster.defs.cdc.checks import CDC_CHECKS
 from ghsync_dagster.defs.cdc.jobs import SYNC_JOB, SYNC_OP
 from ghsync_dagster.defs.cdc.slice import USERS_CHANGES, consume
+from ghsync_dagster.defs.ops.alerts import alerts_sensor
 from ghsync_dagster.defs.resources import ChangesResource
 from ghsync_dagster.domain.user import USER_FIELDS, json_schema
 from ghsync_dagster.local.dagster_home import ensure_dagster_home
@@ -480,6 +482,7 @@ def test_every_check_passes_after_a_drain(stack: Stack, runs: InProcess) -> None
         "kafka_lag": True,
         "cdc_latency": True,
         "dead_letters_empty": True,
+        "source_settings": True,
         "in_step_with_mysql": True,
     }
 
@@ -574,3 +577,39 @@ def _worker(instance: dg.DagsterInstance, run: dg.DagsterRun) -> psutil.Process:
         if words and words.startswith("Started process for run (pid: "):
             return psutil.Process(int(words.removeprefix("Started process for run (pid: ").removesuffix(").")))
     raise AssertionError("the run's process is not known")
+
+
+def test_the_audit_job_ends_with_one_where_a_check_did_not_pass_and_each_is_one_alert(
+    stack: Stack, instance: dg.DagsterInstance
+) -> None:
+    stack.insert(1, 2)
+    stack.await_topic(2)
+    assert drain(stack).returncode == 0
+
+    def audit() -> subprocess.CompletedProcess[str]:
+        # The rows waited for the drain to start: as long as this machine takes for that.
+        environment = stack.environment(GHSYNC_MAX_LATENCY_MS="100000")
+        command = job_command("cdc_audit_job")
+        return subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+
+    done = audit()
+    assert done.returncode == 0, done.stderr
+    with stack.store() as store:
+        store.users.update_one({"user_id": "1"}, {"$set": {"login": "evil"}})
+    stack.produce(b"no JSON")
+    assert ChangeConsumer(stack.kafka, stack.store).run(threading.Event(), until_end=True, seconds=60).dead_letters
+    done = audit()
+    assert done.returncode == 1
+    assert "Checks did not pass: " in done.stderr
+    runs = instance.get_runs(dg.RunsFilter(job_name="cdc_audit_job"))
+    assert [run.status for run in runs] == [dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.SUCCESS]
+    # All checks were evaluated, though two did not pass.
+    records = instance.get_records_for_run(runs[0].run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION).records
+    found = [record.event_log_entry.asset_check_evaluation for record in records]
+    assert {one.check_name for one in found if one} == set(CDC_CHECKS)
+    failed = {one.check_name for one in found if one and not one.passed}
+    assert failed == {"dead_letters_empty", "in_step_with_mysql"}
+    context = dg.build_sensor_context(instance=instance, cursor='{"logged":0,"posted":0}')
+    assert "2 alerts" in str(alerts_sensor.evaluate_tick(context).skip_message)

@@ -11,13 +11,15 @@ import dagster as dg
 
 from ghsync_dagster.batch import checks
 from ghsync_dagster.batch.checks import Finding
+from ghsync_dagster.cdc.checks import loses_changes
 from ghsync_dagster.cdc.dead_letters import DeadLetter
 from ghsync_dagster.defs.batch.checks import as_result
 from ghsync_dagster.defs.cdc.checks import CHECKS
 from ghsync_dagster.defs.cdc.slice import consume
 from ghsync_dagster.defs.errors import as_failure
+from ghsync_dagster.defs.gated import gated_executor
 from ghsync_dagster.defs.resources import ChangesResource
-from ghsync_dagster.domain.errors import WAY_OUT
+from ghsync_dagster.domain.errors import WAY_OUT, GhsyncError
 from ghsync_dagster.stores.retry import retrying
 
 FLOW_TAG = "ghsync/flow"
@@ -109,6 +111,7 @@ def gate_drain(
         findings = [
             _new_dead_letters(dead_letters, config.max_new_dead_letters),
             *retrying("check", lambda: _on_store(changes), attempts=changes.settings().retry_attempts),
+            *_on_source(context, changes),
         ]
     for finding in findings:
         context.log.info(f"{finding.check}: {'passed' if finding.passed else 'FAILED'}: {finding.summary}")
@@ -143,6 +146,17 @@ def _on_store(changes: ChangesResource) -> list[Finding]:
         return [checks.unique_user_id_index(store), checks.documents_conform(store)]
 
 
+def _on_source(context: dg.OpExecutionContext, changes: ChangesResource) -> list[Finding]:
+    """Return the finding on MySQL where it is one of changes that can't come or are lost."""
+    try:
+        source = changes.source()
+    except GhsyncError as error:
+        # What was there is drained all the same.
+        context.log.warning(f"source: not looked at: {error}")
+        return []
+    return [source] if source is not None and loses_changes(source) else []
+
+
 def _as_metadata(findings: list[Finding]) -> dict[str, dg.MetadataValue]:
     return {
         f"{finding.check} {name}": value for finding in findings for name, value in as_result(finding).metadata.items()
@@ -164,8 +178,9 @@ def cdc_drain_job() -> None:
 cdc_audit_job = dg.define_asset_job(
     "cdc_audit_job",
     selection=dg.AssetSelection.checks(*CHECKS),
-    description="Every check of the change flow: lag, latency, dead letters, and the comparison with MySQL. Writes "
-    "no user.",
+    executor_def=gated_executor,
+    description="Every check of the change flow: lag, latency, dead letters, MySQL's table and settings, and the "
+    "comparison with MySQL. Fails where one does not pass, though none blocks. Writes no user.",
     tags={FLOW_TAG: "audit"},
 )
 

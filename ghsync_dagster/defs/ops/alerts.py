@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import dagster as dg
 import msgspec
 
-from ghsync_dagster.defs.errors import kind_of, own_class, root_cause
+from ghsync_dagster.defs.errors import ChecksFailedError, kind_of, own_class, root_cause
 from ghsync_dagster.domain.errors import WAY_OUT, ConfigError, GhsyncError, RefusedError, UnavailableError
 from ghsync_dagster.domain.text import shortened
 from ghsync_dagster.observability.logging import configure_logging, get_logger, redact
@@ -129,7 +129,7 @@ def _of_run(
         steps: The failures of the run's steps.
     """
     failures = [step for step in steps if not _is_of_check(step)]
-    if steps and not failures:
+    if (steps or _ended_by_checks(event)) and not failures:
         return None
     failed = failures[0] if failures else None
     kind, words, way_out = _reason(event, failed)
@@ -150,6 +150,12 @@ def _of_run(
         way_out=way_out,
         event_id=event_id,
     )
+
+
+def _ended_by_checks(run: dg.DagsterEvent) -> bool:
+    data = run.job_failure_data if run.event_specific_data else None
+    error = root_cause(data.error if data else None)
+    return error is not None and error.cls_name == ChecksFailedError.__name__
 
 
 def _is_of_check(step: dg.DagsterEvent) -> bool:

@@ -1,0 +1,64 @@
+"""How a run of checks that do not block ends as a failure all the same, so that `dagster job execute` exits with 1.
+
+Dagster fails a run on blocking checks only, and these would hold up whatever else depends on the asset. Not here: which
+job is run in this way, and the alert of a failed check, which it has anyway.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import dagster as dg
+
+from ghsync_dagster.defs.errors import ChecksFailedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dagster._core.execution.context.system import PlanOrchestrationContext
+    from dagster._core.execution.plan.plan import ExecutionPlan
+    from dagster._core.execution.retries import RetryMode
+
+
+class _GatedExecutor(dg.Executor):
+    """Runs a job as another executor does, then fails the run where a check did not pass."""
+
+    def __init__(self, inner: dg.Executor) -> None:
+        self._inner = inner
+
+    @property
+    def retries(self) -> RetryMode:
+        """Those of the other executor."""
+        return self._inner.retries
+
+    def execute(
+        self, plan_context: PlanOrchestrationContext, execution_plan: ExecutionPlan
+    ) -> Iterator[dg.DagsterEvent]:
+        """Pass on what happens.
+
+        Raises:
+            ChecksFailedError: A check did not pass. All of them have been evaluated.
+        """
+        failed: list[str] = []
+        for event in self._inner.execute(plan_context, execution_plan):
+            if event.event_type is dg.DagsterEventType.ASSET_CHECK_EVALUATION:
+                found = event.asset_check_evaluation_data
+                if not found.passed:
+                    failed.append(found.check_name)
+            yield event
+        if failed:
+            raise ChecksFailedError(f"Checks did not pass: {', '.join(failed)}. Each has its way out in its metadata.")
+
+
+def _make(context: dg.InitExecutorContext) -> dg.Executor:
+    make = dg.in_process_executor.executor_creation_fn
+    assert make is not None  # noqa: S101  Dagster's own has one
+    return _GatedExecutor(make(context))
+
+
+gated_executor = dg.ExecutorDefinition(
+    name="gated",
+    config_schema=dg.in_process_executor.config_schema,  # type: ignore[arg-type]  # it takes what it has resolved
+    executor_creation_fn=_make,
+    description="Runs all steps in this process, and fails the run where a check did not pass.",
+)
