@@ -370,14 +370,17 @@ class Writer:
             UnavailableError: The store is away.
             RefusedError: The store refuses.
         """
+        with self._changed:
+            asked = dict(self._to_ask)
+        if asked:
+            self._ask_again(asked)
         if self._to_repair:
             # Users that were never repaired are put right by the records that come again.
             self._store.request_fenced(self._to_repair)
             self._to_repair = set()
-        with self._changed:
-            asked = dict(self._to_ask)
-        if not asked:
-            return
+
+    def _ask_again(self, asked: Mapping[int, int]) -> None:
+        """Leave a note from which offset on each partition is to be applied again."""
         try:
             self._store.ask_again({self._note(partition): offset for partition, offset in asked.items()})
         except GhsyncError as error:
@@ -388,7 +391,7 @@ class Writer:
                 way_out="Set the group back to them where it is beyond, before another consumer runs; see "
                 "docs/operations.md.",
             ) from error
-        log.warning("changes are to be applied again, as a command may have come late", offsets=asked)
+        log.warning("changes are to be applied again, as a command may have come late", offsets=dict(asked))
         with self._changed:
             self._to_ask = {p: offset for p, offset in self._to_ask.items() if asked.get(p) != offset}
 

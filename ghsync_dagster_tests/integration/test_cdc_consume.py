@@ -867,6 +867,7 @@ def test_a_sign_of_life_sets_back_no_partition_that_has_gone(
     run = consume._Run(parts.consumer(topic), store, SilentListener(), consume._Until(threading.Event(), None))
     messages = list(read_to_end(topic.kafka, topic.kafka.topic))
     run._batch.add(messages, RecordDecoder(ChangeDecoder()).decode(messages))
+    run._begins = run._batch.begins
     with closing(run._topic), closing(run._writer), closing(run._consumer):
         for partitions in ({0, 1}, {0}, set[int]()):
             run._membership = write.Membership(topic.kafka.session_timeout_seconds)
