@@ -63,6 +63,8 @@ _GIVE_UP_SECONDS: Final = 5.0
 _LAG_SECONDS: Final = 1.0
 _TOPIC_SECONDS: Final = 10.0
 """How often to see that the topic is still the same."""
+_HELD_SECONDS: Final = 0.5
+"""How often to see whether partitions that were added may be applied."""
 _END_LOOK_SECONDS: Final = 0.5
 _ATTEMPTS: Final = 4
 """Tries to learn where the topic ends, before a run that is to end there fails."""
@@ -404,11 +406,14 @@ class _Run:
     def _see_topic(self) -> None:
         """See that topic and places are those that the group began with: now and then, and when partitions came."""
         if self._is_time_to_look:
+            held = self._topic.held
             self._topic.see(
                 lambda: self._consumer.committed(self._consumer.partitions or self._consumer.all_partitions())
             )
-            self._to_see = False
-            self._next_topic = time.monotonic() + _TOPIC_SECONDS
+            # What was taken of partitions that are held no more is forgotten: they go on from what is committed.
+            self._to_rewind = self._to_rewind or bool(held and not self._topic.held)
+            self._to_see = self._topic.is_waiting
+            self._next_topic = time.monotonic() + (_HELD_SECONDS if self._to_see else _TOPIC_SECONDS)
 
     def _go_back(self) -> None:
         """Go back in partitions of which another consumer, or this one before, left a note."""
@@ -444,6 +449,11 @@ class _Run:
         return len(pending.keys) >= most or len(pending) >= _MOST_RECORDS or pending.size >= _MOST_BYTES
 
     def _hand_over(self) -> None:
+        if not self._topic.held.isdisjoint(self._pending.offsets):
+            self._pending = self._pending.without(self._topic.held)
+            self._next_topic = min(self._next_topic, time.monotonic() + _HELD_SECONDS)
+        if self._to_rewind or not len(self._pending):
+            return
         truncate = self._pending.first_truncate()
         if truncate is not None and len(self._consumer.all_partitions()) > 1:
             self._truncate_in_order(truncate)
@@ -635,7 +645,7 @@ class _Run:
     @property
     def _is_busy(self) -> bool:
         """Whether anything that was taken is not acknowledged yet."""
-        return bool(len(self._pending)) or self._is_writing or self._to_rewind
+        return bool(len(self._pending)) or self._is_writing or self._to_rewind or self._topic.is_waiting
 
     @property
     def _is_time_to_look(self) -> bool:

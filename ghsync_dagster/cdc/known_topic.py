@@ -1,10 +1,10 @@
 """Which topic a group consumes: one that was deleted and made again by the same name is another one.
 
-Belongs here: keeping beside the users the id of a group's topic, and in which of its partitions the group had a place,
-and comparing. Not here: the places themselves. Brokers forget a group's places with its topic, or take those that a
-consumer still commits for places in the new one; and they forget those of a group that was without a member for
-``offsets.retention.minutes``: none of it tells that changes are gone. Where brokers give topics no ids nothing is kept,
-and nothing can be seen.
+Belongs here: keeping beside the users the id of a group's topic, how many partitions it had, and in which of them the
+group had a place, and comparing. Not here: the places themselves. Brokers forget a group's places with its topic, or
+take those that a consumer still commits for places in the new one; and they forget those of a group that was without a
+member for ``offsets.retention.minutes``: none of it tells that changes are gone. Where brokers give topics no ids
+nothing is kept, and nothing can be seen.
 """
 
 from __future__ import annotations
@@ -12,11 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from ghsync_dagster.cdc.backlog import read_backlog
 from ghsync_dagster.domain.errors import PermanentError
+from ghsync_dagster.observability.logging import get_logger
 
 if TYPE_CHECKING:
     from ghsync_dagster.stores.kafka import KafkaSettings
     from ghsync_dagster.stores.mongo import UserStore
+
+log = get_logger("cdc")
 
 
 def group_name(kafka: KafkaSettings) -> str:
@@ -40,6 +44,9 @@ class KnownTopic:
         self._ids = TopicIds(kafka)
         self._store = StreamStore(store)
         self._kept: set[int] = set()
+        self.held: frozenset[int] = frozenset()
+        """Partitions that were added, of which nothing may be applied yet."""
+        self._awaited: dict[int, int] = {}
         self._is_known = True
 
     def reach(self) -> None:
@@ -88,7 +95,7 @@ class KnownTopic:
             RefusedError: Credentials or rights.
         """
         kafka = self._kafka
-        found = self._ids.of(kafka.topic)
+        found, partitions = self._ids.describe(kafka.topic)
         name = group_name(kafka)
         known = self._store.keep_topic(name, found) if found else self._store.topic_of(name)
         self._is_known = known is not None
@@ -110,6 +117,35 @@ class KnownTopic:
         if new := here - known.placed:
             self._store.keep_places(name, new)
         self._kept |= here
+        self._see_partitions(known.partitions, partitions)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether partitions that were added hold records, and wait for those of the others."""
+        return bool(self._awaited)
+
+    def _see_partitions(self, known: int | None, number: int) -> None:
+        """Hold added partitions until the group has applied what the others held once the first record was in them.
+
+        A key may have moved to one of them, and its older changes be in the backlog of another one. Until there is a
+        record in an added partition, the producer may still write by the old number.
+        """
+        self.held = frozenset() if known is None else frozenset(range(known, number))
+        if known is not None and self.held:
+            backlog = read_backlog(self._kafka).partitions
+            if not self._awaited and any(found.end for found in backlog if found.partition in self.held):
+                self._awaited = {
+                    found.partition: found.end if found.end > found.low else 0
+                    for found in backlog
+                    if found.partition < known
+                }
+                log.warning("partitions were added; waiting for the others", held=sorted(self.held))
+            committed = {found.partition: found.committed or 0 for found in backlog}
+            if not self._awaited or any(committed[partition] < end for partition, end in self._awaited.items()):
+                return
+        if known != number:
+            self._store.keep_partitions(group_name(self._kafka), number)
+        self.held, self._awaited = frozenset(), {}
 
     def is_to_keep(self, partitions: Iterable[int]) -> bool:
         """Tell whether ``see`` has something to keep, the group having a place in these partitions now."""

@@ -159,7 +159,11 @@ class TopicIds:
         self._admin: AdminClient | None = None
 
     def of(self, topic: str) -> str:
-        """Return the id of a topic; empty where the brokers, older than 2.8, give none.
+        """Return the id of a topic, as ``describe`` does."""
+        return self.describe(topic)[0]
+
+    def describe(self, topic: str) -> tuple[str, int]:
+        """Return the id of a topic and its number of partitions; the id is empty where brokers before 2.8 give none.
 
         Raises:
             UnavailableError: No broker can be reached, or there is no such topic.
@@ -169,8 +173,9 @@ class TopicIds:
             self._admin = self._admin or AdminClient(client_config(self._kafka))
             seconds = self._kafka.timeout_seconds
             [asked] = self._admin.describe_topics(TopicCollection([topic]), request_timeout=seconds).values()
-            found = str(asked.result().topic_id)
-        return "" if found == _NO_ID else found
+            description = asked.result()
+        found = str(description.topic_id)
+        return "" if found == _NO_ID else found, len(description.partitions)
 
     def close(self) -> None:
         """Drop the connection; another question makes a new one."""

@@ -107,10 +107,12 @@ class KeptTopic(NamedTuple):
     Attributes:
         topic_id: The topic's id.
         placed: The partitions in which the group has had a place.
+        partitions: How many partitions the group consumes; None where that was not kept yet.
     """
 
     topic_id: str
     placed: frozenset[int]
+    partitions: int | None = None
 
 
 class Truncated(NamedTuple):
@@ -247,7 +249,9 @@ class StreamStore:
         """Return the topic that a group, by name, consumes; None where none is kept."""
         with _limited("Reading a group's topic", _ASIDE_SECONDS):
             found = self._topics.find_one({"_id": name})
-        return None if found is None else KeptTopic(found["topic_id"], frozenset(map(int, found.get("placed", ()))))
+        if found is None:
+            return None
+        return KeptTopic(found["topic_id"], frozenset(map(int, found.get("placed", ()))), found.get("partitions"))
 
     def keep_topic(self, name: str, topic_id: str) -> KeptTopic:
         """Keep the id of the topic that a group consumes, unless there is one; return what is kept."""
@@ -262,6 +266,11 @@ class StreamStore:
         """Keep that a group, whose topic is kept, has a place in these partitions."""
         with _limited("Keeping a group's topic", _ASIDE_SECONDS):
             self._topics.update_one({"_id": name}, {"$set": {f"placed.{partition}": True for partition in partitions}})
+
+    def keep_partitions(self, name: str, number: int) -> None:
+        """Keep how many partitions a group, whose topic is kept, consumes."""
+        with _limited("Keeping a group's topic", _ASIDE_SECONDS):
+            self._topics.update_one({"_id": name}, {"$max": {"partitions": number}})
 
     def _drop(self, collection: Collection[Document], keys: Collected[str], what: str) -> set[str]:
         found = self._among(collection, keys, what)

@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from cdc_parts import Parts, StrictStore, make_anew, make_strict, stored, until, user
 from confluent_kafka import KafkaError, KafkaException, TopicPartition, Uuid
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import AdminClient, NewPartitions
 from pymongo.collection import Collection
 from pymongo.errors import AutoReconnect, OperationFailure
 
@@ -311,6 +311,58 @@ def test_a_topic_that_was_deleted_and_made_anew_is_refused_wherever_the_group_is
     new_group = replace(again, kafka=replace(again.kafka, group_id=f"{again.kafka.group_id}-2"))
     parts.drain(new_group)
     assert set(stored(store)) == {"1", "2", "3"}
+
+
+def add_partitions(topic: Topic, number: int) -> None:
+    """Give the topic so many partitions, and have its producer know."""
+    admin = AdminClient({"bootstrap.servers": topic.kafka.bootstrap_servers})
+    [added] = admin.create_partitions([NewPartitions(topic.kafka.topic, number)]).values()
+    added.result()
+    name = topic.kafka.topic
+    until(lambda: len(topic.producer.list_topics(name, timeout=20).topics[name].partitions) == number)
+
+
+@pytest.mark.parametrize("consumers", [1, 2])
+def test_what_partitions_hold_that_were_added_behind_a_backlog_is_applied_after_it(
+    topic: Topic, parts: Parts, store: UserStore, consumers: int
+) -> None:
+    topic.upsert(0)
+    parts.drain(topic)
+    for round_ in range(400):
+        for key in range(50):
+            topic.upsert(key, f"old-{round_}")
+    topic.flush()
+    add_partitions(topic, 2)
+    for key in range(50):
+        topic.upsert(key, "new", partition=1)
+    topic.flush()
+    with ExitStack() as stack:
+        running = [stack.enter_context(parts.running(topic)) for _ in range(consumers)]
+        until(lambda: read_backlog(topic.kafka).waiting == 0, seconds=60)
+        for one in running:
+            one.end()
+    assert stored(store) == topic.expected
+    assert {found["login"] for found in stored(store).values()} == {"new"}
+    # From then on all partitions are alike, and a drain ends.
+    topic.upsert(1, "newer", partition=1)
+    topic.upsert(2, "newer", partition=0)
+    parts.drain(topic)
+    assert stored(store) == topic.expected
+    assert KnownTopic(topic.kafka, store).placed() == {0, 1}
+
+
+def test_a_drain_applies_added_partitions_after_the_others(topic: Topic, parts: Parts, store: UserStore) -> None:
+    topic.upsert(0)
+    parts.drain(topic)
+    for round_ in range(100):
+        for key in range(50):
+            topic.upsert(key, f"old-{round_}")
+    topic.flush()
+    add_partitions(topic, 3)
+    for key in range(50):
+        topic.upsert(key, "new", partition=1 + key % 2)
+    parts.drain(topic)
+    assert stored(store) == topic.expected
 
 
 @pytest.mark.parametrize("removed", [False, True])
