@@ -2,8 +2,9 @@
 
 Belongs here: arguments, exit codes, what is printed. Not here: anything that the flows or servers decide.
 
-Exit codes: 0 done; 1 a gate failed; 2 bad settings, input or credentials; 3 a server is away, after retries; 70 a
-fault of ghsync itself; 130 and 143 stopped by Ctrl-C and SIGTERM.
+Exit codes: 0 done; 1 a gate failed; 2 bad settings, input or credentials; 3 a server is away, after retries, or the
+stream is stopped; 70 a fault of ghsync itself; 130 and 143 stopped by Ctrl-C and SIGTERM; 142 a library froze the
+process.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ghsync_dagster import cli_cdc, cli_repair
 from ghsync_dagster.domain.errors import GhsyncError, TransientError
 from ghsync_dagster.observability.logging import configure_logging, redact
 from ghsync_dagster.settings import Settings, load_settings
-from ghsync_dagster.stopping import exit_on_signals
+from ghsync_dagster.stopping import end_past_what_hangs, exit_on_signals
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,8 +74,12 @@ def main() -> None:
     exit_on_signals()
     try:
         app()
+    except SystemExit as end:
+        end_past_what_hangs(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise
     except Exception:  # noqa: BLE001  a fault of ghsync itself must not end as 1, which says that a gate failed
         sys.stderr.write(redact(traceback.format_exc()))
+        end_past_what_hangs(os.EX_SOFTWARE)
         sys.exit(os.EX_SOFTWARE)
 
 

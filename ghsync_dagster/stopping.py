@@ -1,20 +1,85 @@
-"""How SIGTERM, Ctrl-C and a closed terminal reach a loop that goes on until an event is set, or wait for what must end.
+"""How a process ends: by SIGTERM, Ctrl-C and a closed terminal, and past a library that does not let it.
 
-Belongs here: the handlers for these signals. Not here: what ends, and how.
+Belongs here: the handlers for these signals, and what the outermost layers (the command line, a run of Dagster) do
+where a library hangs. Not here: what else ends, and how.
 """
 
 from __future__ import annotations
 
+import faulthandler
+import logging
+import os
 import signal
+import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final, NoReturn
+
+from ghsync_dagster.observability.logging import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+FROZEN_SECONDS: Final = 180.0
+"""How long no line of Python may run in a consumer's process: its session has ended long before."""
+
+log = get_logger("stopping")
+_left_behind: list[str] = []
+
+
+def leave_behind(what: str) -> None:
+    """Log that a library's call does not return, and go on without its thread, which must be a daemon.
+
+    Args:
+        what: The call and its consequence, in words.
+    """
+    _left_behind.append(what)
+    log.error("a library hangs; the process goes on to its end without it", what=what)
+
+
+def end_past_what_hangs(code: int) -> None:
+    """End the process at once with an exit code, where anything was left behind; else do nothing.
+
+    For the outermost layer of a process, once all else is done: nothing of Python's own end runs.
+    """
+    if _left_behind:
+        sys.stderr.write(f"ended with exit code {code}, though {'; '.join(_left_behind)}\n")
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+
+
+@contextmanager
+def killed_when_frozen(seconds: float = FROZEN_SECONDS) -> Iterator[None]:
+    """Have the system kill this process by SIGALRM where no line of Python runs for so long.
+
+    A library that hangs while it holds the interpreter's lock stops every thread of Python's, so that no code of ours
+    can end the process. The stacks of all threads go to standard error then. Where SIGALRM has a use, nothing is done.
+    """
+    if signal.getsignal(signal.SIGALRM) != signal.SIG_DFL or sys.__stderr__ is None:
+        yield
+        return
+    ended = threading.Event()
+
+    def postpone() -> None:
+        while not ended.is_set():
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            ended.wait(seconds / 4)
+
+    faulthandler.register(signal.SIGALRM, file=sys.__stderr__, all_threads=True, chain=True)
+    thread = threading.Thread(target=postpone, name="frozen", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.unregister(signal.SIGALRM)
 
 
 def exit_on_signals() -> None:

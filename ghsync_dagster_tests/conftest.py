@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from ghsync_dagster.stores.spark import SparkHandle
 
-pytest_plugins = ("cdc_parts",)
+pytest_plugins = ("cdc_parts", "hanging")
 
 MEMORY = Path("/dev/shm")
 MEMORY_BYTES = 6 * 1024**3
@@ -50,10 +50,10 @@ _SHARING = {
         *("test_store_away", "test_three_hours"),
     },
     "stream": {
-        *("test_cdc_campaign", "test_poison", "test_repair_campaign"),
+        *("test_cdc_campaign", "test_consumers_end", "test_poison", "test_repair_campaign"),
         *("test_audit", "test_cdc_consume", "test_cdc_dagster", "test_cdc_takeover", "test_dead_letters"),
         *("test_debezium", "test_letter_index", "test_mysql_store", "test_rehearse", "test_repair"),
-        *("test_repair_command", "test_source"),
+        *("test_repair_command", "test_source", "test_stopped_stream"),
     },
 }
 """Files by the servers that they share, which live until the session ends."""

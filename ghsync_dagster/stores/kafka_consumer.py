@@ -5,17 +5,25 @@ Not here: what records mean, in what batches they are applied, and when offsets 
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
-from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, Consumer, KafkaError, Message, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from ghsync_dagster.domain.errors import GhsyncError, PermanentError, UnavailableError
+from ghsync_dagster.stopping import leave_behind
 from ghsync_dagster.stores.kafka import KafkaSettings, committed_offset, consumer_config, kafka_error, kafka_errors
 from ghsync_dagster.stores.kafka_topics import PARTITION_EOF, bounds_of, partitions_of, place
 
 _NO_OFFSET: Final = KafkaError._AUTO_OFFSET_RESET  # noqa: SLF001  the library's own name of its local error
 _LOOK_SECONDS: Final = 1.0
+_SERVE_SECONDS: Final = 10.0
+"""How long to poll for the end of the partitions, besides what the ``revoked`` callback takes."""
+_SERVE_POLL_SECONDS: Final = 0.1
+_LEAVE_SECONDS = 45.0
+"""How long leaving the group may take, besides a session time-out, which a command at work may use up."""
 
 
 class TopicConsumer:
@@ -52,6 +60,7 @@ class TopicConsumer:
         self._gone: set[int] = set()
         """Partitions that went since this was last emptied."""
         self._paused = False
+        self._is_leaving = False
         self._assigned, self._revoked, self._lost = assigned, revoked, lost
         with kafka_errors("Opening the consumer"):
             self._consumer = Consumer({**consumer_config(kafka), "error_cb": self._on_error})
@@ -70,6 +79,10 @@ class TopicConsumer:
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         consumer.incremental_assign(partitions)
+        if self._is_leaving:
+            # They are revoked next.
+            self.partitions |= {partition.partition for partition in partitions}
+            return
         # A partition that comes back is as paused as it was when it went.
         (consumer.pause if self._paused else consumer.resume)(partitions)
         came = {partition.partition for partition in partitions}
@@ -92,8 +105,15 @@ class TopicConsumer:
             self._gone.add(partition.partition)
             self.ends_met.pop(partition.partition, None)
             self._to_begin.discard(partition.partition)
-        consumer.incremental_unassign(partitions)
-        self._fetch_now()
+        try:
+            consumer.incremental_unassign(partitions)
+        except KafkaException:
+            if not self._is_leaving:
+                raise
+            # The client waits for an answer before it closes, be it about none.
+            consumer.incremental_unassign([])
+        if not self._is_leaving:
+            self._fetch_now()
 
     def take(self, limit: int, seconds: float) -> list[Message]:
         """Return up to ``limit`` records as soon as there is one, or none after ``seconds``.
@@ -295,9 +315,40 @@ class TopicConsumer:
             self.ends_met.pop(partition, None)
 
     def close(self) -> None:
-        """Give the partitions back, the ``revoked`` callback included, and leave the group."""
-        with kafka_errors("Leaving the group"):
-            if not self.partitions:
-                # Without partitions the library's close tells the group nothing, which then waits for a dead member.
-                self._consumer.unsubscribe()
-            self._consumer.close()
+        """Give the partitions back, the ``revoked`` callback included, and leave the group, in a limited time.
+
+        The client's own close may wait for ever where an assignment comes or waits to be served meanwhile (librdkafka
+        #4884, #4527) or the topic is deleted (#4362). So the subscription ends first and what it causes is served by
+        polls. Close comes last, and where that does not return it is left behind, see ``stopping.leave_behind``.
+        The callbacks are called in another thread, while this one waits.
+
+        Raises:
+            UnavailableError: The group could not be left; the brokers notice that by themselves.
+        """
+        self._is_leaving = True
+        failure: list[Exception] = []
+
+        def leave() -> None:
+            try:
+                with kafka_errors("Leaving the group"):
+                    self._leave()
+            except Exception as error:  # noqa: BLE001  the thread that closes raises it
+                failure.append(error)
+
+        leaving = threading.Thread(target=leave, name="cdc-leave", daemon=True)
+        leaving.start()
+        leaving.join(self.kafka.session_timeout_seconds + _LEAVE_SECONDS)
+        if leaving.is_alive():
+            leave_behind(f"the Kafka client does not close: group {self.kafka.group_id} waits for its session to end")
+        elif failure:
+            raise failure[0]
+
+    def _leave(self) -> None:
+        self._consumer.unsubscribe()
+        end = time.monotonic() + _SERVE_SECONDS
+        while self.partitions and time.monotonic() < end:
+            # What is taken here is neither applied nor committed.
+            self._consumer.poll(_SERVE_POLL_SECONDS)
+        # An assignment that waits to be served is what the client's close can't stand.
+        self._consumer.poll(0)
+        self._consumer.close()
