@@ -18,13 +18,14 @@ import typer
 from ghsync_dagster.domain.text import shortened
 from ghsync_dagster.observability.logging import configure_logging, get_logger
 from ghsync_dagster.settings import Settings, load_settings
-from ghsync_dagster.stopping import stop_on_signals
+from ghsync_dagster.stopping import killed_when_frozen, stop_on_signals
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
 
     from ghsync_dagster.batch.checks import Finding
     from ghsync_dagster.cdc.consume import ConsumerReport
+    from ghsync_dagster.domain.connector import ConnectorState
     from ghsync_dagster.domain.letters import Letter
     from ghsync_dagster.observability.metrics import ChangeMetrics, MetricsSnapshot
     from ghsync_dagster.rehearsal import Rehearsal
@@ -57,12 +58,19 @@ def run(
 def drain(as_json: AsJson = False) -> None:
     """Apply what the topic holds now, then end.
 
-    Exit code 1 where MySQL's table or settings are such that changes can't come or are lost.
+    Exit code 3 where the connector does not run, so that later changes never come, and 1 where MySQL's table or
+    settings are such that changes can't come or are lost.
     """
     from ghsync_dagster.cdc.checks import loses_changes
+    from ghsync_dagster.cdc.connector import require_stream
 
+    settings = load_settings()
+    configure_logging(settings)
+    connector = _ask_connector(settings)
     source = _look_at_source()
     _consume(until_end=True, seconds=None, as_json=as_json)
+    if connector is not None:
+        require_stream(_connector(settings) if connector.is_running else connector)
     if source is not None and loses_changes(source):
         raise typer.Exit(CHANGES_LOST)
 
@@ -105,11 +113,13 @@ def audit_changes(
     from ghsync_dagster.cdc.backlog import await_no_lag
     from ghsync_dagster.cdc.causes import Circumstances
     from ghsync_dagster.cdc.checks import causes_in, in_step_with_mysql
+    from ghsync_dagster.domain.connector import stopped_words
     from ghsync_dagster.stores.retry import retrying
     from ghsync_dagster.wiring import close_statements, existing_kafka, open_mysql, store_opener
 
     settings = load_settings()
     configure_logging(settings)
+    connector = _ask_connector(settings)
     if limit is None:
         limit = MOST_OFFENDERS if as_json else OFFENDERS
     source, began = _look_at_source(), datetime.now(UTC)
@@ -121,7 +131,7 @@ def audit_changes(
     kafka = existing_kafka(settings)
     attempts = settings.retry_attempts
     waiting = retrying("Asking for the lag", lambda: await_no_lag(kafka, lag_wait), attempts=attempts)
-    known = Circumstances(settings=causes_in(source))
+    known = Circumstances(connector=stopped_words(connector), settings=causes_in(source))
     finding = in_step_with_mysql(retrying("Comparing", compare, attempts=attempts), waiting, known)
     if finding.passed:
         close_statements(settings, began)
@@ -203,6 +213,7 @@ def _consume(*, until_end: bool, seconds: float | None, as_json: bool) -> None:
     with ExitStack() as around:
         if settings.metrics_port is not None:
             around.enter_context(MetricsEndpoint(metrics, host=settings.metrics_host, port=settings.metrics_port))
+        around.enter_context(killed_when_frozen())
         stop = threading.Event()
         signals = around.enter_context(stop_on_signals(stop, again_ends=True))
         around.enter_context(_reporting(metrics, settings))
@@ -214,14 +225,40 @@ def _consume(*, until_end: bool, seconds: float | None, as_json: bool) -> None:
         raise typer.Exit(_STOPPED + signals[-1])
 
 
+def _ask_connector(settings: Settings) -> ConnectorState | None:
+    """Return the connector's state, None where no worker is known; say it first where it does not run."""
+    from ghsync_dagster.cdc.connector import NOT_ASKED
+
+    state = _connector(settings)
+    if state is None or not state.is_running:
+        say(NOT_ASKED if state is None else state.words())
+    return state
+
+
+def _connector(settings: Settings) -> ConnectorState | None:
+    from ghsync_dagster.wiring import connector_probe
+
+    probe = connector_probe(settings)
+    return None if probe is None else probe.settled()
+
+
 @contextmanager
 def _reporting(metrics: ChangeMetrics, settings: Settings) -> Iterator[None]:
-    """Log what the consumer does, now and then."""
+    """Log what the consumer does, or what is in its way, now and then."""
+    from ghsync_dagster.wiring import connector_probe
+
     ended = threading.Event()
+    probe = connector_probe(settings)
 
     def report() -> None:
         while not ended.wait(settings.cdc_report_seconds):
-            log.info("consuming", **_brief(metrics.snapshot(settings.cdc_report_seconds)))
+            if probe is not None:
+                metrics.connector(probe.report(with_log=False))
+            now = metrics.snapshot(settings.cdc_report_seconds)
+            if now.held_up is None:
+                log.info("consuming", **_brief(now))
+            else:
+                log.warning("nothing can be consumed", reason=now.held_up, **_brief(now))
 
     thread = threading.Thread(target=report, name="cdc-report", daemon=True)
     thread.start()
@@ -242,6 +279,7 @@ def _brief(snapshot: MetricsSnapshot) -> dict[str, Any]:
         "lag_seconds": None if snapshot.lag_seconds is None else round(snapshot.lag_seconds, 1),
         "dead_letters": sum(snapshot.dead_letters.values()),
         "retries": sum(snapshot.retries.values()),
+        "connector": snapshot.connector,
     }
 
 

@@ -11,10 +11,10 @@ from ghsync_dagster.defs.batch import checks as batch_checks
 from ghsync_dagster.defs.batch import jobs as batch_jobs
 from ghsync_dagster.defs.cdc import assets as cdc_assets
 from ghsync_dagster.defs.cdc import checks as cdc_checks
+from ghsync_dagster.defs.cdc import connector_watch, source_watch
 from ghsync_dagster.defs.cdc import jobs as cdc_jobs
 from ghsync_dagster.defs.cdc import repair as cdc_repair
 from ghsync_dagster.defs.cdc import sensors as cdc_sensors
-from ghsync_dagster.defs.cdc import source_watch
 from ghsync_dagster.defs.ops import alerts
 from ghsync_dagster.defs.resources import BatchResource, ChangesResource
 
@@ -33,7 +33,13 @@ def build_defs(resource_overrides: Mapping[str, Any] | None = None) -> dg.Defini
         asset_checks=[*batch_checks.CHECKS, *cdc_checks.CHECKS],
         jobs=[*batch_jobs.JOBS, *cdc_jobs.JOBS, *cdc_jobs.ASSET_JOBS, *cdc_repair.JOBS],
         schedules=cdc_jobs.SCHEDULES,
-        sensors=[*alerts.SENSORS, *cdc_sensors.SENSORS, *cdc_repair.SENSORS, *source_watch.SENSORS],
+        sensors=[
+            *alerts.SENSORS,
+            *cdc_sensors.SENSORS,
+            *connector_watch.SENSORS,
+            *cdc_repair.SENSORS,
+            *source_watch.SENSORS,
+        ],
         resources={"batch": BatchResource(), "changes": ChangesResource(), **(resource_overrides or {})},
         # One process, because the steps share one Spark session.
         executor=dg.in_process_executor,

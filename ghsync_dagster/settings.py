@@ -279,6 +279,13 @@ class Settings(BaseSettings):
         validation_alias="GHSYNC_REPAIR_USERS_A_SECOND",
         description="How many users a consumer repairs a second at most, so that MySQL and the stream have room.",
     )
+    connector_still_seconds: float = Field(
+        default=120,
+        gt=0,
+        validation_alias="GHSYNC_CONNECTOR_STILL_SECONDS",
+        description="How long the connector's offset may stand still while MySQL writes, before connector_running "
+        "fails.",
+    )
     metrics_port: int | None = Field(
         default=None,
         ge=0,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ghsync_dagster.batch.reports import Artifacts
 from ghsync_dagster.batch.rules import load_rules
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from ghsync_dagster.batch.checks import Finding
     from ghsync_dagster.batch.flow import BatchFlow
+    from ghsync_dagster.cdc.connector import ConnectorProbe
     from ghsync_dagster.cdc.consume import ChangeConsumer
     from ghsync_dagster.cdc.listener import ChangeListener
     from ghsync_dagster.settings import Settings
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from ghsync_dagster.stores.mongo import UserStore
     from ghsync_dagster.stores.mysql import MySqlStore
     from ghsync_dagster.stores.spark import SparkHandle, SparkOptions
+
+_PROBE_SECONDS: Final = 3.0
+"""How long a worker may take to answer whoever only wants to know."""
 
 
 def spark_options(settings: Settings) -> SparkOptions:
@@ -183,6 +187,36 @@ def close_statements(settings: Settings, began: datetime) -> None:
     from ghsync_dagster.local import connect
 
     connect.close_statements(settings, began)
+
+
+def connector_probe(settings: Settings) -> ConnectorProbe | None:
+    """Return what asks for the connector, and MySQL beside it; nothing is started.
+
+    The worker is the one of CONNECT_URL, else the local one. None where neither is known: no local one was ever
+    started here, or it is down and the brokers are not this machine's.
+    """
+    from ghsync_dagster.cdc.connector import ConnectorProbe
+    from ghsync_dagster.local import connect, mysql
+    from ghsync_dagster.stores.connect import ConnectWorker
+
+    url = settings.connect_url
+    if not url:
+        found = connect.status_of_worker(settings)
+        url = found.uri if found.state == "up" else None
+        if not url and (settings.kafka_bootstrap_servers or not connect.was_set_up(settings)):
+            return None
+
+    def worker() -> ConnectWorker:
+        if not url:
+            raise _missing("Connect worker", "CONNECT_URL")
+        return ConnectWorker(url.rstrip("/"), _PROBE_SECONDS, _PROBE_SECONDS)
+
+    def table() -> MySqlStore:
+        return open_mysql(settings)
+
+    return ConnectorProbe(
+        worker, table if mysql.was_set_up(settings) else None, still_seconds=settings.connector_still_seconds
+    )
 
 
 def _missing(server: str, variable: str) -> UnavailableError:

@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Final
 
 from ghsync_dagster.batch.checks import OFFENDERS, Finding
 from ghsync_dagster.cdc.causes import CURE, Circumstances, likely_causes
+from ghsync_dagster.cdc.connector import NOT_ASKED
+from ghsync_dagster.domain.connector import CONNECTOR
 from ghsync_dagster.domain.source import Effect, problems_of
 
 if TYPE_CHECKING:
     from ghsync_dagster.cdc.audit import AuditResult
     from ghsync_dagster.cdc.backlog import Backlog
+    from ghsync_dagster.cdc.connector import ConnectorReport
     from ghsync_dagster.cdc.dead_letters import OpenLetters
     from ghsync_dagster.domain.source import Source, Statements
     from ghsync_dagster.observability.metrics import Latency
@@ -26,6 +29,7 @@ CDC_LATENCY: Final = "cdc_latency"
 DEAD_LETTERS_EMPTY: Final = "dead_letters_empty"
 IN_STEP_WITH_MYSQL: Final = "in_step_with_mysql"
 SOURCE_SETTINGS: Final = "source_settings"
+CONNECTOR_RUNNING: Final = "connector_running"
 
 _LOOK: Final = (
     "See that a consumer runs (the sensor cdc_supervisor, or ghsync cdc run) and what its newest observation says"
@@ -207,6 +211,38 @@ def causes_in(source: Finding | None) -> list[str]:
     """Return what is wrong with the source, a sentence each: the likely causes of differences."""
     problems = source.offenders if source is not None else []
     return [f"Likely cause: {problem['text']}. {problem['way_out']}" for problem in problems]
+
+
+def connector_running(report: ConnectorReport | None, still_seconds: float, *, limit_seconds: float) -> Finding:
+    """Hold that the connector runs, and that its offset moves while the database writes.
+
+    A worker that does not answer is a failure too: no connector is known to run there.
+
+    Args:
+        report: What is known of the connector; None where no worker is known.
+        still_seconds: How long its offset has stood still while the database wrote.
+        limit_seconds: How long it may.
+    """
+    if report is None:
+        return Finding(CONNECTOR_RUNNING, passed=True, summary=NOT_ASKED)
+    state = report.state
+    counts: dict[str, int | float] = {"still_seconds": round(still_seconds, 1), "limit_seconds": limit_seconds}
+    if not state.is_running:
+        return Finding(CONNECTOR_RUNNING, passed=False, summary=state.words(), counts=counts, way_out=state.way_out())
+    if still_seconds > limit_seconds:
+        return Finding(
+            CONNECTOR_RUNNING,
+            passed=False,
+            summary=f"the connector {CONNECTOR} is RUNNING, but its offset has stood still for {still_seconds:.0f} s "
+            f"while MySQL writes (at most {limit_seconds:.0f} s may pass)",
+            counts=counts,
+            way_out="Read the worker's log. A worker whose offset.flush.interval.ms is longer needs a higher "
+            "GHSYNC_CONNECTOR_STILL_SECONDS.",
+        )
+    unknown = f"; whether its offset moves was not looked at: {report.blind}" if report.blind else ""
+    return Finding(
+        CONNECTOR_RUNNING, passed=True, summary=f"the connector {CONNECTOR} is RUNNING{unknown}", counts=counts
+    )
 
 
 def nothing_to_compare(why: str) -> Finding:

@@ -25,6 +25,7 @@ OUTCOMES: Final = (APPLIED, COALESCED, SKIPPED, DEAD_LETTER, LEFT_OUT)
 
 MONGO: Final = "mongo"
 KAFKA: Final = "kafka"
+CONNECT: Final = "connect"
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from ghsync_dagster.batch.checks import Finding
+    from ghsync_dagster.cdc.connector import ConnectorProbe
     from ghsync_dagster.cdc.consume import ChangeConsumer
     from ghsync_dagster.cdc.dead_letters import OpenLetters
     from ghsync_dagster.cdc.listener import ChangeListener
@@ -151,6 +152,12 @@ class ChangesResource(dg.ConfigurableResource["ChangesResource"]):
         from ghsync_dagster.wiring import close_statements
 
         close_statements(self.settings(), began)
+
+    def connector(self) -> ConnectorProbe | None:
+        """Return what asks for the connector; None where no worker is known."""
+        from ghsync_dagster.wiring import connector_probe
+
+        return connector_probe(self.settings())
 
     def dead_letters(self) -> OpenLetters:
         """Return the open dead letters."""

@@ -10,11 +10,13 @@ import hashlib
 import os
 import secrets
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-from ghsync_dagster.domain.errors import ConfigError, UnavailableError
+from ghsync_dagster.domain.connector import CONNECTOR, NONE
+from ghsync_dagster.domain.errors import ConfigError, RefusedError
 from ghsync_dagster.domain.source import (
     STATEMENT_HOURS,
     Effect,
@@ -29,11 +31,14 @@ from ghsync_dagster.local.jars import ensure_unpacked, locked_set
 from ghsync_dagster.local.supervisor import ServerSpec, ServiceStatus, Supervisor
 from ghsync_dagster.mysql_url import MySqlAddress, parse_mysql_url
 from ghsync_dagster.observability.logging import get_logger, redact
+from ghsync_dagster.stores.connect import ConnectWorker
+from ghsync_dagster.stores.mysql import MySqlStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from ghsync_dagster.domain.connector import ConnectorState
     from ghsync_dagster.settings import Settings
 
 SERVICE = "connect"
@@ -89,8 +94,8 @@ def up(settings: Settings, progress: Callable[[str], None]) -> ServiceStatus:
 
     status = supervisor.up(choose, progress)
     config = connector.config_of(settings, bootstrap, url) | _login_settings(login)
-    with connector.client_of(str(status.uri)) as client:
-        state = connector.ensure(client, config, lambda: mysql.followers(url), frozenset(gone), progress)
+    with ConnectWorker(str(status.uri)) as worker:
+        state = _ensure(worker, config, url, frozenset(gone), progress)
     for old in login.parent.iterdir():
         if old != login:
             shutil.rmtree(old)
@@ -106,23 +111,30 @@ def down(settings: Settings, progress: Callable[[str], None]) -> ServiceStatus:
     return _supervisor(settings).down(progress)
 
 
+def was_set_up(settings: Settings) -> bool:
+    """Tell whether a worker is named, or a local one was ever started here."""
+    return bool(settings.connect_url) or _supervisor(settings).was_set_up()
+
+
+def status_of_worker(settings: Settings) -> ServiceStatus:
+    """Return the local worker's status, without the connector's."""
+    return _supervisor(settings).status()
+
+
 def status(settings: Settings) -> ServiceStatus:
     """Tell how the worker in use and the connector on it are."""
     if settings.connect_url:
         url = settings.connect_url.rstrip("/")
         return _external(url, _connector_state(url) if _serves(url, _PING_SECONDS) else None)
-    found = _supervisor(settings).status()
+    found = status_of_worker(settings)
     if found.state != "up" or found.uri is None:
         return found
     return replace(found, more=_connector_state(found.uri).as_json())
 
 
-def _connector_state(url: str) -> connector.ConnectorState:
-    """Return how the connector is, unknown with the reason where its worker does not tell."""
-    try:
-        return connector.state_at(url)
-    except UnavailableError as error:
-        return connector.ConnectorState("UNKNOWN", error.message)
+def _connector_state(url: str) -> ConnectorState:
+    with ConnectWorker(url) as worker:
+        return worker.state()
 
 
 def _up_external(settings: Settings, url: str, progress: Callable[[str], None]) -> ServiceStatus:
@@ -130,20 +142,19 @@ def _up_external(settings: Settings, url: str, progress: Callable[[str], None]) 
         return _external(url, None)
     if settings.mysql_url:
         _look_at_source(settings, settings.mysql_url.get_secret_value(), progress)
-    state = connector.await_settled(url)
-    connector.require_running(state, redact(url))
-    if state.state != connector.NONE:
+    with ConnectWorker(url) as worker:
+        state = connector.await_settled(worker)
+    connector.require_running(state)
+    if state.state != NONE:
         return _external(url, state)
-    _refuse_security(
-        settings, "The connector", f"Register a connector named {connector.CONNECTOR} on {redact(url)} yourself."
-    )
+    _refuse_security(settings, "The connector", f"Register a connector named {CONNECTOR} on {redact(url)} yourself.")
     source = mysql.ensure_mysql(settings, progress)
     database = parse_mysql_url(source)
     if files := tls_stores.pem_texts(database):
         raise ConfigError(
             f"The connector on {redact(url)} needs the {' and the '.join(files)} of MYSQL_URL's TLS files, which only"
             " files of that worker's own machine can be.",
-            way_out=f"Put PKCS#12 stores there and register a connector named {connector.CONNECTOR} yourself, with"
+            way_out=f"Put PKCS#12 stores there and register a connector named {CONNECTOR} yourself, with"
             " database.ssl.truststore and database.ssl.keystore.",
         )
     if not settings.mysql_url:
@@ -152,12 +163,26 @@ def _up_external(settings: Settings, url: str, progress: Callable[[str], None]) 
         "database.user": database.user,
         "database.password": database.password,
     }
-    with connector.client_of(url) as client:
-        state = connector.ensure(client, config, lambda: mysql.followers(source), frozenset(), progress)
+    with ConnectWorker(url) as worker:
+        state = _ensure(worker, config, source, frozenset(), progress)
     return _external(url, state)
 
 
-def _external(url: str, state: connector.ConnectorState | None) -> ServiceStatus:
+def _ensure(
+    worker: ConnectWorker, config: dict[str, str], url: str, gone: frozenset[int], progress: Callable[[str], None]
+) -> ConnectorState:
+    with MySqlStore(url) as table:
+
+        def log_end() -> str | None:
+            # Whoever may follow the binlog need not have the right to ask for its end.
+            with suppress(RefusedError):
+                return table.log_end()
+            return None
+
+        return connector.ensure(worker, config, lambda: mysql.followers(url), gone, log_end, progress)
+
+
+def _external(url: str, state: ConnectorState | None) -> ServiceStatus:
     """Return how a worker that CONNECT_URL names is; None for a connector that can't be asked for, as it is down."""
     return ServiceStatus(
         SERVICE,
@@ -379,15 +404,5 @@ def _uri(port: int) -> str:
 
 
 def _serves(url: str, seconds: float) -> bool:
-    """Tell whether a worker serves: it has read its topics and joined its group, as far as its version tells."""
-    import httpx
-
-    try:
-        with connector.client_of(url, seconds) as client:
-            health = client.get("/health")
-            # Workers before Kafka 3.9 have no such path.
-            serves = health.is_success or health.status_code == httpx.codes.NOT_FOUND
-            return serves and "kafka_cluster_id" in client.get("/").json()
-    except (httpx.HTTPError, ValueError, TypeError):
-        # Something else than a worker may answer there.
-        return False
+    with ConnectWorker(url, seconds) as worker:
+        return worker.serves()

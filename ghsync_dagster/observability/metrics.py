@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from ghsync_dagster.cdc import listener
+from ghsync_dagster.domain.connector import UNKNOWN
 from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.observability.logging import get_logger
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from hdrh.histogram import HdrHistogram
     from prometheus_client.metrics_core import Metric
 
+    from ghsync_dagster.cdc.connector import ConnectorReport
     from ghsync_dagster.cdc.listener import AppliedBatch
 
 WINDOW_SECONDS: Final = 60.0
@@ -41,6 +43,9 @@ _DIGITS: Final = 3
 _BITS: Final = 11
 _MS: Final = 1_000
 _COARSE_GRAIN_MS: Final = 1_000
+
+_SERVERS: Final = {listener.KAFKA: "Kafka", listener.MONGO: "MongoDB"}
+_CONNECTOR_STATES: Final = ("RUNNING", "FAILED", "PAUSED", "STOPPED", "UNASSIGNED", "RESTARTING", "NONE")
 
 COMMIT: Final = "commit"
 KAFKA: Final = "kafka"
@@ -125,6 +130,10 @@ class MetricsSnapshot:
         connections: Whether each server answers.
         disconnections: How often each server stopped to answer.
         seconds_since_write: Since the last acknowledged batch; None where there was none.
+        connector: The connector's state; None where it is not known: nobody asked, or its worker is away.
+        connector_event_age: Seconds since the database wrote the last event that the connector has handled; None as
+            above, and where the worker does not tell.
+        connector_fault: Why the stream brings nothing new, in words; None where it goes on or nobody asked.
     """
 
     seconds: float
@@ -149,6 +158,20 @@ class MetricsSnapshot:
     connections: dict[str, bool]
     disconnections: dict[str, int]
     seconds_since_write: float | None
+    connector: str | None = None
+    connector_event_age: float | None = None
+    connector_fault: str | None = None
+
+    @property
+    def held_up(self) -> str | None:
+        """Why nothing can be consumed now, in words; None where nothing is known to be in the way."""
+        for server, name in _SERVERS.items():
+            if self.connections.get(server) is False:
+                return f"{name} does not answer"
+        if not self.lag:
+            return "this consumer has no partition"
+        # What the topic still holds is consumed, whatever became of the connector.
+        return None if self.records_a_minute or self.lag_records else self.connector_fault
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as plain values, for JSON."""
@@ -266,6 +289,7 @@ class ChangeMetrics:
         self._unknown_columns: Counter[str] = Counter()
         self._connections: dict[str, bool] = {}
         self._disconnections: Counter[str] = Counter()
+        self._connector: ConnectorReport | None = None
 
     # What the loop tells
 
@@ -324,6 +348,12 @@ class ChangeMetrics:
                 self._disconnections[name] += 1
             self._connections[name] = up
 
+    def connector(self, report: ConnectorReport) -> None:
+        """Note what is known of the connector."""
+        self.connection(listener.CONNECT, up=report.state.state != UNKNOWN)
+        with self._lock:
+            self._connector = report
+
     # What others read
 
     def snapshot(self, window_seconds: float = WINDOW_SECONDS) -> MetricsSnapshot:
@@ -363,7 +393,18 @@ class ChangeMetrics:
                 connections=dict(self._connections),
                 disconnections=dict(self._disconnections),
                 seconds_since_write=None if self._last_write is None else round(now - self._last_write, 3),
+                **self._of_connector(),
             )
+
+    def _of_connector(self) -> dict[str, Any]:
+        if (report := self._connector) is None:
+            return {}
+        at = report.event_at
+        return {
+            "connector": None if report.state.state == UNKNOWN else report.state.state,
+            "connector_event_age": None if at is None else round(max(time.time() - at, 0.0), 3),
+            "connector_fault": report.state.words() if report.state.is_stopped else None,
+        }
 
     def _total_lag(self) -> PartitionLag | None:
         """Return how far all partitions are behind; None where that of one is not known, or there is none."""
@@ -496,6 +537,19 @@ def _gauges(now: MetricsSnapshot) -> Iterator[Metric]:
     for server, answers in now.connections.items():
         up.add_metric([server], float(answers))
     yield up
+    if now.connector is not None:
+        states = GaugeMetricFamily(
+            "ghsync_cdc_connector_state", "1 for the state that the connector is in.", labels=["state"]
+        )
+        for state in dict.fromkeys((*_CONNECTOR_STATES, now.connector)):
+            states.add_metric([state], float(state == now.connector))
+        yield states
+    if now.connector_event_age is not None:
+        yield GaugeMetricFamily(
+            "ghsync_cdc_connector_last_event_age_seconds",
+            "Since the database wrote the last event that the connector has handled.",
+            value=now.connector_event_age,
+        )
     yield GaugeMetricFamily(
         "ghsync_cdc_records_per_minute", f"Over the last {WINDOW_SECONDS:.0f} s.", value=now.records_a_minute
     )

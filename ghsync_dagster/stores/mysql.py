@@ -332,6 +332,20 @@ class MySqlStore:
         query = f"SELECT COUNT(*) FROM {self.table}"  # noqa: S608  only names
         return int(self._run("Counting rows", query)[0][0])
 
+    def _dialect_of_server(self) -> _Dialect:
+        if self._dialect is None:
+            self._dialect = _Dialect.of(self.version())
+        return self._dialect
+
+    def log_end(self) -> str | None:
+        """Return where the binlog ends now, as ``file:position``; None where none is written.
+
+        Raises:
+            RefusedError: The user lacks REPLICATION CLIENT, in MariaDB BINLOG MONITOR.
+        """
+        found = self._run("Asking where the binlog ends", self._dialect_of_server().binlog_end)
+        return f"{found[0][0]}:{found[0][1]}" if found else None
+
     def rows(self, after: int | None, limit: int) -> list[Row]:
         """Return up to ``limit`` rows with a key above ``after``, lowest first; None: from the lowest of all."""
         where, values = ("", ()) if after is None else (" WHERE `user_id` > %s", (after,))
@@ -418,9 +432,7 @@ class MySqlStore:
             UnavailableError: The server went away, or the table is being altered.
             RefusedError: The account may not read the table, or the end of the binlog.
         """
-        if self._dialect is None:
-            self._dialect = _Dialect.of(self.version())
-        dialect = self._dialect
+        dialect = self._dialect_of_server()
         wanted = sorted(int(key) for key in keys if is_key(key))
         # An index that is forced: a scan would lock every row that it passes.
         query = f"SELECT {_COLUMNS} FROM {self.table} FORCE INDEX (PRIMARY) WHERE `user_id` IN %s {dialect.locking}"  # noqa: S608  only names

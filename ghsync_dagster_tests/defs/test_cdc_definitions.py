@@ -99,6 +99,7 @@ def test_the_assets_from_outside_are_external_and_tell_where_they_are(graph: Ass
 def test_the_checks_are_on_their_assets_and_block_nothing(graph: AssetGraph) -> None:
     nodes = {key.name: graph.get(key) for key in graph.asset_check_keys if key.name in CDC_CHECKS}
     assert {name: node.key.asset_key.to_user_string() for name, node in nodes.items()} == {
+        "connector_running": "users_changes",
         "kafka_lag": "users_changes",
         "cdc_latency": "users_changes",
         "dead_letters_empty": "users_changes",
@@ -112,6 +113,7 @@ def test_the_checks_are_on_their_assets_and_block_nothing(graph: AssetGraph) -> 
 def test_the_checks_of_the_change_flow_are_in_a_job_of_their_own() -> None:
     names = {job: {node.name for node in defs.resolve_job_def(job).nodes} for job in _JOBS}
     assert names["cdc_audit_job"] == {
+        "users_changes_connector_running",
         "users_changes_kafka_lag",
         "users_changes_cdc_latency",
         "users_changes_dead_letters_empty",

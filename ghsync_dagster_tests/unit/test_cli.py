@@ -205,7 +205,7 @@ def test_a_consumer_s_line_has_no_figure_for_what_is_not_known() -> None:
     metrics = ChangeMetrics()
     found = cli_cdc._brief(metrics.snapshot())
     unknown = {name for name, value in found.items() if value is None}
-    assert unknown == {"p50_ms", "p99_ms", "max_ms", "lag", "lag_seconds"}
+    assert unknown == {"p50_ms", "p99_ms", "max_ms", "lag", "lag_seconds", "connector"}
     metrics.assigned([0])
     metrics.lag(0, 7, 1.54)
     now = 1_700_000_000_000

@@ -15,6 +15,7 @@ from ghsync_dagster.local import connect, connector, kafka, mysql, stack
 from ghsync_dagster.local.first_files import make_first_files
 from ghsync_dagster.local.supervisor import ServiceStatus, _free_ports, server_to_use
 from ghsync_dagster.settings import load_settings
+from ghsync_dagster.stores import connect as stores_connect
 from ghsync_dagster.wiring import existing_kafka, open_mysql
 
 if TYPE_CHECKING:
@@ -160,15 +161,6 @@ def test_a_local_worker_refuses_brokers_that_it_has_no_keys_for(tmp_path: Path) 
         connect.up(settings, print)
 
 
-def test_the_reason_of_a_failure_is_its_first_line_and_its_innermost_cause() -> None:
-    trace = (
-        "a.B: stopped\n\tat x\nCaused by: c.D: mysql://u:s3cret@h refused\n\tat y\nCaused by: e.F: timed out\n\tat z\n"
-    )
-    assert connector._reason(trace) == "a.B: stopped; e.F: timed out"
-    assert connector._reason("c.D: at mysql://u:s3cret@h\n") == "c.D: at mysql://***@h"
-    assert connector._reason("") == "no reason is given"
-
-
 def test_data_decides_which_server_is_run_and_is_never_left_for_an_empty_one(tmp_path: Path) -> None:
     assert server_to_use(["mongod", "embedded"], tmp_path / "data", "MONGODB_URI") == "mongod"
     for name in (".making-it", "mongod", "embedded"):
@@ -200,7 +192,7 @@ def test_who_needs_servers_that_are_there_starts_none_that_goes_just_then(
 def test_a_connector_elsewhere_that_failed_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = load_settings(GHSYNC_HOME=tmp_path, CONNECT_URL="http://127.0.0.1:9")
     worker(monkeypatch, "FAILED")
-    with pytest.raises(UnavailableError, match=r"does not run: Access denied.*restart"):
+    with pytest.raises(UnavailableError, match=r"does not run: it is FAILED, Access denied\..*restart"):
         stack.up(settings, ["connect"], progress=print)
 
 
@@ -210,7 +202,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, answer: Callable[[httpx.Request], htt
     def client(url: str, seconds: float = 1) -> httpx.Client:
         return httpx.Client(base_url=url, timeout=seconds, transport=httpx.MockTransport(answer))
 
-    monkeypatch.setattr(connector, "client_of", client)
+    monkeypatch.setattr(stores_connect, "client_of", client)
 
 
 UNTOLD = "untold"
@@ -269,26 +261,6 @@ def test_a_connector_elsewhere_that_is_on_its_way_is_waited_for(
         stack.up(settings, ["connect"], progress=print)
 
 
-@pytest.mark.parametrize(
-    ("status", "message"), [(409, "no leader"), (500, "Request cannot be completed because a rebalance is expected")]
-)
-def test_a_worker_that_is_about_to_rebalance_is_asked_again(
-    monkeypatch: pytest.MonkeyPatch, status: int, message: str
-) -> None:
-    busy = httpx.Response(status, json={"error_code": status, "message": message})
-    answers = [busy, busy, httpx.Response(200, json={"name": "ghsync-users"})]
-    serve(monkeypatch, lambda _: answers.pop(0))
-    monkeypatch.setattr(connector, "_POLL_SECONDS", 0)
-    with connector.client_of("http://127.0.0.1:9") as client:
-        assert connector._ask(client, "GET", "/connectors/ghsync-users/config") == {"name": "ghsync-users"}
-    serve(monkeypatch, lambda _: httpx.Response(500, json={"message": "Request timed out"}))
-    with (
-        connector.client_of("http://127.0.0.1:9") as client,
-        pytest.raises(UnavailableError, match="Request timed out"),
-    ):
-        connector._ask(client, "GET", "/connectors/ghsync-users/config")
-
-
 @pytest.mark.timeout(30)
 def test_a_connector_whose_following_can_not_be_told_is_not_waited_for_until_the_end(
     monkeypatch: pytest.MonkeyPatch,
@@ -301,8 +273,8 @@ def test_a_connector_whose_following_can_not_be_told_is_not_waited_for_until_the
         asked.append(False)
         return False
 
-    with connector.client_of("http://127.0.0.1:9") as client:
-        assert connector._await_running(client, follows).state == "RUNNING"
+    with stores_connect.ConnectWorker("http://127.0.0.1:9") as worker_there:
+        assert connector._await_running(worker_there, follows).state == "RUNNING"
     assert len(asked) > 1
 
 

@@ -15,6 +15,7 @@ import dagster as dg
 from ghsync_dagster.cdc import checks
 from ghsync_dagster.cdc.checks import (
     CDC_LATENCY,
+    CONNECTOR_RUNNING,
     DEAD_LETTERS_EMPTY,
     IN_STEP_WITH_MYSQL,
     KAFKA_LAG,
@@ -29,7 +30,7 @@ from ghsync_dagster.defs.resources import ChangesResource
 from ghsync_dagster.settings import Settings
 from ghsync_dagster.stores.retry import retrying
 
-CDC_CHECKS = (KAFKA_LAG, CDC_LATENCY, DEAD_LETTERS_EMPTY, SOURCE_SETTINGS, IN_STEP_WITH_MYSQL)
+CDC_CHECKS = (CONNECTOR_RUNNING, KAFKA_LAG, CDC_LATENCY, DEAD_LETTERS_EMPTY, SOURCE_SETTINGS, IN_STEP_WITH_MYSQL)
 
 _WINDOW_REPORTS = 6
 _LEAST_WINDOW_SECONDS = 60.0
@@ -73,6 +74,22 @@ class AuditConfig(dg.Config):
 def _retrying(changes: ChangesResource, action: Callable[[], T]) -> T:
     with as_failure():
         return retrying("check", action, attempts=changes.settings().retry_attempts)
+
+
+@dg.asset_check(
+    asset=USERS_CHANGES,
+    name=CONNECTOR_RUNNING,
+    description="The connector and its task are RUNNING, and its offset moves while MySQL writes. The sensor "
+    "connector_watch reports it too, whenever it changes.",
+)
+def connector_running(changes: ChangesResource) -> dg.AssetCheckResult:
+    """Judge the connector."""
+    with as_failure():
+        probe = changes.connector()
+        if probe is None:
+            return as_result(checks.connector_running(None, 0.0, limit_seconds=0.0))
+        report, still = probe.watched()
+        return as_result(checks.connector_running(report, still, limit_seconds=probe.still_seconds))
 
 
 @dg.asset_check(
@@ -165,6 +182,7 @@ def in_step_with_mysql(config: AuditConfig, changes: ChangesResource) -> dg.Asse
     from ghsync_dagster.cdc.audit import AuditResult, Patience, audit
     from ghsync_dagster.cdc.backlog import await_no_lag
     from ghsync_dagster.cdc.causes import Circumstances
+    from ghsync_dagster.domain.connector import stopped_words
 
     # The check is on an asset that deployments have which load files only.
     with as_failure():
@@ -180,7 +198,10 @@ def in_step_with_mysql(config: AuditConfig, changes: ChangesResource) -> dg.Asse
         with changes.open_mysql() as mysql, changes.open_store() as store:
             return audit(mysql, store, patience=Patience(seconds=config.patience_seconds))
 
-    known = Circumstances(settings=checks.causes_in(source))
+    with as_failure():
+        probe = changes.connector()
+        stopped = stopped_words(None if probe is None else probe.settled())
+    known = Circumstances(connector=stopped, settings=checks.causes_in(source))
     finding = checks.in_step_with_mysql(_retrying(changes, compare), waiting, known)
     if finding.passed:
         with as_failure():
@@ -188,4 +209,4 @@ def in_step_with_mysql(config: AuditConfig, changes: ChangesResource) -> dg.Asse
     return as_result(finding)
 
 
-CHECKS = [kafka_lag, cdc_latency, dead_letters_empty, source_settings, in_step_with_mysql]
+CHECKS = [connector_running, kafka_lag, cdc_latency, dead_letters_empty, source_settings, in_step_with_mysql]

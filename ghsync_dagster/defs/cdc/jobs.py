@@ -12,6 +12,7 @@ import dagster as dg
 from ghsync_dagster.batch import checks
 from ghsync_dagster.batch.checks import Finding
 from ghsync_dagster.cdc.checks import loses_changes
+from ghsync_dagster.cdc.connector import require_stream
 from ghsync_dagster.cdc.dead_letters import DeadLetter
 from ghsync_dagster.defs.batch.checks import as_result
 from ghsync_dagster.defs.cdc.checks import CHECKS
@@ -76,6 +77,9 @@ def drain_changes(context: dg.OpExecutionContext, config: DrainConfig, changes: 
 
     Returns:
         The dead letters that were made meanwhile, by kind: by this run, or by another consumer of the group.
+
+    Raises:
+        Failure: The end was not reached, or the connector does not run, so that later changes never come.
     """
     from ghsync_dagster.cdc.backlog import read_backlog
     from ghsync_dagster.cdc.dead_letters import dead_letter_ends, read_dead_letters
@@ -87,6 +91,8 @@ def drain_changes(context: dg.OpExecutionContext, config: DrainConfig, changes: 
         report = consume(context, changes, until_end=True, seconds=config.timeout_seconds)
         left = retrying("drain", lambda: read_backlog(changes.kafka()), attempts=attempts).before(ends)
         new = retrying("drain", lambda: _by_kind(read_dead_letters(changes.kafka(), letters)), attempts=attempts)
+        probe = changes.connector()
+        connector = None if probe is None else probe.settled()
     context.add_output_metadata({"seconds": report.seconds, "records": sum(report.records.values()), "left": left})
     if left or not report.reached_end:
         why = (
@@ -99,6 +105,8 @@ def drain_changes(context: dg.OpExecutionContext, config: DrainConfig, changes: 
             metadata={"left": left, "kind": "data", "way_out": "Run it again; raise timeout_seconds if it is set."},
             allow_retries=False,
         )
+    with as_failure():
+        require_stream(connector)
     return new
 
 

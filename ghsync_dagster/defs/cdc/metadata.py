@@ -45,6 +45,8 @@ def of_observation(now: MetricsSnapshot, kafka: KafkaSettings) -> Metadata:
         "retries": sum(now.retries.values()),
         "errors": sum(now.errors.values()),
         "dead_letters": sum(now.dead_letters.values()),
+        **({} if now.connector is None else {"connector": now.connector}),
+        **({} if now.held_up is None else {"held_up": now.held_up}),
         "details": dg.MetadataValue.json(_details(now, kafka)),
     }
 

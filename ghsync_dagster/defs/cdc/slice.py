@@ -22,7 +22,7 @@ from ghsync_dagster.defs.cdc import metadata
 from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.observability.logging import get_logger
 from ghsync_dagster.observability.metrics import ChangeMetrics, MetricsEndpoint
-from ghsync_dagster.stopping import stop_on_signals
+from ghsync_dagster.stopping import killed_when_frozen, stop_on_signals
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -91,6 +91,7 @@ def consume(
     stop = threading.Event()
     with (
         _Observer(context, changes) as observer,
+        killed_when_frozen(),
         stop_on_signals(stop),
         ThreadPoolExecutor(1, thread_name_prefix="cdc") as pool,
     ):
@@ -129,6 +130,7 @@ class _Observer:
     def __init__(self, context: dg.OpExecutionContext, changes: ChangesResource) -> None:
         self._context = context
         self._settings = changes.settings()
+        self._probe = changes.connector()
         self._kafka = changes.kafka()
         self._metrics = ChangeMetrics()
         self._heartbeat = Heartbeat()
@@ -152,6 +154,8 @@ class _Observer:
             if wait([future], timeout=min(left, self._settings.cdc_report_seconds)).done:
                 return
             self._endpoint.open()
+            if self._probe is not None:
+                self._metrics.connector(self._probe.report(with_log=False))
             if self._heartbeat.silence < _SILENT_SECONDS:
                 self.observe()
             else:

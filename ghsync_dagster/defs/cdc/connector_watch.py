@@ -1,0 +1,122 @@
+"""The sensor connector_watch: reports the check connector_running whenever its outcome changes, without a run.
+
+Belongs here: what a tick remembers of the ticks before, and what it reports. Not here: what is asked
+(``cdc.connector``), and the judgement (``cdc.checks``).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import dagster as dg
+import msgspec
+
+from ghsync_dagster.cdc import checks
+from ghsync_dagster.cdc.checks import CONNECTOR_RUNNING
+from ghsync_dagster.cdc.connector import NOT_ASKED
+from ghsync_dagster.defs.batch.checks import as_result
+from ghsync_dagster.defs.cdc.slice import USERS_CHANGES
+from ghsync_dagster.domain.connector import UNKNOWN, Sample, base_of
+from ghsync_dagster.observability.logging import configure_logging, get_logger
+from ghsync_dagster.settings import load_settings
+from ghsync_dagster.wiring import connector_probe
+
+if TYPE_CHECKING:
+    from ghsync_dagster.batch.checks import Finding
+    from ghsync_dagster.cdc.connector import ConnectorProbe, ConnectorReport
+
+INTERVAL_SECONDS: Final = 15
+_DOUBTFUL_LOOKS: Final = 2
+"""A worker or task that restarts is back within moments: only the second look in a row counts."""
+
+log = get_logger("connector")
+
+
+class Memory(msgspec.Struct, frozen=True):
+    """The sensor's cursor.
+
+    Attributes:
+        base: From when on the offset stands still while MySQL writes, see ``domain.connector.base_of``.
+        reported: The outcome that was reported last; empty for none.
+        doubtful: How many looks in a row found a state that may pass by itself.
+    """
+
+    base: Sample | None = None
+    reported: str = ""
+    doubtful: int = 0
+
+
+@dg.sensor(
+    name="connector_watch",
+    minimum_interval_seconds=INTERVAL_SECONDS,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Asks the Connect worker for the connector, and MySQL for the end of its binlog. Reports the check "
+    "connector_running whenever its outcome changes, so that the sensor alerts tells of it. Starts no run.",
+)
+def connector_watch(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+    """Look once; report what has changed."""
+    settings = load_settings()
+    configure_logging(settings)
+    memory = _memory(context.cursor)
+    probe = connector_probe(settings)
+    if probe is None:
+        return dg.SensorResult(skip_reason=dg.SkipReason(NOT_ASKED), cursor=_as_cursor(Memory()))
+    finding, outcome, after = look(probe, memory)
+    if finding is None or outcome == memory.reported:
+        words = finding.summary if finding else "the connector's state may pass by itself; asked again"
+        return dg.SensorResult(skip_reason=dg.SkipReason(words), cursor=_as_cursor(after))
+    (log.info if finding.passed else log.error)("connector watched", passed=finding.passed, summary=finding.summary)
+    return dg.SensorResult(
+        asset_events=[_evaluation(finding)], cursor=_as_cursor(msgspec.structs.replace(after, reported=outcome))
+    )
+
+
+def look(probe: ConnectorProbe, memory: Memory) -> tuple[Finding | None, str, Memory]:
+    """Look once.
+
+    Returns:
+        The finding, or None where the state may pass by itself; what tells its outcome from another one; the memory.
+    """
+    report = probe.report()
+    base = base_of(memory.base, report.sample)
+    doubtful = memory.doubtful + 1 if _may_pass(report) else 0
+    after = msgspec.structs.replace(memory, base=base, doubtful=doubtful)
+    if 0 < doubtful < _DOUBTFUL_LOOKS:
+        return None, memory.reported, after
+    still = report.sample.at - base.at
+    finding = checks.connector_running(report, still, limit_seconds=probe.still_seconds)
+    if report.state.is_running:
+        # The seconds grow, and what could not be looked at is no other outcome.
+        return finding, "runs" if finding.passed else "stands still", after
+    return finding, finding.summary, after
+
+
+def _may_pass(report: ConnectorReport) -> bool:
+    state = report.state
+    return state.state == UNKNOWN or not (state.is_running or state.is_stopped)
+
+
+def _evaluation(finding: Finding) -> dg.AssetCheckEvaluation:
+    result = as_result(finding)
+    return dg.AssetCheckEvaluation(
+        asset_key=dg.AssetKey(USERS_CHANGES),
+        check_name=CONNECTOR_RUNNING,
+        passed=finding.passed,
+        metadata=result.metadata,
+        description=finding.summary,
+    )
+
+
+def _memory(cursor: str | None) -> Memory:
+    """Read the cursor; one that is not of this sensor counts as none."""
+    try:
+        return msgspec.json.decode(cursor or "{}", type=Memory)
+    except msgspec.DecodeError:
+        return Memory()
+
+
+def _as_cursor(memory: Memory) -> str:
+    return msgspec.json.encode(memory).decode()
+
+
+SENSORS = [connector_watch]

@@ -1,0 +1,261 @@
+"""Kafka Connect: single requests to a worker's REST interface about the connector, and how its failures translate.
+
+Not here: what a state means (``domain.connector``), and which settings a connector must have (``local.connector``).
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from typing import Any, Final, Self
+
+import httpx
+import msgspec
+
+from ghsync_dagster.domain.connector import (
+    CONNECTOR,
+    FAILED,
+    HALTED,
+    NONE,
+    RIGHTS,
+    RUNNING,
+    UNASSIGNED,
+    UNKNOWN,
+    ConnectorState,
+)
+from ghsync_dagster.domain.errors import ConfigError, UnavailableError
+from ghsync_dagster.domain.text import shortened
+from ghsync_dagster.observability.logging import redact
+
+_REQUEST_SECONDS: Final = 10.0
+_REBALANCE_SECONDS: Final = 90.0
+_POLL_SECONDS = 0.1
+# A worker that is about to find its order anew says so with 409 to some requests and with 500 to others.
+_REBALANCING: Final = "a rebalance is expected"
+_SAYS: Final = re.compile(r"[\w.$]+: *\S")
+_PASSWORD: Final = re.compile(r"(?i)(identified\s[^']*|password\s*\(?[^']*)'[^']*'?")
+_REASON_LIMIT: Final = 1_000
+_HEARTBEAT: Final = "heartbeat.interval.ms"
+
+
+@dataclass(frozen=True, slots=True)
+class CommittedOffset:
+    """The source offset that the connector goes on from.
+
+    Attributes:
+        text: All of it, to be compared with another one for equality only.
+        event_at: When the database wrote the last event that it covers, in seconds since 1970; None where not told.
+        position: Its place in the binlog, as ``file:position``; None where not told.
+    """
+
+    text: str
+    event_at: float | None
+    position: str | None
+
+
+class ConnectWorker:
+    """A Connect worker. Use as a context manager, or call ``close``.
+
+    Args:
+        url: Its address, which may hold credentials.
+        timeout_seconds: How long one request may take.
+        patience_seconds: How long a request is repeated while workers find their order.
+
+    Raises:
+        ConfigError: The address is malformed.
+    """
+
+    def __init__(
+        self, url: str, timeout_seconds: float = _REQUEST_SECONDS, patience_seconds: float = _REBALANCE_SECONDS
+    ) -> None:
+        self.where = redact(url)
+        self._patience = patience_seconds
+        self._client = client_of(url, timeout_seconds)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop the connection."""
+        self._client.close()
+
+    def serves(self) -> bool:
+        """Tell whether a worker serves: it has read its topics and joined its group, as far as its version tells."""
+        try:
+            health = self._client.get("/health")
+            # Workers before Kafka 3.9 have no such path.
+            serves = health.is_success or health.status_code == httpx.codes.NOT_FOUND
+            return serves and "kafka_cluster_id" in self._client.get("/").json()
+        except (httpx.HTTPError, ValueError, TypeError):
+            # Something else than a worker may answer there.
+            return False
+
+    def state(self) -> ConnectorState:
+        """Return the connector's state; ``UNKNOWN`` with the reason where the worker does not tell it."""
+        try:
+            return self.told_state()
+        except UnavailableError as error:
+            return away(error, self.where)
+
+    def told_state(self) -> ConnectorState:
+        """Return the connector's state.
+
+        Raises:
+            UnavailableError: The worker does not answer, or refuses to.
+        """
+        answer = self._of_connector("status")
+        if answer is None:
+            # A worker that has just begun, or got its settings, does not tell a connector's state yet.
+            return ConnectorState(NONE if self.config() is None else UNASSIGNED, where=self.where)
+        halted = answer["connector"]["state"] in HALTED
+        parts = [answer["connector"], *answer["tasks"]]
+        for part in parts:
+            if part["state"] == FAILED:
+                return ConnectorState(FAILED, reason_of(part.get("trace", "")), halted, self.where)
+        others = [part["state"] for part in parts if part["state"] != RUNNING]
+        # A connector whose task is still to come does nothing yet.
+        state = others[0] if others else RUNNING if answer["tasks"] else UNASSIGNED
+        return ConnectorState(state, halted=halted, where=self.where)
+
+    def config(self) -> dict[str, str] | None:
+        """Return the connector's settings, None where there is no connector. They may hold secrets.
+
+        Raises:
+            UnavailableError: The worker does not answer, or refuses to.
+        """
+        found: dict[str, str] | None = self._of_connector("config")
+        return found
+
+    def sends_heartbeats(self) -> bool:
+        """Tell whether the connector's offset moves with the binlog, also while the table itself does not change.
+
+        Raises:
+            UnavailableError: The worker does not answer, or refuses to.
+        """
+        given = (self.config() or {}).get(_HEARTBEAT, "0")
+        return given.isdecimal() and int(given) > 0
+
+    def offset(self) -> CommittedOffset | None:
+        """Return the connector's committed offset; None where there is none, or the worker knows no such question.
+
+        Raises:
+            UnavailableError: The worker does not answer, or refuses to.
+        """
+        found = (self._of_connector("offsets") or {}).get("offsets") or []
+        if not found:
+            return None
+        # The connector has one task, and that one source partition.
+        newest: dict[str, Any] = found[-1].get("offset") or {}
+        seconds = newest.get("ts_sec")
+        return CommittedOffset(
+            msgspec.json.encode(found, order="deterministic").decode(),
+            float(seconds) if isinstance(seconds, int | float) and seconds > 0 else None,
+            f"{newest['file']}:{newest['pos']}" if {"file", "pos"} <= newest.keys() else None,
+        )
+
+    def configure(self, config: dict[str, str]) -> None:
+        """Give the connector these settings; it is made where there is none.
+
+        Raises:
+            UnavailableError: The worker does not answer, or refuses them.
+        """
+        self.ask("PUT", f"/connectors/{CONNECTOR}/config", config)
+
+    def restart(self) -> None:
+        """Start what failed of the connector again.
+
+        Raises:
+            UnavailableError: The worker does not answer, or refuses to.
+        """
+        self.ask("POST", f"/connectors/{CONNECTOR}/restart?includeTasks=true&onlyFailed=true")
+
+    def resume(self) -> None:
+        """Let a halted connector go on.
+
+        Raises:
+            UnavailableError: The worker does not answer, or refuses to.
+        """
+        self.ask("PUT", f"/connectors/{CONNECTOR}/resume")
+
+    def _of_connector(self, what: str) -> Any:  # noqa: ANN401
+        return self.ask("GET", f"/connectors/{CONNECTOR}/{what}", missing=None)
+
+    def ask(self, method: str, path: str, body: object = None, **missing: None) -> Any:  # noqa: ANN401
+        """Send one request and return the JSON of its answer; while workers find their order, repeat it.
+
+        Args:
+            method: HTTP's.
+            path: Below the worker's address.
+            body: Sent as JSON, if any.
+            missing: ``missing=None`` gives None where there is no such thing.
+
+        Raises:
+            UnavailableError: There is no answer, or it is a refusal.
+        """
+        deadline = time.monotonic() + self._patience
+        while True:
+            try:
+                answer = self._client.request(method, path, json=body)
+            except httpx.HTTPError as error:
+                raise UnavailableError(
+                    f"The Connect worker at {self.where} does not answer: {type(error).__name__}.",
+                    way_out="Read its log; run ghsync up connect.",
+                ) from None
+            refused = answer.is_error
+            rebalancing = refused and (answer.status_code == httpx.codes.CONFLICT or _REBALANCING in _message(answer))
+            if not rebalancing or time.monotonic() > deadline:
+                break
+            time.sleep(_POLL_SECONDS)
+        if answer.status_code == httpx.codes.NOT_FOUND and missing:
+            return None
+        if refused:
+            raise UnavailableError(
+                f"The Connect worker refuses {method} {path}: {redact(_message(answer))}",
+                way_out=f"Fix what it names, or what its log does ({RIGHTS}), then run ghsync up again.",
+            )
+        try:
+            return answer.json() if answer.content else None
+        except ValueError:
+            raise UnavailableError(
+                f"What answers at {self.where} is no Connect worker.", way_out="Correct CONNECT_URL."
+            ) from None
+
+
+def client_of(url: str, seconds: float = _REQUEST_SECONDS) -> httpx.Client:
+    """Return a client of the worker at an address.
+
+    Raises:
+        ConfigError: The address is malformed.
+    """
+    try:
+        # A proxy of the environment knows no server of this machine.
+        return httpx.Client(base_url=url, timeout=seconds, trust_env=not url.startswith("http://127.0.0.1:"))
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"CONNECT_URL is malformed: {redact(str(error))}.", way_out="Correct CONNECT_URL.") from None
+
+
+def away(error: UnavailableError, where: str = "") -> ConnectorState:
+    """Return the state of a connector whose worker can't be asked."""
+    words = error.message.rstrip(".")
+    return ConnectorState(UNKNOWN, words[:1].lower() + words[1:], where=where)
+
+
+def reason_of(trace: str) -> str:
+    """Return the first line of a Java stack trace, and its innermost cause that says anything where there is one."""
+    lines = trace.strip().splitlines() or ["no reason is given"]
+    causes = [line.removeprefix("Caused by: ") for line in lines if line.startswith("Caused by: ")]
+    told = [cause for cause in causes if _SAYS.match(cause)] or causes
+    found = redact("; ".join([lines[0], *told[-1:]])).rstrip(" .")
+    # A statement that could not be parsed stands there as it is.
+    return shortened(_PASSWORD.sub(r"\1'***'", found), _REASON_LIMIT)
+
+
+def _message(answer: httpx.Response) -> str:
+    try:
+        return str(answer.json()["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"HTTP {answer.status_code}"
