@@ -17,6 +17,7 @@ import pymysql
 import pytest
 from confluent_kafka import OFFSET_END, Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient
+from real_mysql import NotToBeHadError, real_mysql
 from xdist.scheduler import LoadFileScheduling
 
 from ghsync_dagster.batch.flow import BatchFlow
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
     from ghsync_dagster.stores.spark import SparkHandle
 
-pytest_plugins = ("cdc_parts", "hanging")
+pytest_plugins = ("cdc_parts", "hanging", "source_parts")
 
 MEMORY = Path("/dev/shm")
 MEMORY_BYTES = 6 * 1024**3
@@ -55,9 +56,17 @@ _SHARING = {
         *("test_debezium", "test_letter_index", "test_mysql_store", "test_rehearse", "test_repair"),
         *("test_repair_command", "test_source", "test_stopped_stream"),
     },
+    "source": {"test_source_ddl", "test_source_silent", "test_source_swap"},
 }
 """Files by the servers that they share, which live until the session ends."""
-_SERVERS = {"spark": "spark", "brokers": "stream", "local_stack": "stream", "mysql_url": "stream"}
+_SERVERS = {
+    "spark": "spark",
+    "brokers": "stream",
+    "local_stack": "stream",
+    "mysql_url": "stream",
+    "source_stack": "source",
+    "mysql_stack": "source",
+}
 """Fixtures that start such servers, and whose they are."""
 _LONG_ONES = ("ui", "faults", "integration")
 
@@ -157,6 +166,28 @@ def local_stack(server_settings: Settings) -> Settings:
     """
     stack.up(server_settings, progress=lambda _: None)
     return server_settings
+
+
+@pytest.fixture(scope="session")
+def mysql_stack(server_settings: Settings) -> Iterator[Settings]:
+    """The same with a real MySQL, beside the same MongoDB; skips where no MySQL can be had."""
+    try:
+        mysqld = real_mysql(server_settings)
+    except NotToBeHadError as error:
+        pytest.skip(f"no real MySQL: {error}")
+    settings = load_settings(GHSYNC_HOME=server_settings.home_dir / "mysqld", MONGODB_URI=ensure_mongo(server_settings))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{mysqld}{os.pathsep}{os.environ['PATH']}")
+        stack.up(settings, progress=lambda _: None)
+    yield settings
+    stack.down(settings, progress=lambda _: None)
+
+
+@pytest.fixture(scope="session", params=["mariadb", "mysql"])
+def source_stack(request: pytest.FixtureRequest) -> Settings:
+    """Either stack: the one with the locked MariaDB, and the one with a real MySQL."""
+    found: Settings = request.getfixturevalue({"mariadb": "local_stack", "mysql": "mysql_stack"}[request.param])
+    return found
 
 
 @pytest.fixture

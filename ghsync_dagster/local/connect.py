@@ -144,9 +144,10 @@ def _up_external(settings: Settings, url: str, progress: Callable[[str], None]) 
         _look_at_source(settings, settings.mysql_url.get_secret_value(), progress)
     with ConnectWorker(url) as worker:
         state = connector.await_settled(worker)
-    connector.require_running(state)
-    if state.state != NONE:
-        return _external(url, state)
+        connector.require_running(state)
+        if state.state != NONE:
+            connector.report_stale_history(worker, progress)
+            return _external(url, state)
     _refuse_security(settings, "The connector", f"Register a connector named {CONNECTOR} on {redact(url)} yourself.")
     source = mysql.ensure_mysql(settings, progress)
     database = parse_mysql_url(source)

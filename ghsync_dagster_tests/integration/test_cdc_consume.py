@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from cdc_parts import Parts, StrictStore, make_anew, make_strict, stored, until, user
 from confluent_kafka import KafkaError, KafkaException, TopicPartition, Uuid
-from confluent_kafka.admin import AdminClient, NewPartitions
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.cimpl import NewPartitions
 from pymongo.collection import Collection
 from pymongo.errors import AutoReconnect, OperationFailure
 

@@ -220,7 +220,7 @@ def test_a_new_snapshot_as_the_operations_manual_has_it_brings_every_row_again(
     before = [insert(up), insert(up)]
     arrived(up, *before)
     with httpx.Client(base_url=str(up["connect"].uri), timeout=30) as client:
-        for method, what in (("PUT", "stop"), ("DELETE", "offsets"), ("PUT", "resume")):
+        for method, what in (("PUT", "stop"), ("DELETE", "offsets")):
             client.request(method, f"/connectors/ghsync-users/{what}").raise_for_status()
     assert stack.up(settings, ["connect"], progress=print)["connect"].more["connector"] == "RUNNING"
     after = insert(up)
@@ -228,6 +228,36 @@ def test_a_new_snapshot_as_the_operations_manual_has_it_brings_every_row_again(
     while [event["op"] for event in arrived(up, *before, after)].count("r") < len(before):
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+def test_a_deployment_whose_connector_knows_its_own_table_only_is_told_until_its_new_snapshot(
+    settings: Settings, up: dict[str, stack.ServiceStatus]
+) -> None:
+    name = "schema.history.internal.store.only.captured.tables.ddl"
+    told: list[str] = []
+
+    def up_again() -> str:
+        told.clear()
+        assert stack.up(settings, ["connect"], progress=told.append)["connect"].more["connector"] == "RUNNING"
+        return str(client.get("/connectors/ghsync-users/config").json()[name])
+
+    with httpx.Client(base_url=str(up["connect"].uri), timeout=30) as client:
+        config = client.get("/connectors/ghsync-users/config").json()
+        assert config[name] == "false"
+        client.put("/connectors/ghsync-users/config", json=config | {name: "true", "poll.interval.ms": "50"})
+        arrived(up, insert(up))
+        for _ in range(2):
+            assert up_again() == "true"
+            assert any("Take a new snapshot" in line for line in told)
+        told.clear()
+        stack.up(load_settings(CONNECT_URL=up["connect"].uri), ["connect"], progress=told.append)
+        assert any("Take a new snapshot" in line for line in told)
+        assert client.get("/connectors/ghsync-users/config").json()["poll.interval.ms"] == config["poll.interval.ms"]
+        for method, what in (("PUT", "stop"), ("DELETE", "offsets")):
+            client.request(method, f"/connectors/ghsync-users/{what}").raise_for_status()
+        assert up_again() == "false"
+        assert not any("Take a new snapshot" in line for line in told)
+    arrived(up, insert(up))
 
 
 def test_a_connector_that_can_not_run_is_an_error_with_its_reason(

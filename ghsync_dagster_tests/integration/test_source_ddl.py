@@ -1,0 +1,51 @@
+"""Odd but valid statements on a MariaDB and a MySQL: they are followed, or stop the connector aloud."""
+
+from __future__ import annotations
+
+import pytest
+from odd_ddl import FOLLOWED, NOT_FOLLOWED, SHIFTING
+from source_parts import Source, StoppedError
+
+from ghsync_dagster.cdc.audit import Patience
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_the_connector_follows(source: Source, name: str) -> None:
+    odd = FOLLOWED[name]
+    if source.server not in odd.servers:
+        pytest.skip(f"not valid on {source.server}")
+    source.do(*odd.statements)
+    assert source.arrived()[-1] == source.marker()
+
+
+@pytest.mark.parametrize("name", NOT_FOLLOWED)
+def test_what_it_can_not_follow_stops_it_and_a_new_snapshot_passes_it(source: Source, name: str) -> None:
+    odd = NOT_FOLLOWED[name]
+    if source.server not in odd.servers:
+        pytest.skip(f"valid and followed, or not valid, on {source.server}")
+    source.do(*odd.statements)
+    with pytest.raises(StoppedError, match="change event producer"):
+        source.arrived()
+    if odd.lasts:
+        source.clean()
+    source.snapshot()
+    assert source.arrived()[-1] == source.marker()
+
+
+@pytest.mark.parametrize("name", SHIFTING)
+def test_what_is_misread_without_a_word_is_found_by_the_audit_and_passed_by_a_new_snapshot(
+    source: Source, name: str
+) -> None:
+    odd = SHIFTING[name]
+    if source.server not in odd.servers:
+        pytest.skip(f"not valid on {source.server}")
+    source.do(*odd.statements)
+    arrived = source.arrived()[-1]
+    assert arrived["op"] == "c"
+    assert arrived != source.marker()
+    assert not source.audited(Patience(seconds=0)).equal
+    source.snapshot()
+    assert source.arrived()[-1] == source.marker()
+    assert source.audited().equal
