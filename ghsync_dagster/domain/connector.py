@@ -40,7 +40,8 @@ _CURES: Final = (
     ),
     (
         ("parsingexception", "mismatched input", "no viable alternative", "extraneous input"),
-        f"The connector can't parse a statement of the binlog: set ddl.parser.type=legacy in its settings, {_RESTART}",
+        f"The connector can't parse a statement of the binlog: {_SNAPSHOT}. A MySQL connector of your own may need "
+        "ddl.parser.type=legacy first.",
     ),
     (("access denied", "privilege"), f"Grant what is missing ({RIGHTS}), {_RESTART}"),
 )
