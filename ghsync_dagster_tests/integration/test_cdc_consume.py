@@ -43,7 +43,7 @@ from ghsync_dagster.stores.mongo import UserStore
 from ghsync_dagster.stores.stream import Refused, StreamStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from cdc_parts import Topic
 
@@ -414,7 +414,7 @@ def test_a_place_of_which_another_consumer_learns_meanwhile_is_not_taken_for_for
         with pytest.raises(PermanentError, match="forgotten"):
             mine.see(lambda: {0: None})
         # A broker that gives no ids, as while brokers are replaced one by one.
-        monkeypatch.setattr(TopicIds, "of", lambda *_: "")
+        monkeypatch.setattr(TopicIds, "describe", lambda *_: ("", 1))
         with pytest.raises(PermanentError, match="forgotten"):
             mine.see(lambda: {0: None})
 
@@ -441,7 +441,7 @@ def test_brokers_that_give_topics_no_ids_can_be_replaced_by_some_that_do(
     topic: Topic, parts: Parts, store: UserStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     described: Future[Any] = Future()
-    described.set_result(SimpleNamespace(topic_id=Uuid(0, 0)))
+    described.set_result(SimpleNamespace(topic_id=Uuid(0, 0), partitions=[None]))
     with monkeypatch.context() as old_brokers:
         old_brokers.setattr(AdminClient, "describe_topics", lambda *_, **__: {topic.kafka.topic: described})
         topic.upsert(1)
@@ -1046,7 +1046,7 @@ def test_a_truncate_whose_order_is_not_sure_is_refused_with_its_place(
 ) -> None:
     topic = with_a_truncate_that_waits(make_topic)
     topic.flush()
-    with pytest.raises(PermanentError, match=r"partition 0 offset 1 .* partition 1 holds no change from behind it"):
+    with pytest.raises(PermanentError, match=r"partition 0 offset 1 .* partition 1 holds no change from after it"):
         parts.consumer(topic, truncate_wait_seconds=1).run(threading.Event(), seconds=30)
     assert "1" in stored(store)
     assert topic.committed(0) == 1
@@ -1071,7 +1071,9 @@ def test_a_truncate_is_refused_where_a_record_does_not_tell_its_place(
     topic.write(None, "t", partition=0, pos=100)
     topic.upsert(3, partition=1, pos=110)
     topic.flush()
-    with pytest.raises(PermanentError, match=r"partition 0 offset 0 .* partition 1 offset 1 does not tell its place"):
+    with pytest.raises(
+        PermanentError, match=r"partition 0 offset 0 .* partition 1 offset 1 does not tell its position"
+    ):
         parts.consumer(topic).run(threading.Event(), seconds=30)
 
 
@@ -1086,6 +1088,147 @@ def test_a_truncate_is_refused_where_the_order_of_the_binlog_is_broken(
     topic.flush()
     with pytest.raises(PermanentError, match="partition 1 offset 1 breaks the order"):
         parts.consumer(topic).run(threading.Event(), seconds=30)
+
+
+GTIDS = "3e11fa47-71ca-11e1-9e33-c80aa9429562", "4e11fa47-71ca-11e1-9e33-c80aa9429562"
+SERVERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "server_id": ({"server_id": 1, "file": "bin.000010"}, {"server_id": 2, "file": "bin.000001"}),
+    "base name": ({"server_id": 1, "file": "old.000010"}, {"server_id": 1, "file": "new.000001"}),
+    "none is named": ({"file": "mysql-bin.000010"}, {"file": "mysql-bin.000001"}),
+    "one has GTIDs": ({"server_id": 1, "file": "bin.000010"}, {"server_id": 1, "file": "bin.000001", "gtid": "0-1-7"}),
+    "relayed": (
+        {"server_id": 1, "file": "bin.000001", "gtid": f"{GTIDS[0]}:7"},
+        {"server_id": 1, "file": "bin.000001", "gtid": f"{GTIDS[1]}:7"},
+    ),
+}
+
+
+def write_across_a_failover(
+    topic: Topic, old: dict[str, Any], new: dict[str, Any], partitions: Sequence[int] = (0, 1)
+) -> None:
+    """Write changes of an old server, then a truncate and changes of a new one, in these two partitions."""
+
+    def write(key: int | None, op: str, at: dict[str, Any], pos: int, partition: int) -> None:
+        after = None if key is None else {**user(key), "user_id": key}
+        value = {"op": op, "before": None, "after": after, "source": {"snapshot": "false", "pos": pos, "row": 0} | at}
+        topic.raw(None if key is None else {"user_id": key}, value, partition=partition)
+
+    first, second = partitions
+    write(1, "c", old, 100, second)
+    write(10, "c", old, 101, first)
+    write(None, "t", new, 4, first)
+    write(3, "c", new, 300, first)
+    write(2, "c", new, 200, second)
+    topic.flush()
+
+
+@pytest.mark.parametrize("case", SERVERS)
+def test_a_truncate_is_refused_where_other_partitions_hold_changes_of_another_server(
+    make_topic: Callable[..., Topic], parts: Parts, store: UserStore, case: str
+) -> None:
+    topic = make_topic(partitions=2)
+    old, new = SERVERS[case]
+    write_across_a_failover(topic, old, new)
+    with pytest.raises(PermanentError) as caught:
+        parts.consumer(topic, truncate_wait_seconds=1).run(threading.Event(), seconds=30)
+    error = caught.value
+    assert "partition 1 offset 0 is of " in error.message
+    for told in (old, new):
+        name = f"server {told['server_id']}/{told['file'].partition('.')[0]}" if "server_id" in told else "not name"
+        assert name in error.message
+        assert told.get("gtid", "") in error.message
+    assert "one partition" in error.way_out
+    # The truncate, and what comes after it in its partition, waits.
+    assert topic.committed(0) <= 1
+    assert stored(store).keys() <= {"1", "10", "2"}
+
+
+def test_a_failover_in_a_topic_of_one_partition_keeps_the_order_of_the_offsets(
+    make_topic: Callable[..., Topic], parts: Parts, store: UserStore
+) -> None:
+    for nth, (old, new) in enumerate(SERVERS.values(), 1):
+        topic = make_topic()
+        write_across_a_failover(topic, old, new, (0, 0))
+        parts.drain(topic)
+        assert (nth, set(stored(store))) == (nth, {"2", "3"})
+
+
+def test_a_truncate_is_put_in_order_where_transactions_are_relayed_by_another_server(
+    make_topic: Callable[..., Topic], parts: Parts, store: UserStore
+) -> None:
+    topic = make_topic(partitions=2)
+    for number, (key, partition, file, pos) in enumerate(
+        [(1, 1, "old.000010", 100), (2, 0, "old.000010", 200), (None, 0, "new.000001", 4), (3, 1, "new.000001", 9)], 1
+    ):
+        source = {"snapshot": "false", "server_id": 1, "file": file, "pos": pos, "gtid": f"{GTIDS[0]}:{number}"}
+        if key is None:
+            topic.raw(None, {"op": "t", "source": source}, partition=partition)
+        else:
+            value = {"op": "c", "after": {**user(key), "user_id": key}, "source": source}
+            topic.raw({"user_id": key}, value, partition=partition)
+    parts.drain(topic)
+    assert set(stored(store)) == {"3"}
+
+
+def test_many_rows_of_one_position_stay_on_their_side_of_a_truncate(
+    make_topic: Callable[..., Topic], parts: Parts, store: UserStore
+) -> None:
+    # As MariaDB tells them: one position a transaction, and the number of the row begins again in each event.
+    topic = make_topic(partitions=2)
+    for number, first in ((1, 0), (3, 100)):
+        for key in range(first, first + 40):
+            position = {
+                "server_id": 1,
+                "file": "bin.000001",
+                "pos": number * 100,
+                "row": key % 7,
+                "gtid": f"0-1-{number}",
+            }
+            value = {"op": "c", "after": {**user(key), "user_id": key}, "source": {"snapshot": "false"} | position}
+            topic.raw({"user_id": key}, value, partition=key % 2)
+        if number == 1:
+            truncated = {"server_id": 1, "file": "bin.000001", "pos": 200, "row": 0, "gtid": "0-1-2"}
+            topic.raw(None, {"op": "t", "source": {"snapshot": "false"} | truncated})
+    parts.drain(topic)
+    assert set(stored(store)) == {str(key) for key in range(100, 140)}
+
+
+def test_a_truncate_that_was_written_twice_is_applied(
+    make_topic: Callable[..., Topic], parts: Parts, store: UserStore
+) -> None:
+    # Connect writes again what it has not committed, and a record without a key may go to another partition.
+    topic = make_topic(partitions=2)
+    topic.upsert(1, partition=0, pos=10)
+    topic.upsert(2, partition=1, pos=20)
+    for partition in (0, 1):
+        topic.write(None, "t", partition=partition, pos=100)
+    topic.upsert(3, partition=0, pos=110)
+    topic.upsert(4, partition=1, pos=120)
+    parts.drain(topic)
+    assert set(stored(store)) == {"3", "4"}
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_deletes_of_a_table_without_a_key_leave_no_dead_letter(
+    topic: Topic, parts: Parts, store: UserStore, *, at_once: bool
+) -> None:
+    image = {**user(1), "user_id": 1}
+    for value in (
+        {"op": "c", "before": None, "after": image},
+        {"op": "d", "before": image, "after": None},
+        None,
+    ):
+        topic.raw(None, value)
+        if not at_once:
+            # A consumer of its own for each record: what came before is known from the topic alone.
+            parts.drain(topic)
+    parts.drain(topic)
+    assert stored(store) == {}
+    assert list(read_dead_letters(topic.kafka)) == []
+    topic.raw(None, None)
+    parts.drain(topic)
+    [letter] = read_dead_letters(topic.kafka)
+    assert letter.kind == "missing-key"
 
 
 def test_a_truncate_is_refused_while_another_consumer_has_a_partition(
