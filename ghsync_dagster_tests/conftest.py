@@ -54,7 +54,7 @@ _SHARING = {
         *("test_cdc_campaign", "test_consumers_end", "test_poison", "test_repair_campaign"),
         *("test_audit", "test_cdc_consume", "test_cdc_dagster", "test_cdc_takeover", "test_dead_letters"),
         *("test_debezium", "test_letter_index", "test_mysql_store", "test_rehearse", "test_repair"),
-        *("test_repair_command", "test_source", "test_stopped_stream"),
+        *("test_repair_command", "test_source_server", "test_stopped_stream"),
     },
     "source": {"test_source_ddl", "test_source_silent", "test_source_swap"},
 }
