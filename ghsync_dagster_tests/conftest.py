@@ -51,23 +51,26 @@ _SHARING = {
         *("test_store_away", "test_three_hours"),
     },
     "stream": {
-        *("test_cdc_campaign", "test_consumers_end", "test_poison", "test_repair_campaign"),
+        *("test_cdc_campaign", "test_consumers_end", "test_poison"),
         *("test_audit", "test_cdc_consume", "test_cdc_dagster", "test_cdc_takeover", "test_dead_letters"),
-        *("test_debezium", "test_letter_index", "test_mysql_store", "test_rehearse", "test_repair"),
-        *("test_repair_command", "test_source_server", "test_stopped_stream"),
+        *("test_letter_index", "test_mysql_store", "test_rehearse", "test_repair"),
+    },
+    "stack": {
+        *("test_repair_campaign", "test_debezium", "test_repair_command", "test_source_server", "test_stopped_stream"),
     },
     "source": {"test_source_ddl", "test_source_silent", "test_source_swap"},
 }
 """Files by the servers that they share, which live until the session ends."""
+_OF_STREAM = ("stream", "stack")
 _SERVERS = {
-    "spark": "spark",
-    "brokers": "stream",
-    "local_stack": "stream",
-    "mysql_url": "stream",
-    "source_stack": "source",
-    "mysql_stack": "source",
+    "spark": ("spark",),
+    "brokers": _OF_STREAM,
+    "local_stack": _OF_STREAM,
+    "mysql_url": _OF_STREAM,
+    "source_stack": ("source",),
+    "mysql_stack": ("source",),
 }
-"""Fixtures that start such servers, and whose they are."""
+"""Fixtures that start such servers, and which groups may."""
 _LONG_ONES = ("ui", "faults", "integration")
 
 
@@ -84,7 +87,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return order.index(place) if place in order else len(order)
 
     for item in items:
-        wanted = {_SERVERS[name] for name in getattr(item, "fixturenames", ()) if name in _SERVERS}
+        wanted = {group for name in getattr(item, "fixturenames", ()) for group in _SERVERS.get(name, ())}
         if wanted and _sharing(item.path) not in wanted:
             raise pytest.UsageError(f"{item.path.name}: name it in _SHARING of conftest.py, as {' or '.join(wanted)}.")
     items.sort(key=rank)
