@@ -40,8 +40,7 @@ _CURES: Final = (
     ),
     (
         ("parsingexception", "mismatched input", "no viable alternative", "extraneous input"),
-        f"The connector can't parse a statement of the binlog: {_SNAPSHOT}. A MySQL connector of your own may need "
-        "ddl.parser.type=legacy first.",
+        f"The connector can't parse a statement; one of your own may need ddl.parser.type=legacy. Else {_SNAPSHOT}.",
     ),
     (("access denied", "privilege"), f"Grant what is missing ({RIGHTS}), {_RESTART}"),
 )
