@@ -19,7 +19,6 @@ from ghsync_dagster.stopping import stop_on_signals
 
 if TYPE_CHECKING:
     from ghsync_dagster.cdc.repair_requests import RepairReport
-    from ghsync_dagster.stores.repairs import RepairProgress
 
 NOT_REPAIRED: Final = 1
 _STOPPED: Final = 128
@@ -99,11 +98,11 @@ class _Progress:
         self._users = users
         self._next = time.monotonic() + _SAY_SECONDS
 
-    def __call__(self, found: RepairProgress) -> None:
+    def __call__(self, done: int) -> None:
         now = time.monotonic()
-        if found.open and now >= self._next:
+        if done < self._users and now >= self._next:
             self._next = now + _SAY_SECONDS
-            say(f"{self._users - found.open:,} of {self._users:,} users are repaired")
+            say(f"{done:,} of {self._users:,} users are repaired")
 
 
 def _finish(report: RepairReport, *, as_json: bool) -> None:

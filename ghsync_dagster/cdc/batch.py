@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from ghsync_dagster.domain.change import Change, Op
+from ghsync_dagster.domain.change import Change, Op, Position
 from ghsync_dagster.domain.coalesce import Segment, coalesce
 from ghsync_dagster.domain.envelope import Refusal
 from ghsync_dagster.domain.errors import TransientError, UndecodableError
@@ -217,6 +217,23 @@ class Batch:
         for at, change in enumerate(self.changes[start:stop], start):
             if type(change) is Change and at not in self.left_out:
                 yield at, change
+
+
+def newest_positions(messages: Sequence[Message], changes: Sequence[Decoded]) -> dict[int, Position]:
+    """Return the position of the last record of each partition that has one.
+
+    Args:
+        messages: Records in the order of their partitions.
+        changes: What each is.
+    """
+    partitions = {message.partition() for message in messages}
+    found: dict[int, Position] = {}
+    for message, change in zip(reversed(messages), reversed(changes), strict=True):
+        if type(change) is Change and change.position is not None:
+            found.setdefault(message.partition() or 0, change.position)
+            if len(found) == len(partitions):
+                break
+    return found
 
 
 def _is_truncate(change: Decoded) -> bool:

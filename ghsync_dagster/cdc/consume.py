@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from ghsync_dagster import clock
-from ghsync_dagster.cdc.batch import Batch, RecordDecoder
+from ghsync_dagster.cdc.batch import Batch, RecordDecoder, newest_positions
 from ghsync_dagster.cdc.dead_letters import DeadLetters
 from ghsync_dagster.cdc.interpreter import quick_turns, short_collections
 from ghsync_dagster.cdc.known_topic import KnownTopic, group_name
 from ghsync_dagster.cdc.listener import KAFKA, MONGO, AppliedBatch, ChangeListener, Listeners, SilentListener
-from ghsync_dagster.cdc.order import OrderedTruncates, Truncate, nexts, oldest_positions
+from ghsync_dagster.cdc.order import OrderedTruncates, Truncate, end_positions, nexts
 from ghsync_dagster.cdc.repair import SourceReader
 from ghsync_dagster.cdc.write import Membership, Trouble, Writer, Written
 from ghsync_dagster.domain.change import Change
@@ -277,7 +277,7 @@ class _Run:
                 RepairStore(store),
                 owner.open_source,
                 owner.repair_users_a_second,
-                lambda: oldest_positions(owner.kafka),
+                lambda: end_positions(owner.kafka),
             )
         )
         self._was_repair = False
@@ -441,7 +441,10 @@ class _Run:
         messages = self._consumer.take(limit, seconds)
         self._more = len(messages) >= limit > 1
         if messages and not self._to_rewind:
-            self._pending.add(messages, self._decoder.decode(messages))
+            changes = self._decoder.decode(messages)
+            if self._reader is not None:
+                self._reader.saw(newest_positions(messages, changes))
+            self._pending.add(messages, changes)
 
     def _is_full(self) -> bool:
         pending = self._pending
@@ -468,12 +471,12 @@ class _Run:
     def _hand_over_repair(self) -> None:
         """Have users repaired, one reading between two batches."""
         assert self._reader is not None  # noqa: S101
-        work = self._reader.next_work()
-        if work is not None:
-            self._was_repair = True
-            self._batch = Batch()
-            self._begins = self._places()
-            self._confirm()
+        self._was_repair = True
+        self._batch = Batch()
+        self._begins = self._places()
+        self._confirm()
+        # Last, since work that is taken has to be carried out.
+        if (work := self._reader.next_work()) is not None:
             self._writer.submit(work)
 
     def _places(self) -> dict[int, int]:
@@ -520,9 +523,8 @@ class _Run:
             self._confirm()
 
     def _raise_failure(self) -> None:
-        for worker in (self._writer, self._reader):
-            if worker is not None and worker.failure is not None:
-                raise worker.failure
+        if self._writer.failure is not None:
+            raise self._writer.failure
 
     # Partitions that come and go
 
@@ -640,7 +642,9 @@ class _Run:
             return False
         # Another consumer may have heeded a note, and forgotten it, since the places were asked for.
         now = self._consumer.committed(ends)
-        return all((now[partition] or 0) >= end for partition, end in ends.items())
+        is_applied = all((now[partition] or 0) >= end for partition, end in ends.items())
+        # What was left out of the last records may have requested users again.
+        return is_applied and not (self._reader is not None and self._reader.is_wanted())
 
     @property
     def _is_busy(self) -> bool:

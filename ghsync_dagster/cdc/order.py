@@ -40,6 +40,8 @@ _CHUNK: Final = 5_000
 _WAIT_SECONDS: Final = 30.0
 """How long to wait for a record from after the truncate in each other partition."""
 _LOOK_SECONDS: Final = 0.5
+_LAST_RECORDS: Final = 20
+"""Among how many records at a partition's end one is looked for that has a position."""
 
 Chunks = Callable[[int, int, int], "Iterable[Sequence[Message]]"]
 """Reads the records of a partition from one offset to before another, in order and some at a time."""
@@ -164,8 +166,12 @@ def nexts(consumer: TopicConsumer, partitions: Iterable[int]) -> dict[int, int]:
     }
 
 
-def oldest_positions(kafka: KafkaSettings) -> list[Position | None]:
-    """Return the position of the oldest record in each partition of the topic; None where nothing tells one.
+def end_positions(kafka: KafkaSettings) -> tuple[list[Position | None], dict[int, Position | None]]:
+    """Return the positions of the oldest and of the newest record in each partition of the topic.
+
+    Returns:
+        The oldest ones, None where there is no record or it has none. The newest ones by partition, of the last records
+        of which one has a position.
 
     Raises:
         UnavailableError: No broker can be reached, or there is no such topic.
@@ -174,12 +180,19 @@ def oldest_positions(kafka: KafkaSettings) -> list[Position | None]:
     from ghsync_dagster.cdc.backlog import read_backlog
     from ghsync_dagster.stores.kafka_topics import read_range
 
-    found: list[Position | None] = []
-    for partition in read_backlog(kafka).partitions:
-        first = min(partition.low + 1, partition.end)
-        oldest = _decoded([list(read_range(kafka, partition.partition, partition.low, first))])
-        found.append(next((change.position for _, change in oldest if isinstance(change, Change)), None))
-    return found
+    oldest: list[Position | None] = []
+    newest: dict[int, Position | None] = {}
+    for found in read_backlog(kafka).partitions:
+        partition, low, end = found.partition, found.low, found.end
+        first = _positions(read_range(kafka, partition, low, min(low + 1, end)))
+        last = _positions(read_range(kafka, partition, max(low, end - _LAST_RECORDS), end))
+        oldest.append(first[0] if first else None)
+        newest[partition] = next((position for position in reversed(last) if position is not None), None)
+    return oldest, newest
+
+
+def _positions(messages: Iterable[Message]) -> list[Position | None]:
+    return [change.position if isinstance(change, Change) else None for _, change in _decoded([list(messages)])]
 
 
 class OrderedTruncates:

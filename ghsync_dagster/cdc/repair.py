@@ -22,12 +22,13 @@ from ghsync_dagster.cdc.apply import apply
 from ghsync_dagster.domain.change import TOMBSTONE, Change, Op, Position
 from ghsync_dagster.domain.coalesce import Segment
 from ghsync_dagster.domain.envelope import binlog_position
-from ghsync_dagster.domain.errors import WAY_OUT, GhsyncError, PermanentError, TransientError
+from ghsync_dagster.domain.errors import WAY_OUT, GhsyncError, PermanentError, TransientError, UnavailableError
 from ghsync_dagster.domain.repair import (
     READING_STEPS,
     WRITING_STEPS,
     Cure,
     Disposition,
+    Fence,
     Outcome,
     Overtaken,
     Reading,
@@ -35,6 +36,7 @@ from ghsync_dagster.domain.repair import (
     StoredUser,
     cure,
     disposition,
+    is_current,
     overtaken,
 )
 from ghsync_dagster.observability.logging import get_logger
@@ -57,8 +59,14 @@ _DROP_SECONDS: Final = 3_600.0
 """How often to look for fences that nothing needs any more."""
 _END_SECONDS: Final = 5.0
 """How long to wait for the thread to end."""
+_PERMANENT_SECONDS: Final = 30.0
+KEPT_SECONDS: Final = 86_400.0
+"""How long a fence is kept at least."""
 _LOCKED_SECONDS: Final = 0.02
-"""How long to leave users alone that another transaction has locked."""
+"""How long to leave users alone at first that another transaction has locked."""
+_LONGEST_LOCKED_SECONDS: Final = 5.0
+_LOCK_NOTED_SECONDS: Final = 3.0
+"""How long a lock may last before who waits is told."""
 
 log = get_logger("repair")
 
@@ -72,48 +80,53 @@ class LeftOut:
 
     Attributes:
         records: Their places in the batch.
-        ask_again: Users that have a record which cannot be compared with their fence.
+        request_again: Users that have a record which cannot be compared with their fence.
         keep: Of each truncate, by its place in the batch, the users that it does not remove.
     """
 
     records: frozenset[int] = frozenset()
-    ask_again: frozenset[str] = frozenset()
+    request_again: frozenset[str] = frozenset()
     keep: Mapping[int, frozenset[str]] = field(default_factory=dict)
 
 
 _NOTHING: Final = LeftOut()
 
 
-def left_out(batch: Batch, fences: Mapping[str, Reading]) -> LeftOut:
+def left_out(batch: Batch, fences: Mapping[str, Fence]) -> LeftOut:
     """Decide which records of a batch are left out.
 
     Args:
         batch: Records in the order of their partitions.
-        fences: The reading of each user that was repaired.
+        fences: The fence of each user that was repaired.
     """
     if not fences or (batch.first_truncate() is None and fences.keys().isdisjoint(batch.keys)):
         return _NOTHING
     records: set[int] = set()
-    ask_again: set[str] = set()
+    request_again: set[str] = set()
     keep: dict[int, frozenset[str]] = {}
     last: dict[str, Disposition] = {}
     for at, change in enumerate(batch.changes):
         if type(change) is not Change:
             continue
         if change.op is Op.TRUNCATE:
-            found = {key: disposition(reading, change.position) for key, reading in fences.items()}
+            # A truncate is no delete of one user: it spares those that were read after it, row or not.
+            found = {key: _of(fence._replace(has_row=True), change) for key, fence in fences.items()}
             keep[at] = frozenset(key for key, what in found.items() if what is not Disposition.APPLY)
-            ask_again.update(key for key, what in found.items() if what is Disposition.ASK_AGAIN)
-        elif (key := change.key) is not None and (reading := fences.get(key)) is not None:
+            request_again.update(key for key, what in found.items() if what is Disposition.REQUEST_AGAIN)
+        elif (key := change.key) is not None and (fence := fences.get(key)) is not None:
             # A tombstone has no place of its own: it belongs to the delete before it.
             is_of_delete = change.what == TOMBSTONE and key in last
-            what = last[key] if is_of_delete else disposition(reading, change.position)
+            what = last[key] if is_of_delete else _of(fence, change)
             last[key] = what
             if what is not Disposition.APPLY:
                 records.add(at)
-            if what is Disposition.ASK_AGAIN:
-                ask_again.add(key)
-    return LeftOut(frozenset(records), frozenset(ask_again), keep)
+            if what is Disposition.REQUEST_AGAIN:
+                request_again.add(key)
+    return LeftOut(frozenset(records), frozenset(request_again), keep)
+
+
+def _of(fence: Fence, change: Change) -> Disposition:
+    return disposition(fence, change.op, change.position, change.committed_ms)
 
 
 # Reading the source
@@ -124,11 +137,13 @@ class Claim:
 
     Attributes:
         requests: The token of each user.
-        applied: The place of the last record of a user that was applied since, None where the record tells none.
+        seen: The position of the newest record in the topic that the consumer had seen by then, of each partition.
+        applied: The position of the last record of a user that was applied since, None where the record has none.
     """
 
-    def __init__(self, requests: Mapping[str, str]) -> None:
+    def __init__(self, requests: Mapping[str, str], seen: Sequence[Position | None] = ()) -> None:
         self.requests = dict(requests)
+        self.seen = tuple(seen)
         self.applied: dict[str, Position | None] = {}
 
     def note(self, batch: Batch, left: LeftOut) -> None:
@@ -160,6 +175,14 @@ class RepairWork:
     rows: Mapping[str, User]
 
 
+def _as_ours(error: Exception) -> GhsyncError:
+    if isinstance(error, GhsyncError):
+        return error
+    return PermanentError(
+        f"A repair failed unexpectedly ({type(error).__name__}).", way_out="Read the consumer's log, and report it."
+    )
+
+
 class SourceReader:
     """Claims requests and reads the source, in a thread of its own.
 
@@ -167,7 +190,8 @@ class SourceReader:
         store: Not used by another thread.
         open_source: Opens MySQL, or raises what is in the way.
         users_a_second: How many users are read a second at most.
-        oldest: Returns the position of the oldest record in each partition of the topic, None where it tells none.
+        ends: Returns the position of the oldest and of the newest record in each partition of the topic, None where
+            the record has none.
     """
 
     def __init__(
@@ -175,12 +199,16 @@ class SourceReader:
         store: RepairStore,
         open_source: Callable[[], MySqlStore],
         users_a_second: float = float("inf"),
-        oldest: Callable[[], Sequence[Position | None]] = tuple,
+        ends: Callable[[], tuple[Sequence[Position | None], Mapping[int, Position | None]]] = lambda: ((), {}),
     ) -> None:
         self._store = store
         self._open_source = open_source
         self._users_a_second = users_a_second
-        self._oldest = oldest
+        self._ends = ends
+        self._seen: dict[int, Position | None] | None = None
+        """The position of the newest record of each partition, as far as this consumer has seen it; None before."""
+        self._locked: dict[str, tuple[float, float]] = {}
+        """Users that others have locked: until when to leave them alone, and since when they are."""
         self._next_drop = 0.0
         self._source: MySqlStore | None = None
         self._changed = threading.Condition()
@@ -192,8 +220,6 @@ class SourceReader:
         """Why this consumer, which has some of the partitions, carries nothing out."""
         self._claims: list[Claim] = []
         self._works: list[RepairWork] = []
-        self.failure: BaseException | None = None
-        """What ended the thread, and nobody foresaw."""
         self._problem = ""
         self._next_at = 0.0
         self._commands: dict[RepairStep, Callable[[int], None]] = {
@@ -222,8 +248,33 @@ class SourceReader:
                 if partitions and not self._is_owner
                 else ""
             )
-            self._claims, self._works = [], []
+            self._claims, self._works, self._seen = [], [], None
             self._changed.notify_all()
+
+    def saw(self, positions: Mapping[int, Position]) -> None:
+        """Note the position of the newest record of partitions, before anything of it is applied."""
+        with self._changed:
+            if self._seen is not None:
+                for partition, position in positions.items():
+                    self._note_seen(self._seen, partition, position)
+
+    def _note_seen(self, seen: dict[int, Position | None], partition: int, position: Position | None) -> None:
+        known = seen.get(partition)
+        # A consumer that is behind sees older ones.
+        if known is None or (position is not None and known.compare(position) != 1):
+            seen[partition] = position
+
+    def is_wanted(self) -> bool:
+        """Return whether this consumer has requests to carry out, and can.
+
+        Raises:
+            UnavailableError: The store is away.
+        """
+        if not self._is_owner or self._problem:
+            return False
+        now = time.monotonic()
+        locked = [key for key, (_, since) in list(self._locked.items()) if now - since > _LOCK_NOTED_SECONDS]
+        return bool(self._store.open_requests(1, leave_out=locked))
 
     @property
     def is_ready(self) -> bool:
@@ -256,6 +307,17 @@ class SourceReader:
 
     # For the thread that writes
 
+    def doubt(self, key: str) -> None:
+        """Note that the newest record of a user was refused: what was read of the user is to be read again."""
+        with self._changed:
+            for claim in self._claims:
+                if key in claim.requests:
+                    claim.applied[key] = None
+
+    def report(self, work: RepairWork, error: Exception) -> None:
+        """Report why work cannot be carried out; its requests stay open."""
+        self._report(_as_ours(error), work.claim)
+
     def note(self, batch: Batch, left: LeftOut) -> None:
         """Note what a batch is about to apply of users that are claimed."""
         with self._changed:
@@ -265,25 +327,21 @@ class SourceReader:
     # The thread itself
 
     def _run(self) -> None:
-        try:
-            delays = waits()
-            while not self._closing:
-                try:
-                    is_at_work = self._go_on()
-                except TransientError as error:
-                    self._report(error)
-                    self._wait(next(delays))
-                except PermanentError as error:
-                    self._report(error)
-                    self._wait(30 * _LOOK_SECONDS)
-                else:
-                    delays = waits()
-                    if not is_at_work:
-                        self._wait(_LOOK_SECONDS)
-        except BaseException as error:  # noqa: BLE001  the thread that consumes raises it
-            self.failure = error
-        finally:
-            self._close_source()
+        delays = waits()
+        while not self._closing:
+            try:
+                is_at_work = self._go_on()
+            except Exception as error:
+                if not isinstance(error, GhsyncError):
+                    log.exception("a repair failed unexpectedly; retrying")
+                ours = _as_ours(error)
+                self._report(ours, self._claimed)
+                self._wait(next(delays) if isinstance(ours, TransientError) else _PERMANENT_SECONDS)
+            else:
+                delays = waits()
+                if not is_at_work:
+                    self._wait(_LOOK_SECONDS)
+        self._close_source()
 
     def _go_on(self) -> bool:
         """Claim and read some users; tell whether there may be more."""
@@ -295,7 +353,7 @@ class SourceReader:
             if self._shared and (requests := self._store.open_requests(CHUNK)):
                 self._store.note_problem(requests, f"{self._shared}{WAY_OUT}{_ONE_CONSUMER}")
             return False
-        self._drop_fences()
+        self._look_at_ends()
         for step in READING_STEPS:
             self._commands[step](owner)
             if self._claimed is None:
@@ -303,22 +361,40 @@ class SourceReader:
                 return False
         return True
 
-    def _drop_fences(self) -> None:
-        """Drop now and then the fences that no record of the topic is from before."""
-        if time.monotonic() < self._next_drop:
+    def _look_at_ends(self) -> None:
+        """See once what the topic holds; drop now and then the fences that no record is from before."""
+        is_due = time.monotonic() >= self._next_drop and self._store.has_fences()
+        if self._seen is not None and not is_due:
             return
-        self._next_drop = time.monotonic() + _DROP_SECONDS
-        if self._store.has_fences() and (oldest := self._oldest()):
+        if self._seen is None and not self._store.is_any_open() and not is_due:
+            return
+        with self._changed:
+            # From here on nothing goes unseen.
+            seen = self._seen = {} if self._seen is None else self._seen
+        try:
+            oldest, newest = self._ends()
+        except BaseException:
+            with self._changed:
+                self._seen = None
+            raise
+        with self._changed:
+            for partition, position in newest.items():
+                self._note_seen(seen, partition, position)
+        if is_due and oldest:
+            self._next_drop = time.monotonic() + _DROP_SECONDS
             dropped = self._store.drop_fences(
-                lambda reading: all(reading.includes(position) is False for position in oldest)
+                lambda reading: all(reading.includes(position) is False for position in oldest), KEPT_SECONDS
             )
-            log.info("fences are dropped that the topic holds nothing from before", readings=dropped)
+            log.info("fences dropped", readings=dropped)
 
     def _claim(self, owner: int) -> None:
+        now = time.monotonic()
         with self._changed:
-            at_work = [key for claim in self._claims for key in claim.requests]
-        requests = self._store.open_requests(CHUNK, leave_out=at_work)
-        self._claimed = Claim(requests) if requests else None
+            leave_out = [key for claim in self._claims for key in claim.requests]
+            seen = list((self._seen or {}).values())
+        leave_out += [key for key, (until, _) in self._locked.items() if until > now]
+        requests = self._store.open_requests(CHUNK, leave_out=leave_out)
+        self._claimed = Claim(requests, seen) if requests else None
         if self._claimed is not None:
             with self._changed:
                 if owner == self._owner:
@@ -330,40 +406,61 @@ class SourceReader:
         self._keep_to_rate(len(claim.requests))
         try:
             works = list(self._read(claim))
+            for work in works:
+                self._refuse_stale(work)
         except BaseException:
             self._release(claim)
             raise
         if self._problem:
-            log.info("repairs go on")
+            log.info("repairs resumed")
             self._problem = ""
         with self._changed:
             if owner == self._owner:
                 at = next(at for at, known in enumerate(self._claims) if known is claim)
                 # What the stream applied meanwhile is noted on the whole claim.
                 for work in works:
-                    work.claim.applied |= {
-                        key: claim.applied[key] for key in work.claim.requests & claim.applied.keys()
-                    }
+                    noted = claim.applied.keys() & work.claim.requests.keys()
+                    work.claim.applied |= {key: claim.applied[key] for key in noted}
                 self._claims[at : at + 1] = [work.claim for work in works]
                 self._works += works
-        if len(works) == 0:
-            self._wait(_LOCKED_SECONDS)
+        self._leave_alone(claim.requests.keys() - {key for work in works for key in work.claim.requests})
 
     def _read(self, claim: Claim) -> Iterable[RepairWork]:
         """Read the users of a claim; those that others have locked are left out, by halves."""
         if self._source is None:
             self._source = self._open_source()
         parts = [sorted(claim.requests)]
-        while parts:
+        while parts and not self._closing:
             keys = parts.pop()
             found = self._source.read_locked(keys)
             if found is not None:
                 position = binlog_position(found.server_id, found.file, found.pos)
-                of_part = Claim({key: claim.requests[key] for key in keys})
-                yield RepairWork(of_part, Reading(uuid.uuid4().hex, position, found.gtids), found.rows)
+                reading = Reading(uuid.uuid4().hex, position, found.gtids, found.read_ms)
+                of_part = Claim({key: claim.requests[key] for key in keys}, claim.seen)
+                yield RepairWork(of_part, reading, found.rows)
             elif len(keys) > 1:
                 middle = len(keys) // 2
                 parts += [keys[middle:], keys[:middle]]
+
+    def _refuse_stale(self, work: RepairWork) -> None:
+        """See that the server is as far as the stream, and the one that the connector follows."""
+        if not is_current(work.reading, work.claim.seen):
+            raise UnavailableError(
+                f"MySQL's binlog ends at {work.reading.position.origin}, and that does not include the newest record "
+                "of the topic: MYSQL_URL names a server that is behind, or another one.",
+                way_out="Let MYSQL_URL name the server that the connector follows; a replica needs time, and GTIDs.",
+            )
+
+    def _leave_alone(self, locked: Collection[str]) -> None:
+        """Leave users alone for a while that others have locked, longer each time."""
+        now = time.monotonic()
+        waiting = {key: self._locked[key] for key in locked if key in self._locked}
+        self._locked = {key: entry for key, entry in self._locked.items() if entry[0] > now}
+        for key in locked:
+            since = waiting.get(key, (now, now))[1]
+            self._locked[key] = (now + min(max(now - since, _LOCKED_SECONDS), _LONGEST_LOCKED_SECONDS), since)
+        if old := [key for key in locked if now - self._locked[key][1] > _LOCK_NOTED_SECONDS]:
+            self._store.note_problem(old, "Another transaction in MySQL has the row locked, or alters the table.")
 
     def _release(self, claim: Claim) -> None:
         with self._changed:
@@ -379,17 +476,16 @@ class SourceReader:
         with self._changed:
             self._changed.wait_for(lambda: self._closing, timeout=seconds)
 
-    def _report(self, error: GhsyncError) -> None:
+    def _report(self, error: GhsyncError, claim: Claim | None) -> None:
         """Report what is in the way, once, in the log and to who waits."""
-        self._close_source()
         if self._closing:
             return
         if error.message != self._problem:
             self._problem = error.message
             log.warning("repairs wait; retrying", reason=error.message, way_out=error.way_out)
-        if self._claimed is not None:
+        if claim is not None:
             try:
-                self._store.note_problem(self._claimed.requests, str(error))
+                self._store.note_problem(claim.requests, str(error))
             except GhsyncError:
                 log.debug("the problem cannot be noted")
 
@@ -408,17 +504,13 @@ class Repaired:
 
     Attributes:
         outcomes: Users by outcome; those that stay open are left out.
-        users: The users that were carried out, but for those whose row was refused.
-        fenced: The users that have the reading as their fence now.
     """
 
     outcomes: Counter[Outcome] = field(default_factory=Counter)
-    users: list[str] = field(default_factory=list)
-    fenced: dict[str, Reading] = field(default_factory=dict)
 
 
 def carry_out(
-    store: RepairStore, work: RepairWork, fences: dict[str, Reading], resolve: Callable[[Iterable[str]], object]
+    store: RepairStore, work: RepairWork, fences: dict[str, Fence], resolve: Callable[[Iterable[str]], object]
 ) -> Repaired:
     """Carry out the writing steps for all users of a reading; users do not touch each other.
 
@@ -445,7 +537,7 @@ class _Writing:
         self,
         store: RepairStore,
         work: RepairWork,
-        fences: dict[str, Reading],
+        fences: dict[str, Fence],
         resolve: Callable[[Iterable[str]], object],
     ) -> None:
         self.repaired = Repaired()
@@ -462,6 +554,7 @@ class _Writing:
         self._stored: dict[str, StoredUser] = {}
         self._cures: dict[str, Cure] = {}
         self._refused: dict[str, str] = {}
+        self._before: dict[str, Fence | None] = {}
 
     def _overtaken(self, key: str) -> Overtaken:
         applied = self._work.claim.applied
@@ -471,9 +564,12 @@ class _Writing:
         self._stored = self._store.stored_users(self._keys)
 
     def _record_fence(self) -> None:
-        self._store.record_fence(self._requests(self._keys), self._work.reading)
-        self.repaired.fenced = dict.fromkeys(self._keys, self._work.reading)
-        self._fences |= self.repaired.fenced
+        rows, reading = self._work.rows, self._work.reading
+        # A user that was requested again meanwhile gets no fence, and so no write: it is claimed again.
+        fenced = self._store.record_fence(self._requests(self._keys), reading, rows)
+        self._keys = [key for key in self._keys if key in fenced]
+        self._before = {key: self._fences.get(key) for key in self._keys}
+        self._fences |= {key: Fence(reading, key in rows) for key in self._keys}
 
     def _write(self) -> None:
         rows = self._work.rows
@@ -488,17 +584,23 @@ class _Writing:
             self._refused = {key: f"{refused.kind}: {refused.text}" for key, refused in found.items()}
 
     def _record_outcome(self) -> None:
+        for key in self._refused:
+            # What was left out for the refused row is applied after all, as far as it can be.
+            if (before := self._before[key]) is None:
+                del self._fences[key]
+            else:
+                self._fences[key] = before
         by_outcome: dict[Outcome, list[str]] = {Outcome.OVERTAKEN: self._newer}
         for key, what in self._cures.items():
             by_outcome.setdefault(Outcome.REFUSED if key in self._refused else what.outcome, []).append(key)
-        self.repaired.users = [key for outcome, keys in by_outcome.items() if outcome.is_carried_out for key in keys]
-        self._resolve(self.repaired.users)
+        self._resolve([key for key in self._cures if key not in self._refused])
         for outcome, keys in by_outcome.items():
             if keys:
-                reading = None if outcome is Outcome.OVERTAKEN else self._work.reading
-                self._store.record_outcomes(self._requests(keys), outcome, reading)
+                fences = {} if outcome is Outcome.OVERTAKEN else {key: self._fences.get(key) for key in keys}
+                self._store.record_outcomes(self._requests(keys), outcome, fences)
                 self.repaired.outcomes[outcome] += len(keys)
         if self._refused:
+            log.warning("rows are refused by the collection", users=len(self._refused))
             self._store.record_reasons(self._refused)
 
     def _requests(self, keys: Iterable[str]) -> dict[str, str]:

@@ -33,6 +33,7 @@ _LONGEST_LOOK_SECONDS: Final = 2.0
 _ATTEMPTS: Final = 5
 _STILL_SECONDS: Final = 60.0
 """How long no user may be repaired before who waits gives up."""
+_NO_PROBLEM: Final = "No consumer has reported why; read the log of the group's consumer."
 IN_SYNC: Final = "in_sync"
 """What a dry run says of a user whose document is its row already."""
 
@@ -124,7 +125,7 @@ def repair(
     own_consumer: Callable[[], ChangeConsumer],
     *,
     stop: threading.Event,
-    progress: Callable[[RepairProgress], None] = lambda _: None,
+    progress: Callable[[int], None] = lambda _: None,
     still_seconds: float = _STILL_SECONDS,
 ) -> RepairReport:
     """Ask for users to be repaired, and wait until they are.
@@ -135,7 +136,7 @@ def repair(
         keys: Users.
         own_consumer: Makes a consumer, which joins the group where nobody is in it, and applies changes meanwhile.
         stop: Ends the waiting when set; the requests stay.
-        progress: Is told how far it is, every second or two.
+        progress: Is given how many users are done, every second or two.
         still_seconds: How long no user may be repaired before the waiting ends.
 
     Raises:
@@ -146,14 +147,15 @@ def repair(
         return RepairReport(0, {})
     token = repairs.request(keys)
     log.info("repairs are requested", users=len(keys))
-    waiting = _Waiting(kafka, repairs, token, own_consumer, stop, still_seconds)
+    waiting = _Waiting(kafka, repairs, (token, len(keys)), own_consumer, stop, still_seconds)
     found = waiting.until_done(progress)
+    still = len(keys) - found.done
     return RepairReport(
         asked=len(keys),
         outcomes={outcome.value: count for outcome, count in found.outcomes.items()},
-        open=found.open,
+        open=still,
         refused=repairs.refused_users(token, REFUSED_SHOWN) if found.outcomes.get(Outcome.REFUSED) else (),
-        problem=found.problem if found.open else "",
+        problem=(found.problem or _NO_PROBLEM) if still else "",
         by_itself=waiting.by_itself,
         seconds=round(time.monotonic() - started, 3),
     )
@@ -166,16 +168,16 @@ class _Waiting:
         self,
         kafka: KafkaSettings,
         repairs: RepairStore,
-        token: str,
+        request: tuple[str, int],
         own_consumer: Callable[[], ChangeConsumer],
         stop: threading.Event,
         still_seconds: float,
     ) -> None:
         self.by_itself = False
-        self._kafka, self._repairs, self._token = kafka, repairs, token
+        self._kafka, self._repairs, (self._token, self._asked) = kafka, repairs, request
         self._own_consumer, self._stop, self._still_seconds = own_consumer, stop, still_seconds
 
-    def until_done(self, progress: Callable[[RepairProgress], None]) -> RepairProgress:
+    def until_done(self, progress: Callable[[int], None]) -> RepairProgress:
         """Wait until no user is open, the stop is set, or nothing goes on any more."""
         still_seconds = self._kafka.session_timeout_seconds
         while self._members():
@@ -195,7 +197,7 @@ class _Waiting:
         return retrying("Asking who consumes", lambda: group_members(self._kafka), attempts=_ATTEMPTS)
 
     def _watch(
-        self, progress: Callable[[RepairProgress], None], still_seconds: float, check: Callable[[], None]
+        self, progress: Callable[[int], None], still_seconds: float, check: Callable[[], None]
     ) -> tuple[RepairProgress, bool]:
         """Look at the requests until they are done; tell whether that is so, or the stop was set.
 
@@ -205,11 +207,11 @@ class _Waiting:
         while True:
             check()
             found = self._repairs.progress(self._token)
-            progress(found)
-            if not found.open or self._stop.is_set():
+            progress(found.done)
+            if found.done >= self._asked or self._stop.is_set():
                 return found, True
-            if found.open != before:
-                moved, before = time.monotonic(), found.open
+            if found.done != before:
+                moved, before = time.monotonic(), found.done
             elif time.monotonic() - moved > still_seconds:
                 return found, False
             self._stop.wait(wait)
@@ -232,7 +234,7 @@ class _Waiting:
             if failures:
                 raise failures[0]
 
-        log.info("nobody consumes: a consumer of this command carries the requests out")
+        log.info("no consumer in the group; consuming here")
         thread = threading.Thread(target=run, name="cdc-own-consumer", daemon=True)
         thread.start()
         try:

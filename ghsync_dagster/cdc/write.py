@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.cdc.batch import Batch, Part
     from ghsync_dagster.cdc.listener import ChangeListener
     from ghsync_dagster.cdc.repair import RepairWork, SourceReader
-    from ghsync_dagster.domain.repair import Reading
+    from ghsync_dagster.domain.repair import Fence
     from ghsync_dagster.domain.user import RuleTest
     from ghsync_dagster.stores.mongo import UserStore
     from ghsync_dagster.stores.stream import Note
@@ -173,8 +173,9 @@ class Writer:
         self._to_ask: dict[int, int] = {}
         self._to_repair: set[str] = set()
         """Users that are to be asked for again, since a command that wrote them may come late."""
-        self._fences: dict[str, Reading] | None = None
+        self._fences: dict[str, Fence] | None = None
         """The fence of each user that was repaired; None until they are read."""
+        self._assignments = 0
         self._asked_again: dict[int, Note] = {}
         self._went_back: dict[int, Note] = {}
         self._next_look = 0.0
@@ -209,7 +210,7 @@ class Writer:
     def forget_fences(self) -> None:
         """Have the fences read again: another consumer may have repaired users of partitions that came."""
         with self._changed:
-            self._fences = None
+            self._fences, self._assignments = None, self._assignments + 1
 
     @property
     def has_written(self) -> bool:
@@ -317,34 +318,43 @@ class Writer:
                     self._changed.notify_all()
 
     def _repair(self, work: RepairWork) -> None:
-        """Carry out what was read of the source. Where that cannot be done, the users are asked for again later."""
+        """Carry out what was read of the source. Where that cannot be done, its requests stay open."""
         from ghsync_dagster.cdc.repair import carry_out
 
+        assert self._reader is not None  # noqa: S101  it has read the work
         self._store.unsure = False
         try:
             repaired = carry_out(self._store, work, self._known_fences(), self._letters.resolve_repaired)
-        except TransientError as error:
+        except _StoppedError:
+            raise
+        except Exception as error:
             self._listener.retried(type(error).__name__)
-            self._listener.connection(MONGO, up=False)
-            self._said.goes_on(error)
-            # The stream meets the same fault, or it is over.
+            if isinstance(error, TransientError):
+                self._listener.connection(MONGO, up=False)
+            elif not isinstance(error, GhsyncError):
+                log.exception("a repair failed unexpectedly; retrying")
+            self._reader.report(work, error)
             self._stopped.wait(_NOTE_SECONDS)
         else:
-            self._said.is_over()
             for outcome, count in repaired.outcomes.items():
                 self._listener.repaired(outcome.value, count)
         finally:
             if self._store.unsure:
                 self._to_repair |= work.claim.requests.keys()
                 self._leave_notes_soon({})
-            if self._reader is not None:
-                self._reader.finished(work)
+            self._reader.finished(work)
 
-    def _known_fences(self) -> dict[str, Reading]:
-        fences = self._fences
-        if fences is None:
-            fences = self._fences = self._store.fences()
-        return fences
+    def _known_fences(self) -> dict[str, Fence]:
+        while True:
+            with self._changed:
+                fences, epoch = self._fences, self._assignments
+            if fences is not None:
+                return fences
+            found = self._store.fences()
+            with self._changed:
+                # Partitions that came meanwhile may bring users that another consumer has repaired since.
+                if epoch == self._assignments:
+                    self._fences = found
 
     def _given_up(self, batch: Batch, *, unsure: bool) -> None:
         """Have what was not committed applied again, where a command of it may come late."""
@@ -471,8 +481,8 @@ class Writer:
                 self._redo(written, part, key)
             if self._rules:
                 self._count_broken_rules(written, part)
-        if left.ask_again:
-            self._store.request(left.ask_again)
+        if left.request_again:
+            self._store.request_again(left.request_again)
         written.seconds = time.monotonic() - started
         written.acknowledged_ms = time.time_ns() // 1_000_000
         if operations:
@@ -493,6 +503,8 @@ class Writer:
         for message, change in written.batch.history(part, key):
             refused = apply(self._store, Segment(truncate=False, changes={key: change})).refused
             if key in refused:
+                if self._reader is not None:
+                    self._reader.doubt(key)
                 written.letters.append(dead_letter(message, *refused[key]))
                 written.refused[change.what] += 1
             else:

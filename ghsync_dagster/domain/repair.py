@@ -1,4 +1,4 @@
-"""Repair of single users: the source is asked again, beside the live stream and beside loads.
+"""Repair of single users: the source is read again for them, alongside the live stream and loads.
 
 Belongs here: the order of the steps, as data that the code executes and a test enumerates, and the pure decisions
 between them. Not here: how a step is written to a server, who asks for a repair, or when the owner carries it out.
@@ -12,9 +12,12 @@ The owner of a user's partition carries a request out, between two batches. It s
   holds its locks until then. So no record of an asked key lies before the reading's position and is not part of the
   rows, and none lies after it and is. The position alone, without the locks, does not tell: the server shows
   positions of transactions whose rows nobody sees yet.
+- **A reading is current.** It includes the newest record that the owner has seen in the topic. A server that is behind
+  the stream, or is another one, is not believed.
 - **The fence.** The reading's position is stored before the row is written. From then on no record of the user from
   before it is applied again, whatever is delivered again. A record that cannot be compared with the position is left
-  out too, and the user is asked for again.
+  out too, and the user is requested again. If the source had no row, deletes are applied all the same: they record
+  that no file may bring the user back.
 - **The request stays open** until the row is written. A repair that dies anywhere is repeated with a newer reading. A
   command that is in doubt makes its request open again.
 
@@ -25,7 +28,7 @@ from __future__ import annotations
 
 from enum import Enum, StrEnum
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
@@ -75,21 +78,30 @@ class Reading(NamedTuple):
         id: Names the reading.
         position: The end of the binlog while the keys were locked; its ``server`` is the one that was read.
         gtids: The GTIDs that the server had executed then, in its own form; empty where it has none.
+        read_ms: The server's clock then, in milliseconds since 1970 UTC; None where unknown.
     """
 
     id: str
     position: Position
     gtids: str = ""
+    read_ms: int | None = None
 
-    def includes(self, position: Position | None) -> bool | None:
-        """Tell whether a record is part of what was read; None where that is not certain.
+    def includes(self, position: Position | None, committed_ms: int | None = None) -> bool | None:
+        """Return whether a record is part of what was read; None where that is not certain.
 
-        Places count on one server only. GTIDs count on all, but MySQL adds a GTID to the executed ones a moment after
-        the rows can be seen. So a GTID that is there is proof; one that is missing needs the place to agree.
+        Positions count on one server only. GTIDs count on all, but MySQL adds a GTID to the executed ones a moment
+        after the rows can be seen. So a GTID that is there is proof; one that is missing needs the position to agree.
+        A record that was committed later than the reading is never part of it: its position is of another binlog.
 
         Args:
-            position: The record's own; None where it tells none.
+            position: The record's own; None where it has none.
+            committed_ms: When the record was committed, likewise.
         """
+        included = self._includes(position)
+        is_later = None not in (committed_ms, self.read_ms) and (committed_ms or 0) > (self.read_ms or 0) + _SKEW_MS
+        return None if included and is_later else included
+
+    def _includes(self, position: Position | None) -> bool | None:
         if position is None:
             return None
         order = msgspec.structs.replace(position, gtid=None).compare(self.position)
@@ -100,10 +112,36 @@ class Reading(NamedTuple):
         return True if by_gtid and by_place is None else None
 
 
+_SKEW_MS: Final = 5_000
+"""How far the clocks of two servers may differ."""
+
+
 @lru_cache(maxsize=256)
 def _gtid_set(text: str) -> GtidSet:
     # Many users share a reading.
     return GtidSet.parse(text)
+
+
+def is_current(reading: Reading, seen: Iterable[Position | None]) -> bool:
+    """Return whether a reading includes what the stream has seen already.
+
+    Args:
+        reading: What was read.
+        seen: The position of the newest record of each partition, None where it has none.
+    """
+    return all(reading.includes(position) is True for position in seen if position is not None)
+
+
+class Fence(NamedTuple):
+    """What stands between a repaired user and older records.
+
+    Attributes:
+        reading: Where the user was read.
+        has_row: Whether the source had a row then.
+    """
+
+    reading: Reading
+    has_row: bool
 
 
 class Disposition(Enum):
@@ -115,21 +153,23 @@ class Disposition(Enum):
     LEAVE_OUT = "leave out"
     """What was read includes it."""
 
-    ASK_AGAIN = "ask again"
-    """It cannot be compared with the reading: it is left out, and the source is asked again for its user."""
+    REQUEST_AGAIN = "request again"
+    """It cannot be compared with the reading: it is left out, and its user is requested again."""
 
 
-def disposition(reading: Reading, position: Position | None) -> Disposition:
+def disposition(fence: Fence, op: Op, position: Position | None, committed_ms: int | None = None) -> Disposition:
     """Decide what becomes of a record of a repaired user.
 
     Args:
-        reading: The user's newest reading.
-        position: The record's own; None where it tells none.
+        fence: The user's own.
+        op: What the record does.
+        position: The record's own; None where it has none.
+        committed_ms: When it was committed, likewise.
     """
-    included = reading.includes(position)
-    if included is None:
-        return Disposition.ASK_AGAIN
-    return Disposition.LEAVE_OUT if included else Disposition.APPLY
+    included = fence.reading.includes(position, committed_ms)
+    if included is False or (op is Op.DELETE and not fence.has_row):
+        return Disposition.APPLY
+    return Disposition.LEAVE_OUT if included else Disposition.REQUEST_AGAIN
 
 
 class Overtaken(Enum):

@@ -89,8 +89,8 @@ _CREDENTIALS: Final = frozenset(
 _NOT_THERE: Final = frozenset({ER.BAD_DB_ERROR, ER.NO_SUCH_TABLE, ER.BAD_FIELD_ERROR})
 
 
-_LOCKED: Final = frozenset({ER.LOCK_WAIT_TIMEOUT, 3572})
-"""MariaDB and MySQL: a lock that is not waited for is another transaction's."""
+_LOCK_NOWAIT: Final = 3572
+"""MySQL: a row lock that is not waited for is another transaction's. MariaDB gives LOCK_WAIT_TIMEOUT for it."""
 _ALTERED_SECONDS: Final = 2
 """How long to wait for a table that is being altered."""
 
@@ -104,6 +104,7 @@ class LockedRows(NamedTuple):
         file: The binlog file that it writes.
         pos: Where that file ended.
         gtids: The GTIDs in the binlog, in the server's own form; empty where it has none.
+        read_ms: The server's clock, in milliseconds since 1970 UTC.
     """
 
     rows: dict[str, Row]
@@ -111,22 +112,26 @@ class LockedRows(NamedTuple):
     file: str
     pos: int
     gtids: str
+    read_ms: int
 
 
 class _Dialect(NamedTuple):
     """What MariaDB and the MySQLs say differently."""
 
     locking: str
+    locked: int
     binlog_end: str
     gtids: str
 
     @classmethod
     def of(cls, version: str) -> _Dialect:
         if "mariadb" in version.lower():
-            return cls("LOCK IN SHARE MODE NOWAIT", "SHOW MASTER STATUS", "@@GLOBAL.gtid_binlog_pos")
+            return cls(
+                "LOCK IN SHARE MODE NOWAIT", ER.LOCK_WAIT_TIMEOUT, "SHOW MASTER STATUS", "@@GLOBAL.gtid_binlog_pos"
+            )
         major, minor = (int(number) for number in re.findall(r"\d+", version)[:2])
         end = "SHOW BINARY LOG STATUS" if (major, minor) >= (8, 2) else "SHOW MASTER STATUS"
-        return cls("FOR SHARE NOWAIT", end, "@@GLOBAL.gtid_executed")
+        return cls("FOR SHARE NOWAIT", _LOCK_NOWAIT, end, "@@GLOBAL.gtid_executed")
 
 
 @contextmanager
@@ -294,6 +299,8 @@ class MySqlStore:
         self._timeout = timeout_seconds
         self._connection: Connection[Cursor] | None = None
         self._dialect: _Dialect | None = None
+        self._has_locks = False
+        """Whether this connection was seen to lock rows by their key."""
 
     def __enter__(self) -> MySqlStore:
         return self
@@ -304,6 +311,7 @@ class MySqlStore:
     def close(self) -> None:
         """Close the connection, if there is one."""
         connection, self._connection = self._connection, None
+        self._has_locks = False
         if connection is not None:
             with suppress(pymysql.MySQLError):
                 connection.close()
@@ -425,14 +433,15 @@ class MySqlStore:
             keys: Few, so that the locks are short; what MySQL cannot hold as a key has no row.
 
         Returns:
-            What was read; None where another transaction has one of the keys locked.
+            What was read; None where another transaction has one of the keys locked, with MariaDB also the table.
 
         Raises:
-            ConfigError: The server writes no binlog.
-            UnavailableError: The server went away, or the table is being altered.
+            ConfigError: The server writes no binlog, or the table's engine or key gives no such locks.
+            UnavailableError: The server went away, or MySQL's table is being altered.
             RefusedError: The account may not read the table, or the end of the binlog.
         """
         dialect = self._dialect_of_server()
+        self._require_locks()
         wanted = sorted(int(key) for key in keys if is_key(key))
         # An index that is forced: a scan would lock every row that it passes.
         query = f"SELECT {_COLUMNS} FROM {self.table} FORCE INDEX (PRIMARY) WHERE `user_id` IN %s {dialect.locking}"  # noqa: S608  only names
@@ -443,7 +452,7 @@ class MySqlStore:
                 "START TRANSACTION",
                 cursor.mogrify(query, (wanted or (0,),)),
                 dialect.binlog_end,
-                f"SELECT @@server_id, {dialect.gtids}",
+                f"SELECT @@server_id, {dialect.gtids}, ROUND(UNIX_TIMESTAMP(NOW(6)) * 1000)",
                 "COMMIT",
             ]
             try:
@@ -454,17 +463,34 @@ class MySqlStore:
             except pymysql.MySQLError as error:
                 with suppress(pymysql.MySQLError):
                     cursor.execute("ROLLBACK")
-                if error.args and error.args[0] in _LOCKED:
+                if error.args and error.args[0] == dialect.locked:
                     return None
                 raise
-        rows, end, [(server_id, gtids)] = answers[3:6]
+        rows, end, [(server_id, gtids, read_ms)] = answers[3:6]
         if not end:
             raise ConfigError(
                 f"{self.address} writes no binlog, so its rows cannot be put in order with the changes.",
                 way_out="Let MYSQL_URL name the server that the connector follows.",
             )
         file, pos = str(end[0][0]), int(end[0][1])
-        return LockedRows({str(found[0]): _row(found) for found in rows}, int(server_id), file, pos, str(gtids or ""))
+        by_key = {str(found[0]): _row(found) for found in rows}
+        return LockedRows(by_key, int(server_id), file, pos, str(gtids or ""), int(read_ms))
+
+    def _require_locks(self) -> None:
+        """See once a connection that the table's rows can be locked by their key."""
+        if self._has_locks:
+            return
+        source = self.source()
+        key = (source.keys or {}).get("PRIMARY")
+        column = next((column for column in source.columns if column.name == "user_id"), None)
+        is_signed = column is not None and column.type == "bigint" and "unsigned" not in column.whole_type
+        if source.engine != "InnoDB" or key != ("user_id",) or not is_signed:
+            raise ConfigError(
+                f"{source.name} has engine {source.engine or 'none'} and primary key {key or 'none'}: its rows cannot "
+                "be locked by user_id, so they cannot be put in order with the changes.",
+                way_out="Make it an InnoDB table with user_id BIGINT as its primary key; see docs/cdc.md.",
+            )
+        self._has_locks = True
 
     def execute(self, statements: Sequence[Statement]) -> int:
         """Run statements in one transaction, sent as one request; return how many rows they touched.

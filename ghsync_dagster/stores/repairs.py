@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from datetime import UTC, datetime
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pymongo import UpdateOne
 
 from ghsync_dagster.domain.change import Position
-from ghsync_dagster.domain.repair import Outcome, Reading, StoredUser
+from ghsync_dagster.domain.repair import Fence, Outcome, Reading, StoredUser
 from ghsync_dagster.domain.user import MARKER_FIELD
 from ghsync_dagster.stores.mongo import CHUNK, chunks, mongo_errors
-from ghsync_dagster.stores.stream import StreamStore
+from ghsync_dagster.stores.stream import StreamStore, limited
 
 if TYPE_CHECKING:
     from ghsync_dagster.stores.mongo import Document, UserStore
@@ -31,24 +31,24 @@ _ASKED_KEPT: Final = 20
 """How many of the requests for a user, of which each had others before it, are told what became of it."""
 _READINGS: Final = 100
 _TEXT: Final = 300
+_LIST_SECONDS: Final = 60.0
+"""How long a command may take that is about very many users."""
 
 
 class RepairProgress(NamedTuple):
     """How far the users of one request are.
 
     Attributes:
-        open: Users that are still to be repaired.
         outcomes: Users by what their repair came to.
         problem: Why the owner of some users cannot carry their requests out now; empty where nothing is known.
     """
 
-    open: int
     outcomes: Mapping[Outcome, int]
     problem: str = ""
 
     @property
     def done(self) -> int:
-        """Users that are no longer open."""
+        """Users that are repaired, or whose row the database refuses."""
         return sum(self.outcomes.values())
 
 
@@ -73,7 +73,7 @@ class RepairStore(StreamStore):
     """
 
     def __init__(self, store: UserStore, *, may_write: Callable[[], float] | None = None) -> None:
-        super().__init__(store) if may_write is None else super().__init__(store, may_write=may_write)
+        super().__init__(store, **({} if may_write is None else {"may_write": may_write}))
         beside = store.deleted.name.removesuffix("deleted")
         self._repairs = store.database[f"{beside}repairs"]
         self._readings = store.database[f"{beside}readings"]
@@ -81,25 +81,30 @@ class RepairStore(StreamStore):
     # Asking, which anybody may do
 
     def request(self, keys: Iterable[str]) -> str:
-        """Ask for users to be repaired; return the token that names this request. A user may be asked for again."""
+        """Request repairs of users; return the token that names this request. A user may be requested again."""
         token = uuid.uuid4().hex
+        self._request(keys, token, {"$push": {"asked": {"$each": [token], "$slice": -_ASKED_KEPT}}})
+        return token
+
+    def request_again(self, keys: Iterable[str]) -> None:
+        """Have users repaired once more, on behalf of nobody who waits."""
+        self._request(keys, uuid.uuid4().hex, {})
+
+    def request_fenced(self, keys: Iterable[str]) -> None:
+        """Request those of ``keys`` again that were repaired before."""
+        if fenced := [key for part in chunks(keys) for key in self._fenced_among(part)]:
+            self.request_again(fenced)
+
+    def _request(self, keys: Iterable[str], token: str, more: Document) -> None:
         update = {
             "$set": {"state": _REQUESTED, "token": token, "requested_at": datetime.now(UTC)},
             "$unset": {"problem": ""},
-            "$push": {"asked": {"$each": [token], "$slice": -_ASKED_KEPT}},
+            **more,
         }
-        with mongo_errors("Requesting repairs"):
+        with limited("Requesting repairs", _LIST_SECONDS):
             self._repairs.create_index("state")
             for part in chunks(keys):
                 self._repairs.bulk_write([UpdateOne({"_id": key}, update, upsert=True) for key in part], ordered=False)
-        return token
-
-    def request_fenced(self, keys: Iterable[str]) -> int:
-        """Ask again for those of ``keys`` that were repaired before; return how many they are."""
-        fenced = [key for part in chunks(keys) for key in self._fenced_among(part)]
-        if fenced:
-            self.request(fenced)
-        return len(fenced)
 
     def _fenced_among(self, keys: list[str]) -> list[str]:
         with mongo_errors("Reading fences"):
@@ -108,29 +113,21 @@ class RepairStore(StreamStore):
 
     def progress(self, token: str) -> RepairProgress:
         """Return how far the users of a request are."""
+        group = {
+            "_id": {"state": "$state", "outcome": "$outcome"},
+            "users": {"$sum": 1},
+            "problem": {"$max": "$problem"},
+        }
+        outcomes: Counter[Outcome] = Counter()
+        problem = ""
         with mongo_errors("Reading repairs"):
-            outcomes: Counter[Outcome] = Counter()
-            is_open, problem = 0, ""
             # A long list of users is counted by the server.
-            groups = self._repairs.aggregate(
-                [
-                    {"$match": {"asked": token}},
-                    {
-                        "$group": {
-                            "_id": {"state": "$state", "outcome": "$outcome"},
-                            "users": {"$sum": 1},
-                            "problem": {"$max": "$problem"},
-                        }
-                    },
-                ]
-            )
-            for group in groups:
-                if group["_id"].get("state") == _DONE:
-                    outcomes[Outcome(group["_id"]["outcome"])] += group["users"]
+            for found in self._repairs.aggregate([{"$match": {"asked": token}}, {"$group": group}]):
+                if found["_id"].get("state") == _DONE:
+                    outcomes[Outcome(found["_id"]["outcome"])] += found["users"]
                 else:
-                    is_open += group["users"]
-                    problem = group.get("problem") or problem
-        return RepairProgress(is_open, outcomes, problem)
+                    problem = found.get("problem") or problem
+        return RepairProgress(outcomes, problem)
 
     def is_any_open(self) -> bool:
         """Tell whether any user is still to be repaired."""
@@ -175,41 +172,63 @@ class RepairStore(StreamStore):
                 found[key] = StoredUser(key in documents, documents.get(key, False), key in versioned, key in deleted)
         return found
 
-    def record_fence(self, requests: Mapping[str, str], reading: Reading) -> None:
-        """Let users have the fence of a reading, where their request is still open with its token."""
+    def record_fence(self, requests: Mapping[str, str], reading: Reading, rows: Container[str]) -> set[str]:
+        """Let users have the fence of a reading, where their request is still open with its token.
+
+        Args:
+            requests: The token of each user.
+            reading: What was read.
+            rows: The users that have a row.
+
+        Returns:
+            The users that have the fence now.
+        """
         position = reading.position
         fields = {
             "server": position.server,
             "file": position.file,
             "pos": position.pos,
             "gtids": reading.gtids,
+            "read_ms": reading.read_ms,
             "at": datetime.now(UTC),
         }
         with self._command("Recording fences"):
             self._readings.update_one({"_id": reading.id}, {"$set": fields}, upsert=True)
-        for token, keys in _by_token(requests):
-            with self._command("Recording fences"):
-                self._repairs.update_many(
-                    {"_id": {"$in": keys}, "token": token, "state": _REQUESTED}, {"$set": {"reading": reading.id}}
-                )
+        for has_row in (True, False):
+            of_kind = {key: token for key, token in requests.items() if (key in rows) == has_row}
+            for token, keys in _by_token(of_kind):
+                with self._command("Recording fences"):
+                    self._repairs.update_many(
+                        {"_id": {"$in": keys}, "token": token, "state": _REQUESTED},
+                        {"$set": {"reading": reading.id, "has_row": has_row}},
+                    )
+        with self._command("Reading fences"):
+            found = self._repairs.find({"_id": {"$in": list(requests)}}, {"reading": 1})
+            return {entry["_id"] for entry in found if entry.get("reading") == reading.id}
 
-    def record_outcomes(self, requests: Mapping[str, str], outcome: Outcome, reading: Reading | None) -> None:
+    def record_outcomes(
+        self, requests: Mapping[str, str], outcome: Outcome, fences: Mapping[str, Fence | None]
+    ) -> None:
         """Close requests, where their token is still the same.
 
         Args:
             requests: The token of each user.
             outcome: What the repairs came to.
-            reading: The fence of the users, as ``record_fence`` recorded it; None where they got none.
+            fences: What fence a user has from now on: an earlier owner's command may have come late in between. None
+                takes it away. A user that is not there keeps its own.
         """
-        fields: Document = {"state": _DONE, "outcome": outcome.value, "at": datetime.now(UTC)}
-        if reading is not None:
-            # Once more: a command of an earlier owner may have come late in between.
-            fields["reading"] = reading.id
+        closed: Document = {"state": _DONE, "outcome": outcome.value, "at": datetime.now(UTC)}
         for token, keys in _by_token(requests):
+            writes = []
+            for key in keys:
+                update: Document = {"$set": dict(closed), "$unset": {"text": "", "problem": ""}}
+                if (fence := fences.get(key)) is not None:
+                    update["$set"] |= {"reading": fence.reading.id, "has_row": fence.has_row}
+                elif key in fences:
+                    update["$unset"] |= {"reading": "", "has_row": ""}
+                writes.append(UpdateOne({"_id": key, "token": token}, update))
             with self._command("Recording outcomes"):
-                self._repairs.update_many(
-                    {"_id": {"$in": keys}, "token": token}, {"$set": fields, "$unset": {"text": "", "problem": ""}}
-                )
+                self._repairs.bulk_write(writes, ordered=False)
 
     def record_reasons(self, reasons: Mapping[str, str]) -> None:
         """Add to closed requests why the database refused their users."""
@@ -219,31 +238,39 @@ class RepairStore(StreamStore):
                     [UpdateOne({"_id": key}, {"$set": {"text": why[:_TEXT]}}) for key, why in part], ordered=False
                 )
 
-    def fences(self) -> dict[str, Reading]:
+    def fences(self) -> dict[str, Fence]:
         """Return the fence of each user that has one."""
-        with mongo_errors("Reading fences"):
+        with limited("Reading fences", _LIST_SECONDS):
             readings = {found["_id"]: _reading(found) for found in self._readings.find({})}
             if not readings:
                 return {}
-            cursor = self._repairs.find({}, {"reading": 1}, batch_size=CHUNK)
-            return {entry["_id"]: readings[name] for entry in cursor if (name := entry.get("reading")) in readings}
+            cursor = self._repairs.find({}, {"reading": 1, "has_row": 1}, batch_size=CHUNK)
+            return {
+                entry["_id"]: Fence(readings[name], entry.get("has_row", True))
+                for entry in cursor
+                if (name := entry.get("reading")) in readings
+            }
 
     def has_fences(self) -> bool:
         """Tell whether there is any fence."""
         with mongo_errors("Reading fences"):
             return self._readings.find_one({}, {"_id": 1}) is not None
 
-    def drop_fences(self, is_over: Callable[[Reading], bool]) -> int:
+    def drop_fences(self, is_over: Callable[[Reading], bool], kept_seconds: float) -> int:
         """Drop readings that nothing needs any more, with the closed requests that refer to them.
 
         Args:
-            is_over: Tells of a reading whether no record from before it can come any more.
+            is_over: Says of a reading whether no record from before it can come any more.
+            kept_seconds: How old a reading must be.
 
         Returns:
             How many readings were dropped.
         """
+        # Who waits for an outcome has read it by then.
+        before = datetime.now(UTC) - timedelta(seconds=kept_seconds)
         with mongo_errors("Dropping fences"):
-            over = [reading.id for found in self._readings.find({}) if is_over(reading := _reading(found))]
+            old = self._readings.find({"at": {"$lt": before}})
+            over = [reading.id for found in old if is_over(reading := _reading(found))]
             for part in chunks(over, _READINGS):
                 self._repairs.delete_many({"reading": {"$in": part}, "state": _DONE})
                 self._readings.delete_many({"_id": {"$in": part}})
@@ -262,4 +289,4 @@ def _by_token(requests: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:
 
 def _reading(found: Mapping[str, Any]) -> Reading:
     position = Position(found["file"], found["pos"], 0, found["server"])
-    return Reading(found["_id"], position, found["gtids"])
+    return Reading(found["_id"], position, found["gtids"], found.get("read_ms"))

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
 from collections.abc import Collection as Collected
 from contextlib import contextmanager, suppress
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import pymongo
@@ -130,7 +131,7 @@ class Truncated(NamedTuple):
 
 
 @contextmanager
-def _limited(what: str, seconds: float) -> Iterator[None]:
+def limited(what: str, seconds: float) -> Iterator[None]:
     """Give commands so much time, and translate their failures."""
     with mongo_errors(what):
         try:
@@ -175,7 +176,7 @@ class StreamStore:
         seconds = self._may_write()
         deadline = clock.now() + seconds
         try:
-            with _limited(what, seconds):
+            with limited(what, seconds):
                 yield
         except UnavailableError:
             self.unsure = True
@@ -212,20 +213,20 @@ class StreamStore:
 
     def ask_again(self, names: Mapping[str, int]) -> None:
         """Ask whoever has a partition, by name, to go back to an offset; of several askings the earliest counts."""
-        with _limited("Asking for changes again", _ASIDE_SECONDS):
+        with limited("Asking for changes again", _ASIDE_SECONDS):
             for name, offset in names.items():
                 asking = {"$min": {"offset": offset}, "$set": {"asking": uuid.uuid4().hex}}
                 self._again.update_one({"_id": name}, asking, upsert=True)
 
     def asked_again(self, names: Sequence[str]) -> dict[str, Note]:
         """Return where partitions are to go back to, by name."""
-        with _limited("Reading what is asked again", _ASIDE_SECONDS):
+        with limited("Reading what is asked again", _ASIDE_SECONDS):
             found = self._again.find({"_id": {"$in": list(names)}})
             return {asked["_id"]: Note(asked["offset"], asked.get("asking")) for asked in found}
 
     def went_back(self, name: str, note: Note) -> None:
         """Forget that a partition is to go back, unless somebody asked for it again meanwhile."""
-        with _limited("Forgetting what was asked again", _ASIDE_SECONDS):
+        with limited("Forgetting what was asked again", _ASIDE_SECONDS):
             # None stands for a note that does not tell.
             self._again.delete_one({"_id": name, "offset": note.offset, "asking": note.asking})
 
@@ -233,12 +234,12 @@ class StreamStore:
         """Keep the place of a truncate in a topic of several partitions, in place of the one before."""
         stops = {str(partition): stop for partition, stop in truncated.stops.items()}
         fields = {"partition": truncated.partition, "offset": truncated.offset, "stops": stops}
-        with _limited("Keeping a truncate's place", _ASIDE_SECONDS):
+        with limited("Keeping a truncate's place", _ASIDE_SECONDS):
             self._truncates.replace_one({"_id": name}, fields, upsert=True)
 
     def last_truncate(self, name: str) -> Truncated | None:
         """Return the place of the last truncate that was kept."""
-        with _limited("Reading a truncate's place", _ASIDE_SECONDS):
+        with limited("Reading a truncate's place", _ASIDE_SECONDS):
             found = self._truncates.find_one({"_id": name})
         if found is None:
             return None
@@ -247,7 +248,7 @@ class StreamStore:
 
     def topic_of(self, name: str) -> KeptTopic | None:
         """Return the topic that a group, by name, consumes; None where none is kept."""
-        with _limited("Reading a group's topic", _ASIDE_SECONDS):
+        with limited("Reading a group's topic", _ASIDE_SECONDS):
             found = self._topics.find_one({"_id": name})
         if found is None:
             return None
@@ -257,19 +258,19 @@ class StreamStore:
         """Keep the id of the topic that a group consumes, unless there is one; return what is kept."""
         known = self.topic_of(name)
         if known is None:
-            with _limited("Keeping a group's topic", _ASIDE_SECONDS), suppress(DuplicateKeyError):
+            with limited("Keeping a group's topic", _ASIDE_SECONDS), suppress(DuplicateKeyError):
                 self._topics.insert_one({"_id": name, "topic_id": topic_id})
             known = self.topic_of(name)
         return known or KeptTopic(topic_id, frozenset())
 
     def keep_places(self, name: str, partitions: Iterable[int]) -> None:
         """Keep that a group, whose topic is kept, has a place in these partitions."""
-        with _limited("Keeping a group's topic", _ASIDE_SECONDS):
+        with limited("Keeping a group's topic", _ASIDE_SECONDS):
             self._topics.update_one({"_id": name}, {"$set": {f"placed.{partition}": True for partition in partitions}})
 
     def keep_partitions(self, name: str, number: int) -> None:
         """Keep how many partitions a group, whose topic is kept, consumes."""
-        with _limited("Keeping a group's topic", _ASIDE_SECONDS):
+        with limited("Keeping a group's topic", _ASIDE_SECONDS):
             self._topics.update_one({"_id": name}, {"$max": {"partitions": number}})
 
     def _drop(self, collection: Collection[Document], keys: Collected[str], what: str) -> set[str]:
@@ -417,14 +418,19 @@ class StreamStore:
 
     def _all(self, collection: Collection[Document], field: str, keep: Set[str]) -> Iterator[list[Document]]:
         """Yield what a collection holds until a look from the beginning finds nothing but what is kept."""
-        while True:
-            with self._command(f"Reading {collection.name}"):
-                # Of what is kept, as many may stand before the first that goes.
-                read = list(collection.find({}, {field: 1}).limit(CHUNK + len(keep)))
-            found = [entry for entry in read if not isinstance(name := entry.get(field), str) or name not in keep]
-            if not found:
-                return
-            yield found
+        is_found = True
+        while is_found:
+            is_found = False
+            cursor = collection.find({}, {field: 1}, batch_size=CHUNK)
+            while True:
+                with self._command(f"Reading {collection.name}"):
+                    read = list(islice(cursor, CHUNK))
+                if not read:
+                    break
+                found = [entry for entry in read if not isinstance(name := entry.get(field), str) or name not in keep]
+                if found:
+                    is_found = True
+                    yield found
 
 
 def _upsert(key: str, user: dict[str, str | None]) -> ReplaceOne[Document] | UpdateOne:

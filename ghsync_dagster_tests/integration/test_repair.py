@@ -10,6 +10,8 @@ from cdc_parts import Parts, Topic, make_strict, stored, until, user
 from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient
 
+from ghsync_dagster.cdc import consume
+from ghsync_dagster.cdc import repair as cdc_repair
 from ghsync_dagster.cdc.repair_requests import RepairReport, Selection, plan, refuse_too_many, repair, select
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
 from ghsync_dagster.domain.repair import Outcome
@@ -156,18 +158,118 @@ def test_a_record_from_after_the_reading_is_applied(bench: _Bench) -> None:
     assert bench.login(1) is None
 
 
-def test_a_record_of_another_server_is_not_applied_but_asked_for_again(bench: _Bench) -> None:
+def _of_another_server(bench: _Bench, login: str, gtid: str | None) -> None:
+    source = {"server_id": 99, "file": "other.000009", "pos": 4, "row": 0, "snapshot": "false", "gtid": gtid}
+    after = {**user(1, login), "user_id": 1}
+    bench.topic.raw({"user_id": 1}, {"op": "u", "before": None, "after": after, "source": source})
+    bench.topic.flush()
+
+
+def test_a_record_of_another_server_is_not_applied_but_its_user_requested_again(bench: _Bench) -> None:
     bench.row(1, "right")
     assert bench.repair(1).is_carried_out
-    source = {"server_id": 99, "file": "other.000009", "pos": 4, "row": 0, "snapshot": "false"}
-    bench.topic.raw(
-        {"user_id": 1}, {"op": "u", "before": None, "after": {**user(1, "older"), "user_id": 1}, "source": source}
-    )
-    bench.topic.flush()
     bench.row(1, "newest")
+    # As a replica relays it, which the connector follows since.
+    end = bench.mysql.read_locked([])
+    assert end is not None
+    _of_another_server(bench, "older", end.gtids.rpartition(",")[2] or None)
     with bench.parts.running(bench.topic, open_source=bench.source) as running:
         until(lambda: bench.login(1) == "newest")
+        assert running.metrics.snapshot().outcomes["left_out"] == 1
         running.end()
+
+
+def test_a_server_that_does_not_have_the_newest_record_is_not_believed(bench: _Bench) -> None:
+    bench.row(1, "behind")
+    bench.store.users.insert_one(user(1, "stream"))
+    _of_another_server(bench, "newer", None)
+    report = bench.repair(1, still_seconds=4.0)
+    assert not report.is_carried_out
+    assert report.open == 1
+    assert "MYSQL_URL names a server that is behind, or another one" in report.problem
+    assert bench.login(1) == "newer"
+
+
+def test_a_deletion_from_before_the_reading_is_recorded_so_that_no_file_brings_the_user_back(bench: _Bench) -> None:
+    bench.record(1, "c", "gone", ahead=-2)
+    bench.record(1, "d", ahead=-1)
+    bench.topic.raw({"user_id": 1}, None)
+    bench.topic.flush()
+    bench.repairs.request(["1"])
+    with bench.parts.running(bench.topic, open_source=bench.source) as running:
+        until(lambda: not bench.repairs.is_any_open() and bench.topic.committed() == 3)
+        running.end()
+    bench.topic.commit(0)
+    bench.drain()
+    assert bench.login(1) is None
+    assert bench.store.deleted_among(["1"]) == {"1"}
+
+
+def test_a_drain_ends_once_what_it_has_left_out_is_repaired(bench: _Bench) -> None:
+    bench.row(1, "right")
+    assert bench.repair(1).is_carried_out
+    bench.row(1, "newest")
+    bench.topic.raw({"user_id": 1}, {"op": "u", "before": None, "after": {**user(1, "older"), "user_id": 1}})
+    bench.drain()
+    assert bench.login(1) == "newest"
+    assert not bench.repairs.is_any_open()
+
+
+def test_work_is_not_lost_where_kafka_does_not_answer(bench: _Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.row(1, "right")
+    tries: list[int] = []
+    places = consume._Run._places
+
+    def failing(run: Any) -> dict[int, int]:
+        tries.append(1)
+        if len(tries) <= 3:
+            raise UnavailableError("Kafka does not answer.", way_out="Wait.")
+        return places(run)
+
+    monkeypatch.setattr(consume._Run, "_places", failing)
+    assert bench.repair(1).is_carried_out
+    assert bench.login(1) == "right"
+    assert len(tries) > 3
+
+
+def test_locked_users_hold_up_no_other(bench: _Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cdc_repair, "CHUNK", 5)
+    monkeypatch.setattr(cdc_repair, "_LOCK_NOTED_SECONDS", 0.5)
+    for key in range(1, 21):
+        bench.row(key, f"u{key}")
+    with bench.source() as other, bench.parts.running(bench.topic, open_source=bench.source) as running:
+        other.execute([("SET autocommit = 0", ())])
+        other.execute([("UPDATE Users SET login = 'x' WHERE user_id <= 10", ())])
+        token = bench.repairs.request([str(key) for key in range(1, 21)])
+        until(lambda: bench.repairs.progress(token).done == 10)
+        until(lambda: "locked" in bench.repairs.progress(token).problem)
+        other.execute([("ROLLBACK", ())])
+        until(lambda: bench.repairs.progress(token).done == 20)
+        running.end()
+
+
+def test_an_unexpected_fault_of_a_repair_stops_no_stream(bench: _Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.row(1, "right")
+
+    def failing(*_: Any) -> None:
+        raise ValueError("unexpected")
+
+    monkeypatch.setattr(MySqlStore, "read_locked", failing)
+    with bench.parts.running(bench.topic, open_source=bench.source) as running:
+        token = bench.repairs.request(["1"])
+        until(lambda: "unexpectedly" in bench.repairs.progress(token).problem)
+        monkeypatch.undo()
+        bench.record(7, "c", "seven")
+        until(lambda: bench.login(7) == "seven")
+        assert running.thread.is_alive()
+        running.end()
+
+
+@pytest.mark.parametrize("what", ["ENGINE = Aria", "DROP PRIMARY KEY", "MODIFY user_id BIGINT UNSIGNED NOT NULL"])
+def test_a_table_whose_rows_cannot_be_locked_is_refused(bench: _Bench, what: str) -> None:
+    bench.mysql.execute([(f"ALTER TABLE Users {what}", ())])
+    with bench.source() as source, pytest.raises(ConfigError, match="cannot be locked by user_id"):
+        source.read_locked(["1"])
 
 
 def test_a_truncate_from_before_the_reading_keeps_the_repaired_user(bench: _Bench) -> None:
@@ -192,12 +294,13 @@ def test_a_row_that_another_transaction_has_locked_is_read_once_it_is_free(bench
     with bench.source() as other, bench.parts.running(bench.topic, open_source=bench.source) as running:
         other.execute([("SET autocommit = 0", ())])
         other.execute([("UPDATE Users SET login = 'after' WHERE user_id = 1", ())])
+        expected = 2
         token = bench.repairs.request(["1", "2"])
         until(lambda: bench.login(2) == "two")
-        assert bench.repairs.progress(token).open == 1
+        assert bench.repairs.progress(token).done == 1
         assert bench.login(1) is None
         other.execute([("COMMIT", ())])
-        until(lambda: bench.repairs.progress(token).open == 0)
+        until(lambda: bench.repairs.progress(token).done == expected)
         assert bench.login(1) == "after"
         running.end()
 
@@ -247,7 +350,8 @@ def test_requests_wait_while_mysql_is_away_and_the_reason_is_told(bench: _Bench)
         bench.record(7, "c", "seven")
         until(lambda: bench.login(7) == "seven")
         is_away.clear()
-        until(lambda: bench.repairs.progress(token).open == 0)
+        expected = 1
+        until(lambda: bench.repairs.progress(token).done == expected)
         running.end()
     assert bench.login(1) == "right"
 
@@ -266,7 +370,8 @@ def test_who_has_not_all_partitions_repairs_nothing(
             until(lambda: "partitions" in bench.repairs.progress(token).problem)
             assert bench.login(1) is None
             second.end()
-        until(lambda: bench.repairs.progress(token).open == 0)
+        expected = 1
+        until(lambda: bench.repairs.progress(token).done == expected)
         first.end()
     assert bench.login(1) == "right"
 
@@ -319,7 +424,10 @@ def _raise(*_: object) -> None:
     raise RuntimeError("died")
 
 
-def test_fences_are_dropped_once_the_topic_holds_nothing_from_before(bench: _Bench) -> None:
+def test_fences_are_dropped_once_the_topic_holds_nothing_from_before(
+    bench: _Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cdc_repair, "KEPT_SECONDS", -1.0)
     bench.record(1, "u", "old", ahead=-1)
     bench.row(1, "right")
     assert bench.repair(1).is_carried_out

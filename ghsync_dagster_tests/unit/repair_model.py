@@ -25,17 +25,19 @@ from ghsync_dagster.domain.repair import (
     WRITING_STEPS,
     Cure,
     Disposition,
+    Fence,
     Overtaken,
     Reading,
     RepairStep,
     StoredUser,
     cure,
     disposition,
+    is_current,
     overtaken,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 GONE = -1
 """What stands for a row that is not read yet."""
@@ -82,17 +84,35 @@ class Source(NamedTuple):
 
 
 class Books(NamedTuple):
-    """What repairs keep: the request's token, whether it is open, and the fence, a place in the binlog."""
+    """What repairs keep.
+
+    Attributes:
+        token: The request's newest token.
+        is_open: Whether the request is open.
+        fence: The position of the newest reading, None before the first.
+        has_row: Whether that reading found a row.
+        requests_left: How often somebody may still request the user.
+        due: The number of the row's state when somebody did so last: a closed request has seen it, or a later one.
+    """
 
     token: int = 0
     is_open: bool = False
     fence: int | None = None
+    has_row: bool = True
+    requests_left: int = 0
+    due: int = 0
+
+    def requested(self) -> Books:
+        """Return them with the user requested once more."""
+        return self._replace(token=self.token + 1, is_open=True)
 
 
 class Claimed(NamedTuple):
     """A claimed request, and what is known of it in memory."""
 
     token: int | None = None
+    seen: int | None = None
+    """The newest record that the owner had taken by the claim."""
     read: tuple[int, Row] | None = None
     applied: int | None = None
     """The place of the last record that was applied since; -1 where the record told none."""
@@ -153,7 +173,8 @@ class RepairProtocol:
     upsert: tuple[StreamStep, ...] = UPSERT_STEPS
     delete: tuple[StreamStep, ...] = DELETE_STEPS
     cure: Callable[..., Cure] = cure
-    disposition: Callable[[Reading, Position | None], Disposition] = disposition
+    disposition: Callable[[Fence, Op, Position | None], Disposition] = disposition
+    is_current: Callable[[Reading, Sequence[Position | None]], bool] = is_current
     overtaken: Callable[..., Overtaken] = overtaken
     deviations: frozenset[str] = frozenset()
 
@@ -172,6 +193,8 @@ class Scenario:
         crashes: How often the owner may die.
         lates: How often a write of the owner may come late.
         backlog: Records that wait at the start, of states before the row's.
+        is_replica: Whether the server that is read may be behind the one that the connector follows.
+        requests: How often the user may be requested more.
     """
 
     start: Store = NOTHING
@@ -183,6 +206,8 @@ class Scenario:
     crashes: int = 0
     lates: int = 0
     backlog: tuple[Event, ...] = ()
+    is_replica: bool = False
+    requests: int = 0
 
 
 def content(row: Row) -> str:
@@ -235,8 +260,9 @@ class Sources:
 class Owners:
     """Takes records, applies them and repairs."""
 
-    def __init__(self, protocol: RepairProtocol) -> None:
+    def __init__(self, protocol: RepairProtocol, *, is_replica: bool = False) -> None:
         self.protocol = protocol
+        self.is_replica = is_replica
         self.writing = [step for step in protocol.steps if step in WRITING_STEPS]
 
     def moves(self, world: World) -> list[tuple[str, World]]:
@@ -264,13 +290,16 @@ class Owners:
         event = source.binlog[owner.at]
         at = owner.at if event.placed else None
         taken = owner._replace(at=owner.at + 1)
-        what = Disposition.APPLY if books.fence is None else self.protocol.disposition(reading(books.fence), place(at))
+        what = Disposition.APPLY
+        if books.fence is not None:
+            fence = Fence(reading(books.fence), books.has_row)
+            what = self.protocol.disposition(fence, Op.UPSERT if event.row.there else Op.DELETE, place(at))
         if what is Disposition.APPLY:
             if owner.claim.token is not None:
                 taken = taken._replace(claim=owner.claim._replace(applied=-1 if at is None else at))
             return [(f"take {owner.at}", world._replace(owner=taken._replace(op=event.row, step=0, place=owner.at)))]
-        if what is Disposition.ASK_AGAIN:
-            books = Books(books.token + 1, is_open=True, fence=books.fence)
+        if what is Disposition.REQUEST_AGAIN:
+            books = books.requested()
         return [(f"take {owner.at}: {what.name}", world._replace(owner=taken, books=books))]
 
     def _write(self, world: World) -> tuple[str, World]:
@@ -318,13 +347,27 @@ class Owners:
             owner = owner._replace(repair=self.protocol.steps[0])
         if owner.repair in self.writing and owner.op is not None:
             return []
+        name = f"repair: {owner.repair.name if owner.repair else ''}"
         found = self._repair(world, owner)
-        return [] if found is None else [(f"repair: {owner.repair.name if owner.repair else ''}", found)]
+        moves = [] if found is None else [(name, found)]
+        if self.is_replica and owner.repair is RepairStep.READ_SOURCE:
+            moves += [(f"{name}, behind", behind) for behind in self._behind(world, owner)]
+        return moves
+
+    def _behind(self, world: World, owner: Owner) -> list[World]:
+        """Read a server that has not executed the newest records yet."""
+        found = []
+        for at, event in enumerate(world.source.binlog):
+            row = world.source.binlog[at - 1].row if at else THERE
+            if event.placed and self.protocol.is_current(reading(at), [place(owner.claim.seen)]):
+                claim = owner.claim._replace(read=(at, row))
+                found.append(world._replace(owner=self._after(owner._replace(claim=claim))))
+        return found
 
     def _repair(self, world: World, owner: Owner) -> World | None:
         step, claim, books, source = owner.repair, owner.claim, world.books, world.source
         if step is RepairStep.CLAIM:
-            owner = owner._replace(claim=claim._replace(token=books.token))
+            owner = owner._replace(claim=claim._replace(token=books.token, seen=owner.at - 1 if owner.at else None))
         elif step is RepairStep.READ_SOURCE:
             at, row = len(source.binlog), source.visible
             if source.pending is not None and "reads without locks" not in self.protocol.deviations:
@@ -344,7 +387,9 @@ class Owners:
         elif step is RepairStep.RECORD_FENCE:
             assert claim.read is not None
             if books.is_open and books.token == claim.token:
-                books = books._replace(fence=claim.read[0])
+                books = books._replace(fence=claim.read[0], has_row=claim.read[1].there)
+            elif "writes without a fence" not in self.protocol.deviations:
+                return world._replace(owner=owner._replace(repair=None, claim=Claimed()))
         elif step is RepairStep.WRITE:
             return self._begin_write(world, owner)
         elif step is RepairStep.RECORD_OUTCOME:
@@ -414,7 +459,7 @@ class Owners:
             return []
         books = world.books
         if books.fence is not None and "a late command is not healed" not in self.protocol.deviations:
-            books = Books(books.token + 1, is_open=True, fence=books.fence)
+            books = books.requested()
         return [("asks again, goes back", world._replace(owner=owner._replace(unhealed=False, at=0), books=books))]
 
 
@@ -424,7 +469,7 @@ class Walk(interleavings.Walk[World]):
     def __init__(self, protocol: RepairProtocol, scenario: Scenario) -> None:
         self.scenario = scenario
         loads = Loads(Protocol(), scenario.loads)
-        owners, sources = Owners(protocol), Sources(scenario)
+        owners, sources = Owners(protocol, is_replica=scenario.is_replica), Sources(scenario)
         self.later = (*scenario.loads, precedence_model.LATER)
 
         def load_moves(world: World) -> list[tuple[str, World]]:
@@ -436,6 +481,13 @@ class Walk(interleavings.Walk[World]):
         def source_moves(world: World) -> list[tuple[str, World]]:
             return [(label, world._replace(source=source)) for label, source in sources.moves(world.source)]
 
+        def request_moves(world: World) -> list[tuple[str, World]]:
+            if not world.books.requests_left:
+                return []
+            left, due = world.books.requests_left - 1, world.source.visible.number
+            books = world.books.requested()._replace(requests_left=left, due=due)
+            return [("requested again", world._replace(books=books))]
+
         first = World(
             scenario.start,
             Load(finished=not scenario.loads),
@@ -445,12 +497,13 @@ class Walk(interleavings.Walk[World]):
                 last=content(scenario.row) if scenario.owned and scenario.start.doc else None,
             ),
             Source(scenario.row, scenario.backlog, left=scenario.transactions),
-            Books(token=1, is_open=True),
+            Books(token=1, is_open=True, requests_left=scenario.requests),
         )
         actors = [
             Actor(load_moves, frozenset({"store", "load"})),
             Actor(owners.moves, frozenset({"store", "load", "owner", "source", "books"})),
             Actor(source_moves, frozenset({"source"})),
+            Actor(request_moves, frozenset({"books", "source"})),
         ]
         super().__init__(first, actors)
 
@@ -461,7 +514,7 @@ class Walk(interleavings.Walk[World]):
             return "an older state is written over what was repaired"
         if not self._is_over(world):
             return None
-        return self._at_end(store, source, owner)
+        return self._at_end(store, source, owner, world.books.due)
 
     def _is_over(self, world: World) -> bool:
         owner, source = world.owner, world.source
@@ -469,9 +522,9 @@ class Walk(interleavings.Walk[World]):
         idle = idle and not world.books.is_open
         return idle and owner.at == len(source.binlog) and source.pending is None and world.load.finished
 
-    def _at_end(self, store: Store, source: Source, owner: Owner) -> str | None:
+    def _at_end(self, store: Store, source: Source, owner: Owner, due: int) -> str | None:
         logged = max((event.row.number for event in source.binlog), default=0)
-        told = max(logged, owner.floor)
+        told = max(logged, owner.floor, due)
         if source.visible.number > told:
             # A silent change since the last repair: only the next audit finds it.
             return None
@@ -483,6 +536,8 @@ class Walk(interleavings.Walk[World]):
             return "the stream's document has a version" if store.entry is not None else None
         if self.scenario.start == FILES and source.visible == self.scenario.row and store.doc is None:
             return "a file's user is lost"
+        if source.binlog and not source.binlog[-1].row.there and store.doc is None and not store.deleted:
+            return "a file may bring a deleted user back"
         if owner.last == DELETE:
             if store.doc is not None:
                 return "a deleted user is back"

@@ -18,6 +18,7 @@ from ghsync_dagster.domain.repair import (
     Overtaken,
     RepairStep,
     cure,
+    disposition,
     overtaken,
 )
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from ghsync_dagster.domain.change import Position
-    from ghsync_dagster.domain.repair import Reading
+    from ghsync_dagster.domain.repair import Fence, Reading
 
 OLD = Row(0, there=True)
 STREAMED = Store(doc=Doc("s0", marked=False))
@@ -65,6 +66,19 @@ SCENARIOS = {
         lates=1,
         backlog=(Event(Row(1, there=False)),),
     ),
+    "the server that is read is behind": Scenario(
+        STREAMED, transactions=1, kinds=("u", "d"), backlog=(Event(Row(0, there=True)),), is_replica=True
+    ),
+    "the user is requested again": Scenario(WRONG, transactions=1, kinds=("u", "u-"), requests=1),
+    "the user is requested again, the owner dies": Scenario(
+        STREAMED,
+        row=Row(1, there=True),
+        transactions=1,
+        kinds=("u-",),
+        crashes=1,
+        requests=1,
+        backlog=(Event(Row(1, there=True)),),
+    ),
     "a load beside": Scenario(WRONG, transactions=1, kinds=("u", "d"), loads=LOAD),
     "a load beside, the row is gone": Scenario(
         WRONG, row=Row(0, there=False), transactions=1, kinds=("u",), loads=LOAD
@@ -103,6 +117,10 @@ def _pos(at: Position) -> int:
     return at.pos
 
 
+def _end(fence: Fence) -> int:
+    return fence.reading.position.pos
+
+
 def _of(is_included: bool) -> Disposition:
     return Disposition.LEAVE_OUT if is_included else Disposition.APPLY
 
@@ -119,34 +137,48 @@ MUTATIONS: dict[str, tuple[RepairProtocol, str]] = {
     "the fence after the write": (ordered(C, S, T, W, F, R), "the owner dies"),
     "the fence after the outcome": (ordered(C, S, T, W, R, F), "older records wait"),
     "the outcome before the write": (ordered(C, S, T, F, R, W), "the owner dies twice"),
-    "the outcome before the fence": (ordered(C, S, T, R, F, W), "older records wait, the newest change is silent"),
+    "the outcome before the fence": (ordered(C, S, T, R, F, W), "a document that is wrong"),
     "nothing is written": (without(W), "a document that is wrong"),
     "the source is read before the claim": (ordered(S, C, T, F, W, R), "a document that is right"),
     "what is stored is not read": (without(T), "no row, a document of a file"),
     "the fence twice, the second after the write": (ordered(C, S, T, W, F, R), "the owner dies"),
     "the source is read without locks": (deviating("reads without locks"), "a document that is right"),
     "the place is read before the rows": (deviating("reads the place before the row"), "a document that is right"),
-    "the outcome closes a newer request": (deviating("closes whatever is open"), "records without a place"),
+    "the outcome closes a newer request": (deviating("closes whatever is open"), "the user is requested again"),
     "the fence is lost with the process": (deviating("the fence is kept in memory"), "the owner dies"),
     "a late command is not healed": (
         deviating("a late command is not healed"),
         "a command comes late, the row is gone",
     ),
     "a record at the place counts as included": (
-        RepairProtocol(disposition=lambda reading, at: _of(at is None or _pos(at) <= reading.position.pos)),
+        RepairProtocol(disposition=lambda fence, _op, at: _of(at is None or _pos(at) <= _end(fence))),
         "a document that is right",
     ),
     "places are compared the wrong way round": (
-        RepairProtocol(disposition=lambda reading, at: _of(at is not None and _pos(at) >= reading.position.pos)),
+        RepairProtocol(
+            disposition=lambda fence, _op, at: _of(at is not None and _pos(at) >= fence.reading.position.pos)
+        ),
         "older records wait",
     ),
     "a record without a place is applied": (
-        RepairProtocol(disposition=lambda reading, at: _of(at is not None and _pos(at) < reading.position.pos)),
+        RepairProtocol(disposition=lambda fence, _op, at: _of(at is not None and _pos(at) < _end(fence))),
         "records without a place",
     ),
     "a record without a place is left out for good": (
-        RepairProtocol(disposition=lambda reading, at: _of(at is None or _pos(at) < reading.position.pos)),
+        RepairProtocol(disposition=lambda fence, _op, at: _of(at is None or _pos(at) < _end(fence))),
         "records without a place",
+    ),
+    "a deletion from before the reading is left out": (
+        RepairProtocol(disposition=lambda fence, _op, at: disposition(fence._replace(has_row=True), Op.DELETE, at)),
+        "no row, nothing stored, older records wait",
+    ),
+    "a server that is behind is believed": (
+        RepairProtocol(is_current=lambda _reading, _seen: True),
+        "the server that is read is behind",
+    ),
+    "a user that was requested again is written without a fence": (
+        deviating("writes without a fence"),
+        "the user is requested again, the owner dies",
     ),
     "what was applied meanwhile is not looked at": (
         RepairProtocol(overtaken=lambda _reading, _applied: Overtaken.NO),

@@ -13,7 +13,7 @@ from ghsync_dagster.cdc.batch import Batch
 from ghsync_dagster.cdc.repair import Claim, RepairWork, SourceReader, carry_out, left_out
 from ghsync_dagster.domain.change import TOMBSTONE, Change, Op, Position
 from ghsync_dagster.domain.precedence import DELETE_STEPS, UPSERT_STEPS, StreamStep
-from ghsync_dagster.domain.repair import READING_STEPS, Outcome, Reading, RepairStep, StoredUser, cure
+from ghsync_dagster.domain.repair import READING_STEPS, Fence, Outcome, Reading, RepairStep, StoredUser, cure
 from ghsync_dagster.stores.mysql import LockedRows
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class _TracedStore:
         self.trace: dict[str, list[Step]] = defaultdict(list)
         self.outcomes: dict[str, Outcome] = {}
         self.was_told = threading.Event()
+        self.requested_again: set[str] = set()
         self.requests: dict[str, str] = {}
         self._stored = stored or {}
 
@@ -49,6 +50,9 @@ class _TracedStore:
     def has_fences(self) -> bool:
         return False
 
+    def is_any_open(self) -> bool:
+        return bool(self.requests)
+
     def note_problem(self, keys: Iterable[str], problem: str) -> None:
         assert list(keys) == ["1"]
         assert "partitions [0] of [0, 1]" in problem
@@ -59,9 +63,11 @@ class _TracedStore:
         self._note(RepairStep.READ_STORED, keys)
         return {key: self._stored[key] for key in keys}
 
-    def record_fence(self, requests: Mapping[str, str], reading: Reading) -> None:
+    def record_fence(self, requests: Mapping[str, str], reading: Reading, rows: Mapping[str, Any]) -> set[str]:
         assert reading.position.server == SERVER
+        del rows
         self._note(RepairStep.RECORD_FENCE, requests)
+        return {key for key in requests if key not in self.requested_again}
 
     def record_deleted(self, keys: Iterable[str]) -> None:
         self._note(StreamStep.RECORD_DELETED, keys)
@@ -80,8 +86,10 @@ class _TracedStore:
     def forget_deleted(self, keys: Iterable[str]) -> None:
         self._note(StreamStep.FORGET_DELETED, keys)
 
-    def record_outcomes(self, requests: Mapping[str, str], outcome: Outcome, reading: Reading | None) -> None:
-        assert (reading is None) == (outcome is Outcome.OVERTAKEN)
+    def record_outcomes(
+        self, requests: Mapping[str, str], outcome: Outcome, fences: Mapping[str, Fence | None]
+    ) -> None:
+        assert fences.keys() == (set() if outcome is Outcome.OVERTAKEN else requests.keys())
         self._note(RepairStep.RECORD_OUTCOME, requests)
         self.outcomes |= dict.fromkeys(requests, outcome)
 
@@ -116,7 +124,7 @@ users = st.dictionaries(
 def test_each_user_takes_the_steps_of_the_tables_in_their_order(found: dict[str, tuple[StoredUser, bool]]) -> None:
     store = _TracedStore({key: stored for key, (stored, _) in found.items()})
     rows = {key: row(key) for key, (_, has_row) in found.items() if has_row}
-    fences: dict[str, Reading] = {}
+    fences: dict[str, Fence] = {}
     resolved: list[str] = []
     reading = Reading("r", at(100))
     work = RepairWork(Claim(dict.fromkeys(found, "token")), reading, rows)
@@ -124,8 +132,9 @@ def test_each_user_takes_the_steps_of_the_tables_in_their_order(found: dict[str,
     for key, (stored, has_row) in found.items():
         assert store.trace[key] == expected(stored, has_row=has_row)
         assert store.outcomes[key] is cure(stored, has_row=has_row).outcome
-    assert fences == dict.fromkeys(found, reading)
-    assert set(resolved) == set(found) == set(repaired.users)
+    assert fences == {key: Fence(reading, has_row) for key, (_, has_row) in found.items()}
+    assert set(resolved) == set(found)
+    assert repaired.outcomes.total() == len(found)
 
 
 class _TracedSource:
@@ -141,7 +150,7 @@ class _TracedSource:
         if self._locked & set(keys):
             return None
         self._store._note(RepairStep.READ_SOURCE, keys)
-        return LockedRows({}, 7, "bin.000003", 100 + self.reads, "")
+        return LockedRows({}, 7, "bin.000003", 100 + self.reads, "", 1_000)
 
     def close(self) -> None:
         """Nothing is open."""
@@ -218,27 +227,28 @@ def tombstone(key: str) -> Change:
     return Change(Op.DELETE, key, None, TOMBSTONE)
 
 
-FENCES = {"1": Reading("r", at(100)), "2": Reading("s", at(200))}
+FENCES = {"1": Fence(Reading("r", at(100), read_ms=1_000), True), "2": Fence(Reading("s", at(200)), True)}
+GONE = {key: fence._replace(has_row=False) for key, fence in FENCES.items()}
 
 
 def test_records_from_before_the_fence_are_left_out_and_later_ones_are_applied() -> None:
     found = left_out(batch_of(upsert("1", 99), upsert("1", 100), upsert("2", 150), upsert("3", 1)), FENCES)
     assert found.records == {0, 2}
-    assert not found.ask_again
+    assert not found.request_again
 
 
 def test_a_record_that_cannot_be_compared_is_left_out_and_asked_for_again() -> None:
     other = Change(Op.UPSERT, "2", row("2"), "u", position=Position(3, 500, 0, "8/bin"))
     found = left_out(batch_of(upsert("1", None), other), FENCES)
     assert found.records == {0, 1}
-    assert found.ask_again == {"1", "2"}
+    assert found.request_again == {"1", "2"}
 
 
 def test_a_tombstone_goes_with_its_delete() -> None:
     found = left_out(batch_of(delete("1", 50), tombstone("1"), delete("2", 250), tombstone("2")), FENCES)
     assert found.records == {0, 1}
-    assert not found.ask_again
-    assert left_out(batch_of(tombstone("1")), FENCES).ask_again == {"1"}
+    assert not found.request_again
+    assert left_out(batch_of(tombstone("1")), FENCES).request_again == {"1"}
 
 
 def test_a_truncate_keeps_the_users_that_were_read_after_it() -> None:
@@ -248,7 +258,7 @@ def test_a_truncate_keeps_the_users_that_were_read_after_it() -> None:
     nowhere = Change(Op.TRUNCATE, None, None, "t")
     found = left_out(batch_of(nowhere), FENCES)
     assert found.keep == {0: {"1", "2"}}
-    assert found.ask_again == {"1", "2"}
+    assert found.request_again == {"1", "2"}
 
 
 def test_a_reading_that_the_stream_has_overtaken_is_not_written() -> None:
@@ -274,3 +284,38 @@ def test_what_was_left_out_does_not_count_as_applied() -> None:
     batch = batch_of(upsert("1", 50))
     claim.note(batch, left_out(batch, FENCES))
     assert claim.applied == {}
+
+
+def test_a_user_that_was_requested_again_gets_no_fence_and_no_write() -> None:
+    stored = StoredUser(document=True, marked=False, versioned=False, deleted=False)
+    store = _TracedStore({"1": stored, "2": stored})
+    store.requested_again = {"1"}
+    fences: dict[str, Fence] = {}
+    work = RepairWork(Claim({"1": "token", "2": "token"}), Reading("r", at(100)), {"1": row("1"), "2": row("2")})
+    carry_out(cast("RepairStore", store), work, fences, lambda _: None)
+    assert store.trace["1"] == [RepairStep.READ_STORED, RepairStep.RECORD_FENCE]
+    assert store.outcomes == {"2": Outcome.WRITTEN}
+    assert fences.keys() == {"2"}
+
+
+def test_deletes_of_a_user_without_a_row_are_applied_and_upserts_are_not() -> None:
+    batch = batch_of(upsert("1", 50), delete("1", 60), tombstone("1"))
+    assert left_out(batch, GONE).records == {0}
+
+
+def test_a_record_that_was_committed_after_the_reading_is_of_another_binlog() -> None:
+    late = Change(Op.UPSERT, "1", row("1"), "u", committed_ms=60_000, position=at(50))
+    found = left_out(batch_of(late), FENCES)
+    assert found.records == {0}
+    assert found.request_again == {"1"}
+
+
+def test_a_refused_record_makes_the_source_be_read_again() -> None:
+    store = _TracedStore()
+    reader = SourceReader(cast("RepairStore", store), lambda: cast("MySqlStore", _TracedSource(store, set())))
+    claim = Claim({"1": "token"})
+    reader._claims = [claim]
+    reader.note(batch_of(upsert("1", 120)), left_out(batch_of(), {}))
+    reader.doubt("1")
+    reader.close()
+    assert claim.applied == {"1": None}

@@ -66,7 +66,7 @@ def repair_users(context: dg.OpExecutionContext, config: RepairConfig, changes: 
         reason = f": {report.problem}" if report.problem else ""
         raise dg.Failure(
             description=f"{report.summary()}{reason}",
-            metadata={"kind": "data", "refused": dg.MetadataValue.json([user._asdict() for user in report.refused])},
+            metadata={"kind": "data", "refused": dg.MetadataValue.json([user.user_id for user in report.refused])},
             allow_retries=False,
         )
 
