@@ -423,7 +423,9 @@ class SourceReader:
                     work.claim.applied |= {key: claim.applied[key] for key in noted}
                 self._claims[at : at + 1] = [work.claim for work in works]
                 self._works += works
-        self._leave_alone(claim.requests.keys() - {key for work in works for key in work.claim.requests})
+        read = {key for work in works for key in work.claim.requests}
+        self._locked = {key: entry for key, entry in self._locked.items() if key not in read}
+        self._leave_alone(claim.requests.keys() - read)
 
     def _read(self, claim: Claim) -> Iterable[RepairWork]:
         """Read the users of a claim; those that others have locked are left out, by halves."""
@@ -454,10 +456,8 @@ class SourceReader:
     def _leave_alone(self, locked: Collection[str]) -> None:
         """Leave users alone for a while that others have locked, longer each time."""
         now = time.monotonic()
-        waiting = {key: self._locked[key] for key in locked if key in self._locked}
-        self._locked = {key: entry for key, entry in self._locked.items() if entry[0] > now}
         for key in locked:
-            since = waiting.get(key, (now, now))[1]
+            _, since = self._locked.get(key, (now, now))
             self._locked[key] = (now + min(max(now - since, _LOCKED_SECONDS), _LONGEST_LOCKED_SECONDS), since)
         if old := [key for key in locked if now - self._locked[key][1] > _LOCK_NOTED_SECONDS]:
             self._store.note_problem(old, "Another transaction in MySQL has the row locked, or alters the table.")
