@@ -181,7 +181,8 @@ def test_poison_goes_to_the_dead_letters_alone(topic: Topic, parts: Parts, store
     assert report.records == {"applied": 10, "dead_letter": 5}
     letters = list(read_dead_letters(topic.kafka))
     assert [letter.offset for letter in letters] == [1, 4, 7, 10, 13]
-    assert {letter.kind for letter in letters} <= {*POISON, "missing-column"}
+    kinds = {"not-json", "other-format", "not-an-event", "missing-key", "missing-column"}
+    assert {letter.kind for letter in letters} == kinds
     assert [letter.value for letter in letters][:2] == [b"{", b"\xff\xfe"]
     assert letters[0].headers == [("trace", b"\x00\x01")]
     assert topic.committed() == 15
