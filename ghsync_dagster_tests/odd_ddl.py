@@ -60,6 +60,11 @@ FOLLOWED: dict[str, Odd] = {
         "/* don't */ ALTER TABLE Users ADD COLUMN c1 INT /* it's \"x */ AFTER login -- it's `y"
     ),
     "a comment to the line's end": _both("# it's\nALTER TABLE Users -- don't \"\n ADD COLUMN c1 INT FIRST"),
+    "a comment and blanks of 5,000 characters": _both(
+        f"/* {'it is long, ' * 420} */ ALTER TABLE Users{' ' * 5_000}ADD COLUMN c1 INT FIRST",
+        f"/* {'it is long, ' * 420} */{' ' * 5_000}CREATE{' ' * 5_000}VIEW other.v AS SELECT 1",
+        f"# {'it is long, ' * 420}\nDROP{' ' * 5_000}VIEW other.v",
+    ),
     "double quotes": _both("""ALTER TABLE Users ADD COLUMN c1 VARCHAR(9) DEFAULT "a'b" COMMENT "say ""hi\\"" FIRST"""),
     "ANSI quotes": _both(
         "SET SESSION sql_mode = 'ANSI_QUOTES'", 'ALTER TABLE "Users" ADD COLUMN "c 1" INT DEFAULT 1 FIRST'
