@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 NOT_EQUAL = CHANGES_LOST = 1
 _STOPPED = 128
 _SHOWN_TEXT = 80
+_REPORT_END_SECONDS = 5.0
 
 cdc = typer.Typer(no_args_is_help=True, help="Changes of MySQL, from Kafka to MongoDB.")
 dlq = typer.Typer(no_args_is_help=True, help="Changes that could not be applied.")
@@ -66,11 +67,10 @@ def drain(as_json: AsJson = False) -> None:
 
     settings = load_settings()
     configure_logging(settings)
-    connector = _ask_connector(settings)
+    _ask_connector(settings)
     source = _look_at_source()
     _consume(until_end=True, seconds=None, as_json=as_json)
-    if connector is not None:
-        require_stream(_connector(settings) if connector.is_running else connector)
+    require_stream(_connector(settings))
     if source is not None and loses_changes(source):
         raise typer.Exit(CHANGES_LOST)
 
@@ -245,6 +245,7 @@ def _connector(settings: Settings) -> ConnectorState | None:
 @contextmanager
 def _reporting(metrics: ChangeMetrics, settings: Settings) -> Iterator[None]:
     """Log what the consumer does, or what is in its way, now and then."""
+    from ghsync_dagster.domain.errors import GhsyncError
     from ghsync_dagster.wiring import connector_probe
 
     ended = threading.Event()
@@ -253,7 +254,10 @@ def _reporting(metrics: ChangeMetrics, settings: Settings) -> Iterator[None]:
     def report() -> None:
         while not ended.wait(settings.cdc_report_seconds):
             if probe is not None:
-                metrics.connector(probe.report(with_log=False))
+                try:
+                    metrics.connector(probe.report(with_log=False))
+                except GhsyncError as error:
+                    log.warning("the connector was not asked", reason=str(error))
             now = metrics.snapshot(settings.cdc_report_seconds)
             if now.held_up is None:
                 log.info("consuming", **_brief(now))
@@ -266,7 +270,8 @@ def _reporting(metrics: ChangeMetrics, settings: Settings) -> Iterator[None]:
         yield
     finally:
         ended.set()
-        thread.join()
+        # It may wait for a worker's answer.
+        thread.join(_REPORT_END_SECONDS)
 
 
 def _brief(snapshot: MetricsSnapshot) -> dict[str, Any]:

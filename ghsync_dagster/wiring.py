@@ -199,15 +199,18 @@ def connector_probe(settings: Settings) -> ConnectorProbe | None:
     from ghsync_dagster.local import connect, mysql
     from ghsync_dagster.stores.connect import ConnectWorker
 
-    url = settings.connect_url
-    if not url:
+    def address() -> str | None:
+        if settings.connect_url:
+            return settings.connect_url
         found = connect.status_of_worker(settings)
-        url = found.uri if found.state == "up" else None
-        if not url and (settings.kafka_bootstrap_servers or not connect.was_set_up(settings)):
-            return None
+        return found.uri if found.state == "up" else None
+
+    if not address() and (settings.kafka_bootstrap_servers or not connect.was_set_up(settings)):
+        return None
 
     def worker() -> ConnectWorker:
-        if not url:
+        # A local worker that was started anew may have another port.
+        if not (url := address()):
             raise _missing("Connect worker", "CONNECT_URL")
         return ConnectWorker(url.rstrip("/"), _PROBE_SECONDS, _PROBE_SECONDS)
 

@@ -85,17 +85,18 @@ def up(settings: Settings, progress: Callable[[str], None]) -> ServiceStatus:
     if _bootstrap_in_use(settings) not in (None, bootstrap):
         supervisor.down(progress)
     login = _keep_login(_folder(settings) / "secrets", parse_mysql_url(url))
-    gone: list[int] = []
+    gone: frozenset[int] | None = None
 
     def choose() -> ServerSpec:
+        nonlocal gone
         # Whoever followed before this worker starts is not its connector.
-        gone.extend(mysql.followers(url))
+        gone = mysql.followers(url)
         return _choose_server(settings, bootstrap, progress)
 
     status = supervisor.up(choose, progress)
     config = connector.config_of(settings, bootstrap, url) | _login_settings(login)
     with ConnectWorker(str(status.uri)) as worker:
-        state = _ensure(worker, config, url, frozenset(gone), progress)
+        state = _ensure(worker, config, url, gone, progress)
     for old in login.parent.iterdir():
         if old != login:
             shutil.rmtree(old)
@@ -165,12 +166,16 @@ def _up_external(settings: Settings, url: str, progress: Callable[[str], None]) 
         "database.password": database.password,
     }
     with ConnectWorker(url) as worker:
-        state = _ensure(worker, config, source, frozenset(), progress)
+        state = _ensure(worker, config, source, None, progress)
     return _external(url, state)
 
 
 def _ensure(
-    worker: ConnectWorker, config: dict[str, str], url: str, gone: frozenset[int], progress: Callable[[str], None]
+    worker: ConnectWorker,
+    config: dict[str, str],
+    url: str,
+    gone: frozenset[int] | None,
+    progress: Callable[[str], None],
 ) -> ConnectorState:
     with MySqlStore(url) as table:
 
@@ -199,10 +204,10 @@ def logged_statements(settings: Settings, table: str, since: datetime) -> Statem
     """Return what the local worker's log warns of since a time, or since both sides were last found equal.
 
     Returns:
-        None where there is no such log, as with a worker that CONNECT_URL names.
+        None where there is no such log, as with another worker that CONNECT_URL names.
     """
     log = _log(settings)
-    if not log.exists():
+    if not _is_log_of_worker(settings):
         return None
     closed = _text_of(_closed(settings))
     since = max(since, datetime.fromisoformat(closed)) if closed else since
@@ -214,8 +219,14 @@ def logged_statements(settings: Settings, table: str, since: datetime) -> Statem
 
 def close_statements(settings: Settings, began: datetime) -> None:
     """Remember since when statements of the log count: both sides were equal in a comparison that began then."""
-    if _log(settings).exists():
+    if _is_log_of_worker(settings):
         mysql.write_secret(_closed(settings), began.isoformat().encode())
+
+
+def _is_log_of_worker(settings: Settings) -> bool:
+    """Tell whether there is a log here, and it is that of the worker in use."""
+    named = settings.connect_url
+    return _log(settings).exists() and (not named or named.rstrip("/") == status_of_worker(settings).uri)
 
 
 def _end_of(log: Path, since: datetime) -> str:

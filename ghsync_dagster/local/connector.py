@@ -167,7 +167,7 @@ def ensure(
     worker: ConnectWorker,
     config: dict[str, str],
     followers: Callable[[], frozenset[int]],
-    gone: frozenset[int],
+    gone: frozenset[int] | None,
     log_end: Callable[[], str | None],
     progress: Callable[[str], None],
 ) -> ConnectorState:
@@ -179,7 +179,8 @@ def ensure(
         worker: Where it is to run.
         config: The settings that it must have.
         followers: Tells who follows the database now.
-        gone: Those who followed it before the worker began, and are not the connector.
+        gone: Those who followed it before the worker began, and are not the connector; None where the worker was at
+            work already. What one that has just begun tells of the connector may be from before.
         log_end: Tells where the database's binlog ends, as ``file:position``.
         progress: Gets a line of text for each thing done.
 
@@ -189,11 +190,14 @@ def ensure(
     current = worker.config()
     found = worker.told_state()
     state = found.state
+    watched = gone is not None or state != RUNNING or found.halted
+    gone = gone or frozenset()
     if report_stale_history(worker, progress):
         # What the setting says is true of what was recorded, until a snapshot records all.
         config = config | {_ONLY_CAPTURED: "true"}
     if current != config | {"name": CONNECTOR}:
         progress(f"connect: {'changing' if current else 'registering'} the connector {CONNECTOR}")
+        watched = True
         gone |= followers()
         worker.configure(config)
     elif state == FAILED:
@@ -212,7 +216,8 @@ def ensure(
         gone |= followers()
         _restart(worker, progress)
         running = _await_running(worker, lambda: bool(followers() - gone))
-    if gone or state != RUNNING:
+        watched = True
+    if watched:
         progress(f"connect: watching whether the connector {CONNECTOR} goes on")
         running = _watch(worker, log_end)
         progress(f"connect: the connector {CONNECTOR} runs")

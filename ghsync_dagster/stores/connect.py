@@ -34,7 +34,7 @@ _POLL_SECONDS = 0.1
 # A worker that is about to find its order anew says so with 409 to some requests and with 500 to others.
 _REBALANCING: Final = "a rebalance is expected"
 _SAYS: Final = re.compile(r"[\w.$]+: *\S")
-_PASSWORD: Final = re.compile(r"(?i)(identified\s[^']*|password\s*\(?[^']*)'[^']*'?")
+_PASSWORD: Final = re.compile(r"(?is)(identified|password).*")
 _REASON_LIMIT: Final = 1_000
 _HEARTBEAT: Final = "heartbeat.interval.ms"
 
@@ -249,9 +249,9 @@ def reason_of(trace: str) -> str:
     lines = trace.strip().splitlines() or ["no reason is given"]
     causes = [line.removeprefix("Caused by: ") for line in lines if line.startswith("Caused by: ")]
     told = [cause for cause in causes if _SAYS.match(cause)] or causes
-    found = redact("; ".join([lines[0], *told[-1:]])).rstrip(" .")
-    # A statement that could not be parsed stands there as it is.
-    return shortened(_PASSWORD.sub(r"\1'***'", found), _REASON_LIMIT)
+    # A statement that could not be parsed stands there as it is, and may quote a password in several ways.
+    found = [_PASSWORD.sub(r"\1 ***", line.rstrip(" .")) for line in (lines[0], *told[-1:])]
+    return shortened(redact("; ".join(found)), _REASON_LIMIT)
 
 
 def _message(answer: httpx.Response) -> str:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import httpx
+import psutil
 import pytest
 from cdc_parts import GHSYNC, until
 
@@ -234,6 +235,18 @@ def test_a_local_worker_that_is_down_is_named_and_up_starts_it(stream: Stream) -
     assert stream.audit().first == words
     assert stream.command("up", "connect").code == 0
     assert stream.drain().code == 0
+
+
+def test_a_worker_that_was_killed_and_then_meets_what_it_can_not_read_is_no_success(stream: Stream) -> None:
+    process = psutil.Process(stack.status(stream.settings())["connect"].pid)
+    process.kill()
+    process.wait(30)
+    poison(stream)
+    # Until the new worker has tried, the connector is called RUNNING, as it was.
+    up = stream.command("up", "connect")
+    assert up.code == 3
+    assert up.first.startswith("error: The connector ghsync-users on ")
+    assert "row size 1" in up.first
 
 
 @contextmanager

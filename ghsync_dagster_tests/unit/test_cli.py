@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +17,10 @@ import typer
 from cdc_parts import until
 from typer.testing import CliRunner, Result
 
-from ghsync_dagster import cli, cli_cdc
+from ghsync_dagster import cli, cli_cdc, wiring
+from ghsync_dagster.cdc.connector import ConnectorReport
 from ghsync_dagster.cdc.listener import APPLIED, AppliedBatch
+from ghsync_dagster.domain.connector import ConnectorState, Sample
 from ghsync_dagster.domain.errors import (
     ConfigError,
     GhsyncError,
@@ -28,6 +31,7 @@ from ghsync_dagster.domain.errors import (
 )
 from ghsync_dagster.local import kafka
 from ghsync_dagster.observability.metrics import ChangeMetrics
+from ghsync_dagster.settings import load_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -213,3 +217,42 @@ def test_a_consumer_s_line_has_no_figure_for_what_is_not_known() -> None:
     metrics.batch_applied(batch)
     found = cli_cdc._brief(metrics.snapshot())
     assert (found["p50_ms"], found["lag"], found["lag_seconds"]) == (80, 7, 1.5)
+
+
+def test_the_report_goes_on_after_an_error_and_does_not_hold_up_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, hangs, left = threading.Event(), threading.Event(), threading.Event()
+    errors = [ConfigError("CONNECT_URL is malformed.", way_out="Correct it.")]
+
+    class Probe:
+        def report(self, *, with_log: bool) -> ConnectorReport:
+            assert not with_log
+            if errors:
+                raise errors.pop()
+            asked.set()
+            hangs.wait(60)
+            left.set()
+            return ConnectorReport(ConnectorState("RUNNING"), Sample(0))
+
+    monkeypatch.setattr(wiring, "connector_probe", lambda _: Probe())
+    monkeypatch.setattr(cli_cdc, "_REPORT_END_SECONDS", 0.05)
+    settings = load_settings(GHSYNC_HOME=tmp_path, GHSYNC_CDC_REPORT_SECONDS="0.1")
+    with cli_cdc._reporting(ChangeMetrics(), settings):
+        assert asked.wait(10)
+    assert not left.is_set()
+    hangs.set()
+    assert left.wait(10)
+
+
+@pytest.mark.parametrize(("before", "after", "code"), [("FAILED", "RUNNING", 0), ("RUNNING", "PAUSED", 3)])
+def test_a_drain_goes_by_the_connector_at_its_end(
+    ghsync: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, before: str, after: str, code: int
+) -> None:
+    states = [before, after]
+    monkeypatch.setattr(cli_cdc, "_connector", lambda _: ConnectorState(states.pop(0)))
+    monkeypatch.setattr(cli_cdc, "_look_at_source", lambda: None)
+    monkeypatch.setattr(cli_cdc, "_consume", lambda **_: None)
+    result = ghsync("cdc", "drain")
+    assert (result.exit_code, states) == (code, [])
+    assert (f"is {before}" in result.stderr) == (before != "RUNNING")

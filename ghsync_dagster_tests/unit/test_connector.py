@@ -15,6 +15,9 @@ from ghsync_dagster.cdc import connector as cdc_connector
 from ghsync_dagster.cdc.connector import NOT_ASKED, ConnectorProbe, ConnectorReport, require_stream
 from ghsync_dagster.domain.connector import ConnectorState, Sample, base_of, cure_of
 from ghsync_dagster.domain.errors import ConfigError, RefusedError, UnavailableError
+from ghsync_dagster.local import connect as local_connect
+from ghsync_dagster.local import connector as local_connector
+from ghsync_dagster.local.supervisor import ServiceStatus
 from ghsync_dagster.observability.metrics import ChangeMetrics, PrometheusView
 from ghsync_dagster.settings import load_settings
 from ghsync_dagster.stores import connect
@@ -114,7 +117,30 @@ def test_the_reason_of_a_failure_is_its_first_line_and_its_innermost_cause() -> 
     assert reason_of("c.D: at mysql://u:s3cret@h\n") == "c.D: at mysql://***@h"
     assert reason_of("") == "no reason is given"
     parsing = "a.B: stopped\nCaused by: e.P: not parsed: CREATE USER u IDENTIFIED BY 's3cret'\nCaused by: g.H\n"
-    assert reason_of(parsing) == "a.B: stopped; e.P: not parsed: CREATE USER u IDENTIFIED BY '***'"
+    assert reason_of(parsing) == "a.B: stopped; e.P: not parsed: CREATE USER u IDENTIFIED ***"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "CREATE USER u IDENTIFIED BY 's3cret'",
+        'ALTER USER u@h identified by "s3cret" REPLACE "s3cret"',
+        "CREATE USER u IDENTIFIED WITH mysql_native_password AS 's3cret', v IDENTIFIED BY 's3cret'",
+        "CREATE USER u IDENTIFIED BY PASSWORD '*s3cret'",
+        "CREATE USER u IDENTIFIED VIA ed25519 USING PASSWORD('s3cret') OR x USING 's3cret'",
+        "SET PASSWORD FOR u = PASSWORD('it''s s3cret')",
+        "GRANT ALL ON *.* TO u IDENTIFIED/* x */BY's3cret",
+        "CHANGE MASTER TO MASTER_USER='u', MASTER_PASSWORD = 's3cret'",
+        "CREATE SERVER s FOREIGN DATA WRAPPER mysql OPTIONS (USER 'u', PASSWORD `s3cret`)",
+    ],
+)
+@pytest.mark.parametrize("trace", ["{}", "a.B: not parsed: {}\n\tat x", "a.B: no\nCaused by: e.P: not parsed: {}.\n"])
+def test_no_password_of_a_statement_is_told_however_it_is_quoted(statement: str, trace: str) -> None:
+    told = reason_of(trace.format(statement))
+    assert "s3cret" not in told
+    assert "***" in told
+    parsing = reason_of(f"a.ParsingException: {statement}\nCaused by: e.F: mismatched input")
+    assert parsing.endswith("; e.F: mismatched input")
 
 
 @pytest.mark.parametrize(
@@ -260,12 +286,52 @@ def test_a_local_worker_counts_only_where_the_brokers_are_local_too(tmp_path: Pa
     assert connector_probe(load_settings(GHSYNC_HOME=tmp_path, KAFKA_BOOTSTRAP_SERVERS="h:9")) is None
 
 
+def test_a_local_worker_is_found_where_it_is_at_each_question(
+    worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = ServiceStatus("connect", "up", uri="http://127.0.0.1:9")
+    monkeypatch.setattr(local_connect, "status_of_worker", lambda _: found)
+    probe = connector_probe(load_settings(GHSYNC_HOME=tmp_path))
+    assert probe is not None
+    assert probe.state() == ConnectorState("RUNNING", where="http://127.0.0.1:9")
+    found = replace(found, uri="http://127.0.0.1:10")
+    assert probe.state().where == "http://127.0.0.1:10"
+    found = replace(found, state="down")
+    assert probe.state().state == probe.report().state.state == "UNKNOWN"
+    assert worker.state == "RUNNING"
+
+
 def test_a_malformed_connect_url_is_an_error_of_the_settings(tmp_path: Path) -> None:
     probe = connector_probe(load_settings(GHSYNC_HOME=tmp_path, CONNECT_URL="http://u:s3cret@host:80a3"))
     assert probe is not None
     with pytest.raises(ConfigError, match="CONNECT_URL is malformed") as caught:
         probe.state()
     assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_a_connector_is_watched_where_its_worker_has_just_begun(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, *, started: bool
+) -> None:
+    monkeypatch.setattr(local_connector, "_POLL_SECONDS", 0)
+    worker.config |= {"name": "ghsync-users"}
+
+    def fails() -> str:
+        # It is called RUNNING until it has come to what it can't read.
+        worker.state = "FAILED"
+        return "binlog.000001:900"
+
+    def ensure() -> ConnectorState:
+        config = {"heartbeat.interval.ms": "5000"}
+        gone = frozenset[int]() if started else None
+        with worker.open() as opened:
+            return local_connector.ensure(opened, config, lambda: frozenset({7}), gone, fails, print)
+
+    if started:
+        with pytest.raises(UnavailableError, match=r"is FAILED, .*row size 1"):
+            ensure()
+    else:
+        assert ensure().state == "RUNNING"
 
 
 # Metrics

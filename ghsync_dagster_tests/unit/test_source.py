@@ -27,6 +27,7 @@ from ghsync_dagster.domain.table import COLUMNS, create_table
 from ghsync_dagster.domain.user import USER_FIELDS
 from ghsync_dagster.local import connect
 from ghsync_dagster.local.mysql import _SETUP
+from ghsync_dagster.local.supervisor import ServiceStatus
 from ghsync_dagster.settings import load_settings
 from ghsync_dagster.stores.spark import EVENT_SCHEMA
 
@@ -190,6 +191,14 @@ def test_the_log_is_read_from_its_end_no_further_than_needed_and_never_whole(
     monkeypatch.setattr(connect, "_LOG_BYTES", 10_000)
     monkeypatch.setattr(connect, "_LOG_BLOCK", 4_000)
     assert len(connect._end_of(log, now - 9 * hour)) <= 14_000
+    # The log of a worker that is not in use tells nothing.
+    elsewhere = load_settings(GHSYNC_HOME=tmp_path, CONNECT_URL="http://127.0.0.1:9/")
+    assert connect.logged_statements(elsewhere, "Users", now - hour) is None
+    connect.close_statements(elsewhere, now + timedelta(seconds=1))
+    assert connect.logged_statements(settings, "Users", now - hour) != Statements()
+    at = ServiceStatus("connect", "up", uri="http://127.0.0.1:9")
+    monkeypatch.setattr(connect, "status_of_worker", lambda _: at)
+    assert connect.logged_statements(elsewhere, "Users", now - hour) != Statements()
     # Both sides were found equal since.
     connect.close_statements(settings, now + timedelta(seconds=1))
     assert connect.logged_statements(settings, "Users", now - hour) == Statements()
