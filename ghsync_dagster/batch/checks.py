@@ -33,7 +33,7 @@ class Finding:
         summary: The outcome in one line of words.
         counts: Exact numbers behind it.
         offenders: Up to 20 of what broke it.
-        way_out: How to recover; empty where it passed.
+        way_out: How to recover, or to end a risk; empty where there is nothing to do.
     """
 
     check: str

@@ -14,7 +14,7 @@ from ghsync_dagster.batch.checks import OFFENDERS, Finding
 from ghsync_dagster.cdc.causes import CURE, Circumstances, likely_causes
 from ghsync_dagster.cdc.connector import NOT_ASKED
 from ghsync_dagster.domain.connector import CONNECTOR
-from ghsync_dagster.domain.source import Effect, problems_of
+from ghsync_dagster.domain.source import OTHER_ENGINE, Effect, problems_of
 
 if TYPE_CHECKING:
     from ghsync_dagster.cdc.audit import AuditResult
@@ -171,17 +171,21 @@ def dead_letters_empty(letters: OpenLetters) -> Finding:
 def source_settings(source: Source, statements: Statements | None) -> Finding:
     """Hold that the table can be followed as it is, and that the server writes each of its changes as a whole row.
 
+    What is only a risk passes, and is told.
+
     Args:
         source: What the server says of itself and the table.
         statements: What Connect's log warns of; None where the log can't be read here.
     """
     problems = problems_of(source, statements)
     unread = "" if statements is not None else "; Connect's log can't be read here, so no statement is looked for"
+    wrong = [problem.text for problem in problems if problem.effect is not Effect.RISKS]
+    risks = [f"a risk: {problem.text}" for problem in problems if problem.effect is Effect.RISKS]
     good = f"{source.name} can be followed, and {source.version} logs whole rows"
     return Finding(
         SOURCE_SETTINGS,
-        not problems,
-        f"{'; '.join(problem.text for problem in problems) or good}{unread}",
+        not wrong,
+        f"{'; '.join([*(wrong or [good]), *risks])}{unread}",
         {"problems": len(problems), **({"statements": statements.of_table} if statements is not None else {})},
         [
             {"problem": problem.name, "effect": problem.effect.value, "text": problem.text, "way_out": problem.way_out}
@@ -204,13 +208,20 @@ def no_source(why: str, *, passed: bool) -> Finding:
 
 def loses_changes(source: Finding) -> bool:
     """Tell whether changes can't come, or are lost, and not only at risk."""
-    return any(offender["effect"] != Effect.RISKS.value for offender in source.offenders)
+    lesser = (Effect.UNTOLD.value, Effect.RISKS.value)
+    return any(offender["effect"] not in lesser for offender in source.offenders)
 
 
 def causes_in(source: Finding | None) -> list[str]:
-    """Return what is wrong with the source, a sentence each: the likely causes of differences."""
-    problems = source.offenders if source is not None else []
-    return [f"Likely cause: {problem['text']}. {problem['way_out']}" for problem in problems]
+    """Return what is wrong with the source, a sentence each: the likely causes of differences.
+
+    A risk is none, but for an engine that makes repairs unsound too.
+    """
+    return [
+        f"Likely cause: {problem['text']}. {problem['way_out']}"
+        for problem in (source.offenders if source is not None else [])
+        if problem["effect"] != Effect.RISKS.value or problem["problem"] == OTHER_ENGINE
+    ]
 
 
 def connector_running(report: ConnectorReport | None, still_seconds: float, *, limit_seconds: float) -> Finding:

@@ -44,6 +44,10 @@ _LOGGED: Final = re.compile(
 """What Debezium logs of a statement that stands in the binlog as text. It may have several lines."""
 
 
+OTHER_ENGINE: Final = "engine"
+"""The name of the problem that makes repairs unsound too."""
+
+
 class Effect(Enum):
     """What a problem does to the changes."""
 
@@ -53,8 +57,10 @@ class Effect(Enum):
     """Changes are missing from the binlog, and nothing else shows it."""
     LOST = "lost"
     """Some changes are missing from the binlog already; later ones may come."""
+    UNTOLD = "untold"
+    """It can't be told whether changes come."""
     RISKS = "risks"
-    """Changes may get lost in some event, or it can't be told."""
+    """Changes may get lost in some event; until then all come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +281,7 @@ def _table_problems(source: Source) -> Iterator[Problem]:
     if source.found_as is None:
         yield Problem(
             "no-table",
-            Effect.RISKS,
+            Effect.UNTOLD,
             f"there is no table {source.name}, or the account of MYSQL_URL may not see it",
             f"Make it, or grant SELECT on it: {create_table(name)};",
         )
@@ -305,9 +311,10 @@ def _table_problems(source: Source) -> Iterator[Problem]:
         return
     elif source.engine.lower() != "innodb":
         yield Problem(
-            "engine",
+            OTHER_ENGINE,
             Effect.RISKS,
-            f"{source.name} is kept by {source.engine}, so a failed statement may leave rows that no change tells",
+            f"{source.name} is kept by {source.engine}, so a failed statement may leave rows that no change tells,"
+            " and a repair can't lock the rows that it reads",
             f"ALTER TABLE {name} ENGINE=InnoDB;",
         )
     yield from _column_problems(source)
@@ -403,7 +410,7 @@ def _settings_problems(source: Source) -> Iterator[Problem]:
     if unread := [name for name in _ESSENTIAL if name not in settings]:
         yield Problem(
             "settings-unread",
-            Effect.RISKS,
+            Effect.UNTOLD,
             f"the server does not show {', '.join(unread)} to the account of MYSQL_URL, so nobody can tell whether it"
             " logs whole rows",
             "Let the account read them (SHOW GLOBAL VARIABLES), or look yourself: ROW and FULL are needed.",

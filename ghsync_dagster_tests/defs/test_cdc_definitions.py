@@ -680,5 +680,5 @@ def test_a_drain_fails_on_a_source_that_loses_changes_and_on_no_less(effect: Eff
         return jobs._on_source(dg.build_op_context(), cast("ChangesResource", looked))
 
     problem = Problem("any", effect, "wrong", "Correct it.")
-    assert bool(gate(Looked(problem))) == (effect is not Effect.RISKS)
+    assert bool(gate(Looked(problem))) == (effect in (Effect.STOPS, Effect.LOSES, Effect.LOST))
     assert gate(Looked(None)) == gate(Looked(problem, away=True)) == []
