@@ -258,6 +258,8 @@ def _reporting(metrics: ChangeMetrics, settings: Settings) -> Iterator[None]:
                     metrics.connector(probe.report(with_log=False))
                 except GhsyncError as error:
                     log.warning("the connector was not asked", reason=str(error))
+            if ended.is_set():
+                return
             now = metrics.snapshot(settings.cdc_report_seconds)
             if now.held_up is None:
                 log.info("consuming", **_brief(now))

@@ -22,6 +22,8 @@ UNKNOWN: Final = "UNKNOWN"
 HALTED: Final = ("PAUSED", "STOPPED")
 RIGHTS: Final = "the database user needs SELECT, RELOAD, SHOW DATABASES, REPLICATION SLAVE and REPLICATION CLIENT"
 
+_AWAY_SECONDS: Final = 60.0
+"""Some times the interval in which a connector is watched: who did not look for longer does not know what moved."""
 _STOPPED: Final = (FAILED, NONE, UNKNOWN, *HALTED)
 _SNAPSHOT: Final = "take a new snapshot; see docs/operations.md, A new snapshot"
 _RESTART: Final = (
@@ -129,12 +131,14 @@ class Sample(msgspec.Struct, frozen=True):
         offset: The connector's committed offset, as text; None where the worker does not tell.
         log: The end of the database's binlog, as ``file:position``; None where nobody asked, or it is refused.
         position: The offset's place in the binlog, likewise; None where the worker does not tell.
+        seen: When a newer one was compared with it last, in seconds since 1970; 0 for never.
     """
 
     at: float
     offset: str | None = None
     log: str | None = None
     position: str | None = None
+    seen: float = 0.0
 
     @property
     def is_known(self) -> bool:
@@ -145,8 +149,8 @@ class Sample(msgspec.Struct, frozen=True):
 def base_of(base: Sample | None, now: Sample) -> Sample:
     """Return the sample from which on the offset stands still while the database writes.
 
-    That is ``now`` where the offset moved or is at the end of the binlog, where the database wrote nothing, and where
-    either is not known.
+    That is ``now`` where the offset moved or is at the end of the binlog, where the database wrote nothing, where
+    either is not known, and where nobody looked for long.
 
     Args:
         base: What this returned for the sample before; None for the first.
@@ -156,6 +160,8 @@ def base_of(base: Sample | None, now: Sample) -> Sample:
     >>> base_of(idle, Sample(20, "a", "y")).at, base_of(idle, Sample(20, "b", "y")).at
     (9, 20)
     """
-    if base is None or not (base.is_known and now.is_known):
+    if base is None or not (base.is_known and now.is_known) or now.at - max(base.at, base.seen) > _AWAY_SECONDS:
         return now
-    return now if now.offset != base.offset or now.log in (base.log, now.position) else base
+    if now.offset != base.offset or now.log in (base.log, now.position):
+        return now
+    return msgspec.structs.replace(base, seen=now.at)

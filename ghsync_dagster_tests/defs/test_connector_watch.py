@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import dagster as dg
 import pytest
 
+from ghsync_dagster.batch.checks import Finding
+from ghsync_dagster.cdc.checks import connector_running
 from ghsync_dagster.cdc.connector import NOT_ASKED, ConnectorReport
 from ghsync_dagster.definitions import defs
+from ghsync_dagster.defs.batch.checks import as_result
 from ghsync_dagster.defs.cdc import connector_watch as watch
+from ghsync_dagster.defs.cdc.slice import USERS_CHANGES
+from ghsync_dagster.defs.cdc.source_watch import source_watch
 from ghsync_dagster.defs.ops.alerts import alerts_sensor
+from ghsync_dagster.defs.resources import ChangesResource
 from ghsync_dagster.domain.connector import ConnectorState, Sample
 
 if TYPE_CHECKING:
@@ -95,6 +102,69 @@ def test_a_failure_is_reported_once_and_so_is_its_end(probe: Probe, daemon: Daem
     assert daemon.tick() == []
     probe.now = ConnectorReport(RUNS, Sample(45))
     assert [found.passed for found in daemon.tick()] == [True]
+
+
+def evaluate(instance: dg.DagsterInstance, finding: Finding) -> None:
+    """Evaluate a check of ``users_changes`` in a run, as a job does."""
+
+    @dg.asset_check(asset=USERS_CHANGES, name=finding.check)
+    def check() -> dg.AssetCheckResult:
+        return as_result(finding)
+
+    made = dg.Definitions(asset_checks=[check]).resolve_implicit_global_asset_job_def()
+    assert made.execute_in_process(instance=instance).success
+
+
+def test_what_a_job_evaluated_meanwhile_is_known(probe: Probe, daemon: Daemon) -> None:
+    assert [found.passed for found in daemon.tick()] == [True]
+    failed = connector_running(ConnectorReport(FAILED, Sample(0)), 0, limit_seconds=60)
+    evaluate(daemon.instance, failed)
+    assert [found.passed for found in daemon.tick()] == [True]
+    assert daemon.tick() == []
+    evaluate(daemon.instance, failed)
+    probe.now = ConnectorReport(FAILED, Sample(30))
+    assert daemon.tick() == []
+    evaluate(daemon.instance, connector_running(ConnectorReport(RUNS, Sample(0)), 0, limit_seconds=60))
+    assert [found.passed for found in daemon.tick()] == [False]
+
+
+def test_other_words_for_the_same_state_and_cure_are_no_news(probe: Probe, daemon: Daemon) -> None:
+    probe.now = ConnectorReport(UNKNOWN, Sample(0))
+    assert daemon.tick() == []
+    assert [found.passed for found in daemon.tick()] == [False]
+    for words in ("ConnectTimeout", "ConnectError"):
+        probe.now = ConnectorReport(replace(UNKNOWN, reason=f"the worker does not answer: {words}"), Sample(15))
+        assert daemon.tick() == []
+    for reason, reported in (("row size 1", [False]), ("row size 2", []), ("Access denied", [False])):
+        probe.now = ConnectorReport(replace(FAILED, reason=reason), Sample(30))
+        assert [found.passed for found in daemon.tick()] == reported
+
+
+def test_what_is_wrong_with_the_source_is_reported_once_and_so_is_its_end(
+    instance: dg.DagsterInstance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    bad = Finding("source_settings", passed=False, summary="3 statements", way_out="End it.")
+    good = Finding("source_settings", passed=True, summary="good")
+    now = good
+    monkeypatch.setattr(ChangesResource, "source", lambda _: now)
+
+    def tick() -> list[bool]:
+        data = source_watch.evaluate_tick(dg.build_sensor_context(instance=instance, definitions=defs))
+        events = [event for event in data.asset_events if isinstance(event, dg.AssetCheckEvaluation)]
+        for event in events:
+            instance.report_runless_asset_event(event)
+        return [event.passed for event in events]
+
+    assert (tick(), tick()) == ([True], [])
+    now = bad
+    assert tick() == [False]
+    now = replace(bad, summary="4 statements")
+    assert tick() == []
+    now = good
+    assert (tick(), tick()) == ([True], [])
+    evaluate(instance, bad)
+    assert (tick(), tick()) == ([True], [])
 
 
 def test_an_alert_tells_of_it(probe: Probe, daemon: Daemon, capsys: pytest.CaptureFixture[str]) -> None:

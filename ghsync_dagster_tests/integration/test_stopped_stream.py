@@ -109,7 +109,7 @@ class Stream:
         """What the sensor says at its second look."""
         probe = connector_probe(self.settings(**more))
         assert probe is not None
-        memory = look(probe, Memory())[2]
+        memory = look(probe, Memory())[1]
         return look(probe, memory)[0]
 
     def ask(self, *steps: tuple[str, str]) -> None:

@@ -223,10 +223,21 @@ def test_only_an_offset_that_stands_still_while_the_database_writes_counts() -> 
     idle = replaced(first, at=10)
     assert base_of(first, idle) is idle
     wrote = replaced(first, at=20, log="f:2")
-    assert base_of(idle, wrote) is idle
+    assert base_of(idle, wrote) == replaced(idle, seen=20)
     assert base_of(idle, replaced(wrote, at=30, offset="b")).at == 30
     assert base_of(idle, replaced(wrote, at=30, position="f:2")).at == 30
     assert base_of(idle, replaced(wrote, at=30, log=None)).at == 30
+
+
+def test_who_was_away_does_not_take_the_time_for_one_that_stood_still() -> None:
+    base = base_of(Sample(0, "a", "f:1"), Sample(15, "a", "f:2"))
+    for at in range(30, 300, 15):
+        base = base_of(base, Sample(at, "a", f"f:{at}"))
+        assert base.at == 0
+    # A daemon that comes back an hour later begins anew.
+    back = Sample(3_900, "a", "f:9")
+    assert base_of(base, back) is back
+    assert base_of(back, Sample(3_915, "a", "f:10")).at == 3_900
 
 
 def replaced(sample: Sample, **fields: Any) -> Sample:

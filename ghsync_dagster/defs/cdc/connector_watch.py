@@ -1,7 +1,7 @@
 """The sensor connector_watch: reports the check connector_running whenever its outcome changes, without a run.
 
-Belongs here: what a tick remembers of the ticks before, and what it reports. Not here: what is asked
-(``cdc.connector``), and the judgement (``cdc.checks``).
+Belongs here: what a tick remembers of the ticks before. Not here: what is asked (``cdc.connector``), the judgement
+(``cdc.checks``), and whether its outcome is news (``watching``).
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ import dagster as dg
 import msgspec
 
 from ghsync_dagster.cdc import checks
-from ghsync_dagster.cdc.checks import CONNECTOR_RUNNING
 from ghsync_dagster.cdc.connector import NOT_ASKED
-from ghsync_dagster.defs.batch.checks import as_result
-from ghsync_dagster.defs.cdc.slice import USERS_CHANGES
+from ghsync_dagster.defs.cdc.watching import changed
 from ghsync_dagster.domain.connector import UNKNOWN, Sample, base_of
 from ghsync_dagster.observability.logging import configure_logging, get_logger
 from ghsync_dagster.settings import load_settings
@@ -37,12 +35,10 @@ class Memory(msgspec.Struct, frozen=True):
 
     Attributes:
         base: From when on the offset stands still while MySQL writes, see ``domain.connector.base_of``.
-        reported: The outcome that was reported last; empty for none.
         doubtful: How many looks in a row found a state that may pass by itself.
     """
 
     base: Sample | None = None
-    reported: str = ""
     doubtful: int = 0
 
 
@@ -61,50 +57,36 @@ def connector_watch(context: dg.SensorEvaluationContext) -> dg.SensorResult:
     probe = connector_probe(settings)
     if probe is None:
         return dg.SensorResult(skip_reason=dg.SkipReason(NOT_ASKED), cursor=_as_cursor(Memory()))
-    finding, outcome, after = look(probe, memory)
-    if finding is None or outcome == memory.reported:
-        words = finding.summary if finding else "the connector's state may pass by itself; asked again"
+    finding, after = look(probe, memory)
+    if finding is None:
+        words = "the connector's state may pass by itself; asked again"
         return dg.SensorResult(skip_reason=dg.SkipReason(words), cursor=_as_cursor(after))
+    events = changed(context.instance, finding)
+    if not events:
+        return dg.SensorResult(skip_reason=dg.SkipReason(finding.summary), cursor=_as_cursor(after))
     (log.info if finding.passed else log.error)("connector watched", passed=finding.passed, summary=finding.summary)
-    return dg.SensorResult(
-        asset_events=[_evaluation(finding)], cursor=_as_cursor(msgspec.structs.replace(after, reported=outcome))
-    )
+    return dg.SensorResult(asset_events=events, cursor=_as_cursor(after))
 
 
-def look(probe: ConnectorProbe, memory: Memory) -> tuple[Finding | None, str, Memory]:
+def look(probe: ConnectorProbe, memory: Memory) -> tuple[Finding | None, Memory]:
     """Look once.
 
     Returns:
-        The finding, or None where the state may pass by itself; what tells its outcome from another one; the memory.
+        The finding, or None where the state may pass by itself; the memory.
     """
     report = probe.report()
     base = base_of(memory.base, report.sample)
     doubtful = memory.doubtful + 1 if _may_pass(report) else 0
     after = msgspec.structs.replace(memory, base=base, doubtful=doubtful)
     if 0 < doubtful < _DOUBTFUL_LOOKS:
-        return None, memory.reported, after
+        return None, after
     still = report.sample.at - base.at
-    finding = checks.connector_running(report, still, limit_seconds=probe.still_seconds)
-    if report.state.is_running:
-        # The seconds grow, and what could not be looked at is no other outcome.
-        return finding, "runs" if finding.passed else "stands still", after
-    return finding, finding.summary, after
+    return checks.connector_running(report, still, limit_seconds=probe.still_seconds), after
 
 
 def _may_pass(report: ConnectorReport) -> bool:
     state = report.state
     return state.state == UNKNOWN or not (state.is_running or state.is_stopped)
-
-
-def _evaluation(finding: Finding) -> dg.AssetCheckEvaluation:
-    result = as_result(finding)
-    return dg.AssetCheckEvaluation(
-        asset_key=dg.AssetKey(USERS_CHANGES),
-        check_name=CONNECTOR_RUNNING,
-        passed=finding.passed,
-        metadata=result.metadata,
-        description=finding.summary,
-    )
 
 
 def _memory(cursor: str | None) -> Memory:

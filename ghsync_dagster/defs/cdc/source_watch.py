@@ -1,6 +1,6 @@
 """The sensor source_watch: reports the check source_settings whenever its outcome changes, without a run.
 
-Belongs here: when a tick reports. Not here: what is asked (``wiring``), and the judgement (``domain.source``).
+Not here: what is asked (``wiring``), the judgement (``domain.source``), and whether its outcome is news (``watching``).
 """
 
 from __future__ import annotations
@@ -9,15 +9,12 @@ from typing import Final
 
 import dagster as dg
 
-from ghsync_dagster.cdc.checks import SOURCE_SETTINGS
-from ghsync_dagster.defs.batch.checks import as_result
-from ghsync_dagster.defs.cdc.slice import USERS_CHANGES
+from ghsync_dagster.defs.cdc.watching import changed
 from ghsync_dagster.defs.resources import ChangesResource
 from ghsync_dagster.domain.errors import GhsyncError
 from ghsync_dagster.observability.logging import configure_logging, get_logger
 
 INTERVAL_SECONDS: Final = 60
-_GOOD: Final = "good"
 
 log = get_logger("source")
 
@@ -36,22 +33,14 @@ def source_watch(context: dg.SensorEvaluationContext) -> dg.SensorResult:
     try:
         found = changes.source()
     except GhsyncError as error:
-        return dg.SensorResult(skip_reason=dg.SkipReason(f"not looked at: {error}"), cursor=context.cursor)
+        return dg.SensorResult(skip_reason=dg.SkipReason(f"not looked at: {error}"))
     if found is None:
-        return dg.SensorResult(skip_reason=dg.SkipReason("there is no MySQL here"), cursor=context.cursor)
-    outcome = _GOOD if found.passed else ", ".join(sorted(problem["problem"] for problem in found.offenders))
-    if outcome == context.cursor:
-        return dg.SensorResult(skip_reason=dg.SkipReason(found.summary), cursor=outcome)
+        return dg.SensorResult(skip_reason=dg.SkipReason("there is no MySQL here"))
+    events = changed(context.instance, found)
+    if not events:
+        return dg.SensorResult(skip_reason=dg.SkipReason(found.summary))
     (log.info if found.passed else log.error)("source watched", passed=found.passed, summary=found.summary)
-    result = as_result(found)
-    evaluation = dg.AssetCheckEvaluation(
-        asset_key=dg.AssetKey(USERS_CHANGES),
-        check_name=SOURCE_SETTINGS,
-        passed=found.passed,
-        metadata=result.metadata,
-        description=found.summary,
-    )
-    return dg.SensorResult(asset_events=[evaluation], cursor=outcome)
+    return dg.SensorResult(asset_events=events)
 
 
 SENSORS = [source_watch]

@@ -1,0 +1,51 @@
+"""What the sensors that watch report: a check's finding, where its outcome is another one than Dagster knows.
+
+Belongs here: the comparison with the newest evaluation, whoever made it. Not here: when is looked, and at what.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import dagster as dg
+from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus
+
+from ghsync_dagster.defs.batch.checks import as_result
+from ghsync_dagster.defs.cdc.slice import USERS_CHANGES
+
+if TYPE_CHECKING:
+    from ghsync_dagster.batch.checks import Finding
+
+_EVALUATED: Final = {AssetCheckExecutionRecordStatus.SUCCEEDED, AssetCheckExecutionRecordStatus.FAILED}
+_LATEST: Final = 10
+"""The records are in the order in which runs were planned: a run that took long may have evaluated after later ones."""
+
+
+def changed(instance: dg.DagsterInstance, finding: Finding) -> list[dg.AssetCheckEvaluation]:
+    """Return the evaluation to report; none where the newest one has the same outcome.
+
+    Outcomes are told apart by whether the check passed and by the way out: the words of a summary may differ each time.
+
+    Args:
+        instance: Knows the evaluations, those of jobs too.
+        finding: On ``users_changes``.
+    """
+    result = as_result(finding)
+    made = dg.AssetCheckEvaluation(
+        asset_key=dg.AssetKey(USERS_CHANGES),
+        check_name=finding.check,
+        passed=finding.passed,
+        metadata=result.metadata,
+        description=finding.summary,
+    )
+    records = instance.event_log_storage.get_asset_check_execution_history(
+        made.asset_check_key, limit=_LATEST, status=_EVALUATED
+    )
+    known = [(record.event.timestamp, record.evaluation) for record in records if record.event and record.evaluation]
+    newest = max(known, key=lambda one: one[0])[1] if known else None
+    return [made] if newest is None or _outcome(newest) != _outcome(made) else []
+
+
+def _outcome(found: dg.AssetCheckEvaluation) -> tuple[bool, object]:
+    way_out = found.metadata.get("way_out")
+    return found.passed, None if way_out is None else way_out.value
