@@ -12,6 +12,7 @@ import dagster as dg
 import pytest
 from cdc_parts import GHSYNC, stored, until
 
+from ghsync_dagster.defs.cdc.checks import in_step_with_mysql
 from ghsync_dagster.defs.cdc.repair import REPAIR_JOB, REPAIR_OP, cdc_repair_sensor
 from ghsync_dagster.stores.mongo import UserStore
 from ghsync_dagster.stores.mysql import MySqlStore
@@ -143,8 +144,8 @@ def test_the_sensor_starts_one_repair_for_each_small_difference(
         if found is not None:
             instance.report_runless_asset_event(
                 dg.AssetCheckEvaluation(
-                    asset_key=dg.AssetKey("users_changes"),
-                    check_name="in_step_with_mysql",
+                    asset_key=in_step_with_mysql.check_key.asset_key,
+                    check_name=in_step_with_mysql.check_key.name,
                     passed=False,
                     metadata={name: dg.MetadataValue.int(count) for name, count in found.items()},
                 )

@@ -12,10 +12,9 @@ import dagster as dg
 from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus
 from pydantic import Field
 
-from ghsync_dagster.cdc.checks import IN_STEP_WITH_MYSQL
 from ghsync_dagster.cdc.repair_requests import RepairReport, Selection, plan, refuse_too_many, repair, select
+from ghsync_dagster.defs.cdc.checks import in_step_with_mysql
 from ghsync_dagster.defs.cdc.jobs import FLOW_TAG
-from ghsync_dagster.defs.cdc.slice import USERS_CHANGES
 from ghsync_dagster.defs.errors import as_failure
 from ghsync_dagster.defs.resources import ChangesResource
 from ghsync_dagster.domain.errors import ConfigError
@@ -26,7 +25,7 @@ from ghsync_dagster.stores.retry import retrying
 REPAIR_JOB: Final = "cdc_repair_job"
 REPAIR_OP: Final = "repair_users"
 _DIFFERENCES: Final = ("missing", "extra", "different")
-_CHECK: Final = dg.AssetCheckKey(dg.AssetKey(USERS_CHANGES), IN_STEP_WITH_MYSQL)
+_CHECK: Final = in_step_with_mysql.check_key
 _INTERVAL_SECONDS: Final = 30
 
 log = get_logger("repair")
