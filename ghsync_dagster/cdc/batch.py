@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from ghsync_dagster.domain.change import Change, Op, Position
+from ghsync_dagster.domain.change import TOMBSTONE, Change, Op, Position
 from ghsync_dagster.domain.coalesce import Segment, coalesce
 from ghsync_dagster.domain.envelope import Refusal
 from ghsync_dagster.domain.errors import TransientError, UndecodableError
@@ -77,7 +77,7 @@ class RecordDecoder:
 
     def _follows_its_delete(self, messages: Sequence[Message], at: int) -> bool:
         """Tell whether a record without a key is a tombstone right after a delete without a key."""
-        if self._what(_ANY_KEY, messages[at].value()) != "tombstone":
+        if self._what(_ANY_KEY, messages[at].value()) != TOMBSTONE:
             return False
         before = self._before(messages, at)
         if before is None or not self._decoder.is_keyless(_raw(before.key())):

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ghsync_dagster.cdc.batch import Batch, Decoded, RecordDecoder
-from ghsync_dagster.domain.change import Change, Op
+from ghsync_dagster.domain.change import TOMBSTONE, Change, Op
 from ghsync_dagster.domain.envelope import ChangeDecoder
 from ghsync_dagster.domain.errors import PermanentError
 
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 _SCAN_BACK: Final = 1_000
 """How many records the first scan goes back from a partition's end; each further one goes ten times as far."""
-_TOMBSTONE: Final = "tombstone"
 _CHUNK: Final = 5_000
 """How many records are read at once."""
 _WAIT_SECONDS: Final = 30.0
@@ -123,7 +122,7 @@ def _scan(truncate: Truncate, partition: int, chunks: Iterable[Sequence[Message]
         place = f"partition {partition} offset {message.offset()}"
         if change.position is None:
             # A tombstone belongs to the delete before it.
-            if not (change.what == _TOMBSTONE and at > 0):
+            if not (change.what == TOMBSTONE and at > 0):
                 doubt = doubt or f"{place} does not tell its position in the binlog"
             continue
         if last is not None and (change.position.compare(last) or 0) < 0:

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from ghsync_dagster.domain.change import Change, Op
+from ghsync_dagster.domain.change import TOMBSTONE, Change, Op
 from ghsync_dagster.domain.user import USER_FIELDS
 
 _WHOLE: Final = len(USER_FIELDS)
@@ -63,7 +63,7 @@ def coalesce(changes: Iterable[Change]) -> list[Segment]:
             if change.what == _CREATE and key not in current:
                 created.add(key)
             current[key] = change if len(user) == _WHOLE else _completed(change, user, current.get(key), truncated)
-        elif change.what != "tombstone" or not _is_delete(current.get(key)):
+        elif change.what != TOMBSTONE or not _is_delete(current.get(key)):
             current[key] = change
     if current or truncated:
         segments.append(Segment(truncated, current, created))

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Final, Literal, TypeGuard
 
 import msgspec
 
-from ghsync_dagster.domain.change import Change, Op, Position
+from ghsync_dagster.domain.change import TOMBSTONE, Change, Op, Position
 from ghsync_dagster.domain.errors import UndecodableError
 from ghsync_dagster.domain.formats import format_of
 from ghsync_dagster.domain.text import shortened
@@ -310,7 +310,7 @@ class ChangeDecoder:
         """Decode a record of any form, and find words for what is refused."""
         payload = self._payload(value) if value else None
         if payload is None:
-            return Change(Op.DELETE, self._whose(key, None, "a tombstone"), None, "tombstone")
+            return Change(Op.DELETE, self._whose(key, None, "a tombstone"), None, TOMBSTONE)
         if not isinstance(payload, dict):
             raise Refusal.NOT_AN_EVENT.error(f"The value must be a JSON object, got {_shape(payload)}.")
         if "op" in payload and (_KEY_FIELD not in payload or not _ENVELOPE_PARTS.isdisjoint(payload)):
