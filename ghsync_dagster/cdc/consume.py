@@ -407,6 +407,8 @@ class _Run:
         """See that topic and places are those that the group began with: now and then, and when partitions came."""
         if self._is_time_to_look:
             held = self._topic.held
+            if self._topic.is_waiting:
+                self._commit_ends_met()
             self._topic.see(
                 lambda: self._consumer.committed(self._consumer.partitions or self._consumer.all_partitions())
             )
@@ -414,6 +416,13 @@ class _Run:
             self._to_rewind = self._to_rewind or bool(held and not self._topic.held)
             self._to_see = self._topic.is_waiting
             self._next_topic = time.monotonic() + (_HELD_SECONDS if self._to_see else _TOPIC_SECONDS)
+
+    def _commit_ends_met(self) -> None:
+        """Commit where partitions end whose records are all applied: the last thing in them may be no record."""
+        places, rest = self._places(), self._pending.offsets.keys() | self._topic.held
+        ends = self._consumer.ends_met.items()
+        if met := {at: end for at, end in ends if at not in rest and places.get(at, end) < end}:
+            self._commit(met)
 
     def _go_back(self) -> None:
         """Go back in partitions of which another consumer, or this one before, left a note."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from cdc_parts import Parts, StrictStore, make_anew, make_strict, stored, until, user
-from confluent_kafka import KafkaError, KafkaException, TopicPartition, Uuid
+from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition, Uuid
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewPartitions
 from pymongo.collection import Collection
@@ -365,6 +365,35 @@ def test_a_drain_applies_added_partitions_after_the_others(topic: Topic, parts: 
         topic.upsert(key, "new", partition=1 + key % 2)
     parts.drain(topic)
     assert stored(store) == topic.expected
+
+
+@pytest.mark.parametrize("until_end", [True, False], ids=["drain", "run"])
+def test_added_partitions_are_not_held_for_the_mark_of_a_transaction(
+    topic: Topic, parts: Parts, store: UserStore, *, until_end: bool
+) -> None:
+    topic.upsert(0)
+    parts.drain(topic)
+    # The last thing in the first partition is the mark, whose offset nobody commits who only applies records.
+    settings = {"bootstrap.servers": topic.kafka.bootstrap_servers, "transactional.id": topic.kafka.topic}
+    plain, topic.producer = topic.producer, Producer(settings)
+    topic.producer.init_transactions(30)
+    topic.producer.begin_transaction()
+    topic.upsert(1, "old")
+    topic.producer.commit_transaction(30)
+    topic.producer = plain
+    add_partitions(topic, 2)
+    topic.upsert(1, "new", partition=1)
+    if until_end:
+        parts.drain(topic)
+    else:
+        topic.flush()
+        with parts.running(topic) as running:
+            until(lambda: stored(store) == topic.expected)
+            running.end()
+    assert stored(store) == topic.expected
+    assert topic.committed() == 3
+    parts.drain(topic)
+    assert KnownTopic(topic.kafka, store).placed() == {0, 1}
 
 
 @pytest.mark.parametrize("removed", [False, True])
