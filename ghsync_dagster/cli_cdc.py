@@ -113,6 +113,7 @@ def audit_changes(
     from ghsync_dagster.cdc.backlog import await_no_lag
     from ghsync_dagster.cdc.causes import Circumstances
     from ghsync_dagster.cdc.checks import causes_in, in_step_with_mysql
+    from ghsync_dagster.cdc.dead_letters import users_with_letters
     from ghsync_dagster.domain.connector import stopped_words
     from ghsync_dagster.stores.retry import retrying
     from ghsync_dagster.wiring import close_statements, existing_kafka, open_mysql, store_opener
@@ -124,15 +125,17 @@ def audit_changes(
         limit = MOST_OFFENDERS if as_json else OFFENDERS
     source, began = _look_at_source(), datetime.now(UTC)
 
-    def compare() -> AuditResult:
+    def compare() -> tuple[AuditResult, set[str]]:
         with open_mysql(settings) as mysql, store_opener(settings)() as store:
-            return audit(mysql, store, patience=Patience(seconds=patience), limit=limit)
+            result = audit(mysql, store, patience=Patience(seconds=patience), limit=limit)
+            return result, set() if result.equal else users_with_letters(kafka, store)
 
     kafka = existing_kafka(settings)
     attempts = settings.retry_attempts
     waiting = retrying("Asking for the lag", lambda: await_no_lag(kafka, lag_wait), attempts=attempts)
-    known = Circumstances(connector=stopped_words(connector), settings=causes_in(source))
-    finding = in_step_with_mysql(retrying("Comparing", compare, attempts=attempts), waiting, known)
+    result, lettered = retrying("Comparing", compare, attempts=attempts)
+    known = Circumstances(connector=stopped_words(connector), settings=causes_in(source), with_letters=lettered)
+    finding = in_step_with_mysql(result, waiting, known)
     if finding.passed:
         close_statements(settings, began)
     print_json(asdict(finding)) if as_json else _show_finding(finding)

@@ -458,6 +458,16 @@ def caught_up_index(kafka: KafkaSettings, store: UserStore) -> LetterIndex:
     return index
 
 
+def users_with_letters(kafka: KafkaSettings, store: UserStore) -> set[str]:
+    """Return the users that have open letters, to name a cause; none where the letters can't be read."""
+    try:
+        found = caught_up_index(kafka, store).open_users()
+    except GhsyncError as error:
+        log.warning("the dead letters can't be read", reason=error.message)
+        return set()
+    return {user for user in found if user is not None}
+
+
 def open_letters(kafka: KafkaSettings, store: UserStore) -> OpenLetters:
     """Return the open dead letters: all counted, some shown.
 
@@ -527,9 +537,9 @@ def close_superseded(kafka: KafkaSettings, store: UserStore, index: LetterIndex)
         UnavailableError: Kafka or MongoDB can't be reached.
         RefusedError: Credentials or rights are refused.
     """
-    after: int | None = None
+    after: tuple[int, int] | None = None
     while page := list(islice(index.find(state=LetterState.OPEN, after=after), _PAGE)):
-        after = page[-1].place[1]
+        after = page[-1].place
         applied = _applied_after(kafka, store, index, page)
         reasons = ((letter, applied.supersedes(letter)) for letter in page)
         yield from _closed(index, ((letter, reason) for letter, reason in reasons if reason is not None))
@@ -539,8 +549,13 @@ def _closed(index: LetterIndex, letters: Iterable[tuple[Letter, str]]) -> Iterat
     from ghsync_dagster.stores.mongo import chunks
 
     for part in chunks(letters):
-        index.settle(part, LetterState.CLOSED)
-        yield from (letter._replace(state=LetterState.CLOSED, reason=reason) for letter, reason in part)
+        at = datetime.now(UTC).isoformat()
+        closed = [letter._replace(state=LetterState.CLOSED, reason=reason, at=at) for letter, reason in part]
+        if index.settle(part, LetterState.CLOSED, at=at) < len(closed):
+            # Others settled some first, or their records were refused again.
+            now = index.by_id(letter.id for letter in closed)
+            closed = [letter for letter in closed if now.get(letter.id) == letter]
+        yield from closed
 
 
 def _applied_after(kafka: KafkaSettings, store: UserStore, index: LetterIndex, letters: list[Letter]) -> Applied:

@@ -67,7 +67,7 @@ class LetterIndex:
     def ensure(self) -> None:
         """Create the indexes that reading needs."""
         with self._command("Preparing the index of dead letters"):
-            self._letters.create_index([("topic", ASCENDING), ("state", ASCENDING), ("place.offset", ASCENDING)])
+            self._letters.create_index([("topic", ASCENDING), ("state", ASCENDING), *_in_order(ASCENDING)])
             self._letters.create_index([("user", ASCENDING)])
 
     def add_refused(self, letters: Iterable[Letter]) -> None:
@@ -112,14 +112,19 @@ class LetterIndex:
             return [letters[item["index"]] for item in failed]
         return []
 
-    def settle(self, settled: Iterable[tuple[Letter, str]], state: LetterState) -> int:
+    def settle(self, settled: Iterable[tuple[Letter, str]], state: LetterState, *, at: str = "") -> int:
         """Give open letters, each with its reason, another state, unless their records were refused again meanwhile.
+
+        Args:
+            settled: The letters and reasons.
+            state: Which state.
+            at: Since when, ISO 8601 in UTC; empty: now.
 
         Returns:
             How many were still open.
         """
         count = 0
-        at = datetime.now(UTC).isoformat(timespec="milliseconds")
+        at = at or datetime.now(UTC).isoformat(timespec="milliseconds")
         for part in chunks(settled):
             writes = [
                 UpdateOne({"_id": letter.id}, _replace_if_open(letter, {"state": state, "reason": reason, "at": at}))
@@ -145,7 +150,7 @@ class LetterIndex:
         *,
         state: LetterState | None = None,
         kind: str | None = None,
-        after: int | None = None,
+        after: tuple[int, int] | None = None,
         limit: int = 0,
         newest: bool = False,
     ) -> Iterator[Letter]:
@@ -154,7 +159,7 @@ class LetterIndex:
         Args:
             state: Only those in this state.
             kind: Only those of this kind.
-            after: Only those whose own offset is higher.
+            after: Only those behind the one that has this place, its partition and offset.
             limit: At most so many; 0 for all.
             newest: Begin at the end.
         """
@@ -162,10 +167,12 @@ class LetterIndex:
         if kind is not None:
             query["kind"] = kind
         if after is not None:
-            query["place.offset"] = {"$gt": after}
+            partition, offset = after
+            beside = {"place.offset": offset, "place.partition": {"$gt": partition}}
+            query |= {"place.offset": {"$gte": offset}, "$or": [{"place.offset": {"$gt": offset}}, beside]}
         order = DESCENDING if newest else ASCENDING
         with mongo_errors("Reading the index of dead letters"):
-            found = self._letters.find(query, batch_size=CHUNK).sort("place.offset", order).limit(limit)
+            found = self._letters.find(query, batch_size=CHUNK).sort(_in_order(order)).limit(limit)
             yield from map(_letter, found)
 
     def by_id(self, ids: Iterable[str]) -> dict[str, Letter]:
@@ -236,6 +243,11 @@ class LetterIndex:
             still_open = self._letters.count_documents({**gone, "state": LetterState.OPEN})
             self._letters.delete_many(gone)
         return still_open
+
+
+def _in_order(order: int) -> list[tuple[str, int]]:
+    # Offsets of two partitions may be equal.
+    return [("place.offset", order), ("place.partition", order)]
 
 
 def _document(letter: Letter) -> Document:

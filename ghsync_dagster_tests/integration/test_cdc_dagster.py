@@ -416,8 +416,9 @@ def test_a_drain_that_could_not_heed_a_note_to_go_back_fails(stack: Stack, runs:
 
 def test_the_collection_is_in_step_with_mysql_until_somebody_else_writes(stack: Stack, runs: InProcess) -> None:
     stack.insert(*range(1, 21))
-    stack.await_topic(20)
-    assert runs.run("cdc_drain_job").success
+    stack.produce(b"{", key=b'{"user_id":4}')
+    stack.await_topic(21)
+    assert runs.run("cdc_drain_job", {"drain_changes": {"max_new_dead_letters": 1}}).success
     audit = {"mongo_users_in_step_with_mysql": {"patience_seconds": 1.0}}
     chosen = ["mongo_users_in_step_with_mysql"]
     (check,) = runs.run("cdc_audit_job", audit, op_selection=chosen).get_asset_check_evaluations()
@@ -432,11 +433,13 @@ def test_the_collection_is_in_step_with_mysql_until_somebody_else_writes(stack: 
     counts = {name: check.metadata[name].value for name in ("missing", "extra", "different")}
     assert counts == {"missing": 1, "extra": 1, "different": 1}
     assert {offender["user_id"] for offender in check.metadata["offenders"].value} == {"3", "4", "99"}
+    assert "1 users have open dead letters" in str(check.metadata["way_out"].value)
 
 
-def test_the_command_names_users_that_are_wrong_and_rows_written_anew_put_them_right(stack: Stack) -> None:
+def test_the_command_names_users_that_are_wrong_and_a_repair_puts_them_right(stack: Stack) -> None:
     stack.insert(*range(1, 6))
-    stack.await_topic(5)
+    stack.produce(b"{", key=b'{"user_id":4}')
+    stack.await_topic(6)
     _ghsync(stack, "cdc", "drain")
     assert _ghsync(stack, "cdc", "audit").stdout.startswith("equal: 5 rows against 5 documents")
     with stack.store() as store:
@@ -448,19 +451,19 @@ def test_the_command_names_users_that_are_wrong_and_rows_written_anew_put_them_r
     told = {tuple(line.split(maxsplit=2)) for line in differing.stdout.splitlines()[1:]}
     assert told == {("missing", "4"), ("extra", "99"), ("different", "3:", "login: MySQL 'octo', MongoDB 'evil'")}
     assert "A user is wrong" in differing.stderr
-    as_json = json.loads(_ghsync(stack, "cdc", "audit", "--patience", "0", "--json").stdout)
-    assert (as_json["passed"], as_json["counts"]["missing"]) == (False, 1)
+    assert "1 users have open dead letters: ghsync dlq list" in differing.stderr
+    one = _ghsync(stack, "cdc", "audit", "--patience", "0", "--limit", "1")
+    assert (one.returncode, len(one.stdout.splitlines())) == (1, 3)
+    assert one.stdout.splitlines()[2].startswith("  ... and 2 more: --limit N")
+    for options, named in (((), 3), (("--limit", "2"), 2), (("--limit", "0"), 0)):
+        done = _ghsync(stack, "cdc", "audit", "--patience", "0", "--json", *options)
+        as_json = json.loads(done.stdout)
+        assert (done.returncode, as_json["passed"]) == (1, False)
+        assert [as_json["counts"][kind] for kind in ("missing", "extra", "different")] == [1, 1, 1]
+        assert (len(as_json["offenders"]), as_json["counts"]["not_named"]) == (named, 3 - named)
     # As docs/operations.md has it.
-    stack.mysql.execute(
-        [
-            ("UPDATE Users SET user_id = -user_id WHERE user_id IN (3, 4)", ()),
-            ("UPDATE Users SET user_id = -user_id WHERE user_id IN (-3, -4)", ()),
-            ("INSERT INTO Users (user_id, login) VALUES (99, '')", ()),
-            ("DELETE FROM Users WHERE user_id = 99", ()),
-        ]
-    )
-    stack.await_topic(15)
-    _ghsync(stack, "cdc", "drain")
+    repaired = _ghsync(stack, "cdc", "repair", "--from-audit", "--patience", "0")
+    assert repaired.returncode == 0, repaired.stderr
     assert _ghsync(stack, "cdc", "audit").returncode == 0
 
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 from cdc_parts import GHSYNC, StrictStore, make_anew, make_strict, stored, user
-from confluent_kafka import OFFSET_END, TopicPartition
+from confluent_kafka import OFFSET_END, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
+from confluent_kafka.cimpl import NewTopic
 from typer.testing import CliRunner
 
 from ghsync_dagster import cli, cli_cdc
@@ -21,11 +22,12 @@ from ghsync_dagster.cdc import dead_letters
 from ghsync_dagster.cdc.consume import ChangeConsumer
 from ghsync_dagster.cdc.dead_letters import DeadLetter, catch_up, open_letters
 from ghsync_dagster.domain.errors import RefusedError
+from ghsync_dagster.domain.letters import LetterState
 from ghsync_dagster.stores.dead_letters import LetterIndex
 from ghsync_dagster.stores.kafka_topics import RecordWriter, read_to_end
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from cdc_parts import Parts, Topic
     from typer.testing import Result
@@ -510,6 +512,45 @@ def test_close_superseded_reads_the_topic_page_by_page_in_two_partitions(
     monkeypatch.setattr(dead_letters, "_PAGE", 3)
     closed = list(dead_letters.close_superseded(topic.kafka, store, index))
     assert sorted((letter.partition, letter.offset) for letter in closed) == [(0, key) for key in range(0, 10, 2)]
+
+
+def test_letters_in_two_partitions_are_found_in_one_order_page_by_page(topic: Topic, store: UserStore) -> None:
+    admin = AdminClient({"bootstrap.servers": topic.kafka.bootstrap_servers})
+    [made] = admin.create_topics([NewTopic(topic.kafka.dead_letter_topic, 2, 1)]).values()
+    made.result(30)
+    producer = Producer({"bootstrap.servers": topic.kafka.bootstrap_servers})
+    for offset in range(8):
+        key, value, headers = whole(topic, offset).as_record()
+        producer.produce(topic.kafka.dead_letter_topic, value, key, offset % 2, headers=headers)
+    assert producer.flush(20) == 0
+    assert len(caught_up(topic, store)) == 8
+    index = index_of(topic, store)
+    in_order = [letter.place for letter in index.find()]
+    assert in_order == [(partition, offset) for offset in range(4) for partition in (0, 1)]
+    assert [letter.place for letter in index.find(newest=True)] == in_order[::-1]
+    for at, place in enumerate(in_order):
+        assert [letter.place for letter in index.find(after=place, limit=3)] == in_order[at + 1 : at + 4]
+
+
+def test_what_others_settle_meanwhile_is_not_told_as_closed(topic: Topic, parts: Parts, store: UserStore) -> None:
+    for key in range(6):
+        topic.raw({"user_id": key}, BROKEN)
+    parts.drain(topic)
+    index = index_of(topic, store)
+
+    def meanwhile() -> Iterator[Letter]:
+        found = list(index.find())
+        # One is repaired, one closed by another command, one refused again.
+        assert index.resolve_repaired(["1"], "repaired") == 1
+        assert index.settle([(found[2], "by hand")], LetterState.CLOSED) == 1
+        index.add_refused([found[3]._replace(failed_at="2027-01-01T00:00:00.000+00:00")])
+        yield from found
+
+    closed = list(dead_letters.close_letters(index, meanwhile(), "by hand"))
+    assert [letter.offset for letter in closed] == [0, 4, 5]
+    assert {letter.state for letter in closed} == {LetterState.CLOSED}
+    expected = dict.fromkeys((0, 2, 4, 5), "closed") | {1: "resolved", 3: "open"}
+    assert states(topic, store) == expected
 
 
 def test_close_superseded_takes_no_record_of_a_recreated_topic_for_a_newer_one_by_its_offset(

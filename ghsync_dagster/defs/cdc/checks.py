@@ -182,6 +182,7 @@ def in_step_with_mysql(config: AuditConfig, changes: ChangesResource) -> dg.Asse
     from ghsync_dagster.cdc.audit import AuditResult, Patience, audit
     from ghsync_dagster.cdc.backlog import await_no_lag
     from ghsync_dagster.cdc.causes import Circumstances
+    from ghsync_dagster.cdc.dead_letters import users_with_letters
     from ghsync_dagster.domain.connector import stopped_words
 
     # The check is on an asset that deployments have which load files only.
@@ -194,15 +195,17 @@ def in_step_with_mysql(config: AuditConfig, changes: ChangesResource) -> dg.Asse
     waiting = _retrying(changes, lambda: await_no_lag(changes.kafka(), config.lag_wait_seconds))
     source, began = _retrying(changes, changes.source), datetime.now(UTC)
 
-    def compare() -> AuditResult:
+    def compare() -> tuple[AuditResult, set[str]]:
         with changes.open_mysql() as mysql, changes.open_store() as store:
-            return audit(mysql, store, patience=Patience(seconds=config.patience_seconds))
+            result = audit(mysql, store, patience=Patience(seconds=config.patience_seconds))
+            return result, set() if result.equal else users_with_letters(changes.kafka(), store)
 
     with as_failure():
         probe = changes.connector()
         stopped = stopped_words(None if probe is None else probe.settled())
-    known = Circumstances(connector=stopped, settings=checks.causes_in(source))
-    finding = checks.in_step_with_mysql(_retrying(changes, compare), waiting, known)
+    result, lettered = _retrying(changes, compare)
+    known = Circumstances(connector=stopped, settings=checks.causes_in(source), with_letters=lettered)
+    finding = checks.in_step_with_mysql(result, waiting, known)
     if finding.passed:
         with as_failure():
             changes.close_statements(began)
