@@ -403,6 +403,20 @@ def _key_problems(source: Source) -> Iterator[Problem]:
             f"{source.name} has no primary key, so two rows may be one user's",
             f"ALTER TABLE {_sql_name(source)} {add}",
         )
+    elif any(column.nullable for column in source.columns if column.name.lower() == KEY):
+        yield Problem(
+            "key-nullable",
+            Effect.LOSES,
+            f"{KEY} of {source.name} may be null, and the changes of rows without a key are lost",
+            f"ALTER TABLE {_sql_name(source)} {add} Remove the rows without a key first.",
+        )
+    else:
+        yield Problem(
+            "no-primary-key",
+            Effect.RISKS,
+            f"{source.name} has a unique index on {KEY} but no primary key, so no user of it can be repaired",
+            f"ALTER TABLE {_sql_name(source)} {add}",
+        )
 
 
 def _settings_problems(source: Source) -> Iterator[Problem]:

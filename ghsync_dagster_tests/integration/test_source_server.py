@@ -36,7 +36,6 @@ GOOD_SHAPES = {
     "another column and index": create_table() + "; ALTER TABLE Users ADD bio TEXT AFTER login, ADD INDEX (login)",
     "INT key": f"CREATE TABLE Users (user_id INT PRIMARY KEY, {COLUMNS})",
     "INT UNSIGNED key": f"CREATE TABLE Users (user_id INT UNSIGNED PRIMARY KEY, {COLUMNS})",
-    "unique index in place of the primary key": f"CREATE TABLE Users (user_id BIGINT NOT NULL UNIQUE, {COLUMNS})",
     "partitions": f"CREATE TABLE Users (user_id BIGINT PRIMARY KEY, {COLUMNS}) PARTITION BY HASH (user_id)",
 }
 BAD_SHAPES = {
@@ -45,6 +44,8 @@ BAD_SHAPES = {
     "text key": (f"CREATE TABLE Users (user_id VARCHAR(20) PRIMARY KEY, {COLUMNS})", {"key-type"}),
     "decimal key": (f"CREATE TABLE Users (user_id DECIMAL(20) PRIMARY KEY, {COLUMNS})", {"key-type"}),
     "no key": (f"CREATE TABLE Users (user_id BIGINT NOT NULL, {COLUMNS})", {"primary-key"}),
+    "unique index alone": (f"CREATE TABLE Users (user_id BIGINT NOT NULL UNIQUE, {COLUMNS})", {"no-primary-key"}),
+    "unique index with nulls": (f"CREATE TABLE Users (user_id BIGINT UNIQUE, {COLUMNS})", {"key-nullable"}),
     "another primary key": (
         f"CREATE TABLE Users (id INT AUTO_INCREMENT PRIMARY KEY, user_id BIGINT NOT NULL UNIQUE, {COLUMNS})",
         {"primary-key"},
@@ -122,7 +123,17 @@ def test_each_shape_that_cannot_be_followed_is_named_with_its_way_out(table: MyS
 
 
 @pytest.mark.parametrize(
-    "shape", ["BIGINT UNSIGNED", "decimal key", "column dropped", "upper case", "binary column", "number column"]
+    "shape",
+    [
+        "unique index alone",
+        "unique index with nulls",
+        "BIGINT UNSIGNED",
+        "decimal key",
+        "column dropped",
+        "upper case",
+        "binary column",
+        "number column",
+    ],
 )
 def test_the_way_out_of_a_shape_is_a_statement_that_works(table: MySqlStore, shape: str) -> None:
     run(table, BAD_SHAPES[shape][0])

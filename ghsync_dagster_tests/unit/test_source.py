@@ -85,6 +85,14 @@ BAD: dict[str, tuple[Source, dict[str, Effect]]] = {
         replace(GOOD, settings={name: value for name, value in SETTINGS.items() if name != "binlog_format"}),
         {"settings-unread": Effect.UNTOLD},
     ),
+    "unique index alone": (replace(GOOD, keys={"user_id": ("user_id",)}), {"no-primary-key": Effect.RISKS}),
+    "unique index with nulls": (
+        replace(
+            GOOD, keys={"user_id": ("user_id",)}, columns=tuple(replace(one, nullable=True) for one in GOOD.columns)
+        ),
+        {"key-nullable": Effect.LOSES},
+    ),
+    "no key": (replace(GOOD, keys={"login": ("login",)}), {"primary-key": Effect.STOPS}),
     "no case": (replace(GOOD, found_as="users"), {"table-case": Effect.STOPS}),
     "another engine": (replace(GOOD, engine="MyISAM"), {"engine": Effect.RISKS}),
     "a risk beside": (
