@@ -354,12 +354,6 @@ class MySqlStore:
         found = self._run("Asking where the binlog ends", self._dialect_of_server().binlog_end)
         return f"{found[0][0]}:{found[0][1]}" if found else None
 
-    def rows(self, after: int | None, limit: int) -> list[Row]:
-        """Return up to ``limit`` rows with a key above ``after``, lowest first; None: from the lowest of all."""
-        where, values = ("", ()) if after is None else (" WHERE `user_id` > %s", (after,))
-        query = f"SELECT {_COLUMNS} FROM {self.table}{where} ORDER BY `user_id` LIMIT %s"  # noqa: S608  only names
-        return [_row(found) for found in self._run("Reading rows", query, (*values, limit))]
-
     def rows_by_id(self, keys: Iterable[str]) -> dict[str, Row]:
         """Return the rows of ``keys``; what MySQL can't hold as a key is not there."""
         key = self._key()
@@ -379,7 +373,7 @@ class MySqlStore:
         if not (where := key.within(span)):
             return 0, 0
         texts = (f"IFNULL(CAST(CONVERT(`{name}` USING utf8mb4) AS BINARY), _binary 0xfe)" for name in USER_FIELDS[1:])
-        # Not MD5: MySQL 9.6 and later are without it.
+        # Not MD5: MySQL 9.7 is without it.
         # With its limit the inner query is carried out once and first: no row is hashed twice, and none beyond it.
         query = (
             "SELECT COUNT(*), SUM(CAST(CONV(LEFT(hash, 16), 16, 10) AS UNSIGNED)),"  # noqa: S608  only names

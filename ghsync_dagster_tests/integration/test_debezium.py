@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from ghsync_dagster.cdc.listener import SilentListener
-from ghsync_dagster.stores.mysql import MySqlStore
+from ghsync_dagster.stores.mysql import MySqlStore, Span
 from ghsync_dagster.wiring import change_consumer, existing_kafka, store_opener
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Both:
 
     def rows(self) -> dict[str, dict[str, Any]]:
         """The table's rows, as documents are to be."""
-        return {str(row["user_id"]): dict(row) for row in self.mysql.rows(None, 1_000)}
+        return {str(row["user_id"]): dict(row) for row in self.mysql.rows_within(Span(), None, 1_000)}
 
     def deleted(self) -> set[str]:
         """The keys that the stream recorded as deleted."""

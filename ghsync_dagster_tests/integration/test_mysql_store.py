@@ -25,23 +25,11 @@ def insert(mysql: MySqlStore, *keys: int, login: str = "octo") -> None:
 def test_a_row_has_the_shape_of_a_stored_user(mysql: MySqlStore) -> None:
     mysql.ensure_table()
     insert(mysql, -7)
-    assert mysql.rows(None, 10) == [
+    assert list(mysql.rows_by_id(["-7"]).values()) == [
         {"user_id": "-7", "login": "octo", "gravatar_id": None, "avatar_url": "a", "url": "u"}
     ]
     assert mysql.count() == 1
     assert mysql.version()
-
-
-def test_rows_come_in_the_order_of_numbers_chunk_by_chunk(mysql: MySqlStore) -> None:
-    keys = [KEY_MIN, -10, -9, 0, 9, 10, 100, 1_000, KEY_MAX]
-    insert(mysql, *reversed(keys))
-    found: list[int] = []
-    after = None
-    while rows := mysql.rows(after, 2):
-        found += [int(str(row["user_id"])) for row in rows]
-        after = found[-1]
-    assert found == keys
-    assert mysql.rows(KEY_MAX, 5) == []
 
 
 def test_lookups_take_keys_that_mysql_cannot_hold(mysql: MySqlStore) -> None:
@@ -63,7 +51,7 @@ def test_text_comes_back_as_it_was(mysql: MySqlStore, text: str) -> None:
     # In one request of several statements too.
     mysql.execute([(INSERT, (key, text, text, None, text)) for key in (2, 3)])
     expected = {"login": text, "gravatar_id": text, "avatar_url": None, "url": text}
-    assert mysql.rows(None, 9) == [{"user_id": key, **expected} for key in ("1", "2", "3")]
+    assert mysql.rows_by_id(["1", "2", "3"]) == {key: {"user_id": key, **expected} for key in ("1", "2", "3")}
 
 
 def test_a_transaction_is_whole_or_not_there(mysql: MySqlStore, mysql_url: str) -> None:
@@ -128,7 +116,7 @@ def test_a_wrong_password_is_refused_and_not_shown(mysql: MySqlStore) -> None:
 
 def test_a_missing_database_or_table_is_a_setting_to_correct(mysql_url: str) -> None:
     with MySqlStore(mysql_url, table="No`Such") as store, pytest.raises(ConfigError, match="code 1146"):
-        store.rows(None, 1)
+        store.count()
     with (
         MySqlStore(urlsplit(mysql_url)._replace(path="/no_such_database").geturl()) as store,
         pytest.raises(ConfigError, match="code 1049"),
