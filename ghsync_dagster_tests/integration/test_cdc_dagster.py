@@ -416,9 +416,9 @@ def test_a_drain_that_could_not_heed_a_note_to_go_back_fails(stack: Stack, runs:
 
 def test_the_collection_is_in_step_with_mysql_until_somebody_else_writes(stack: Stack, runs: InProcess) -> None:
     stack.insert(*range(1, 21))
+    stack.await_topic(20)
     stack.produce(b"{", key=b'{"user_id":4}')
-    stack.await_topic(21)
-    assert runs.run("cdc_drain_job", {"drain_changes": {"max_new_dead_letters": 1}}).success
+    assert runs.run("cdc_drain_job", {"gate_drain": {"max_new_dead_letters": 1}}).success
     audit = {"mongo_users_in_step_with_mysql": {"patience_seconds": 1.0}}
     chosen = ["mongo_users_in_step_with_mysql"]
     (check,) = runs.run("cdc_audit_job", audit, op_selection=chosen).get_asset_check_evaluations()
@@ -438,8 +438,8 @@ def test_the_collection_is_in_step_with_mysql_until_somebody_else_writes(stack: 
 
 def test_the_command_names_users_that_are_wrong_and_a_repair_puts_them_right(stack: Stack) -> None:
     stack.insert(*range(1, 6))
+    stack.await_topic(5)
     stack.produce(b"{", key=b'{"user_id":4}')
-    stack.await_topic(6)
     _ghsync(stack, "cdc", "drain")
     assert _ghsync(stack, "cdc", "audit").stdout.startswith("equal: 5 rows against 5 documents")
     with stack.store() as store:
