@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 FULL = bool(os.environ.get("GHSYNC_FAULT_ROUNDS"))
 ROUNDS = 20 if FULL else 2
 USERS = 1_000
-RATE = 1_000
+RATE = 1_000 if FULL else 300
 HIDDEN_SHARE = 0.05
 STEADY_SECONDS = 15 if FULL else 5
 DROPPED = 100_000 if FULL else 3_000
-DROPPED_RATE = 500
+DROPPED_RATE = 500 if FULL else 100
 WATCHED = Path(__file__).with_name("watched_consumer.py")
 STATES = "states"
 EXTRA = 5_000_000

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from typing import TYPE_CHECKING, Any
+
 import pytest
 from odd_ddl import FOLLOWED, NOT_FOLLOWED, SHIFTING
 from source_parts import Source, StoppedError
 
 from ghsync_dagster.cdc.audit import Patience
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+FULL = bool(os.environ.get("GHSYNC_FAULT_ROUNDS"))
+CASES = 3
 pytestmark = pytest.mark.integration
 
 
@@ -20,7 +28,13 @@ def test_the_connector_follows(source: Source, name: str) -> None:
     assert source.arrived()[-1] == source.marker()
 
 
-@pytest.mark.parametrize("name", NOT_FOLLOWED)
+def _cases(names: Iterable[str]) -> list[Any]:
+    """Return the first three, and the others for the long campaign: each takes a new snapshot."""
+    long = [pytest.mark.faults, pytest.mark.skipif(not FULL, reason="make faults runs it")]
+    return [pytest.param(name, marks=long if at >= CASES else ()) for at, name in enumerate(names)]
+
+
+@pytest.mark.parametrize("name", _cases(NOT_FOLLOWED))
 def test_what_it_can_not_follow_stops_it_and_a_new_snapshot_passes_it(source: Source, name: str) -> None:
     odd = NOT_FOLLOWED[name]
     if source.server not in odd.servers:
