@@ -218,17 +218,18 @@ class RepairStore(StreamStore):
                 takes it away. A user that is not there keeps its own.
         """
         closed: Document = {"state": _DONE, "outcome": outcome.value, "at": datetime.now(UTC)}
-        for token, keys in _by_token(requests):
-            writes = []
-            for key in keys:
-                update: Document = {"$set": dict(closed), "$unset": {"text": "", "problem": ""}}
-                if (fence := fences.get(key)) is not None:
-                    update["$set"] |= {"reading": fence.reading.id, "has_row": fence.has_row}
-                elif key in fences:
-                    update["$unset"] |= {"reading": "", "has_row": ""}
-                writes.append(UpdateOne({"_id": key, "token": token}, update))
-            with self._command("Recording outcomes"):
-                self._repairs.bulk_write(writes, ordered=False)
+        alike: dict[tuple[bool, Fence | None], dict[str, str]] = {}
+        for key, token in requests.items():
+            alike.setdefault((key in fences, fences.get(key)), {})[key] = token
+        for (has_changed, fence), of_kind in alike.items():
+            update: Document = {"$set": dict(closed), "$unset": {"text": "", "problem": ""}}
+            if fence is not None:
+                update["$set"] |= {"reading": fence.reading.id, "has_row": fence.has_row}
+            elif has_changed:
+                update["$unset"] |= {"reading": "", "has_row": ""}
+            for token, keys in _by_token(of_kind):
+                with self._command("Recording outcomes"):
+                    self._repairs.update_many({"_id": {"$in": keys}, "token": token}, update)
 
     def record_reasons(self, reasons: Mapping[str, str]) -> None:
         """Add to closed requests why the database refused their users."""
