@@ -482,6 +482,7 @@ def test_every_check_passes_after_a_drain(stack: Stack, runs: InProcess) -> None
     result = runs.run("cdc_audit_job", {"users_changes_cdc_latency": {"max_latency_ms": 60_000.0}})
     assert result.success
     assert {check.check_name: check.passed for check in result.get_asset_check_evaluations()} == {
+        "connector_running": True,
         "kafka_lag": True,
         "cdc_latency": True,
         "dead_letters_empty": True,
