@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Final
 
 from ghsync_dagster import clock
 from ghsync_dagster.cdc.apply import apply
-from ghsync_dagster.cdc.batch import TRUNCATE
+from ghsync_dagster.cdc.batch import TRUNCATE, Batch
 from ghsync_dagster.cdc.dead_letters import DeadLetters, dead_letter
 from ghsync_dagster.cdc.listener import (
     APPLIED,
@@ -38,7 +38,7 @@ from ghsync_dagster.cdc.listener import (
     SKIPPED,
     AppliedBatch,
 )
-from ghsync_dagster.cdc.repair import left_out
+from ghsync_dagster.cdc.repair import carry_out, left_out
 from ghsync_dagster.domain.change import Change, Op
 from ghsync_dagster.domain.coalesce import Segment
 from ghsync_dagster.domain.errors import GhsyncError, TransientError, UnavailableError
@@ -49,7 +49,7 @@ from ghsync_dagster.stores.retry import retrying, waits
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from ghsync_dagster.cdc.batch import Batch, Part
+    from ghsync_dagster.cdc.batch import Part
     from ghsync_dagster.cdc.listener import ChangeListener
     from ghsync_dagster.cdc.repair import RepairWork, SourceReader
     from ghsync_dagster.domain.repair import Fence
@@ -287,8 +287,6 @@ class Writer:
     # The thread itself
 
     def _run(self) -> None:
-        from ghsync_dagster.cdc.batch import Batch
-
         self._letters.begin()
         while True:
             with self._changed:
@@ -319,8 +317,6 @@ class Writer:
 
     def _repair(self, work: RepairWork) -> None:
         """Carry out what was read of the source. Where that cannot be done, its requests stay open."""
-        from ghsync_dagster.cdc.repair import carry_out
-
         assert self._reader is not None  # noqa: S101  it has read the work
         self._store.unsure = False
         try:
