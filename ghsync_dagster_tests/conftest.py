@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from ghsync_dagster.stores.spark import SparkHandle
 
-pytest_plugins = ("cdc_parts", "hanging", "source_parts")
+pytest_plugins = ("alert_parts", "cdc_parts", "hanging", "source_parts")
 
 MEMORY = Path("/dev/shm")
 MEMORY_BYTES = 6 * 1024**3

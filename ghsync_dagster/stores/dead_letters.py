@@ -53,8 +53,7 @@ class LetterIndex:
 
     def __init__(self, store: UserStore, topic: str) -> None:
         self.topic = topic
-        # Beside the other companions.
-        self._letters = store.database[f"{store.deleted.name.removesuffix('deleted')}dead_letters"]
+        self._letters = store.companion("dead_letters")
         self._indexed = f"indexed {topic}"
 
     @contextmanager

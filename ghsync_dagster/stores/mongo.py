@@ -173,12 +173,17 @@ class UserStore:
         )
         self.users: Collection[Document] = self.database[collection]
         # Another collection of the same database keeps its own books.
-        prefix = "_ghsync_" if collection == _DEFAULT_COLLECTION else f"_ghsync_{collection}_"
-        self.versions: Collection[Document] = self.database[f"{prefix}versions"]
-        self.deleted: Collection[Document] = self.database[f"{prefix}deleted"]
-        self.undo: Collection[Document] = self.database[f"{prefix}undo"]
-        self.loads: Collection[Document] = self.database[f"{prefix}loads"]
+        self._prefix = "_ghsync_" if collection == _DEFAULT_COLLECTION else f"_ghsync_{collection}_"
+        self.versions = self.companion("versions")
+        self.deleted = self.companion("deleted")
+        self.undo = self.companion("undo")
+        self.loads = self.companion("loads")
+        self.repairs = self.companion("repairs")
         self.leases: Collection[Document] = self.database["_ghsync_leases"]
+
+    def companion(self, name: str) -> Collection[Document]:
+        """Return a collection of the platform's own that belongs to the users' collection."""
+        return self.database[f"{self._prefix}{name}"]
 
     def __enter__(self) -> UserStore:
         return self
@@ -204,6 +209,9 @@ class UserStore:
             for companion in (self.versions, self.deleted, self.undo, self.loads, self.leases):
                 if companion.name not in present:
                     self._create(companion.name)
+            if self.repairs.name not in present:
+                # Makes the collection too.
+                self.repairs.create_index("state")
             if self.users.name not in present:
                 self._create(self.users.name, validator={"$jsonSchema": json_schema()})
             empty = self.users.find_one({}, {"_id": 1}) is None

@@ -74,9 +74,8 @@ class RepairStore(StreamStore):
 
     def __init__(self, store: UserStore, *, may_write: Callable[[], float] | None = None) -> None:
         super().__init__(store, **({} if may_write is None else {"may_write": may_write}))
-        beside = store.deleted.name.removesuffix("deleted")
-        self._repairs = store.database[f"{beside}repairs"]
-        self._readings = store.database[f"{beside}readings"]
+        self._repairs = store.repairs
+        self._readings = store.companion("readings")
 
     # Asking, which anybody may do
 
@@ -102,7 +101,6 @@ class RepairStore(StreamStore):
             **more,
         }
         with limited("Requesting repairs", _LIST_SECONDS):
-            self._repairs.create_index("state")
             for part in chunks(keys):
                 self._repairs.bulk_write([UpdateOne({"_id": key}, update, upsert=True) for key in part], ordered=False)
 

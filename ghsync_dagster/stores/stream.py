@@ -160,11 +160,9 @@ class StreamStore:
         self.store = store
         self.unsure = False
         """Whether a command may still reach the server, or reached it after its time; the owner sets it back."""
-        # Beside the other companions.
-        beside = store.deleted.name.removesuffix("deleted")
-        self._again = store.database[f"{beside}again"]
-        self._truncates = store.database[f"{beside}truncates"]
-        self._topics = store.database[f"{beside}topics"]
+        self._again = store.companion("again")
+        self._truncates = store.companion("truncates")
+        self._topics = store.companion("topics")
         self._size = CHUNK
         self._large_until: dict[str, float] = {}
         """Until when a collection, by name, is taken to hold too many entries to be read whole."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import pytest
+from alert_parts import SECRET
 
 from ghsync_dagster.defs.errors import as_failure
 from ghsync_dagster.defs.ops import alerts
@@ -20,9 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from alert_parts import Webhook
+
     Logged = Callable[[], list[dict[str, Any]]]
 
-SECRET = "T0K3N-of-the-hook"
 EVERY_STORAGE = pytest.mark.parametrize("world", ["on disk", "in memory"], indirect=True)
 
 
@@ -88,38 +88,6 @@ class World:
         return str(data.skip_message)
 
 
-class Webhook:
-    """A server that keeps the documents it takes, and answers with the next of ``statuses``, then 200."""
-
-    def __init__(self) -> None:
-        self.statuses: list[int] = []
-        self.taken: list[dict[str, Any]] = []
-        self.requests = 0
-        self.slow = False
-        self.released = threading.Event()
-        webhook = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"]))
-                assert self.headers["content-type"] == "application/json"
-                webhook.requests += 1
-                if webhook.slow:
-                    webhook.released.wait(30)
-                status = webhook.statuses.pop(0) if webhook.statuses else 200
-                if status == 200:
-                    webhook.taken.append(json.loads(body))
-                self.send_response(status)
-                self.send_header("content-length", "0")
-                self.end_headers()
-
-            def log_message(self, *_: object) -> None:
-                """Keep the test's output for the sensor."""
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/hooks/{SECRET}"
-
-
 @pytest.fixture(params=["in memory"])
 def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
     """A world whose sensor has had its first tick."""
@@ -128,21 +96,6 @@ def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
         started = World(instance)
         started.tick()
         yield started
-
-
-@pytest.fixture
-def webhook(monkeypatch: pytest.MonkeyPatch) -> Iterator[Webhook]:
-    """A webhook that the settings name."""
-    started = Webhook()
-    serving = threading.Thread(target=started.server.serve_forever, kwargs={"poll_interval": 0.01})
-    serving.start()
-    monkeypatch.setenv("GHSYNC_ALERT_WEBHOOK_URL", started.url)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    yield started
-    started.released.set()
-    started.server.shutdown()
-    started.server.server_close()
-    serving.join()
 
 
 @pytest.fixture

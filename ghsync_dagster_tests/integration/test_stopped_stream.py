@@ -1,4 +1,7 @@
-"""A stream that stopped is seen: what up, drain and audit say first, with which exit code, and which check fires."""
+"""A stream that stopped is seen: what up, drain and audit say first, with which exit code, and which check fires.
+
+``GHSYNC_FAULT_ROUNDS=N`` (any N) also waits for the alert of a running Dagster each time.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import httpx
 import psutil
 import pytest
+from alert_parts import daemon
 from cdc_parts import GHSYNC, until
 
 from ghsync_dagster.cdc import checks
@@ -25,11 +29,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from alert_parts import Webhook
+
     from ghsync_dagster.batch.checks import Finding
     from ghsync_dagster.domain.connector import ConnectorState
     from ghsync_dagster.stores.mysql import MySqlStore
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+FULL = bool(os.environ.get("GHSYNC_FAULT_ROUNDS"))
+SENSORS = ("alerts", "connector_watch", "source_watch")
+ALERT_SECONDS = 120
 
 _MANUAL = (("PUT", "stop"), ("DELETE", "offsets"), ("PUT", "resume"))
 
@@ -181,6 +191,18 @@ def purge(stream: Stream) -> None:
     stream.ask(("PUT", "resume"))
 
 
+def kill_worker(stream: Stream) -> None:
+    """End the local Connect worker without a word."""
+    process = psutil.Process(stack.status(stream.settings())["connect"].pid)
+    process.kill()
+    process.wait(30)
+
+
+def log_a_statement(stream: Stream) -> None:
+    """Change a row in a session whose changes come as text."""
+    stream.execute("SET SESSION binlog_format = STATEMENT", "UPDATE Users SET login = 'text' WHERE user_id = 770001")
+
+
 FAILURES: dict[str, tuple[Callable[[Stream], None], str, str]] = {
     "poisoned event": (poison, "row size 1", "take a new snapshot"),
     "unparseable DDL": (odd_ddl, "ParsingException", "take a new snapshot"),
@@ -238,9 +260,7 @@ def test_a_local_worker_that_is_down_is_named_and_up_starts_it(stream: Stream) -
 
 
 def test_a_worker_that_was_killed_and_then_meets_what_it_can_not_read_is_no_success(stream: Stream) -> None:
-    process = psutil.Process(stack.status(stream.settings())["connect"].pid)
-    process.kill()
-    process.wait(30)
+    kill_worker(stream)
     poison(stream)
     # Until the new worker has tried, the connector is called RUNNING, as it was.
     up = stream.command("up", "connect")
@@ -294,3 +314,29 @@ def test_a_connector_that_runs_passes_also_while_only_another_database_writes(st
         return sample.position == sample.log
 
     until(caught_up, 60)
+
+
+ALERTED: dict[str, tuple[Callable[[Stream], None], str, str]] = {
+    **{what: (happens, "connector_running", cause) for what, (happens, cause, _) in FAILURES.items()},
+    "worker away": (kill_worker, "connector_running", "there is no Connect worker"),
+    "statement session": (log_a_statement, "source_settings", "1 statements on Users came as text"),
+}
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(not FULL, reason="make faults runs it")
+@pytest.mark.parametrize("what", ALERTED)
+def test_a_running_dagster_alerts(stream: Stream, webhook: Webhook, tmp_path: Path, what: str) -> None:
+    happens, check, cause = ALERTED[what]
+    # What an earlier test did to the table must not be what is told.
+    assert stream.audit().code == 0
+    with daemon(tmp_path, stream.names, SENSORS):
+        assert not webhook.taken
+        began = time.monotonic()
+        happens(stream)
+        until(lambda: any(alert["check"] == check for alert in webhook.taken), ALERT_SECONDS)
+        seconds = time.monotonic() - began
+    alert = next(alert for alert in webhook.taken if alert["check"] == check)
+    assert re.search(cause, alert["description"])
+    assert alert["way_out"]
+    print(f"{what}: alert of {check} after {seconds:.1f} s: {alert['description'][:80]}")  # noqa: T201

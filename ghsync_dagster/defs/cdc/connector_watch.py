@@ -13,7 +13,7 @@ import msgspec
 
 from ghsync_dagster.cdc import checks
 from ghsync_dagster.cdc.connector import NOT_ASKED
-from ghsync_dagster.defs.cdc.watching import changed
+from ghsync_dagster.defs.cdc.watching import report
 from ghsync_dagster.domain.connector import UNKNOWN, Sample, base_of
 from ghsync_dagster.observability.logging import configure_logging, get_logger
 from ghsync_dagster.settings import load_settings
@@ -61,11 +61,7 @@ def connector_watch(context: dg.SensorEvaluationContext) -> dg.SensorResult:
     if finding is None:
         words = "the connector's state may pass by itself; asked again"
         return dg.SensorResult(skip_reason=dg.SkipReason(words), cursor=_as_cursor(after))
-    events = changed(context.instance, finding)
-    if not events:
-        return dg.SensorResult(skip_reason=dg.SkipReason(finding.summary), cursor=_as_cursor(after))
-    (log.info if finding.passed else log.error)("connector watched", passed=finding.passed, summary=finding.summary)
-    return dg.SensorResult(asset_events=events, cursor=_as_cursor(after))
+    return report(context.instance, finding, log, _as_cursor(after))
 
 
 def look(probe: ConnectorProbe, memory: Memory) -> tuple[Finding | None, Memory]:
@@ -74,18 +70,18 @@ def look(probe: ConnectorProbe, memory: Memory) -> tuple[Finding | None, Memory]
     Returns:
         The finding, or None where the state may pass by itself; the memory.
     """
-    report = probe.report()
-    base = base_of(memory.base, report.sample)
-    doubtful = memory.doubtful + 1 if _may_pass(report) else 0
+    found = probe.report()
+    base = base_of(memory.base, found.sample)
+    doubtful = memory.doubtful + 1 if _may_pass(found) else 0
     after = msgspec.structs.replace(memory, base=base, doubtful=doubtful)
     if 0 < doubtful < _DOUBTFUL_LOOKS:
         return None, after
-    still = report.sample.at - base.at
-    return checks.connector_running(report, still, limit_seconds=probe.still_seconds), after
+    still = found.sample.at - base.at
+    return checks.connector_running(found, still, limit_seconds=probe.still_seconds), after
 
 
-def _may_pass(report: ConnectorReport) -> bool:
-    state = report.state
+def _may_pass(found: ConnectorReport) -> bool:
+    state = found.state
     return state.state == UNKNOWN or not (state.is_running or state.is_stopped)
 
 

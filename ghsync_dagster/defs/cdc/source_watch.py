@@ -9,7 +9,7 @@ from typing import Final
 
 import dagster as dg
 
-from ghsync_dagster.defs.cdc.watching import changed
+from ghsync_dagster.defs.cdc.watching import report
 from ghsync_dagster.defs.resources import ChangesResource
 from ghsync_dagster.domain.errors import GhsyncError
 from ghsync_dagster.observability.logging import configure_logging, get_logger
@@ -36,11 +36,7 @@ def source_watch(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         return dg.SensorResult(skip_reason=dg.SkipReason(f"not looked at: {error}"))
     if found is None:
         return dg.SensorResult(skip_reason=dg.SkipReason("there is no MySQL here"))
-    events = changed(context.instance, found)
-    if not events:
-        return dg.SensorResult(skip_reason=dg.SkipReason(found.summary))
-    (log.info if found.passed else log.error)("source watched", passed=found.passed, summary=found.summary)
-    return dg.SensorResult(asset_events=events)
+    return report(context.instance, found, log)
 
 
 SENSORS = [source_watch]

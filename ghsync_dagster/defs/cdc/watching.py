@@ -1,6 +1,7 @@
 """What the sensors that watch report: a check's finding, where its outcome is another one than Dagster knows.
 
-Belongs here: the comparison with the newest evaluation, whoever made it. Not here: when is looked, and at what.
+Belongs here: the comparison with the newest evaluation, whoever made it, and what a tick returns then. Not here: when
+is looked, and at what.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from ghsync_dagster.defs.batch.checks import as_result
 from ghsync_dagster.defs.cdc.slice import USERS_CHANGES
 
 if TYPE_CHECKING:
+    from structlog.stdlib import BoundLogger
+
     from ghsync_dagster.batch.checks import Finding
 
 _EVALUATED: Final = {AssetCheckExecutionRecordStatus.SUCCEEDED, AssetCheckExecutionRecordStatus.FAILED}
@@ -21,14 +24,29 @@ _LATEST: Final = 10
 """The records are in the order in which runs were planned: a run that took long may have evaluated after later ones."""
 
 
-def changed(instance: dg.DagsterInstance, finding: Finding) -> list[dg.AssetCheckEvaluation]:
-    """Return the evaluation to report; none where the newest one has the same outcome.
-
-    Outcomes are told apart by whether the check passed and by the way out: the words of a summary may differ each time.
+def report(
+    instance: dg.DagsterInstance, finding: Finding, log: BoundLogger, cursor: str | None = None
+) -> dg.SensorResult:
+    """Return a tick's result: the evaluation of a finding that is news, else why there is none.
 
     Args:
         instance: Knows the evaluations, those of jobs too.
         finding: On ``users_changes``.
+        log: The sensor's.
+        cursor: What the sensor remembers from now on.
+    """
+    events = _changed(instance, finding)
+    if not events:
+        return dg.SensorResult(skip_reason=dg.SkipReason(finding.summary), cursor=cursor)
+    say = log.info if finding.passed else log.error
+    say("outcome changed", check=finding.check, passed=finding.passed, summary=finding.summary)
+    return dg.SensorResult(asset_events=events, cursor=cursor)
+
+
+def _changed(instance: dg.DagsterInstance, finding: Finding) -> list[dg.AssetCheckEvaluation]:
+    """Return the evaluation to report; none where the newest one has the same outcome.
+
+    Outcomes are told apart by whether the check passed and by the way out: the words of a summary may differ each time.
     """
     result = as_result(finding)
     made = dg.AssetCheckEvaluation(
