@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+import msgspec
+
 from ghsync_dagster.domain.change import TOMBSTONE, Change, Op, Position
 from ghsync_dagster.domain.coalesce import Segment, coalesce
 from ghsync_dagster.domain.envelope import Refusal
@@ -130,6 +132,7 @@ class Batch:
         offsets: Where to go on in each partition once the batch is applied.
         firsts: The first record of each partition.
         left_out: Places of the records that are not applied, since their users were repaired from a later place.
+        as_deletes: Places of the records that are applied as deletes, since their users had no row then.
     """
 
     messages: list[Message] = field(default_factory=list)
@@ -140,6 +143,7 @@ class Batch:
     offsets: dict[int, int] = field(default_factory=dict)
     firsts: dict[int, Message] = field(default_factory=dict)
     left_out: frozenset[int] = frozenset()
+    as_deletes: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.messages)
@@ -216,7 +220,8 @@ class Batch:
         """Yield the changes of a part that are to be applied, with their places."""
         for at, change in enumerate(self.changes[start:stop], start):
             if type(change) is Change and at not in self.left_out:
-                yield at, change
+                is_delete = at in self.as_deletes
+                yield at, msgspec.structs.replace(change, op=Op.DELETE, user=None) if is_delete else change
 
 
 def newest_positions(messages: Sequence[Message], changes: Sequence[Decoded]) -> dict[int, Position]:

@@ -24,7 +24,7 @@ from ghsync_dagster.cdc.dead_letters import DeadLetters
 from ghsync_dagster.cdc.interpreter import quick_turns, short_collections
 from ghsync_dagster.cdc.known_topic import KnownTopic, group_name
 from ghsync_dagster.cdc.listener import KAFKA, MONGO, AppliedBatch, ChangeListener, Listeners, SilentListener
-from ghsync_dagster.cdc.order import OrderedTruncates, Truncate, end_positions, nexts
+from ghsync_dagster.cdc.order import OrderedTruncates, Truncate, nexts, topic_ends
 from ghsync_dagster.cdc.repair import SourceReader
 from ghsync_dagster.cdc.write import Membership, Trouble, Writer, Written
 from ghsync_dagster.domain.change import Change
@@ -277,7 +277,7 @@ class _Run:
                 RepairStore(store),
                 owner.open_source,
                 owner.repair_users_a_second,
-                lambda: end_positions(owner.kafka),
+                lambda: topic_ends(owner.kafka),
             )
         )
         self._was_repair = False
@@ -452,7 +452,7 @@ class _Run:
         if messages and not self._to_rewind:
             changes = self._decoder.decode(messages)
             if self._reader is not None:
-                self._reader.saw(newest_positions(messages, changes))
+                self._reader.took(newest_positions(messages, changes))
             self._pending.add(messages, changes)
 
     def _is_full(self) -> bool:

@@ -260,6 +260,11 @@ class DeadLetters:
         if any(self._index.find(state=LetterState.OPEN, limit=1)):
             self._index.resolve_repaired(keys, "its user was repaired")
 
+    def user_of(self, message: Message, error: UndecodableError) -> str | None:
+        """Return the user that a record which cannot be decoded is about, None where it names none or two."""
+        letter = dead_letter(message, error.kind, error.message)
+        return user_of(self._decoder, letter.key, letter.value, letter.kind)
+
     def _add(self, letters: Iterable[DeadLetter]) -> None:
         if not self._has_begun:
             # The topic is there only now, and may have been recreated.

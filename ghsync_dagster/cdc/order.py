@@ -165,12 +165,12 @@ def nexts(consumer: TopicConsumer, partitions: Iterable[int]) -> dict[int, int]:
     }
 
 
-def end_positions(kafka: KafkaSettings) -> tuple[list[Position | None], dict[int, Position | None]]:
-    """Return the positions of the oldest and of the newest record in each partition of the topic.
+def topic_ends(kafka: KafkaSettings) -> tuple[list[Change | None], dict[int, Position | None]]:
+    """Return the oldest record in each partition of the topic, and the position of the newest one.
 
     Returns:
-        The oldest ones, None where there is no record or it has none. The newest ones by partition, of the last records
-        of which one has a position.
+        The oldest ones, None where there is no record or it cannot be decoded. The newest positions by partition, of
+        the last records of which one has a position.
 
     Raises:
         UnavailableError: No broker can be reached, or there is no such topic.
@@ -179,19 +179,19 @@ def end_positions(kafka: KafkaSettings) -> tuple[list[Position | None], dict[int
     from ghsync_dagster.cdc.backlog import read_backlog
     from ghsync_dagster.stores.kafka_topics import read_range
 
-    oldest: list[Position | None] = []
+    oldest: list[Change | None] = []
     newest: dict[int, Position | None] = {}
     for found in read_backlog(kafka).partitions:
         partition, low, end = found.partition, found.low, found.end
-        first = _positions(read_range(kafka, partition, low, min(low + 1, end)))
-        last = _positions(read_range(kafka, partition, max(low, end - _LAST_RECORDS), end))
-        oldest.append(first[0] if first else None)
-        newest[partition] = next((position for position in reversed(last) if position is not None), None)
+        oldest += _changes(read_range(kafka, partition, low, min(low + 1, end))) or [None]
+        last = _changes(read_range(kafka, partition, max(low, end - _LAST_RECORDS), end))
+        positions = (change.position for change in reversed(last) if change is not None)
+        newest[partition] = next((position for position in positions if position is not None), None)
     return oldest, newest
 
 
-def _positions(messages: Iterable[Message]) -> list[Position | None]:
-    return [change.position if isinstance(change, Change) else None for _, change in _decoded([list(messages)])]
+def _changes(messages: Iterable[Message]) -> list[Change | None]:
+    return [change if isinstance(change, Change) else None for _, change in _decoded([list(messages)])]
 
 
 class OrderedTruncates:

@@ -38,6 +38,7 @@ from ghsync_dagster.domain.repair import (
     disposition,
     is_current,
     overtaken,
+    resolves_letters,
 )
 from ghsync_dagster.observability.logging import get_logger
 from ghsync_dagster.stores.retry import waits
@@ -67,6 +68,8 @@ _LOCKED_SECONDS: Final = 0.02
 _LONGEST_LOCKED_SECONDS: Final = 5.0
 _LOCK_NOTED_SECONDS: Final = 3.0
 """How long a lock may last before who waits is told."""
+_READING: Final = "reading"
+_WRITING: Final = "writing"
 
 log = get_logger("repair")
 
@@ -76,15 +79,17 @@ log = get_logger("repair")
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """Which records of a batch are not applied, since their users were repaired from a later place.
+    """Which records of a batch are not applied as they are, since their users were repaired from a later place.
 
     Attributes:
-        records: Their places in the batch.
+        records: Where in the batch those are that are not applied.
+        deletes: Where those are that are applied as deletes.
         request_again: Users that have a record which cannot be compared with their fence.
-        keep: Of each truncate, by its place in the batch, the users that it does not remove.
+        keep: Of each truncate, by where it is in the batch, the users that it does not remove.
     """
 
     records: frozenset[int] = frozenset()
+    deletes: frozenset[int] = frozenset()
     request_again: frozenset[str] = frozenset()
     keep: Mapping[int, frozenset[str]] = field(default_factory=dict)
 
@@ -102,6 +107,7 @@ def left_out(batch: Batch, fences: Mapping[str, Fence]) -> LeftOut:
     if not fences or (batch.first_truncate() is None and fences.keys().isdisjoint(batch.keys)):
         return _NOTHING
     records: set[int] = set()
+    deletes: set[int] = set()
     request_again: set[str] = set()
     keep: dict[int, frozenset[str]] = {}
     last: dict[str, Disposition] = {}
@@ -109,20 +115,21 @@ def left_out(batch: Batch, fences: Mapping[str, Fence]) -> LeftOut:
         if type(change) is not Change:
             continue
         if change.op is Op.TRUNCATE:
-            # A truncate is no delete of one user: it spares those that were read after it, row or not.
-            found = {key: _of(fence._replace(has_row=True), change) for key, fence in fences.items()}
-            keep[at] = frozenset(key for key, what in found.items() if what is not Disposition.APPLY)
-            request_again.update(key for key, what in found.items() if what is Disposition.REQUEST_AGAIN)
+            found = {key: _of(fence, change) for key, fence in fences.items()}
+            keep[at] = frozenset(key for key, what in found.items() if what.is_left_out)
+            request_again.update(key for key, what in found.items() if what.requests_again)
         elif (key := change.key) is not None and (fence := fences.get(key)) is not None:
             # A tombstone has no place of its own: it belongs to the delete before it.
             is_of_delete = change.what == TOMBSTONE and key in last
             what = last[key] if is_of_delete else _of(fence, change)
             last[key] = what
-            if what is not Disposition.APPLY:
+            if what.is_left_out:
                 records.add(at)
-            if what is Disposition.REQUEST_AGAIN:
+            if what.deletes:
+                deletes.add(at)
+            if what.requests_again:
                 request_again.add(key)
-    return LeftOut(frozenset(records), frozenset(request_again), keep)
+    return LeftOut(frozenset(records), frozenset(deletes), frozenset(request_again), keep)
 
 
 def _of(fence: Fence, change: Change) -> Disposition:
@@ -137,13 +144,14 @@ class Claim:
 
     Attributes:
         requests: The token of each user.
-        seen: The position of the newest record in the topic that the consumer had seen by then, of each partition.
-        applied: The position of the last record of a user that was applied since, None where the record has none.
+        taken: The position of the newest record of each partition that the consumer had taken when noting began.
+        applied: The position of the last record of a user that was applied since. None where the record has none, was
+            refused, or could not be decoded.
     """
 
-    def __init__(self, requests: Mapping[str, str], seen: Sequence[Position | None] = ()) -> None:
+    def __init__(self, requests: Mapping[str, str], taken: Iterable[Position | None] = ()) -> None:
         self.requests = dict(requests)
-        self.seen = tuple(seen)
+        self.taken = tuple(taken)
         self.applied: dict[str, Position | None] = {}
 
     def note(self, batch: Batch, left: LeftOut) -> None:
@@ -190,8 +198,8 @@ class SourceReader:
         store: Not used by another thread.
         open_source: Opens MySQL, or raises what is in the way.
         users_a_second: How many users are read a second at most.
-        ends: Returns the position of the oldest and of the newest record in each partition of the topic, None where
-            the record has none.
+        ends: Returns the oldest record in each partition of the topic, and the position of the newest one; None where
+            there is none.
     """
 
     def __init__(
@@ -199,14 +207,14 @@ class SourceReader:
         store: RepairStore,
         open_source: Callable[[], MySqlStore],
         users_a_second: float = float("inf"),
-        ends: Callable[[], tuple[Sequence[Position | None], Mapping[int, Position | None]]] = lambda: ((), {}),
+        ends: Callable[[], tuple[Sequence[Change | None], Mapping[int, Position | None]]] = lambda: ((), {}),
     ) -> None:
         self._store = store
         self._open_source = open_source
         self._users_a_second = users_a_second
         self._ends = ends
-        self._seen: dict[int, Position | None] | None = None
-        """The position of the newest record of each partition, as far as this consumer has seen it; None before."""
+        self._taken: dict[int, Position | None] | None = None
+        """The position of the newest record of each partition, from when the topic was asked for it; None before."""
         self._locked: dict[str, tuple[float, float]] = {}
         """Users that others have locked: until when to leave them alone, and since when they are."""
         self._next_drop = 0.0
@@ -220,10 +228,13 @@ class SourceReader:
         """Why this consumer, which has some of the partitions, carries nothing out."""
         self._claims: list[Claim] = []
         self._works: list[RepairWork] = []
-        self._problem = ""
-        self._next_at = 0.0
+        self._problems: dict[str, str] = {}
+        """What is in the way of reading, and of writing."""
+        self._delays = {_READING: waits(), _WRITING: waits()}
+        self._next_at = self._not_before = 0.0
         self._commands: dict[RepairStep, Callable[[int], None]] = {
             RepairStep.CLAIM: self._claim,
+            RepairStep.NOTE: self._note,
             RepairStep.READ_SOURCE: self._read_source,
         }
         self._claimed: Claim | None = None
@@ -248,21 +259,21 @@ class SourceReader:
                 if partitions and not self._is_owner
                 else ""
             )
-            self._claims, self._works, self._seen = [], [], None
+            self._claims, self._works, self._taken = [], [], None
             self._changed.notify_all()
 
-    def saw(self, positions: Mapping[int, Position]) -> None:
+    def took(self, positions: Mapping[int, Position]) -> None:
         """Note the position of the newest record of partitions, before anything of it is applied."""
         with self._changed:
-            if self._seen is not None:
-                for partition, position in positions.items():
-                    self._note_seen(self._seen, partition, position)
+            if self._taken is not None:
+                self._keep_newest(self._taken, positions)
 
-    def _note_seen(self, seen: dict[int, Position | None], partition: int, position: Position | None) -> None:
-        known = seen.get(partition)
-        # A consumer that is behind sees older ones.
-        if known is None or (position is not None and known.compare(position) != 1):
-            seen[partition] = position
+    def _keep_newest(self, taken: dict[int, Position | None], positions: Mapping[int, Position | None]) -> None:
+        for partition, position in positions.items():
+            known = taken.get(partition)
+            # A consumer that is behind takes older ones.
+            if known is None or (position is not None and known.compare(position) != 1):
+                taken[partition] = position
 
     def is_wanted(self) -> bool:
         """Return whether this consumer has requests to carry out, and can.
@@ -270,7 +281,7 @@ class SourceReader:
         Raises:
             UnavailableError: The store is away.
         """
-        if not self._is_owner or self._problem:
+        if not self._is_owner or self._problems:
             return False
         now = time.monotonic()
         locked = [key for key, (_, since) in list(self._locked.items()) if now - since > _LOCK_NOTED_SECONDS]
@@ -291,10 +302,26 @@ class SourceReader:
         with self._changed:
             return self._works.pop(0) if self._works else None
 
-    def finished(self, work: RepairWork) -> None:
-        """Say that work was carried out, or given up: what is open still is claimed again."""
+    def wrote(self) -> None:
+        """Say that the store took what was read: nothing is in the way of writing."""
+        self._clear(_WRITING)
+
+    def finished(self, work: RepairWork, error: Exception | None = None) -> None:
+        """Say that work was carried out, or given up: what is open still is claimed again.
+
+        Args:
+            work: The work.
+            error: Why it could not be carried out. Nothing more is handed out for a while then.
+        """
+        given_up = [work]
+        if error is not None:
+            seconds = self._report(_WRITING, _as_ours(error), work.claim)
+            with self._changed:
+                self._not_before = time.monotonic() + seconds
+                given_up += self._works
+                self._works = []
         with self._changed:
-            self._claims = [claim for claim in self._claims if claim is not work.claim]
+            self._release(*(one.claim for one in given_up))
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -307,16 +334,12 @@ class SourceReader:
 
     # For the thread that writes
 
-    def doubt(self, key: str) -> None:
-        """Note that the newest record of a user was refused: what was read of the user is to be read again."""
+    def doubt(self, key: str | None) -> None:
+        """Note that a record of a user was not applied: what was read of the user is to be read again."""
         with self._changed:
             for claim in self._claims:
                 if key in claim.requests:
                     claim.applied[key] = None
-
-    def report(self, work: RepairWork, error: Exception) -> None:
-        """Report why work cannot be carried out; its requests stay open."""
-        self._report(_as_ours(error), work.claim)
 
     def note(self, batch: Batch, left: LeftOut) -> None:
         """Note what a batch is about to apply of users that are claimed."""
@@ -327,24 +350,21 @@ class SourceReader:
     # The thread itself
 
     def _run(self) -> None:
-        delays = waits()
         while not self._closing:
             try:
                 is_at_work = self._go_on()
             except Exception as error:
                 if not isinstance(error, GhsyncError):
                     log.exception("a repair failed unexpectedly; retrying")
-                ours = _as_ours(error)
-                self._report(ours, self._claimed)
-                self._wait(next(delays) if isinstance(ours, TransientError) else _PERMANENT_SECONDS)
+                self._wait(self._report(_READING, _as_ours(error), self._claimed))
             else:
-                delays = waits()
                 if not is_at_work:
                     self._wait(_LOOK_SECONDS)
         self._close_source()
 
     def _go_on(self) -> bool:
         """Claim and read some users; tell whether there may be more."""
+        self._wait(self._not_before - time.monotonic())
         with self._changed:
             self._changed.wait_for(lambda: len(self._claims) < _AHEAD or self._closing)
             owner, is_owner = self._owner, self._is_owner
@@ -364,41 +384,49 @@ class SourceReader:
     def _look_at_ends(self) -> None:
         """See once what the topic holds; drop now and then the fences that no record is from before."""
         is_due = time.monotonic() >= self._next_drop and self._store.has_fences()
-        if self._seen is not None and not is_due:
-            return
-        if self._seen is None and not self._store.is_any_open() and not is_due:
+        if not is_due and (self._taken is not None or not self._store.is_any_open()):
             return
         with self._changed:
-            # From here on nothing goes unseen.
-            seen = self._seen = {} if self._seen is None else self._seen
+            # From here on no record is taken without being noted.
+            taken = self._taken = {} if self._taken is None else self._taken
         try:
             oldest, newest = self._ends()
         except BaseException:
             with self._changed:
-                self._seen = None
+                self._taken = None
             raise
         with self._changed:
-            for partition, position in newest.items():
-                self._note_seen(seen, partition, position)
+            self._keep_newest(taken, newest)
         if is_due and oldest:
             self._next_drop = time.monotonic() + _DROP_SECONDS
             dropped = self._store.drop_fences(
-                lambda reading: all(reading.includes(position) is False for position in oldest), KEPT_SECONDS
+                lambda reading: all(
+                    record is not None and reading.includes(record.position, record.committed_ms) is False
+                    for record in oldest
+                ),
+                KEPT_SECONDS,
             )
             log.info("fences dropped", readings=dropped)
 
     def _claim(self, owner: int) -> None:
+        del owner
         now = time.monotonic()
         with self._changed:
             leave_out = [key for claim in self._claims for key in claim.requests]
-            seen = list((self._seen or {}).values())
         leave_out += [key for key, (until, _) in self._locked.items() if until > now]
         requests = self._store.open_requests(CHUNK, leave_out=leave_out)
-        self._claimed = Claim(requests, seen) if requests else None
-        if self._claimed is not None:
-            with self._changed:
-                if owner == self._owner:
-                    self._claims.append(self._claimed)
+        self._claimed = Claim(requests) if requests else None
+
+    def _note(self, owner: int) -> None:
+        claim = self._claimed
+        assert claim is not None  # noqa: S101
+        with self._changed:
+            # At once: a record is in what was taken, or it is noted.
+            if owner == self._owner and self._taken is not None:
+                claim.taken = tuple(self._taken.values())
+                self._claims.append(claim)
+            else:
+                self._claimed = None
 
     def _read_source(self, owner: int) -> None:
         claim = self._claimed
@@ -411,9 +439,7 @@ class SourceReader:
         except BaseException:
             self._release(claim)
             raise
-        if self._problem:
-            log.info("repairs resumed")
-            self._problem = ""
+        self._clear(_READING)
         with self._changed:
             if owner == self._owner:
                 at = next(at for at, known in enumerate(self._claims) if known is claim)
@@ -438,7 +464,7 @@ class SourceReader:
             if found is not None:
                 position = binlog_position(found.server_id, found.file, found.pos)
                 reading = Reading(uuid.uuid4().hex, position, found.gtids, found.read_ms)
-                of_part = Claim({key: claim.requests[key] for key in keys}, claim.seen)
+                of_part = Claim({key: claim.requests[key] for key in keys}, claim.taken)
                 yield RepairWork(of_part, reading, found.rows)
             elif len(keys) > 1:
                 middle = len(keys) // 2
@@ -446,7 +472,7 @@ class SourceReader:
 
     def _refuse_stale(self, work: RepairWork) -> None:
         """See that the server is as far as the stream, and the one that the connector follows."""
-        if not is_current(work.reading, work.claim.seen):
+        if not is_current(work.reading, work.claim.taken):
             raise UnavailableError(
                 f"MySQL's binlog ends at {work.reading.position.origin}, and that does not include the newest record "
                 "of the topic: MYSQL_URL names a server that is behind, or another one.",
@@ -462,9 +488,9 @@ class SourceReader:
         if old := [key for key in locked if now - self._locked[key][1] > _LOCK_NOTED_SECONDS]:
             self._store.note_problem(old, "Another transaction in MySQL has the row locked, or alters the table.")
 
-    def _release(self, claim: Claim) -> None:
+    def _release(self, *claims: Claim) -> None:
         with self._changed:
-            self._claims = [known for known in self._claims if known is not claim]
+            self._claims = [known for known in self._claims if not any(known is claim for claim in claims)]
 
     def _keep_to_rate(self, users: int) -> None:
         now = time.monotonic()
@@ -474,20 +500,27 @@ class SourceReader:
 
     def _wait(self, seconds: float) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._closing, timeout=seconds)
+            self._changed.wait_for(lambda: self._closing, timeout=max(seconds, 0))
 
-    def _report(self, error: GhsyncError, claim: Claim | None) -> None:
-        """Report what is in the way, once, in the log and to who waits."""
+    def _report(self, part: str, error: GhsyncError, claim: Claim | None) -> float:
+        """Report what is in the way, once, in the log and to who waits; return how many seconds to wait."""
+        seconds = next(self._delays[part]) if isinstance(error, TransientError) else _PERMANENT_SECONDS
         if self._closing:
-            return
-        if error.message != self._problem:
-            self._problem = error.message
-            log.warning("repairs wait; retrying", reason=error.message, way_out=error.way_out)
+            return 0
+        if error.message != self._problems.get(part):
+            self._problems[part] = error.message
+            log.warning("repairs wait; retrying", at=part, reason=error.message, way_out=error.way_out)
         if claim is not None:
             try:
                 self._store.note_problem(claim.requests, str(error))
             except GhsyncError:
                 log.debug("the problem cannot be noted")
+        return seconds
+
+    def _clear(self, part: str) -> None:
+        if self._problems.pop(part, None) is not None:
+            self._delays[part] = waits()
+            log.info("repairs resumed", at=part)
 
     def _close_source(self) -> None:
         source, self._source = self._source, None
@@ -498,20 +531,9 @@ class SourceReader:
 # Writing
 
 
-@dataclass(slots=True)
-class Repaired:
-    """What carrying out one piece of work came to.
-
-    Attributes:
-        outcomes: Users by outcome; those that stay open are left out.
-    """
-
-    outcomes: Counter[Outcome] = field(default_factory=Counter)
-
-
 def carry_out(
     store: RepairStore, work: RepairWork, fences: dict[str, Fence], resolve: Callable[[Iterable[str]], object]
-) -> Repaired:
+) -> Counter[Outcome]:
     """Carry out the writing steps for all users of a reading; users do not touch each other.
 
     Args:
@@ -520,6 +542,9 @@ def carry_out(
         fences: The fences that batches go by; those of the work are added before anything is written.
         resolve: Resolves the dead letters of users that were repaired.
 
+    Returns:
+        Users by outcome; those that stay open are left out.
+
     Raises:
         UnavailableError: The store went away; the requests are open still.
         RefusedError: The store refuses the writes as such.
@@ -527,7 +552,7 @@ def carry_out(
     writing = _Writing(store, work, fences, resolve)
     for step in WRITING_STEPS:
         writing.commands[step]()
-    return writing.repaired
+    return writing.outcomes
 
 
 class _Writing:
@@ -540,7 +565,7 @@ class _Writing:
         fences: dict[str, Fence],
         resolve: Callable[[Iterable[str]], object],
     ) -> None:
-        self.repaired = Repaired()
+        self.outcomes: Counter[Outcome] = Counter()
         self.commands: dict[RepairStep, Callable[[], None]] = {
             RepairStep.READ_STORED: self._read_stored,
             RepairStep.RECORD_FENCE: self._record_fence,
@@ -558,7 +583,7 @@ class _Writing:
 
     def _overtaken(self, key: str) -> Overtaken:
         applied = self._work.claim.applied
-        return overtaken(self._work.reading, [applied[key]] if key in applied else [])
+        return overtaken(self._work.reading, applied[key]) if key in applied else Overtaken.NO
 
     def _read_stored(self) -> None:
         self._stored = self._store.stored_users(self._keys)
@@ -593,12 +618,13 @@ class _Writing:
         by_outcome: dict[Outcome, list[str]] = {Outcome.OVERTAKEN: self._newer}
         for key, what in self._cures.items():
             by_outcome.setdefault(Outcome.REFUSED if key in self._refused else what.outcome, []).append(key)
-        self._resolve([key for key in self._cures if key not in self._refused])
+        if resolves_letters(self._work.reading, self._work.claim.taken):
+            self._resolve([key for key in self._cures if key not in self._refused])
         for outcome, keys in by_outcome.items():
             if keys:
                 fences = {} if outcome is Outcome.OVERTAKEN else {key: self._fences.get(key) for key in keys}
                 self._store.record_outcomes(self._requests(keys), outcome, fences)
-                self.repaired.outcomes[outcome] += len(keys)
+                self.outcomes[outcome] += len(keys)
         if self._refused:
             log.warning("rows are refused by the collection", users=len(self._refused))
             self._store.record_reasons(self._refused)

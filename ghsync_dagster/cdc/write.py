@@ -319,26 +319,27 @@ class Writer:
         """Carry out what was read of the source. Where that cannot be done, its requests stay open."""
         assert self._reader is not None  # noqa: S101  it has read the work
         self._store.unsure = False
+        failure: Exception | None = None
         try:
-            repaired = carry_out(self._store, work, self._known_fences(), self._letters.resolve_repaired)
+            outcomes = carry_out(self._store, work, self._known_fences(), self._letters.resolve_repaired)
         except _StoppedError:
             raise
         except Exception as error:
+            failure = error
             self._listener.retried(type(error).__name__)
             if isinstance(error, TransientError):
                 self._listener.connection(MONGO, up=False)
             elif not isinstance(error, GhsyncError):
                 log.exception("a repair failed unexpectedly; retrying")
-            self._reader.report(work, error)
-            self._stopped.wait(_NOTE_SECONDS)
         else:
-            for outcome, count in repaired.outcomes.items():
+            self._reader.wrote()
+            for outcome, count in outcomes.items():
                 self._listener.repaired(outcome.value, count)
         finally:
             if self._store.unsure:
                 self._to_repair |= work.claim.requests.keys()
                 self._leave_notes_soon({})
-            self._reader.finished(work)
+            self._reader.finished(work, failure)
 
     def _known_fences(self) -> dict[str, Fence]:
         while True:
@@ -463,10 +464,12 @@ class Writer:
         written = Written(batch)
         operations = 0
         left = left_out(batch, self._known_fences())
-        batch.left_out = left.records
+        batch.left_out, batch.as_deletes = left.records, left.deletes
         written.left_out.update(batch.kinds(left.records))
         if self._reader is not None:
             self._reader.note(batch, left)
+            for message, error in batch.undecodable():
+                self._reader.doubt(self._letters.user_of(message, error))
         for part in batch.parts():
             applied = apply(self._store, part.segment, left.keep.get(part.start, frozenset()))
             operations += applied.upserts + applied.deletes + applied.truncated

@@ -12,12 +12,14 @@ The owner of a user's partition carries a request out, between two batches. It s
   holds its locks until then. So no record of an asked key lies before the reading's position and is not part of the
   rows, and none lies after it and is. The position alone, without the locks, does not tell: the server shows
   positions of transactions whose rows nobody sees yet.
-- **A reading is current.** It includes the newest record that the owner has seen in the topic. A server that is behind
-  the stream, or is another one, is not believed.
+- **A reading is current.** It includes the newest record that the owner has taken from the topic. A server that is
+  behind the stream, or is another one, is not believed.
 - **The fence.** The reading's position is stored before the row is written. From then on no record of the user from
   before it is applied again, whatever is delivered again. A record that cannot be compared with the position is left
-  out too, and the user is requested again. If the source had no row, deletes are applied all the same: they record
-  that no file may bring the user back.
+  out too, and the user is requested again. If the source had no row, deletes and truncates are applied all the same,
+  and other records as deletes: MySQL had the user, so it is recorded that no file may bring the user back.
+- **What is not decoded counts.** A record of the user that becomes a dead letter after the claim may tell more than the
+  reading: the source is read again, so that a repair resolves no letter of a change that it does not contain.
 - **The request stays open** until the row is written. A repair that dies anywhere is repeated with a newer reading. A
   command that is in doubt makes its request open again.
 
@@ -43,7 +45,11 @@ class RepairStep(Enum):
     """The steps of a repair of one user, in order. Each may be the last one."""
 
     CLAIM = "claim"
-    """Read the open request with its token. From here on the owner notes the records of the user that it applies."""
+    """Read the open request with its token."""
+
+    NOTE = "note"
+    """From here on the owner notes the records of the user that it applies; at once it keeps the newest record that it
+    has taken so far. Before READ_SOURCE: a record of the user is in what was taken, or noted, or read."""
 
     READ_SOURCE = "read source"
     """Lock the key, read its row and the end of the binlog, release. After CLAIM: what is asked later is read later."""
@@ -61,7 +67,7 @@ class RepairStep(Enum):
     """Close the request where its token is still the claimed one: a user that was asked for since stays open."""
 
 
-READING_STEPS = (RepairStep.CLAIM, RepairStep.READ_SOURCE)
+READING_STEPS = (RepairStep.CLAIM, RepairStep.NOTE, RepairStep.READ_SOURCE)
 """What is done beside the stream."""
 
 WRITING_STEPS = (RepairStep.READ_STORED, RepairStep.RECORD_FENCE, RepairStep.WRITE, RepairStep.RECORD_OUTCOME)
@@ -91,22 +97,20 @@ class Reading(NamedTuple):
 
         Positions count on one server only. GTIDs count on all, but MySQL adds a GTID to the executed ones a moment
         after the rows can be seen. So a GTID that is there is proof; one that is missing needs the position to agree.
-        A record that was committed later than the reading is never part of it: its position is of another binlog.
+        A record that was committed later than the reading is never part of it: a position that says so is of another
+        binlog, and a GTID that is missing needs nothing else.
 
         Args:
             position: The record's own; None where it has none.
             committed_ms: When the record was committed, likewise.
         """
-        included = self._includes(position)
-        is_later = None not in (committed_ms, self.read_ms) and (committed_ms or 0) > (self.read_ms or 0) + _SKEW_MS
-        return None if included and is_later else included
-
-    def _includes(self, position: Position | None) -> bool | None:
         if position is None:
             return None
         order = msgspec.structs.replace(position, gtid=None).compare(self.position)
         by_place = None if order is None else order < 0
         by_gtid = _gtid_set(self.gtids).contains(position.gtid) if self.gtids else None
+        if committed_ms is not None and self.read_ms is not None and committed_ms > self.read_ms + _SKEW_MS:
+            return None if by_gtid or (by_gtid is None and by_place is not False) else False
         if by_gtid is None or by_gtid == by_place:
             return by_place
         return True if by_gtid and by_place is None else None
@@ -122,14 +126,30 @@ def _gtid_set(text: str) -> GtidSet:
     return GtidSet.parse(text)
 
 
-def is_current(reading: Reading, seen: Iterable[Position | None]) -> bool:
-    """Return whether a reading includes what the stream has seen already.
+def is_current(reading: Reading, taken: Iterable[Position | None]) -> bool:
+    """Return whether a reading includes what the stream has taken already.
+
+    A position that tells neither server nor GTID, as flattened records may have it, proves nothing of any server.
 
     Args:
         reading: What was read.
-        seen: The position of the newest record of each partition, None where it has none.
+        taken: The position of the newest record of each partition, None where it has none.
     """
-    return all(reading.includes(position) is True for position in seen if position is not None)
+    known = [position for position in taken if position is not None and (position.server or position.gtid)]
+    return all(reading.includes(position) is True for position in known)
+
+
+def resolves_letters(reading: Reading, taken: Iterable[Position | None]) -> bool:
+    """Return whether a reading includes records that could not be decoded, whose positions nobody knows.
+
+    It does if it is of the server that the connector follows; another one may be behind them.
+
+    Args:
+        reading: What was read.
+        taken: The position of the newest record of each partition, None where it has none.
+    """
+    servers = {position.server for position in taken if position is not None and position.server}
+    return not servers or reading.position.server in servers
 
 
 class Fence(NamedTuple):
@@ -148,13 +168,34 @@ class Disposition(Enum):
     """What becomes of a record of a user that was repaired."""
 
     APPLY = "apply"
-    """It is from after the reading."""
+    """It is from after the reading, or removes a user without a row."""
 
     LEAVE_OUT = "leave out"
     """What was read includes it."""
 
     REQUEST_AGAIN = "request again"
     """It cannot be compared with the reading: it is left out, and its user is requested again."""
+
+    DELETE = "delete"
+    """What was read includes it, and had no row: it is applied as a delete."""
+
+    DELETE_AND_REQUEST_AGAIN = "delete and request again"
+    """The same, where it cannot be compared with the reading: its user is requested again too."""
+
+    @property
+    def is_left_out(self) -> bool:
+        """Whether the record is not applied."""
+        return self in (Disposition.LEAVE_OUT, Disposition.REQUEST_AGAIN)
+
+    @property
+    def deletes(self) -> bool:
+        """Whether a delete is applied in the record's place."""
+        return self in (Disposition.DELETE, Disposition.DELETE_AND_REQUEST_AGAIN)
+
+    @property
+    def requests_again(self) -> bool:
+        """Whether the user is to be read again."""
+        return self in (Disposition.REQUEST_AGAIN, Disposition.DELETE_AND_REQUEST_AGAIN)
 
 
 def disposition(fence: Fence, op: Op, position: Position | None, committed_ms: int | None = None) -> Disposition:
@@ -167,9 +208,11 @@ def disposition(fence: Fence, op: Op, position: Position | None, committed_ms: i
         committed_ms: When it was committed, likewise.
     """
     included = fence.reading.includes(position, committed_ms)
-    if included is False or (op is Op.DELETE and not fence.has_row):
+    if included is False or (op is not Op.UPSERT and not fence.has_row):
         return Disposition.APPLY
-    return Disposition.LEAVE_OUT if included else Disposition.REQUEST_AGAIN
+    if fence.has_row:
+        return Disposition.LEAVE_OUT if included else Disposition.REQUEST_AGAIN
+    return Disposition.DELETE if included else Disposition.DELETE_AND_REQUEST_AGAIN
 
 
 class Overtaken(Enum):
@@ -185,17 +228,17 @@ class Overtaken(Enum):
     """The last one cannot be compared: the source is to be read again."""
 
 
-def overtaken(reading: Reading, applied: Iterable[Position | None]) -> Overtaken:
-    """Decide whether a reading is older than what the stream applied since the claim.
+def overtaken(reading: Reading, applied: Position | None) -> Overtaken:
+    """Decide whether a reading is older than the last record that the stream applied since the claim.
 
     Args:
         reading: What was read.
-        applied: The positions of the user's records that were applied since the claim, in order.
+        applied: The record's position; None where it has none, could not be decoded, or was refused.
     """
-    included = [reading.includes(position) for position in applied]
-    if not included or included[-1] is True:
-        return Overtaken.NO
-    return Overtaken.NEWER if included[-1] is False else Overtaken.UNKNOWN
+    included = reading.includes(applied)
+    if included is None:
+        return Overtaken.UNKNOWN
+    return Overtaken.NO if included else Overtaken.NEWER
 
 
 class StoredUser(NamedTuple):

@@ -12,8 +12,10 @@ from confluent_kafka.admin import AdminClient
 
 from ghsync_dagster.cdc import consume
 from ghsync_dagster.cdc import repair as cdc_repair
+from ghsync_dagster.cdc.repair import SourceReader
 from ghsync_dagster.cdc.repair_requests import RepairReport, Selection, plan, refuse_too_many, repair, select
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
+from ghsync_dagster.domain.letters import LetterState
 from ghsync_dagster.domain.repair import Outcome
 from ghsync_dagster.stores.dead_letters import LetterIndex
 from ghsync_dagster.stores.mysql import MySqlStore
@@ -288,6 +290,88 @@ def test_a_truncate_from_before_the_reading_keeps_the_repaired_user(bench: _Benc
     bench.topic.commit(0)
     bench.drain()
     assert stored(bench.store).keys() == {"1"}
+
+
+def test_a_truncate_after_the_last_record_of_a_user_without_a_row_is_recorded_as_its_deletion(bench: _Bench) -> None:
+    assert bench.repair(1).outcomes == {"absent": 1}
+    bench.record(1, "c", "gone", ahead=-2)
+    bench.record(None, "t", ahead=-1)
+    bench.drain()
+    assert bench.login(1) is None
+    assert bench.store.deleted_among(["1"]) == {"1"}
+
+
+def test_a_record_that_names_no_server_does_not_hold_up_repairs(bench: _Bench) -> None:
+    # As flattened records have it where only file, pos and row are added.
+    bench.topic.raw(
+        {"user_id": 1},
+        {
+            "op": "u",
+            "before": None,
+            "after": {**user(1, "old"), "user_id": 1},
+            "source": {"file": "bin.000001", "pos": 4, "row": 0},
+        },
+    )
+    bench.topic.flush()
+    bench.drain()
+    bench.row(1, "right")
+    assert bench.repair(1).is_carried_out
+    assert bench.login(1) == "right"
+
+
+def test_a_dead_letter_that_comes_after_the_reading_has_the_source_read_again(
+    bench: _Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_read, may_be_written = threading.Event(), threading.Event()
+
+    def is_ready(reader: SourceReader) -> bool:
+        if reader._works:
+            is_read.set()
+        return bool(reader._works) and may_be_written.is_set()
+
+    monkeypatch.setattr(SourceReader, "is_ready", property(is_ready))
+    bench.row(1, "old")
+    with bench.parts.running(bench.topic, open_source=bench.source) as running:
+        token = bench.repairs.request(["1"])
+        until(is_read.is_set)
+        bench.row(1, "newest")
+        bench.topic.raw({"user_id": 1}, b"{")
+        bench.topic.flush()
+        until(lambda: bench.topic.committed() == 1)
+        may_be_written.set()
+        until(lambda: bench.repairs.progress(token).done == 1)
+        assert bench.login(1) == "newest"
+        running.end()
+    (letter,) = LetterIndex(bench.store, bench.topic.kafka.topic).find()
+    assert letter.state is LetterState.RESOLVED
+
+
+def test_a_write_that_the_store_refuses_is_told_once_and_holds_up_no_change(
+    bench: _Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cdc_repair, "_PERMANENT_SECONDS", 0.2)
+    bench.row(1, "right")
+    readings = bench.store.database["_ghsync_readings"]
+    bench.store.database.create_collection(readings.name, validator={"never": {"$exists": True}})
+    tries: list[int] = []
+    record_fence = RepairStore.record_fence
+
+    def counted(*given: Any) -> set[str]:
+        tries.append(1)
+        return record_fence(*given)
+
+    monkeypatch.setattr(RepairStore, "record_fence", counted)
+    with bench.parts.running(bench.topic, open_source=bench.source) as running:
+        token = bench.repairs.request(["1"])
+        until(lambda: len(tries) > 2)
+        assert bench.repairs.progress(token).problem
+        bench.record(7, "c", "seven", ahead=-1)
+        until(lambda: bench.login(7) == "seven")
+        bench.store.database.drop_collection(readings.name)
+        until(lambda: bench.repairs.progress(token).done == 1)
+        running.end()
+    said = capsys.readouterr().out
+    assert (said.count("repairs wait"), said.count("repairs resumed")) == (1, 1)
 
 
 def test_a_row_that_another_transaction_has_locked_is_read_once_it_is_free(bench: _Bench) -> None:

@@ -57,10 +57,19 @@ THERE = Row(0, there=True)
 
 
 class Event(NamedTuple):
-    """A record of the binlog."""
+    """A record of the binlog.
+
+    Attributes:
+        row: The state that it holds.
+        placed: Whether it tells its place.
+        readable: Whether it can be decoded; it becomes a dead letter where not.
+        truncates: Whether it is a truncate of the table.
+    """
 
     row: Row
     placed: bool = True
+    readable: bool = True
+    truncates: bool = False
 
 
 class Source(NamedTuple):
@@ -93,6 +102,7 @@ class Books(NamedTuple):
         has_row: Whether that reading found a row.
         requests_left: How often somebody may still request the user.
         due: The number of the row's state when somebody did so last: a closed request has seen it, or a later one.
+        letter: The number of the state in the newest open dead letter; None where none is open.
     """
 
     token: int = 0
@@ -101,6 +111,7 @@ class Books(NamedTuple):
     has_row: bool = True
     requests_left: int = 0
     due: int = 0
+    letter: int | None = None
 
     def requested(self) -> Books:
         """Return them with the user requested once more."""
@@ -111,11 +122,13 @@ class Claimed(NamedTuple):
     """A claimed request, and what is known of it in memory."""
 
     token: int | None = None
-    seen: int | None = None
-    """The newest record that the owner had taken by the claim."""
+    notes: bool = False
+    """Whether the owner notes what it applies."""
+    taken: int | None = None
+    """The newest record that the owner had taken when that began."""
     read: tuple[int, Row] | None = None
     applied: int | None = None
-    """The place of the last record that was applied since; -1 where the record told none."""
+    """The place of the last record that was applied since; -1 where the record told none, or was not decoded."""
     stored: StoredUser | None = None
 
 
@@ -128,7 +141,7 @@ class Owner(NamedTuple):
         step: The next step of the stream's own, of what is written.
         place: The place of the record that is written, None for a row that was read.
         claim: The request at work.
-        repair: The next step of the repair, None where none is claimed.
+        repair: The number of the repair's next step, None where none is claimed.
         crashes_left: How often it may die.
         late: A state whose write may come late, after the owner has given up.
         lates_left: How often a write may come late.
@@ -144,7 +157,7 @@ class Owner(NamedTuple):
     step: int = 0
     place: int | None = None
     claim: Claimed = Claimed()
-    repair: RepairStep | None = None
+    repair: int | None = None
     crashes_left: int = 0
     late: Row | None = None
     lates_left: int = 0
@@ -188,7 +201,8 @@ class Scenario:
         row: The row at the start.
         owned: Whether the stream wrote the document.
         transactions: How many there may be.
-        kinds: What a transaction may do: ``u`` or ``d``, each may be silent (``u-``, ``d-``) or without place (``u?``).
+        kinds: What a transaction may do: ``u``, ``d`` or ``t``, a truncate. Each may be silent (``u-``), without place
+            (``u?``), or a record that cannot be decoded (``u!``).
         loads: Event and content of each load.
         crashes: How often the owner may die.
         lates: How often a write of the owner may come late.
@@ -251,7 +265,8 @@ class Sources:
                     found.append((f"source: {kind} begins", begun))
             return found
         if not source.kind.endswith("-") and not source.flushed:
-            record = Event(source.pending, placed=not source.kind.endswith("?"))
+            kind, sign = source.kind[0], source.kind[1:]
+            record = Event(source.pending, placed=sign != "?", readable=sign != "!", truncates=kind == "t")
             return [("source: binlog", source._replace(binlog=(*source.binlog, record), flushed=True))]
         done = source._replace(visible=source.pending, pending=None, kind="", flushed=False)
         return [("source: commit", done)]
@@ -263,7 +278,7 @@ class Owners:
     def __init__(self, protocol: RepairProtocol, *, is_replica: bool = False) -> None:
         self.protocol = protocol
         self.is_replica = is_replica
-        self.writing = [step for step in protocol.steps if step in WRITING_STEPS]
+        self.begins = next(at for at, step in enumerate(protocol.steps) if step in WRITING_STEPS)
 
     def moves(self, world: World) -> list[tuple[str, World]]:
         """Every next step of the owner."""
@@ -277,9 +292,9 @@ class Owners:
 
     def _is_writing(self, owner: Owner) -> bool:
         """Whether the thread that writes is at a repair."""
-        if owner.repair is None or owner.repair not in self.writing:
+        if owner.repair is None or owner.repair < self.begins:
             return False
-        return owner.repair is not self.writing[0] or owner.claim.stored is not None
+        return owner.repair > self.begins or owner.claim.stored is not None
 
     # Records
 
@@ -287,20 +302,34 @@ class Owners:
         owner, source, books = world.owner, world.source, world.books
         if owner.at >= len(source.binlog):
             return []
-        event = source.binlog[owner.at]
-        at = owner.at if event.placed else None
+        event, label = source.binlog[owner.at], f"take {owner.at}"
+        at = owner.at if event.placed and event.readable else None
         taken = owner._replace(at=owner.at + 1)
-        what = Disposition.APPLY
+        noted = taken
+        if owner.claim.notes:
+            noted = taken._replace(claim=owner.claim._replace(applied=-1 if at is None else at))
+        if not event.readable:
+            books = books._replace(letter=event.row.number)
+            owner = taken if "a dead letter is not noted" in self.protocol.deviations else noted
+            return [(f"{label}: dead letter", world._replace(owner=owner, books=books))]
+        what, row = Disposition.APPLY, event.row
         if books.fence is not None:
             fence = Fence(reading(books.fence), books.has_row)
-            what = self.protocol.disposition(fence, Op.UPSERT if event.row.there else Op.DELETE, place(at))
-        if what is Disposition.APPLY:
-            if owner.claim.token is not None:
-                taken = taken._replace(claim=owner.claim._replace(applied=-1 if at is None else at))
-            return [(f"take {owner.at}", world._replace(owner=taken._replace(op=event.row, step=0, place=owner.at)))]
-        if what is Disposition.REQUEST_AGAIN:
-            books = books.requested()
-        return [(f"take {owner.at}: {what.name}", world._replace(owner=taken, books=books))]
+            op = Op.TRUNCATE if event.truncates else Op.UPSERT if row.there else Op.DELETE
+            what = self.protocol.disposition(fence, op, place(at))
+            if what.requests_again:
+                books = books.requested()
+            if what.is_left_out:
+                return [(f"{label}: {what.name}", world._replace(owner=taken, books=books))]
+            if not books.has_row and (what.deletes or not row.there):
+                # The row is gone, as it was when it was read.
+                row = Row(max(row.number, owner.floor), there=False)
+        if books.letter is not None and books.letter < event.row.number:
+            books = books._replace(letter=None)
+        if event.truncates and world.store.doc is None and world.store.entry is None:
+            return [(f"{label}: nobody is there", world._replace(owner=noted, books=books))]
+        written = noted._replace(op=row, step=0, place=owner.at)
+        return [(f"{label}: {what.name}", world._replace(owner=written, books=books))]
 
     def _write(self, world: World) -> tuple[str, World]:
         """Take one of the stream's own steps."""
@@ -326,31 +355,35 @@ class Owners:
         owner = owner._replace(step=following)
         if following == len(steps):
             owner = owner._replace(op=None, step=0, place=None)
-            if owner.repair is RepairStep.WRITE:
+            if self._step(owner) is RepairStep.WRITE:
                 owner = self._after(owner)
         return f"{content(row)}: {step.name}", world._replace(store=store, owner=owner)
 
     # Repairs
 
+    def _step(self, owner: Owner) -> RepairStep | None:
+        return None if owner.repair is None else self.protocol.steps[owner.repair]
+
     def _after(self, owner: Owner) -> Owner:
         assert owner.repair is not None
-        following = self.protocol.steps.index(owner.repair) + 1
+        following = owner.repair + 1
         if following == len(self.protocol.steps):
             return owner._replace(repair=None, claim=Claimed())
-        return owner._replace(repair=self.protocol.steps[following])
+        return owner._replace(repair=following)
 
     def _repairs(self, world: World) -> list[tuple[str, World]]:
         owner = world.owner
         if owner.repair is None:
             if not world.books.is_open:
                 return []
-            owner = owner._replace(repair=self.protocol.steps[0])
-        if owner.repair in self.writing and owner.op is not None:
+            owner = owner._replace(repair=0)
+        step = self._step(owner)
+        if step in WRITING_STEPS and owner.op is not None:
             return []
-        name = f"repair: {owner.repair.name if owner.repair else ''}"
+        name = f"repair: {step.name if step else ''}"
         found = self._repair(world, owner)
         moves = [] if found is None else [(name, found)]
-        if self.is_replica and owner.repair is RepairStep.READ_SOURCE:
+        if self.is_replica and step is RepairStep.READ_SOURCE:
             moves += [(f"{name}, behind", behind) for behind in self._behind(world, owner)]
         return moves
 
@@ -359,15 +392,23 @@ class Owners:
         found = []
         for at, event in enumerate(world.source.binlog):
             row = world.source.binlog[at - 1].row if at else THERE
-            if event.placed and self.protocol.is_current(reading(at), [place(owner.claim.seen)]):
+            if event.placed and self.protocol.is_current(reading(at), [place(owner.claim.taken)]):
                 claim = owner.claim._replace(read=(at, row))
                 found.append(world._replace(owner=self._after(owner._replace(claim=claim))))
         return found
 
     def _repair(self, world: World, owner: Owner) -> World | None:
-        step, claim, books, source = owner.repair, owner.claim, world.books, world.source
+        step, claim, books, source = self._step(owner), owner.claim, world.books, world.source
         if step is RepairStep.CLAIM:
-            owner = owner._replace(claim=claim._replace(token=books.token, seen=owner.at - 1 if owner.at else None))
+            taken = (
+                self._taken(world)
+                if "what was taken is kept before noting begins" in self.protocol.deviations
+                else None
+            )
+            owner = owner._replace(claim=claim._replace(token=books.token, taken=taken))
+        elif step is RepairStep.NOTE:
+            taken = self._taken(world) if claim.taken is None else claim.taken
+            owner = owner._replace(claim=claim._replace(notes=True, taken=taken, applied=None))
         elif step is RepairStep.READ_SOURCE:
             at, row = len(source.binlog), source.visible
             if source.pending is not None and "reads without locks" not in self.protocol.deviations:
@@ -376,6 +417,8 @@ class Owners:
                 if claim.read is None or claim.read[1] != Row(GONE, there=False):
                     return world._replace(owner=owner._replace(claim=claim._replace(read=(at, Row(GONE, there=False)))))
                 at = claim.read[0]
+            if not self.protocol.is_current(reading(at), [place(claim.taken)]):
+                return None
             owner = owner._replace(claim=claim._replace(read=(at, row)))
         elif step is RepairStep.READ_STORED:
             judged = self._judge(claim)
@@ -396,10 +439,16 @@ class Owners:
             return self._close(world, owner)
         return world._replace(owner=self._after(owner), books=books)
 
+    def _taken(self, world: World) -> int | None:
+        """Return the place of the newest record that was taken and tells one."""
+        taken = world.source.binlog[: world.owner.at]
+        return max((at for at, event in enumerate(taken) if event.placed and event.readable), default=None)
+
     def _judge(self, claim: Claimed) -> Overtaken:
         assert claim.read is not None
-        applied = [] if claim.applied is None else [place(None if claim.applied < 0 else claim.applied)]
-        return self.protocol.overtaken(reading(claim.read[0]), applied)
+        if claim.applied is None:
+            return Overtaken.NO
+        return self.protocol.overtaken(reading(claim.read[0]), place(None if claim.applied < 0 else claim.applied))
 
     def _stored(self, store: Store) -> StoredUser:
         marked = store.doc is not None and store.doc.marked
@@ -420,9 +469,10 @@ class Owners:
         books = world.books
         if books.token == owner.claim.token or "closes whatever is open" in self.protocol.deviations:
             books = books._replace(is_open=False)
-        if owner.repair is not self.protocol.steps[-1] and owner.repair is RepairStep.RECORD_OUTCOME:
-            return world._replace(owner=self._after(owner), books=books)
-        return world._replace(owner=owner._replace(repair=None, claim=Claimed()), books=books)
+        if self._step(owner) is not RepairStep.RECORD_OUTCOME:
+            # The stream has overtaken it.
+            return world._replace(owner=owner._replace(repair=None, claim=Claimed()), books=books)
+        return world._replace(owner=self._after(owner), books=books._replace(letter=None))
 
     # Deaths, and commands that come late
 
@@ -514,7 +564,7 @@ class Walk(interleavings.Walk[World]):
             return "an older state is written over what was repaired"
         if not self._is_over(world):
             return None
-        return self._at_end(store, source, owner, world.books.due)
+        return self._at_end(store, source, owner, world.books)
 
     def _is_over(self, world: World) -> bool:
         owner, source = world.owner, world.source
@@ -522,11 +572,11 @@ class Walk(interleavings.Walk[World]):
         idle = idle and not world.books.is_open
         return idle and owner.at == len(source.binlog) and source.pending is None and world.load.finished
 
-    def _at_end(self, store: Store, source: Source, owner: Owner, due: int) -> str | None:
+    def _at_end(self, store: Store, source: Source, owner: Owner, books: Books) -> str | None:
         logged = max((event.row.number for event in source.binlog), default=0)
-        told = max(logged, owner.floor, due)
-        if source.visible.number > told:
-            # A silent change since the last repair: only the next audit finds it.
+        told = max(logged, owner.floor, books.due)
+        if source.visible.number > told or books.letter == source.visible.number:
+            # A silent change since the last repair, which the next audit finds; or a dead letter tells of it.
             return None
         if store.doc is not None and store.doc.marked:
             return "a marker is left"
@@ -534,7 +584,9 @@ class Walk(interleavings.Walk[World]):
             if number(store) != source.visible.number:
                 return "a user is not what the source holds"
             return "the stream's document has a version" if store.entry is not None else None
-        if self.scenario.start == FILES and source.visible == self.scenario.row and store.doc is None:
+        if source.binlog and source.binlog[-1].truncates and store.doc is not None and not self.scenario.loads:
+            return "a user has outlived a truncate"
+        if self.scenario.start == FILES and not source.binlog and source.visible == self.scenario.row and not store.doc:
             return "a file's user is lost"
         if source.binlog and not source.binlog[-1].row.there and store.doc is None and not store.deleted:
             return "a file may bring a deleted user back"

@@ -23,8 +23,6 @@ from ghsync_dagster.domain.repair import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from ghsync_dagster.domain.change import Position
     from ghsync_dagster.domain.repair import Fence, Reading
 
@@ -52,6 +50,26 @@ SCENARIOS = {
         STREAMED, row=Row(2, there=False), transactions=1, backlog=(Event(Row(1, there=True)),)
     ),
     "records without a place": Scenario(STREAMED, kinds=("u?", "d?", "u-")),
+    "a record that cannot be decoded": Scenario(STREAMED, transactions=2, kinds=("u!", "u", "d!")),
+    "a record that cannot be decoded, the owner dies": Scenario(
+        WRONG, transactions=1, kinds=("u!",), crashes=1, backlog=(Event(Row(0, there=True)),)
+    ),
+    "a truncate": Scenario(STREAMED, transactions=2, kinds=("t", "u")),
+    "no row, nothing stored, a truncate waits": Scenario(
+        row=Row(2, there=False),
+        transactions=1,
+        kinds=("u", "t"),
+        backlog=(Event(Row(1, there=True)), Event(Row(2, there=False), truncates=True)),
+    ),
+    "no row, a document of a file, a truncate waits": Scenario(
+        FILES,
+        row=Row(1, there=False),
+        owned=False,
+        transactions=1,
+        kinds=("u",),
+        backlog=(Event(Row(1, there=False), truncates=True),),
+    ),
+    "a truncate without a place": Scenario(STREAMED, transactions=2, kinds=("t?", "u?", "u")),
     "the owner dies": Scenario(
         STREAMED, row=Row(1, there=True), transactions=1, crashes=1, backlog=(Event(Row(1, there=True)),)
     ),
@@ -125,23 +143,54 @@ def _of(is_included: bool) -> Disposition:
     return Disposition.LEAVE_OUT if is_included else Disposition.APPLY
 
 
-def _if_certain(reading: Reading, applied: Iterable[Position | None]) -> Overtaken:
+def _not_deleted(what: Disposition) -> Disposition:
+    return Disposition.LEAVE_OUT if what.deletes else what
+
+
+def _if_certain(reading: Reading, applied: Position | None) -> Overtaken:
     found = overtaken(reading, applied)
     return Overtaken.NO if found is Overtaken.UNKNOWN else found
 
 
-C, S, T, F, W, R = REPAIR_STEPS
+C, N, S, T, F, W, R = REPAIR_STEPS
 
 MUTATIONS: dict[str, tuple[RepairProtocol, str]] = {
     "no fence": (without(F), "older records wait, the newest change is silent"),
-    "the fence after the write": (ordered(C, S, T, W, F, R), "the owner dies"),
-    "the fence after the outcome": (ordered(C, S, T, W, R, F), "older records wait"),
-    "the outcome before the write": (ordered(C, S, T, F, R, W), "the owner dies twice"),
-    "the outcome before the fence": (ordered(C, S, T, R, F, W), "a document that is wrong"),
+    "the fence after the write": (ordered(C, N, S, T, W, F, R), "the owner dies"),
+    "the fence after the outcome": (ordered(C, N, S, T, W, R, F), "older records wait"),
+    "the outcome before the write": (ordered(C, N, S, T, F, R, W), "the owner dies twice"),
+    "the outcome before the fence": (ordered(C, N, S, T, R, F, W), "a document that is wrong"),
     "nothing is written": (without(W), "a document that is wrong"),
-    "the source is read before the claim": (ordered(S, C, T, F, W, R), "a document that is right"),
+    "the source is read before the claim": (ordered(S, C, N, T, F, W, R), "a document that is right"),
     "what is stored is not read": (without(T), "no row, a document of a file"),
-    "the fence twice, the second after the write": (ordered(C, S, T, W, F, R), "the owner dies"),
+    "the outcome twice, the first before the write": (ordered(C, N, S, T, F, R, W, R), "the owner dies twice"),
+    "the claim twice, the second after the source is read": (
+        ordered(C, N, S, C, T, F, W, R),
+        "the user is requested again",
+    ),
+    "noting begins twice, the second time after the source is read": (
+        ordered(C, N, S, N, T, F, W, R),
+        "a document that is right",
+    ),
+    "nothing is noted": (without(N), "a document that is right"),
+    "noting begins after the source is read": (ordered(C, S, N, T, F, W, R), "a document that is right"),
+    "what was taken is kept before noting begins": (
+        deviating("what was taken is kept before noting begins"),
+        "the server that is read is behind",
+    ),
+    "a dead letter is not noted": (deviating("a dead letter is not noted"), "a record that cannot be decoded"),
+    "a truncate spares a user without a row": (
+        RepairProtocol(
+            disposition=lambda fence, op, at: disposition(
+                fence._replace(has_row=fence.has_row or op is Op.TRUNCATE), op, at
+            )
+        ),
+        "no row, a document of a file, a truncate waits",
+    ),
+    "what a user without a row had is left out": (
+        RepairProtocol(disposition=lambda fence, op, at: _not_deleted(disposition(fence, op, at))),
+        "no row, nothing stored, a truncate waits",
+    ),
     "the source is read without locks": (deviating("reads without locks"), "a document that is right"),
     "the place is read before the rows": (deviating("reads the place before the row"), "a document that is right"),
     "the outcome closes a newer request": (deviating("closes whatever is open"), "the user is requested again"),

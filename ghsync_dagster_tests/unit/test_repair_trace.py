@@ -6,18 +6,31 @@ import threading
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, cast
 
+import pytest
+from cdc_parts import until
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ghsync_dagster.cdc import repair
 from ghsync_dagster.cdc.batch import Batch
 from ghsync_dagster.cdc.repair import Claim, RepairWork, SourceReader, carry_out, left_out
 from ghsync_dagster.domain.change import TOMBSTONE, Change, Op, Position
 from ghsync_dagster.domain.precedence import DELETE_STEPS, UPSERT_STEPS, StreamStep
-from ghsync_dagster.domain.repair import READING_STEPS, Fence, Outcome, Reading, RepairStep, StoredUser, cure
+from ghsync_dagster.domain.repair import (
+    READING_STEPS,
+    Fence,
+    Outcome,
+    Reading,
+    RepairStep,
+    StoredUser,
+    cure,
+    is_current,
+    resolves_letters,
+)
 from ghsync_dagster.stores.mysql import LockedRows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from ghsync_dagster.stores.mysql import MySqlStore
     from ghsync_dagster.stores.repairs import RepairStore
@@ -32,7 +45,10 @@ class _TracedStore:
     def __init__(self, stored: Mapping[str, StoredUser] | None = None) -> None:
         self.trace: dict[str, list[Step]] = defaultdict(list)
         self.outcomes: dict[str, Outcome] = {}
+        self.problem = ""
         self.was_told = threading.Event()
+        self.is_any_known = True
+        self.while_asked: Callable[[], None] = lambda: None
         self.requested_again: set[str] = set()
         self.requests: dict[str, str] = {}
         self._stored = stored or {}
@@ -44,6 +60,7 @@ class _TracedStore:
     def open_requests(self, limit: int, leave_out: Iterable[str] = ()) -> dict[str, str]:
         found = {key: token for key, token in self.requests.items() if key not in set(leave_out)}
         found = dict(list(found.items())[:limit])
+        self.while_asked()
         self._note(RepairStep.CLAIM, found)
         return found
 
@@ -51,11 +68,11 @@ class _TracedStore:
         return False
 
     def is_any_open(self) -> bool:
-        return bool(self.requests)
+        return self.is_any_known and bool(self.requests)
 
     def note_problem(self, keys: Iterable[str], problem: str) -> None:
         assert list(keys) == ["1"]
-        assert "partitions [0] of [0, 1]" in problem
+        self.problem = problem
         self.was_told.set()
 
     def stored_users(self, keys: Iterable[str]) -> dict[str, StoredUser]:
@@ -128,13 +145,13 @@ def test_each_user_takes_the_steps_of_the_tables_in_their_order(found: dict[str,
     resolved: list[str] = []
     reading = Reading("r", at(100))
     work = RepairWork(Claim(dict.fromkeys(found, "token")), reading, rows)
-    repaired = carry_out(cast("RepairStore", store), work, fences, resolved.extend)
+    outcomes = carry_out(cast("RepairStore", store), work, fences, resolved.extend)
     for key, (stored, has_row) in found.items():
         assert store.trace[key] == expected(stored, has_row=has_row)
         assert store.outcomes[key] is cure(stored, has_row=has_row).outcome
     assert fences == {key: Fence(reading, has_row) for key, (_, has_row) in found.items()}
     assert set(resolved) == set(found)
-    assert repaired.outcomes.total() == len(found)
+    assert outcomes.total() == len(found)
 
 
 class _TracedSource:
@@ -143,12 +160,17 @@ class _TracedSource:
     def __init__(self, store: _TracedStore, locked: set[str]) -> None:
         self._store, self._locked = store, locked
         self.reads = 0
+        self.reader: SourceReader | None = None
 
     def read_locked(self, keys: Iterable[str]) -> LockedRows | None:
         keys = list(keys)
         self.reads += 1
         if self._locked & set(keys):
             return None
+        if self.reader is not None:
+            # Whoever applies a record from here on notes it.
+            noting = {key for claim in self.reader._claims for key in claim.requests}
+            self._store._note(RepairStep.NOTE, noting & set(keys))
         self._store._note(RepairStep.READ_SOURCE, keys)
         return LockedRows({}, 7, "bin.000003", 100 + self.reads, "", 1_000)
 
@@ -161,6 +183,7 @@ def test_the_reader_claims_before_it_reads_and_leaves_locked_users_open() -> Non
     store.requests = {str(key): "token" for key in range(1, 9)}
     source = _TracedSource(store, {"3"})
     reader = SourceReader(cast("RepairStore", store), lambda: cast("MySqlStore", source), float("inf"))
+    source.reader = reader
     try:
         reader.owns({0, 1}, {0, 1})
         seen: dict[str, Position] = {}
@@ -176,7 +199,36 @@ def test_the_reader_claims_before_it_reads_and_leaves_locked_users_open() -> Non
     assert "3" not in seen
     for key in seen:
         taken = store.trace[key]
-        assert taken[-2:] == list(READING_STEPS)
+        assert taken[-3:] == list(READING_STEPS)
+
+
+def test_a_record_that_is_taken_while_the_store_is_asked_for_requests_has_to_be_in_the_reading() -> None:
+    store = _TracedStore()
+    store.requests = {"1": "token"}
+    source = _TracedSource(store, set())
+    reader = SourceReader(cast("RepairStore", store), lambda: cast("MySqlStore", source))
+    store.while_asked = lambda: reader.took({0: at(500)})
+    reader.owns({0}, {0})
+    assert store.was_told.wait(10)
+    assert "MYSQL_URL names a server that is behind" in store.problem
+    assert source.reads == 1
+    assert reader.next_work() is None
+    reader.close()
+
+
+def test_nothing_is_claimed_before_the_end_of_the_topic_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repair, "_LOOK_SECONDS", 0.01)
+    store = _TracedStore()
+    # The request comes right after nobody was found to ask.
+    store.requests, store.is_any_known = {"1": "token"}, False
+    source = _TracedSource(store, set())
+    reader = SourceReader(cast("RepairStore", store), lambda: cast("MySqlStore", source))
+    reader.owns({0}, {0})
+    until(lambda: store.trace["1"].count(RepairStep.CLAIM) > 2)
+    assert source.reads == 0
+    store.is_any_known = True
+    until(lambda: reader.is_ready)
+    reader.close()
 
 
 def test_who_is_no_owner_reads_nothing_and_says_so() -> None:
@@ -188,6 +240,7 @@ def test_who_is_no_owner_reads_nothing_and_says_so() -> None:
     reader.owns({0}, {0, 1})
     assert store.was_told.wait(10)
     reader.close()
+    assert "partitions [0] of [0, 1]" in store.problem
     assert RepairStep.READ_SOURCE not in store.trace["1"]
     assert reader.next_work() is None
 
@@ -267,7 +320,7 @@ def test_a_reading_that_the_stream_has_overtaken_is_not_written() -> None:
     claim.note(batch, left_out(batch, {}))
     absent = StoredUser(document=False, marked=False, versioned=False, deleted=False)
     store = _TracedStore(dict.fromkeys(claim.requests, absent))
-    repaired = carry_out(
+    outcomes = carry_out(
         cast("RepairStore", store),
         RepairWork(claim, Reading("r", at(100)), {key: row(key) for key in claim.requests}),
         {},
@@ -276,7 +329,7 @@ def test_a_reading_that_the_stream_has_overtaken_is_not_written() -> None:
     # Of user 4 nobody knows: its request stays, and the source is read again.
     assert store.outcomes == {"1": Outcome.OVERTAKEN, "2": Outcome.WRITTEN}
     assert "4" not in store.trace
-    assert repaired.outcomes == {Outcome.OVERTAKEN: 1, Outcome.WRITTEN: 1}
+    assert outcomes == {Outcome.OVERTAKEN: 1, Outcome.WRITTEN: 1}
 
 
 def test_what_was_left_out_does_not_count_as_applied() -> None:
@@ -298,9 +351,55 @@ def test_a_user_that_was_requested_again_gets_no_fence_and_no_write() -> None:
     assert fences.keys() == {"2"}
 
 
-def test_deletes_of_a_user_without_a_row_are_applied_and_upserts_are_not() -> None:
-    batch = batch_of(upsert("1", 50), delete("1", 60), tombstone("1"))
-    assert left_out(batch, GONE).records == {0}
+def test_records_of_a_user_without_a_row_are_applied_as_deletes() -> None:
+    batch = batch_of(upsert("1", 50), delete("1", 60), tombstone("1"), upsert("1", None), upsert("1", 150))
+    found = left_out(batch, GONE)
+    assert not found.records
+    assert found.deletes == {0, 3}
+    assert found.request_again == {"1"}
+    batch.as_deletes = found.deletes
+    applied = [change.op for part in batch.parts() for _, change in batch.history(part, "1")]
+    assert applied == [Op.DELETE] * 4 + [Op.UPSERT]
+
+
+def test_a_truncate_removes_a_user_without_a_row() -> None:
+    truncate = Change(Op.TRUNCATE, None, None, "t", position=at(50))
+    assert left_out(batch_of(truncate), GONE).keep == {0: frozenset()}
+    assert left_out(batch_of(truncate), FENCES).keep == {0: {"1", "2"}}
+
+
+RELAYED = Reading("r", Position(3, 100, 0, "8/bin"), "0-1-100", read_ms=1_000_000)
+
+
+@pytest.mark.parametrize(
+    ("gtid", "committed_ms", "included"),
+    [
+        ("0-1-99", 990_000, True),
+        ("0-1-101", 1_000_000, None),
+        # The replica would have it by then.
+        ("0-1-101", 1_060_000, False),
+        ("0-1-101", None, None),
+        # A clock that is ahead proves nothing against a GTID.
+        ("0-1-99", 1_060_000, None),
+        (None, 1_060_000, None),
+    ],
+)
+def test_a_reading_of_a_replica_goes_by_gtids_and_for_new_ones_by_time(
+    gtid: str | None, committed_ms: int | None, included: bool | None
+) -> None:
+    assert RELAYED.includes(Position(9, 4, 0, "7/bin", gtid), committed_ms) is included
+
+
+def test_a_position_without_server_and_gtid_proves_nothing_against_a_server() -> None:
+    nowhere = Position(9, 9_999)
+    assert is_current(RELAYED, [nowhere, None])
+    assert not is_current(RELAYED, [nowhere, at(1)])
+
+
+def test_letters_are_resolved_by_the_server_that_the_connector_follows() -> None:
+    assert resolves_letters(Reading("r", at(100)), [None, at(90)])
+    assert resolves_letters(RELAYED, [])
+    assert not resolves_letters(RELAYED, [Position(3, 90, 0, SERVER, "0-1-90")])
 
 
 def test_a_record_that_was_committed_after_the_reading_is_of_another_binlog() -> None:
