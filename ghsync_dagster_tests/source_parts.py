@@ -90,6 +90,17 @@ class Source:
             for statement in statements:
                 cursor.execute(statement)
 
+    def mark(self) -> dict[str, Any]:
+        """Insert a user, and return it as it should arrive."""
+        self._key += 1
+        marker = self.marker()
+        values = ", ".join(f"'{marker[name]}'" for name in USER_FIELDS)
+        names = ", ".join(f"`{name}`" for name in USER_FIELDS)
+        # Where the table has a parent, this row has none.
+        insert = f"INSERT INTO `new_data`.`Users` ({names}) VALUES ({values})"  # noqa: S608
+        self.do("SET SESSION foreign_key_checks = 0", insert)
+        return marker
+
     def arrived(self) -> list[dict[str, Any]]:
         """Insert a user, and return all that arrives up to it, as ``{op, and the five fields}``; it is last.
 
@@ -98,13 +109,7 @@ class Source:
         Raises:
             StoppedError: The connector failed.
         """
-        self._key += 1
-        user = {"user_id": self._key, **{name: f"{name} of {self._key}" for name in USER_FIELDS[1:]}}
-        values = ", ".join(f"'{value}'" for value in user.values())
-        names = ", ".join(f"`{name}`" for name in user)
-        # Where the table has a parent, this row has none.
-        insert = f"INSERT INTO `new_data`.`Users` ({names}) VALUES ({values})"  # noqa: S608
-        self.do("SET SESSION foreign_key_checks = 0", insert)
+        user = self.mark()
         found: list[dict[str, Any]] = []
         self.events.clear()
         deadline = time.monotonic() + _SECONDS
@@ -126,7 +131,7 @@ class Source:
         raise AssertionError(f"nothing arrived, and the connector is {_state(self._connect)}")
 
     def marker(self) -> dict[str, Any]:
-        """The user that ``arrived`` inserted last, as it should arrive."""
+        """The user that was inserted last as a marker, as it should arrive."""
         return {"op": "c", "user_id": self._key, **{name: f"{name} of {self._key}" for name in USER_FIELDS[1:]}}
 
     def restart(self) -> None:

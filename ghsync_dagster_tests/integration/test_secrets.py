@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -240,11 +241,10 @@ def test_a_malformed_uri_opens_no_store_and_its_password_is_not_told(uri: str) -
     assert caught.value.way_out == "Correct MONGODB_URI; percent-encode special characters of user and password."
 
 
-@pytest.mark.parametrize("uri", MALFORMED)
-def test_a_malformed_uri_is_one_clear_error_without_its_password(commands: Commands, uri: str) -> None:
-    for arguments in (["status"], ["up"]):
-        watched = commands.run(*arguments, uri=uri)
-        assert watched.code == 2, watched
-        assert message_of(watched)[0].startswith("error: MONGODB_URI")
-        assert not watched.shows("PLANTED")
-        assert not watched.shows("Traceback")
+@pytest.mark.parametrize(("uri", "command"), list(zip(MALFORMED, cycle(["status", "up"]), strict=False)))
+def test_a_malformed_uri_is_one_clear_error_without_its_password(commands: Commands, uri: str, command: str) -> None:
+    watched = commands.run(command, uri=uri)
+    assert watched.code == 2, watched
+    assert message_of(watched)[0].startswith("error: MONGODB_URI")
+    assert not watched.shows("PLANTED")
+    assert not watched.shows("Traceback")

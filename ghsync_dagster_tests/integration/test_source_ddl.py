@@ -1,4 +1,7 @@
-"""Odd but valid statements on a MariaDB and a MySQL: they are followed, or stop the connector aloud."""
+"""Odd but valid statements on a MariaDB and a MySQL: they are followed, or stop the connector aloud.
+
+``GHSYNC_FAULT_ROUNDS=N`` (any N) tries each by itself, and all that are not followed.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,24 @@ if TYPE_CHECKING:
 
 FULL = bool(os.environ.get("GHSYNC_FAULT_ROUNDS"))
 CASES = 3
+LONG = pytest.mark.skipif(not FULL, reason="make faults runs it")
 pytestmark = pytest.mark.integration
 
 
+def test_the_connector_follows_all(source: Source) -> None:
+    markers = {}
+    for name, odd in FOLLOWED.items():
+        if source.server in odd.servers:
+            source.clean()
+            source.do(*odd.statements)
+            markers[name] = source.mark()
+    arrived = source.arrived()
+    assert len(markers) >= 40
+    assert [name for name, marker in markers.items() if marker not in arrived] == []
+
+
+@pytest.mark.faults
+@LONG
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_the_connector_follows(source: Source, name: str) -> None:
     odd = FOLLOWED[name]
@@ -30,8 +48,9 @@ def test_the_connector_follows(source: Source, name: str) -> None:
 
 def _cases(names: Iterable[str]) -> list[Any]:
     """Return the first three, and the others for the long campaign: each takes a new snapshot."""
-    long = [pytest.mark.faults, pytest.mark.skipif(not FULL, reason="make faults runs it")]
-    return [pytest.param(name, marks=long if at >= CASES else ()) for at, name in enumerate(names)]
+    return [
+        pytest.param(name, marks=[pytest.mark.faults, LONG] if at >= CASES else ()) for at, name in enumerate(names)
+    ]
 
 
 @pytest.mark.parametrize("name", _cases(NOT_FOLLOWED))

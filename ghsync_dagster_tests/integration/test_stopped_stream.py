@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import threading
 import time
 import uuid
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import httpx
 import psutil
@@ -23,7 +24,7 @@ from ghsync_dagster.cdc import checks
 from ghsync_dagster.defs.cdc.connector_watch import Memory, look
 from ghsync_dagster.local import stack
 from ghsync_dagster.settings import Settings, load_settings
-from ghsync_dagster.wiring import connector_probe, open_mysql, store_opener
+from ghsync_dagster.wiring import change_consumer, connector_probe, existing_kafka, open_mysql, store_opener
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -91,6 +92,14 @@ class Stream:
         """Audit, without waiting for what does not come."""
         return self.command("cdc", "audit", "--lag-wait", "1", "--patience", "1", **more)
 
+    def applied(self) -> str | None:
+        """Apply all that has come; return the login of the one user."""
+        settings = self.settings()
+        change_consumer(settings, existing_kafka(settings)).run(threading.Event(), until_end=True, seconds=60)
+        with store_opener(settings)() as store:
+            found = store.users_by_id(["770001"])
+        return found["770001"]["login"] if found else None
+
     def execute(self, *statements: str) -> None:
         """Execute statements in one session."""
         with open_mysql(self.settings()) as mysql:
@@ -139,7 +148,7 @@ def stream(local_stack: Settings, tmp_path: Path) -> Iterator[Stream]:
     stack.up(local_stack, progress=print)
     made = Stream(local_stack.home_dir, tmp_path)
     made.execute("REPLACE INTO Users (user_id, login) VALUES (770001, 'a')")
-    until(lambda: made.drain().code == 0 and login_of(made) == "a", 90)
+    until(lambda: made.applied() == "a", 90)
     yield made
     stack.up(local_stack, ["mysql", "kafka"], progress=print)
     with open_mysql(made.settings()) as mysql:
@@ -151,15 +160,6 @@ def stream(local_stack: Settings, tmp_path: Path) -> Iterator[Stream]:
     stack.up(local_stack, progress=print)
     with store_opener(made.settings())() as store:
         store.client.drop_database(made.names["MONGODB_DATABASE"])
-
-
-KEY = "770001"
-
-
-def login_of(stream: Stream) -> str | None:
-    with store_opener(stream.settings())() as store:
-        found: dict[str, Any] | None = store.users.find_one({"user_id": KEY})
-        return None if found is None else found["login"]
 
 
 def poison(stream: Stream) -> None:
