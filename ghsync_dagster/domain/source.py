@@ -27,7 +27,8 @@ _SETTINGS: Final = (
 )
 _SHORTEST_SECONDS: Final = 86_400.0
 """A binlog that is kept for less may be gone before a connector that stopped is looked after."""
-_WHOLE_NUMBERS: Final = frozenset({"tinyint", "smallint", "mediumint", "int", "bigint"})
+KEY_BITS: Final = {"tinyint": 8, "smallint": 16, "mediumint": 24, "int": 32, "bigint": 64}
+"""The types of whole numbers that a key may have, by their size; a BIGINT must be signed."""
 _TEXTS: Final = frozenset({"char", "varchar", "tinytext", "text", "mediumtext", "longtext"})
 _CHANGING_ACTIONS: Final = ("CASCADE", "SET NULL", "SET DEFAULT")
 _LOGS_CASCADES: Final = (9, 6)
@@ -46,6 +47,13 @@ _LOGGED: Final = re.compile(
 
 OTHER_ENGINE: Final = "engine"
 """The name of the problem that makes repairs unsound too."""
+_UNLOCKABLE: Final = frozenset(
+    {
+        *("no-table", "no-base-table", OTHER_ENGINE, "column-missing", "column-case"),
+        *("key-type", "key-unsigned", "primary-key", "key-nullable", "no-primary-key"),
+    }
+)
+"""The names of the problems with which rows can't be locked by their key."""
 
 
 class Effect(Enum):
@@ -276,6 +284,11 @@ def problems_of(source: Source, statements: Statements | None = None) -> list[Pr
     return sorted(found, key=lambda problem: list(Effect).index(problem.effect))
 
 
+def lock_problems(source: Source) -> list[Problem]:
+    """Return what keeps a transaction from locking rows by their key, or the gap where there is no row."""
+    return [problem for problem in _table_problems(source) if problem.name in _UNLOCKABLE]
+
+
 def _table_problems(source: Source) -> Iterator[Problem]:
     name = _sql_name(source)
     if source.found_as is None:
@@ -366,7 +379,7 @@ def _column_problems(source: Source) -> Iterator[Problem]:
 
 def _key_type_problems(source: Source, column: SourceColumn) -> Iterator[Problem]:
     way_out = f"ALTER TABLE {_sql_name(source)} MODIFY {quoted(KEY)} BIGINT NOT NULL;"
-    if column.type not in _WHOLE_NUMBERS:
+    if column.type not in KEY_BITS:
         yield Problem(
             "key-type",
             Effect.STOPS,

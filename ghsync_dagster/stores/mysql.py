@@ -21,7 +21,7 @@ from pymysql.constants import CLIENT, CR, ER
 
 from ghsync_dagster.domain.errors import ConfigError, RefusedError, UnavailableError
 from ghsync_dagster.domain.key_order import integer_ranges
-from ghsync_dagster.domain.source import Source, read_source
+from ghsync_dagster.domain.source import KEY_BITS, Source, lock_problems, read_source
 from ghsync_dagster.domain.table import TABLE, create_table, quoted
 from ghsync_dagster.domain.user import USER_FIELDS
 from ghsync_dagster.mysql_url import asker, connect, parse_mysql_url, tls_context, tls_problem
@@ -40,7 +40,6 @@ KEY_MAX: Final = 2**63 - 1
 """The range of a signed BIGINT."""
 
 _CANONICAL: Final = re.compile(r"0|-?[1-9][0-9]{0,19}")
-_KEY_BITS: Final = {"tinyint": 8, "smallint": 16, "mediumint": 24, "int": 32, "bigint": 64}
 _SEPARATOR: Final = b"\xff"
 _NULL: Final = b"\xfe"
 """Bytes that no text in UTF-8 has, so that a row's bytes tell fields and nulls apart whatever the fields hold."""
@@ -246,7 +245,7 @@ class _Key:
     @classmethod
     def of(cls, kind: str, is_unsigned: bool) -> _Key:
         """Return how a column of a type is read, such as ``bigint``."""
-        if bits := _KEY_BITS.get(kind):
+        if bits := KEY_BITS.get(kind):
             limits = (0, 2**bits - 1) if is_unsigned else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
             return cls("`user_id`", "`user_id`", "`user_id` IS NULL", limits)
         text = "CONVERT(`user_id` USING utf8mb4)"
@@ -424,7 +423,7 @@ class MySqlStore:
         for: this connection cannot be part of a deadlock, and holds nothing up that is already at work.
 
         Args:
-            keys: Few, so that the locks are short; what MySQL cannot hold as a key has no row.
+            keys: Few, so that the locks are short; what the table cannot hold as a key has no row.
 
         Returns:
             What was read; None where another transaction has one of the keys locked, with MariaDB also the table.
@@ -475,14 +474,11 @@ class MySqlStore:
         if self._has_locks:
             return
         source = self.source()
-        key = (source.keys or {}).get("PRIMARY")
-        column = next((column for column in source.columns if column.name == "user_id"), None)
-        is_signed = column is not None and column.type == "bigint" and "unsigned" not in column.whole_type
-        if source.engine != "InnoDB" or key != ("user_id",) or not is_signed:
+        if problems := lock_problems(source):
             raise ConfigError(
-                f"{source.name} has engine {source.engine or 'none'} and primary key {key or 'none'}: its rows cannot "
-                "be locked by user_id, so they cannot be put in order with the changes.",
-                way_out="Make it an InnoDB table with user_id BIGINT as its primary key; see docs/cdc.md.",
+                f"Rows of {source.name} cannot be locked by user_id, so they cannot be put in order with the changes: "
+                f"{'; '.join(problem.text for problem in problems)}.",
+                way_out=" ".join(problem.way_out for problem in problems),
             )
         self._has_locks = True
 

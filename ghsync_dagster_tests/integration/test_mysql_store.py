@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import socket
+from threading import Thread
 from urllib.parse import urlsplit
 
 import pymysql
 import pytest
+from cdc_parts import until
 
 from ghsync_dagster.cdc.workload import ODD_TEXTS, Mix, Workload
 from ghsync_dagster.domain.errors import ConfigError, RefusedError, UnavailableError
-from ghsync_dagster.stores.mysql import KEY_MAX, KEY_MIN, MySqlStore, is_key
+from ghsync_dagster.stores.mysql import KEY_MAX, KEY_MIN, LockedRows, MySqlStore, is_key
 
 pytestmark = pytest.mark.integration
 
@@ -43,6 +45,56 @@ def test_lookups_take_keys_that_mysql_cannot_hold(mysql: MySqlStore) -> None:
 def test_keys_are_what_mysql_writes() -> None:
     assert all(is_key(str(key)) for key in (0, 1, -1, KEY_MIN, KEY_MAX))
     assert not any(is_key(key) for key in ("", "-", "+1", "01", "1.0", "1\n", str(KEY_MIN - 1)))
+
+
+@pytest.mark.parametrize(
+    ("of_type", "least", "most"),
+    [
+        ("BIGINT", KEY_MIN, KEY_MAX),
+        ("INT", -(2**31), 2**31 - 1),
+        ("INT UNSIGNED", 0, 2**32 - 1),
+        ("SMALLINT", -(2**15), 2**15 - 1),
+    ],
+)
+def test_rows_and_gaps_are_locked_whatever_whole_number_the_key_is(
+    mysql: MySqlStore, mysql_url: str, of_type: str, least: int, most: int
+) -> None:
+    mysql.execute([(f"ALTER TABLE Users MODIFY user_id {of_type} NOT NULL", ())])
+    insert(mysql, least, 5, 9, 20, most)
+    beyond = [str(least - 1), str(most + 1), str(KEY_MIN - 1), str(KEY_MAX + 1)]
+    found: list[LockedRows | None] = []
+    with MySqlStore(mysql_url) as reader, MySqlStore(mysql_url) as holder, MySqlStore(mysql_url) as other:
+        # The reading keeps its locks until it gets another one.
+        holder.execute([("SELECT GET_LOCK('held', 0)", ())])
+        reader._dialect = reader._dialect_of_server()._replace(gtids="GET_LOCK('held', 30)")
+        wanted = [str(least), "5", "7", str(most), *beyond]
+        thread = Thread(target=lambda: found.append(reader.read_locked(wanted)))
+        thread.start()
+        until(lambda: any(row[6] == "User lock" for row in holder._run("Asking", "SHOW PROCESSLIST")))
+
+        def is_free(statement: str, key: int) -> bool:
+            try:
+                other.execute([(f"SET STATEMENT innodb_lock_wait_timeout = 0 FOR {statement}", (key,))])
+            except UnavailableError:
+                return False
+            return True
+
+        update, into = (
+            "UPDATE Users SET login = 'x' WHERE user_id = %s",
+            "INSERT INTO Users (user_id, login) VALUES (%s, 'x')",
+        )
+        try:
+            assert [is_free(update, key) for key in (least, 5, most, 9, 20)] == [False, False, False, True, True]
+            assert [is_free(into, key) for key in (6, 7, 8, 12)] == [False, False, False, True]
+        finally:
+            holder.close()
+            thread.join()
+    [locked] = found
+    assert locked is not None
+    assert set(locked.rows) == {str(least), "5", str(most)}
+    alone = mysql.read_locked(beyond)
+    assert alone is not None
+    assert alone.rows == {}
 
 
 @pytest.mark.parametrize("text", ODD_TEXTS)

@@ -269,10 +269,20 @@ def test_an_unexpected_fault_of_a_repair_stops_no_stream(bench: _Bench, monkeypa
         running.end()
 
 
-@pytest.mark.parametrize("what", ["ENGINE = Aria", "DROP PRIMARY KEY", "MODIFY user_id BIGINT UNSIGNED NOT NULL"])
-def test_a_table_whose_rows_cannot_be_locked_is_refused(bench: _Bench, what: str) -> None:
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("ENGINE = Aria", "is kept by Aria"),
+        ("DROP PRIMARY KEY", "has no primary key"),
+        ("DROP PRIMARY KEY, ADD UNIQUE (user_id)", "a unique index on user_id but no primary key"),
+        ("DROP PRIMARY KEY, ADD PRIMARY KEY (user_id, login)", r"primary key of .* is \(user_id, login\)"),
+        ("MODIFY user_id BIGINT UNSIGNED NOT NULL", "is BIGINT UNSIGNED"),
+        ("MODIFY user_id VARCHAR(20) NOT NULL", r"is varchar\(20\), not BIGINT"),
+    ],
+)
+def test_a_table_whose_rows_cannot_be_locked_is_refused_with_its_reason(bench: _Bench, what: str, words: str) -> None:
     bench.mysql.execute([(f"ALTER TABLE Users {what}", ())])
-    with bench.source() as source, pytest.raises(ConfigError, match="cannot be locked by user_id"):
+    with bench.source() as source, pytest.raises(ConfigError, match=f"cannot be locked by user_id.*{words}"):
         source.read_locked(["1"])
 
 

@@ -111,6 +111,8 @@ def setting(mysql: MySqlStore, name: str, value: str) -> Iterator[None]:
 def test_a_table_that_can_be_followed_has_no_problem(table: MySqlStore, shape: str) -> None:
     run(table, GOOD_SHAPES[shape])
     assert problems_of(table.source()) == []
+    # What can be followed can be repaired.
+    assert table.read_locked(["1"]) is not None
 
 
 @pytest.mark.parametrize("shape", BAD_SHAPES)

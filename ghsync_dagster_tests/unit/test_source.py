@@ -19,6 +19,7 @@ from ghsync_dagster.domain.source import (
     Source,
     SourceColumn,
     Statements,
+    lock_problems,
     problems_of,
     read_source,
     statements_in,
@@ -148,6 +149,16 @@ def test_what_can_be_followed_passes(source: Source) -> None:
     assert found.passed
     assert "Connect's log can't be read here" in found.summary
     assert "log" not in source_settings(source, Statements()).summary.partition(source.version)[2].replace("logs", "")
+
+
+@pytest.mark.parametrize("of_type", ["tinyint", "smallint", "mediumint", "int", "bigint"])
+@pytest.mark.parametrize("sign", ["", " unsigned"])
+def test_every_key_that_can_be_followed_can_be_locked_and_no_other(of_type: str, sign: str) -> None:
+    key = SourceColumn("user_id", of_type, of_type + sign, nullable=False)
+    source = replace(GOOD, columns=(key, *GOOD.columns[1:]))
+    found = [problem.name for problem in lock_problems(source)]
+    assert found == [problem.name for problem in problems_of(source)]
+    assert found == (["key-unsigned"] if key.whole_type == "bigint unsigned" else [])
 
 
 def test_a_server_that_refuses_every_question_is_not_taken_for_a_good_one() -> None:
