@@ -35,16 +35,23 @@ def repair(
         bool, typer.Option("--all", help="Every user in which the two sides differ now, without waiting for changes.")
     ] = False,
     patience: Annotated[float, typer.Option(min=0, help="Seconds for which the audit looks again.")] = 10,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be done.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Only tell what would be done. With --dead-letters their index is brought up to date; nothing else is "
+            "written.",
+        ),
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Also for more users than GHSYNC_REPAIR_MAX_USERS.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Put users right by asking MySQL again, while changes go on; no newer state is overwritten.
 
     A running consumer carries it out. Where none runs, this command consumes until its users are repaired.
-    Users that only files know stay. Exit code 1 where a user is not repaired.
+    Users that only files know stay. Exit code 1 where a user is not repaired, or something is left to do by hand.
     """
-    from ghsync_dagster.cdc.repair_requests import Selection, plan, refuse_too_many, select
+    from ghsync_dagster.cdc.repair_requests import Chosen, Selection, plan, refuse_too_many, select
     from ghsync_dagster.cdc.repair_requests import repair as request_repair
     from ghsync_dagster.stores.repairs import RepairStore
     from ghsync_dagster.stores.retry import retrying
@@ -59,17 +66,19 @@ def repair(
         )
     kafka = existing_kafka(settings)
     with store_opener(settings)() as store:
-        store.ensure_collection()
+        if not dry_run:
+            store.ensure_collection()
         repairs = RepairStore(store)
 
-        def chosen() -> list[str]:
+        def chosen() -> Chosen:
             with open_mysql(settings) as mysql:
                 return select(selection, mysql, store, kafka, patience)
 
-        keys = retrying("Choosing users", chosen, attempts=settings.retry_attempts)
+        keys, unrepairable = retrying("Choosing users", chosen, attempts=settings.retry_attempts)
         if dry_run:
             with open_mysql(settings) as mysql:
-                _finish(plan(mysql, store, repairs, keys), as_json=as_json)
+                report = plan(mysql, store, repairs, keys).with_unrepairable(unrepairable)
+            _finish(report, as_json=as_json)
             return
         if not yes:
             refuse_too_many(len(keys), settings.repair_max_users)
@@ -82,7 +91,7 @@ def repair(
                 lambda: change_consumer(settings, kafka),
                 stop=stop,
                 progress=_Progress(len(keys)),
-            )
+            ).with_unrepairable(unrepairable)
     _finish(report, as_json=as_json)
     if report.open and signals:
         say(f"stopped: {report.open:,} requests stay, and the next consumer carries them out")
@@ -112,5 +121,11 @@ def _finish(report: RepairReport, *, as_json: bool) -> None:
     typer.echo(report.summary())
     for refused in report.refused:
         typer.echo(f"  refused   {refused.user_id}: {refused.why}")
+    for name in report.by_hand:
+        typer.echo(f"  by hand   {name}")
+    if more := report.unrepairable - len(report.by_hand):
+        typer.echo(f"  ... and {more:,} more")
     if report.problem:
         typer.echo(f"in the way: {report.problem}", err=True)
+    if report.way_out:
+        typer.echo(f"way out: {report.way_out}", err=True)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Final
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ghsync_dagster.domain.change import Op
 from ghsync_dagster.domain.errors import ConfigError
+from ghsync_dagster.domain.letters import LetterState
 from ghsync_dagster.domain.repair import Outcome, cure
 from ghsync_dagster.observability.logging import get_logger
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.stores.mysql import MySqlStore
     from ghsync_dagster.stores.repairs import RefusedUser, RepairProgress, RepairStore
 
-REFUSED_SHOWN: Final = 20
+SHOWN: Final = 20
 _FIRST_LOOK_SECONDS: Final = 0.1
 _LONGEST_LOOK_SECONDS: Final = 2.0
 """To count the open requests costs the store time that the stream needs too."""
@@ -36,8 +37,30 @@ _STILL_SECONDS: Final = 60.0
 _NO_PROBLEM: Final = "No consumer has reported why; read the log of the group's consumer."
 IN_SYNC: Final = "in_sync"
 """What a dry run says of a user whose document is its row already."""
+_NO_USER_ID: Final = (
+    "A document or row whose user_id is no whole number: remove it, or give it the right user_id; then audit again."
+)
+_SURPLUS: Final = (
+    "Several documents of one user: remove all but one, and create the unique index; then repair the user."
+)
+_NAMELESS: Final = (
+    "A dead letter that names no single user: look at it (ghsync dlq show ID), repair the users that it is about "
+    "(--user-id), then close it (ghsync dlq close ID)."
+)
 
 log = get_logger("repair")
+
+
+class Unrepairable(NamedTuple):
+    """Something wrong that no repair can put right.
+
+    Attributes:
+        name: The ``user_id`` as the audit shows it, or the id of a dead letter.
+        way_out: What to do by hand.
+    """
+
+    name: str
+    way_out: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +76,9 @@ class RepairReport:
         by_itself: Whether a consumer of this process carried requests out, since no other consumed.
         seconds: How long it took.
         dry_run: Whether nothing was asked for.
+        unrepairable: How much that is wrong no repair can put right.
+        by_hand: Up to 20 of these, by name.
+        way_out: What to do with these by hand.
     """
 
     asked: int
@@ -63,11 +89,23 @@ class RepairReport:
     by_itself: bool = False
     seconds: float = 0.0
     dry_run: bool = False
+    unrepairable: int = 0
+    by_hand: Sequence[str] = ()
+    way_out: str = ""
 
     @property
     def is_carried_out(self) -> bool:
-        """Whether every user is right now, as far as was asked for."""
-        return not self.open and not self.outcomes.get(Outcome.REFUSED.value)
+        """Whether everything that was chosen is right now."""
+        return not self.open and not self.outcomes.get(Outcome.REFUSED.value) and not self.unrepairable
+
+    def with_unrepairable(self, found: Sequence[Unrepairable]) -> RepairReport:
+        """Return the report with what no repair can put right."""
+        return replace(
+            self,
+            unrepairable=len(found),
+            by_hand=tuple(one.name for one in found[:SHOWN]),
+            way_out=" ".join(dict.fromkeys(one.way_out for one in found)),
+        )
 
     def as_json(self) -> dict[str, object]:
         """Return the fields for a program to read."""
@@ -77,11 +115,12 @@ class RepairReport:
         """Return the outcome in one line."""
         users = "1 user" if self.asked == 1 else f"{self.asked:,} users"
         found = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in sorted(self.outcomes.items()))
+        by_hand = f"; {self.unrepairable:,} to be put right by hand" if self.unrepairable else ""
         if self.dry_run:
-            return f"{users}: {found or 'nothing to do'}; nothing was written"
+            return f"{users}: {found or 'nothing to do'}{by_hand}; nothing was written"
         still = f"; {self.open:,} still open" if self.open else ""
         by = " by a consumer of this command" if self.by_itself else ""
-        return f"{users} asked for: {found or 'none repaired'}{still}; {self.seconds:.1f} s{by}"
+        return f"{users} asked for: {found or 'none repaired'}{still}{by_hand}; {self.seconds:.1f} s{by}"
 
 
 def refuse_too_many(count: int, limit: int) -> None:
@@ -154,7 +193,7 @@ def repair(
         asked=len(keys),
         outcomes={outcome.value: count for outcome, count in found.outcomes.items()},
         open=still,
-        refused=repairs.refused_users(token, REFUSED_SHOWN) if found.outcomes.get(Outcome.REFUSED) else (),
+        refused=repairs.refused_users(token, SHOWN) if found.outcomes.get(Outcome.REFUSED) else (),
         problem=(found.problem or _NO_PROBLEM) if still else "",
         by_itself=waiting.by_itself,
         seconds=round(time.monotonic() - started, 3),
@@ -267,16 +306,28 @@ class Selection:
         return not (self.user_ids or self.from_audit or self.everyone or self.dead_letters)
 
 
+class Chosen(NamedTuple):
+    """What a selection comes to.
+
+    Attributes:
+        users: Those that are to be repaired, each once.
+        unrepairable: What else is wrong.
+    """
+
+    users: list[str]
+    unrepairable: list[Unrepairable]
+
+
 def select(
     selection: Selection, mysql: MySqlStore, store: UserStore, kafka: KafkaSettings, patience_seconds: float
-) -> list[str]:
-    """Return the users that are to be repaired, each once.
+) -> Chosen:
+    """Return the users that are to be repaired, and what no repair can put right.
 
     Args:
         selection: Which ones.
         mysql: Open.
         store: Open.
-        kafka: The way to the dead letters.
+        kafka: The way to the dead letters, whose index is brought up to date for them.
         patience_seconds: For how long the audit looks again at what differs.
 
     Raises:
@@ -284,12 +335,19 @@ def select(
         RefusedError: A server refuses.
         ConfigError: A user id is no whole number, or there is no such table.
     """
-    chosen = dict.fromkeys(user_ids(selection.user_ids))
+    keys = dict.fromkeys(user_ids(selection.user_ids))
+    unrepairable: list[Unrepairable] = []
     if selection.from_audit or selection.everyone:
-        chosen |= dict.fromkeys(_differing(mysql, store, 0.0 if selection.everyone else patience_seconds))
+        found = _differing(mysql, store, 0.0 if selection.everyone else patience_seconds)
+        keys |= dict.fromkeys(key for key in found if _is_user_id(key))
+        unrepairable += [Unrepairable(key, _NO_USER_ID) for key in found if not _is_user_id(key)]
     if selection.dead_letters:
-        chosen |= dict.fromkeys(_with_open_letters(kafka, store))
-    return list(chosen)
+        users, nameless = _of_open_letters(kafka, store)
+        keys |= dict.fromkeys(sorted(users))
+        unrepairable += [Unrepairable(letter, _NAMELESS) for letter in nameless]
+    surplus = _with_several_documents(store, keys)
+    unrepairable += [Unrepairable(key, _SURPLUS) for key in surplus]
+    return Chosen([key for key in keys if key not in surplus], unrepairable)
 
 
 def _differing(mysql: MySqlStore, store: UserStore, patience_seconds: float) -> list[str]:
@@ -302,22 +360,29 @@ def _differing(mysql: MySqlStore, store: UserStore, patience_seconds: float) -> 
         patience=Patience(seconds=patience_seconds),
         on_difference=lambda offender: found.append(offender.user_id),
     )
-    users = [key for key in found if _is_user_id(key)]
-    if len(users) < len(found):
-        log.warning(
-            "documents without a readable user id cannot be repaired; remove them by hand",
-            documents=len(found) - len(users),
-        )
-    return users
+    return found
 
 
-def _with_open_letters(kafka: KafkaSettings, store: UserStore) -> list[str]:
+def _of_open_letters(kafka: KafkaSettings, store: UserStore) -> tuple[set[str], list[str]]:
+    """Return the users of open dead letters, and the ids of those that name no single user."""
     from ghsync_dagster.cdc.dead_letters import caught_up_index
 
-    users = caught_up_index(kafka, store).open_users()
-    if None in users:
-        log.warning("dead letters that name no user are left open; look at them, then: ghsync dlq close")
-    return sorted(user for user in users if user is not None)
+    users: set[str] = set()
+    nameless: list[str] = []
+    for letter in caught_up_index(kafka, store).find(state=LetterState.OPEN):
+        if letter.user is None:
+            nameless.append(letter.id)
+        else:
+            users.add(letter.user)
+    return users, nameless
+
+
+def _with_several_documents(store: UserStore, keys: Iterable[str]) -> set[str]:
+    from ghsync_dagster.stores.mongo import chunks
+
+    if store.has_unique_index():
+        return set()
+    return {key for part in chunks(keys) for key in store.repeated_among(part)}
 
 
 def _is_user_id(text: str) -> bool:

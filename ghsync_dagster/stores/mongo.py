@@ -10,6 +10,7 @@ pipeline with ``$cond``): atomic for one document on every deployment, and an in
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -365,6 +366,13 @@ class UserStore:
         """Return how many documents one user has."""
         with mongo_errors("Counting a user's documents"):
             return self.users.count_documents({"user_id": key})
+
+    def repeated_among(self, keys: Sequence[str]) -> set[str]:
+        """Return those of ``keys`` that have several documents, which only the unique index rules out."""
+        with mongo_errors("Reading users"):
+            found = self.users.find({"user_id": {"$in": list(keys)}}, {"_id": 0, "user_id": 1})
+            counts = Counter(str(user["user_id"]) for user in found)
+        return {key for key in keys if counts[key] > 1}
 
     def versions_by_id(self, keys: Sequence[str]) -> dict[str, StoredVersion]:
         """Return the version entries of ``keys``."""

@@ -13,7 +13,16 @@ from confluent_kafka.admin import AdminClient
 from ghsync_dagster.cdc import consume
 from ghsync_dagster.cdc import repair as cdc_repair
 from ghsync_dagster.cdc.repair import SourceReader
-from ghsync_dagster.cdc.repair_requests import RepairReport, Selection, plan, refuse_too_many, repair, select
+from ghsync_dagster.cdc.repair_requests import (
+    Chosen,
+    RepairReport,
+    Selection,
+    Unrepairable,
+    plan,
+    refuse_too_many,
+    repair,
+    select,
+)
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
 from ghsync_dagster.domain.letters import LetterState
 from ghsync_dagster.domain.repair import Outcome
@@ -71,6 +80,9 @@ class _Bench:
             stop=threading.Event(),
             still_seconds=still_seconds,
         )
+
+    def select(self, selection: Selection) -> Chosen:
+        return select(selection, self.mysql, self.store, self.topic.kafka, 0.5)
 
     def drain(self) -> None:
         self.parts.drain(self.topic, open_source=self.source)
@@ -489,12 +501,51 @@ def test_an_audit_chooses_whom_to_repair(bench: _Bench) -> None:
     bench.store.users.insert_many([user(key, f"u{key}") for key in range(3, 30)] + [user(100, "extra")])
     bench.store.users.update_one({"user_id": "7"}, {"$set": {"login": "wrong"}})
     for selection in (Selection(from_audit=True), Selection(everyone=True)):
-        assert sorted(select(selection, bench.mysql, bench.store, bench.topic.kafka, 0.5)) == ["1", "100", "2", "7"]
-    assert select(Selection(user_ids=("7", "007", "-3")), bench.mysql, bench.store, bench.topic.kafka, 0) == ["7", "-3"]
+        chosen = bench.select(selection)
+        assert (sorted(chosen.users), chosen.unrepairable) == (["1", "100", "2", "7"], [])
+    assert bench.select(Selection(user_ids=("7", "007", "-3"))).users == ["7", "-3"]
     with pytest.raises(ConfigError, match="No user id: 'octo'"):
-        select(Selection(user_ids=("octo",)), bench.mysql, bench.store, bench.topic.kafka, 0)
+        bench.select(Selection(user_ids=("octo",)))
     with pytest.raises(ConfigError, match="GHSYNC_REPAIR_MAX_USERS=3"):
         refuse_too_many(4, 3)
+
+
+def test_what_no_repair_can_put_right_is_left_to_be_done_by_hand(bench: _Bench) -> None:
+    users = bench.store.users
+    bench.row(1, "right")
+    bench.row(2, "two")
+    users.drop_index("user_id_unique")
+    odd = [{**user(0), "user_id": key} for key in (42, None, 4.5, "octo", "")]
+    users.insert_many([user(1, "right"), user(1, "surplus"), *odd], bypass_document_validation=True)
+    for selection in (Selection(from_audit=True), Selection(everyone=True), Selection(("1",), from_audit=True)):
+        chosen = bench.select(selection)
+        assert chosen.users == ["2"]
+        assert sorted(one.name for one in chosen.unrepairable) == [
+            "",
+            "1",
+            "4.5 (float)",
+            "42 (int)",
+            "None (NoneType)",
+            "octo",
+        ]
+    report = plan(bench.mysql, bench.store, bench.repairs, chosen.users).with_unrepairable(chosen.unrepairable)
+    assert not report.is_carried_out
+    assert report.unrepairable == len(report.by_hand) == len(odd) + 1
+    assert "6 to be put right by hand; nothing was written" in report.summary()
+    assert report.way_out.count("remove") == 2
+    # Without an audit too: the stream would write one of the two.
+    assert [one.name for one in bench.select(Selection(("1", "2"))).unrepairable] == ["1"]
+    # What is done by hand ends it.
+    users.delete_many({"$or": [{"login": "surplus"}, {"user_id": {"$in": [one["user_id"] for one in odd]}}]})
+    assert bench.select(Selection(from_audit=True)) == (["2"], [])
+
+
+def test_no_more_than_twenty_are_named_and_all_are_counted() -> None:
+    found = [Unrepairable(str(number), "Do it.") for number in range(25)]
+    report = RepairReport(0, {}).with_unrepairable(found)
+    assert (report.unrepairable, len(report.by_hand), report.way_out) == (25, 20, "Do it.")
+    assert report.summary() == "0 users asked for: none repaired; 25 to be put right by hand; 0.0 s"
+    assert not report.is_carried_out
 
 
 def test_a_consumer_that_dies_after_the_fence_repeats_the_repair(
@@ -556,9 +607,15 @@ def test_users_with_open_dead_letters_are_repaired_and_their_letters_resolved(be
         bench.topic.raw({"user_id": key}, b"{")
     bench.topic.raw(None, b"{")
     bench.drain()
-    chosen = select(Selection(dead_letters=True), bench.mysql, bench.store, bench.topic.kafka, 0)
-    assert chosen == ["1", "2"]
-    assert bench.repair(1, 2).is_carried_out
+    chosen = bench.select(Selection(dead_letters=True))
+    assert chosen.users == ["1", "2"]
+    report = bench.repair(1, 2)
+    assert report.is_carried_out
+    assert report.open == 0
+    left = report.with_unrepairable(chosen.unrepairable)
+    assert not left.is_carried_out
+    assert (left.unrepairable, left.by_hand) == (1, (f"{bench.topic.kafka.topic}-0-2",))
+    assert "ghsync dlq close" in left.way_out
     assert (bench.login(1), bench.login(2)) == ("right", None)
     states = {letter.user: letter.state.value for letter in LetterIndex(bench.store, bench.topic.kafka.topic).find()}
     assert states == {"1": "resolved", "2": "resolved", None: "open"}

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import pytest
@@ -49,6 +49,25 @@ class _Sides:
     def repair(self, *options: str, **more: str) -> subprocess.CompletedProcess[str]:
         """Run ``ghsync cdc repair``."""
         return self.run(GHSYNC, "cdc", "repair", *options, **more)
+
+    def job(self, folder: Path, config: dict[str, Any], **more: str) -> subprocess.CompletedProcess[str]:
+        """Run ``cdc_repair_job``."""
+        file = folder / "run.json"
+        file.write_text(json.dumps({"ops": {REPAIR_OP: {"config": config}}}))
+        job = (DAGSTER, "job", "execute", "-m", "ghsync_dagster.definitions", "-j", REPAIR_JOB, "-c", str(file))
+        return self.run(*job, DAGSTER_HOME=str(folder), **more)
+
+    def everything(self) -> dict[str, Any]:
+        """Return the database's collections with their options, indexes and documents."""
+        database = self.store.database
+        return {
+            found["name"]: (
+                found.get("options"),
+                sorted(map(str, database[found["name"]].list_indexes())),
+                sorted(map(str, database[found["name"]].find())),
+            )
+            for found in database.list_collections()
+        }
 
     def hide(self, *statements: str) -> None:
         """Change rows without a record in the binlog."""
@@ -118,14 +137,45 @@ def test_what_is_asked_for_wrongly_is_one_clear_error(sides: _Sides) -> None:
 
 def test_the_job_repairs_what_the_launchpad_chooses(sides: _Sides, tmp_path: Path) -> None:
     sides.store.users.update_one({"user_id": "3"}, {"$set": {"login": "foreign"}})
-    config = tmp_path / "run.json"
     for chosen, code in (({}, 1), ({"user_ids": ["3"]}, 0)):
-        config.write_text(json.dumps({"ops": {REPAIR_OP: {"config": chosen}}}))
-        job = (DAGSTER, "job", "execute", "-m", "ghsync_dagster.definitions", "-j", REPAIR_JOB, "-c", str(config))
-        done = sides.run(*job, DAGSTER_HOME=str(tmp_path))
+        done = sides.job(tmp_path, chosen)
         assert done.returncode == code, done.stderr[-3000:]
         assert ("No user is chosen" in done.stderr) == (code == 1)
     assert stored(sides.store)["3"]["login"] == "c"
+
+
+def test_a_dry_run_writes_nothing_at_all(sides: _Sides, tmp_path: Path) -> None:
+    sides.hide("UPDATE Users SET login = 'hidden' WHERE user_id = 1")
+    fresh = f"{sides.store.database.name}_fresh"
+    before = sides.everything()
+    for database, users in (
+        (sides.store.database.name, "2 users: 1 absent, 1 written"),
+        (fresh, "6 users: 1 absent, 5 written"),
+    ):
+        options = ("--all", "--dead-letters", "--user-id", "1", "--user-id", "9", "--dry-run")
+        done = sides.repair(*options, MONGODB_DATABASE=database)
+        assert (done.returncode, "nothing was written" in done.stdout) == (0, True), done.stderr
+        assert done.stdout.startswith(users)
+    assert sides.job(tmp_path, {"everyone": True, "dry_run": True}, MONGODB_DATABASE=fresh).returncode == 0
+    assert sides.everything() == before
+    assert sides.store.client[fresh].list_collection_names() == []
+
+
+def test_what_is_left_to_do_by_hand_fails_the_command_and_the_job(sides: _Sides, tmp_path: Path) -> None:
+    odd = {**stored(sides.store)["3"], "user_id": 42}
+    sides.store.users.insert_one(odd, bypass_document_validation=True)
+    done = sides.repair("--from-audit", "--patience", "0")
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.startswith("0 users asked for: none repaired; 1 to be put right by hand")
+    assert "by hand   42 (int)" in done.stdout
+    assert "way out: A document or row whose user_id is no whole number: remove it" in done.stderr
+    report = json.loads(sides.repair("--from-audit", "--patience", "0", "--json").stdout)
+    assert (report["unrepairable"], report["by_hand"], report["carried_out"]) == (1, ["42 (int)"], False)
+    job = sides.job(tmp_path, {"from_audit": True, "patience_seconds": 0})
+    assert job.returncode == 1
+    assert "1 to be put right by hand" in job.stderr
+    sides.store.users.delete_one({"user_id": 42})
+    assert sides.repair("--from-audit", "--patience", "0").returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ import dagster as dg
 from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus
 from pydantic import Field
 
-from ghsync_dagster.cdc.repair_requests import RepairReport, Selection, plan, refuse_too_many, repair, select
+from ghsync_dagster.cdc.repair_requests import Chosen, RepairReport, Selection, plan, refuse_too_many, repair, select
 from ghsync_dagster.defs.cdc.checks import in_step_with_mysql
 from ghsync_dagster.defs.cdc.jobs import FLOW_TAG
 from ghsync_dagster.defs.errors import as_failure
 from ghsync_dagster.defs.resources import ChangesResource
-from ghsync_dagster.domain.errors import ConfigError
+from ghsync_dagster.domain.errors import WAY_OUT, ConfigError
 from ghsync_dagster.observability.logging import configure_logging, get_logger
 from ghsync_dagster.settings import load_settings
 from ghsync_dagster.stores.retry import retrying
@@ -45,7 +45,7 @@ class RepairConfig(dg.Config):
     patience_seconds: float = 10.0
     """For how long the audit looks again at what differs."""
     dry_run: bool = False
-    """Only tell what would be done."""
+    """Only tell what would be done. With dead_letters their index is brought up to date; nothing else is written."""
     yes: bool = False
     """Repair also more users than GHSYNC_REPAIR_MAX_USERS."""
 
@@ -54,18 +54,22 @@ class RepairConfig(dg.Config):
     name=REPAIR_OP, out=dg.Out(dg.Nothing), description="Asks MySQL again for users, and waits until they are right."
 )
 def repair_users(context: dg.OpExecutionContext, config: RepairConfig, changes: ChangesResource) -> None:
-    """Repair the chosen users; fail where one is not repaired."""
+    """Repair the chosen users; fail where one is not repaired, or something is left to do by hand."""
     with as_failure():
         report = _repaired(config, changes)
     context.log.info(report.summary())
-    context.add_output_metadata(
-        {"asked": report.asked, "open": report.open, "seconds": report.seconds, **report.outcomes}
-    )
-    if not report.is_carried_out:
+    counts = {"asked": report.asked, "open": report.open, "unrepairable": report.unrepairable}
+    context.add_output_metadata({**counts, "seconds": report.seconds, **report.outcomes})
+    if not report.is_carried_out and not report.dry_run:
         reason = f": {report.problem}" if report.problem else ""
+        way_out = f"{WAY_OUT}{report.way_out}" if report.way_out else ""
         raise dg.Failure(
-            description=f"{report.summary()}{reason}",
-            metadata={"kind": "data", "refused": dg.MetadataValue.json([user.user_id for user in report.refused])},
+            description=f"{report.summary()}{reason}{way_out}",
+            metadata={
+                "kind": "data",
+                "refused": dg.MetadataValue.json([user.user_id for user in report.refused]),
+                "by_hand": dg.MetadataValue.json(list(report.by_hand)),
+            },
             allow_retries=False,
         )
 
@@ -81,21 +85,23 @@ def _repaired(config: RepairConfig, changes: ChangesResource) -> RepairReport:
             "No user is chosen.", way_out="Set user_ids, from_audit, dead_letters or everyone in the launchpad."
         )
     with changes.open_store() as store:
-        store.ensure_collection()
+        if not config.dry_run:
+            store.ensure_collection()
         repairs = RepairStore(store)
 
-        def chosen() -> list[str]:
+        def chosen() -> Chosen:
             with changes.open_mysql() as mysql:
                 return select(selection, mysql, store, changes.kafka(), config.patience_seconds)
 
-        keys = retrying("Choosing users", chosen, attempts=settings.retry_attempts)
+        keys, unrepairable = retrying("Choosing users", chosen, attempts=settings.retry_attempts)
         if config.dry_run:
             with changes.open_mysql() as mysql:
-                return plan(mysql, store, repairs, keys)
+                return plan(mysql, store, repairs, keys).with_unrepairable(unrepairable)
         if not config.yes:
             refuse_too_many(len(keys), settings.repair_max_users)
         own_consumer = lambda: changes.consumer(SilentListener())  # noqa: E731
-        return repair(changes.kafka(), repairs, keys, own_consumer, stop=threading.Event())
+        report = repair(changes.kafka(), repairs, keys, own_consumer, stop=threading.Event())
+        return report.with_unrepairable(unrepairable)
 
 
 @dg.job(
