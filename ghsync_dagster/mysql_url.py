@@ -16,20 +16,14 @@ from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.observability.logging import redact
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from pymysql.connections import Connection
     from pymysql.cursors import Cursor
-
-    from ghsync_dagster.domain.source import Ask
 
 DEFAULT_PORT: Final = 3306
 _HIGHEST_PORT: Final = 65_535
 _SCHEMES: Final = ("mysql", "mariadb", "mysql+pymysql", "mariadb+pymysql")
 _MODES: Final = ("DISABLED", "PREFERRED", "REQUIRED", "VERIFY_CA", "VERIFY_IDENTITY")
 _OPTIONS: Final = ("ssl_mode", "ssl_ca", "ssl_cert", "ssl_key", "ssl_key_password", "unix_socket")
-_NO_RIGHTS_OR_NO_SUCH: Final = frozenset({1044, 1064, 1142, 1143, 1227})
-"""The server's codes for a statement that the account may not send, or that its version does not know."""
 _QUERY: Final = re.compile(r"@[^/?]*/[^?]*\?(.*)", re.DOTALL)
 _URL_FORM: Final = "mysql://user:password@host:port/new_data"
 
@@ -238,24 +232,3 @@ def tls_problem(error: Exception) -> tuple[str, str] | None:
             "Check ssl_mode, ssl_cert and ssl_key in MYSQL_URL and the server's TLS settings.",
         )
     return None
-
-
-def asker(connection: Connection[Cursor]) -> Ask:
-    """Return what sends one question over a connection; None for one that the account's rights or the version refuse.
-
-    It raises the driver's own errors for all else.
-    """
-    import pymysql
-
-    def ask(question: str, values: Sequence[object]) -> Sequence[tuple[Any, ...]] | None:
-        with connection.cursor() as cursor:
-            try:
-                # Without values the driver leaves a % in the text alone.
-                cursor.execute(question, values or None)
-            except pymysql.MySQLError as error:
-                if error.args and error.args[0] in _NO_RIGHTS_OR_NO_SUCH:
-                    return None
-                raise
-            return cursor.fetchall()
-
-    return ask

@@ -18,8 +18,6 @@ from ghsync_dagster.cdc.audit import AuditResult, Patience, audit
 from ghsync_dagster.domain.connector import CONNECTOR, ConnectorState
 from ghsync_dagster.domain.user import USER_FIELDS
 from ghsync_dagster.local import stack
-from ghsync_dagster.local.mysql import followers
-from ghsync_dagster.local.mysql import source as server_of
 from ghsync_dagster.mysql_url import parse_mysql_url
 from ghsync_dagster.settings import load_settings
 from ghsync_dagster.stores.connect import ConnectWorker, client_of
@@ -61,7 +59,8 @@ class Source:
         assert settings.mysql_url is not None
         self.settings = settings
         self.url = settings.mysql_url.get_secret_value()
-        self.server = MARIADB if server_of(self.url).is_mariadb else MYSQL
+        with MySqlStore(self.url) as table:
+            self.server = MARIADB if table.source().is_mariadb else MYSQL
         self._connect = str(settings.connect_url)
         self._key = 1_000
         self.events: list[dict[str, Any]] = []
@@ -189,11 +188,11 @@ class Source:
 
     def _await_follower(self, act: Callable[[httpx.Client], None]) -> None:
         """Do something that makes the connector begin again, and wait until it reads the binlog."""
-        gone = followers(self.url)
-        with client_of(self._connect, 30) as client:
+        with MySqlStore(self.url) as table, client_of(self._connect, 30) as client:
+            gone = table.followers()
             act(client)
             deadline = time.monotonic() + _SECONDS
-            while not followers(self.url) - gone:
+            while not table.followers() - gone:
                 assert time.monotonic() < deadline, _state(self._connect)
                 if _state(self._connect).state == "FAILED":
                     # It may fail once as it starts right after the one before it.

@@ -1,36 +1,33 @@
-"""Whether MySQL's table and settings let every change be followed: what is asked of the server, and the judgement.
+"""Whether MySQL's table and settings let every change be followed: what was read of the server, and the judgement.
 
-Belongs here: the questions, what their answers and Connect's log mean, and the way out of each problem. Not here: the
-connection that they are asked over, where that log is, and what a command does about a problem.
+Belongs here: what the answers and Connect's log mean, and the way out of each problem. Not here: how the server is
+asked (``stores.mysql``), where that log is, and what a command does about a problem.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
-from typing import Any, Final
+from typing import Final
 
 from ghsync_dagster.domain.table import KEY, create_table, quoted
 from ghsync_dagster.domain.user import USER_FIELDS
 
-Ask = Callable[[str, Sequence[object]], Sequence[tuple[Any, ...]] | None]
-"""Sends one question with its values and returns the answer's rows; None where the server refuses this question."""
-
 _ESSENTIAL: Final = ("log_bin", "binlog_format", "binlog_row_image")
-_SETTINGS: Final = (
+SETTINGS: Final = (
     *_ESSENTIAL,
     *("log_bin_compress", "binlog_expire_logs_seconds", "binlog_expire_logs_auto_purge", "expire_logs_days"),
     *("log_slave_updates", "log_replica_updates"),
 )
+"""What is judged, of the server's GLOBAL settings."""
 _SHORTEST_SECONDS: Final = 86_400.0
 """A binlog that is kept for less may be gone before a connector that stopped is looked after."""
 KEY_BITS: Final = {"tinyint": 8, "smallint": 16, "mediumint": 24, "int": 32, "bigint": 64}
 """The types of whole numbers that a key may have, by their size; a BIGINT must be signed."""
 _TEXTS: Final = frozenset({"char", "varchar", "tinytext", "text", "mediumtext", "longtext"})
-_CHANGING_ACTIONS: Final = ("CASCADE", "SET NULL", "SET DEFAULT")
 _LOGS_CASCADES: Final = (9, 6)
 """The first MySQL that writes what a foreign key's action changes into the binlog; no MariaDB does."""
 _VERSION: Final = re.compile(r"(\d+)\.(\d+)")
@@ -148,74 +145,6 @@ class Source:
     def name(self) -> str:
         """Database and table."""
         return f"{self.database}.{self.table}"
-
-
-def read_source(ask: Ask, database: str, table: str) -> Source:
-    """Ask the server about itself and the table, each time anew.
-
-    Args:
-        ask: Leads to the server.
-        database: Holds the table.
-        table: The table of users.
-    """
-    version = str((ask("SELECT VERSION()", ()) or [("",)])[0][0])
-    settings = ask("SHOW GLOBAL VARIABLES WHERE Variable_name IN %s", (_SETTINGS,)) or ()
-    cipher = ask("SHOW SESSION STATUS LIKE 'Ssl_cipher'", ()) or ()
-    binlog = _first_answer(ask, "SHOW BINARY LOG STATUS", "SHOW MASTER STATUS")
-    replica = _first_answer(ask, "SHOW REPLICA STATUS", "SHOW SLAVE STATUS")
-    # Where names have no case the server may hold another one than was asked for; the exact name comes first.
-    found = ask(
-        "SELECT TABLE_NAME, TABLE_TYPE, ENGINE FROM information_schema.TABLES WHERE TABLE_SCHEMA = %s"
-        " AND LOWER(TABLE_NAME) = LOWER(%s) ORDER BY BINARY TABLE_NAME = BINARY %s DESC",
-        (database, table, table),
-    )
-    name, kind, engine = ([str(part or "") for part in found[0]]) if found else ("", "", "")
-    of_table = (database, name)
-    columns = ask(
-        "SELECT COLUMN_NAME, DATA_TYPE, COLUMN_TYPE, IS_NULLABLE FROM information_schema.COLUMNS"
-        " WHERE TABLE_SCHEMA = %s AND TABLE_NAME = %s ORDER BY ORDINAL_POSITION",
-        of_table,
-    )
-    indexes = ask(
-        "SELECT INDEX_NAME, COLUMN_NAME FROM information_schema.STATISTICS WHERE NON_UNIQUE = 0"
-        " AND TABLE_SCHEMA = %s AND TABLE_NAME = %s ORDER BY INDEX_NAME <> 'PRIMARY', INDEX_NAME, SEQ_IN_INDEX",
-        of_table,
-    )
-    actions = ask(
-        "SELECT CONSTRAINT_NAME, DELETE_RULE, UPDATE_RULE FROM information_schema.REFERENTIAL_CONSTRAINTS"
-        " WHERE CONSTRAINT_SCHEMA = %s AND TABLE_NAME = %s ORDER BY CONSTRAINT_NAME",
-        of_table,
-    )
-    keys: dict[str, tuple[str, ...]] = {}
-    for index, column in indexes or ():
-        keys[str(index)] = (*keys.get(str(index), ()), str(column))
-    return Source(
-        version=version,
-        database=database,
-        table=table,
-        settings={str(setting).lower(): str(value) for setting, value in settings},
-        found_as=name or None,
-        kind=kind,
-        engine=engine,
-        columns=tuple(
-            SourceColumn(str(column), str(of_type).lower(), str(whole).lower(), str(nullable).upper() == "YES")
-            for column, of_type, whole, nullable in columns or ()
-        ),
-        keys=keys,
-        cascades=tuple(
-            str(constraint)
-            for constraint, *rules in actions or ()
-            if any(str(rule).upper() in _CHANGING_ACTIONS for rule in rules)
-        ),
-        filters=None if binlog is None else (str(binlog[0][2] or ""), str(binlog[0][3] or "")) if binlog else ("", ""),
-        replicates=None if replica is None else bool(replica),
-        encrypted=any(value for _, value in cipher),
-    )
-
-
-def _first_answer(ask: Ask, *questions: str) -> Sequence[tuple[Any, ...]] | None:
-    """Return the answer to the first question that the server's version and the account's rights allow."""
-    return next((answer for question in questions if (answer := ask(question, ())) is not None), None)
 
 
 @dataclass(frozen=True, slots=True)

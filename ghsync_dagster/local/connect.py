@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ghsync_dagster.domain.connector import ConnectorState
+    from ghsync_dagster.domain.source import Source
     from ghsync_dagster.settings import Settings
 
 SERVICE = "connect"
@@ -80,7 +81,7 @@ def up(settings: Settings, progress: Callable[[str], None]) -> ServiceStatus:
     _refuse_security(settings, "A local Connect worker", "Set CONNECT_URL to a worker of your own, set up for it.")
     bootstrap = kafka.ensure_kafka(settings, progress)
     url = mysql.ensure_mysql(settings, progress)
-    _look_at_source(settings, url, progress)
+    source = _look_at_source(settings, url, progress)
     supervisor = _supervisor(settings)
     if _bootstrap_in_use(settings) not in (None, bootstrap):
         supervisor.down(progress)
@@ -90,11 +91,12 @@ def up(settings: Settings, progress: Callable[[str], None]) -> ServiceStatus:
     def choose() -> ServerSpec:
         nonlocal gone
         # Whoever followed before this worker starts is not its connector.
-        gone = mysql.followers(url)
+        with MySqlStore(url) as table:
+            gone = table.followers()
         return _choose_server(settings, bootstrap, progress)
 
     status = supervisor.up(choose, progress)
-    config = connector.config_of(settings, bootstrap, url) | _login_settings(login)
+    config = connector.config_of(settings, bootstrap, url, source) | _login_settings(login)
     with ConnectWorker(str(status.uri)) as worker:
         state = _ensure(worker, config, url, gone, progress)
     for old in login.parent.iterdir():
@@ -141,8 +143,7 @@ def _connector_state(url: str) -> ConnectorState:
 def _up_external(settings: Settings, url: str, progress: Callable[[str], None]) -> ServiceStatus:
     if not _serves(url, _PING_SECONDS):
         return _external(url, None)
-    if settings.mysql_url:
-        _look_at_source(settings, settings.mysql_url.get_secret_value(), progress)
+    source = _look_at_source(settings, settings.mysql_url.get_secret_value(), progress) if settings.mysql_url else None
     with ConnectWorker(url) as worker:
         state = connector.await_settled(worker)
         connector.require_running(state)
@@ -150,8 +151,8 @@ def _up_external(settings: Settings, url: str, progress: Callable[[str], None]) 
             connector.report_stale_history(worker, progress)
             return _external(url, state)
     _refuse_security(settings, "The connector", f"Register a connector named {CONNECTOR} on {redact(url)} yourself.")
-    source = mysql.ensure_mysql(settings, progress)
-    database = parse_mysql_url(source)
+    source_url = mysql.ensure_mysql(settings, progress)
+    database = parse_mysql_url(source_url)
     if files := tls_stores.pem_texts(database):
         raise ConfigError(
             f"The connector on {redact(url)} needs the {' and the '.join(files)} of MYSQL_URL's TLS files, which only"
@@ -159,14 +160,14 @@ def _up_external(settings: Settings, url: str, progress: Callable[[str], None]) 
             way_out=f"Put PKCS#12 stores there and register a connector named {CONNECTOR} yourself, with"
             " database.ssl.truststore and database.ssl.keystore.",
         )
-    if not settings.mysql_url:
-        _look_at_source(settings, source, progress)
-    config = connector.config_of(settings, kafka.ensure_kafka(settings, progress), source) | {
+    if source is None:
+        source = _look_at_source(settings, source_url, progress)
+    config = connector.config_of(settings, kafka.ensure_kafka(settings, progress), source_url, source) | {
         "database.user": database.user,
         "database.password": database.password,
     }
     with ConnectWorker(url) as worker:
-        state = _ensure(worker, config, source, None, progress)
+        state = _ensure(worker, config, source_url, None, progress)
     return _external(url, state)
 
 
@@ -185,7 +186,7 @@ def _ensure(
                 return table.log_end()
             return None
 
-        return connector.ensure(worker, config, lambda: mysql.followers(url), gone, log_end, progress)
+        return connector.ensure(worker, config, table.followers, gone, log_end, progress)
 
 
 def _external(url: str, state: ConnectorState | None) -> ServiceStatus:
@@ -252,8 +253,8 @@ def _closed(settings: Settings) -> Path:
     return _folder(settings) / "statements-closed"
 
 
-def _look_at_source(settings: Settings, url: str, progress: Callable[[str], None]) -> None:
-    """See that the source can be followed as it is; what stops or loses nothing now is only told.
+def _look_at_source(settings: Settings, url: str, progress: Callable[[str], None]) -> Source:
+    """See that the source can be followed as it is, and return it; what stops or loses nothing now is only told.
 
     Raises:
         ConfigError: The table or a setting stops or loses changes; each problem is named with its way out.
@@ -261,7 +262,9 @@ def _look_at_source(settings: Settings, url: str, progress: Callable[[str], None
         RefusedError: Its TLS is not as the URL asks for.
     """
     since = datetime.now(UTC) - timedelta(hours=STATEMENT_HOURS)
-    problems = problems_of(mysql.source(url), logged_statements(settings, TABLE, since))
+    with MySqlStore(url) as table:
+        source = table.source()
+    problems = problems_of(source, logged_statements(settings, TABLE, since))
     wrong = [problem for problem in problems if problem.effect in (Effect.STOPS, Effect.LOSES)]
     for problem in problems:
         if problem not in wrong:
@@ -271,6 +274,7 @@ def _look_at_source(settings: Settings, url: str, progress: Callable[[str], None
             f"Changes can't be followed: {'; '.join(problem.text for problem in wrong)}.",
             way_out=" ".join(problem.way_out for problem in wrong),
         )
+    return source
 
 
 def _keep_login(folder: Path, database: MySqlAddress) -> Path:

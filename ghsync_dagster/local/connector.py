@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from ghsync_dagster.domain.connector import CONNECTOR, FAILED, HALTED, NONE, RUNNING, ConnectorState
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
-from ghsync_dagster.local import mysql
 from ghsync_dagster.mysql_url import MySqlAddress, parse_mysql_url
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ _STALE_HISTORY = (
 _FIRST_SERVER_ID = 1_000_000
 
 
-def config_of(settings: Settings, bootstrap: str, url: str) -> dict[str, str]:
+def config_of(settings: Settings, bootstrap: str, url: str, source: Source) -> dict[str, str]:
     """Return the connector's settings, but for ``database.user`` and ``database.password``.
 
     The names are those of the Debezium reference for the MySQL and MariaDB connectors.
@@ -77,11 +76,10 @@ def config_of(settings: Settings, bootstrap: str, url: str) -> dict[str, str]:
     Args:
         settings: ``kafka_topic`` is where the changes go.
         bootstrap: The brokers, as the worker reaches them.
-        url: The database, as the worker reaches it; it is asked which of the two it is.
+        url: The database, as the worker reaches it.
+        source: What was read of it.
 
     Raises:
-        UnavailableError: The database can't be asked.
-        RefusedError: The database's TLS is not as the URL asks for.
         ConfigError: KAFKA_TOPIC is no name that Debezium can give to the table's topic, or MYSQL_URL names a socket.
     """
     database = parse_mysql_url(url)
@@ -90,7 +88,6 @@ def config_of(settings: Settings, bootstrap: str, url: str) -> dict[str, str]:
             f"The connector can't follow {database}: Debezium connects by host and port only.",
             way_out="Set MYSQL_URL to host and port, without unix_socket.",
         )
-    source = mysql.source(url)
     kind, name = ("mariadb", "MariaDb") if source.is_mariadb else ("mysql", "MySql")
     return {
         "connector.class": f"io.debezium.connector.{kind}.{name}Connector",

@@ -17,11 +17,10 @@ import tempfile
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from ghsync_dagster.domain.errors import ConfigError, RefusedError, UnavailableError
-from ghsync_dagster.domain.source import Source, read_source
+from ghsync_dagster.domain.errors import ConfigError, RefusedError
 from ghsync_dagster.domain.table import DATABASE, TABLE, create_table, quoted
 from ghsync_dagster.local.first_files import make_first_files
 from ghsync_dagster.local.jars import ensure_unpacked, locked_set
@@ -29,13 +28,12 @@ from ghsync_dagster.local.supervisor import ServerSpec, ServiceStatus, State, Su
 from ghsync_dagster.mysql_url import (
     DEFAULT_PORT,
     MySqlAddress,
-    asker,
     connect,
     parse_mysql_url,
     tls_context,
     tls_problem,
 )
-from ghsync_dagster.observability.logging import get_logger, redact
+from ghsync_dagster.observability.logging import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -43,10 +41,8 @@ if TYPE_CHECKING:
     from pymysql.connections import Connection
     from pymysql.cursors import Cursor
 
-    from ghsync_dagster.domain.source import Ask
     from ghsync_dagster.settings import Settings
 
-T = TypeVar("T")
 SERVICE = "mysql"
 EXTERNAL = "external"
 _USER = "ghsync"
@@ -138,43 +134,6 @@ def status(settings: Settings) -> ServiceStatus:
     if settings.mysql_url:
         return _external(settings.mysql_url.get_secret_value())
     return _with_login(settings, _supervisor(settings).status())
-
-
-def source(url: str) -> Source:
-    """Ask the server at ``url`` about itself and the table of users.
-
-    Raises:
-        UnavailableError: It can't be reached, or refuses the credentials.
-        RefusedError: Its TLS is not as the URL asks for.
-    """
-    return _asked(url, lambda ask, address: read_source(ask, address.database, TABLE))
-
-
-def followers(url: str) -> frozenset[int]:
-    """Return the connections by which programs that log in as ``url`` does read the binlog now.
-
-    Raises:
-        UnavailableError: The server can't be reached, or refuses the credentials.
-    """
-    rows = _asked(url, lambda ask, _: ask("SHOW PROCESSLIST", ())) or ()
-    user = parse_mysql_url(url).user
-    return frozenset(row[0] for row in rows if row[1] == user and str(row[4]).startswith("Binlog Dump"))
-
-
-def _asked(url: str, question: Callable[[Ask, MySqlAddress], T]) -> T:
-    from pymysql.err import MySQLError
-
-    address = parse_mysql_url(url)
-    try:
-        with _connected(address, _PING_SECONDS) as connection:
-            return question(asker(connection), address)
-    except (MySQLError, OSError) as error:
-        if problem := tls_problem(error):
-            raise RefusedError(f"{address}: {problem[0]}.", way_out=problem[1]) from None
-        raise UnavailableError(
-            f"{address} does not answer: {redact(str(error))}.",
-            way_out="See whether it is up and whether MYSQL_URL's user and password are right.",
-        ) from None
 
 
 def _choose_server(settings: Settings, progress: Callable[[str], None]) -> ServerSpec:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -21,10 +21,10 @@ from pymysql.constants import CLIENT, CR, ER
 
 from ghsync_dagster.domain.errors import ConfigError, RefusedError, UnavailableError
 from ghsync_dagster.domain.key_order import integer_ranges
-from ghsync_dagster.domain.source import KEY_BITS, Source, lock_problems, read_source
+from ghsync_dagster.domain.source import KEY_BITS, SETTINGS, Source, SourceColumn, lock_problems
 from ghsync_dagster.domain.table import TABLE, create_table, quoted
 from ghsync_dagster.domain.user import USER_FIELDS
-from ghsync_dagster.mysql_url import asker, connect, parse_mysql_url, tls_context, tls_problem
+from ghsync_dagster.mysql_url import connect, parse_mysql_url, tls_context, tls_problem
 from ghsync_dagster.observability.logging import redact
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 Row = dict[str, str | None]
 Statement = tuple[str, Sequence[object]]
 """SQL with ``%s`` in the place of each value, and the values."""
+Ask = Callable[[str, Sequence[object]], Sequence[tuple[Any, ...]] | None]
+"""Sends one question with its values and returns the answer's rows; None where the server refuses this question."""
 
 KEY_MIN: Final = -(2**63)
 KEY_MAX: Final = 2**63 - 1
@@ -85,6 +87,9 @@ _CREDENTIALS: Final = frozenset(
         3118,  # MySQL: the account is locked
     }
 )
+_NO_RIGHTS_OR_NO_SUCH: Final = frozenset({1044, 1064, 1142, 1143, 1227})
+"""The server's codes for a statement that the account may not send, or that its version does not know."""
+_CHANGING_ACTIONS: Final = ("CASCADE", "SET NULL", "SET DEFAULT")
 _NOT_THERE: Final = frozenset({ER.BAD_DB_ERROR, ER.NO_SUCH_TABLE, ER.BAD_FIELD_ERROR})
 
 
@@ -332,7 +337,14 @@ class MySqlStore:
         """
         with self._cursor("Looking at the source"):
             assert self._connection is not None  # noqa: S101  a cursor has one
-            return read_source(asker(self._connection), self.address.database, self._name)
+            return read_source(_asker(self._connection), self.address.database, self._name)
+
+    def followers(self) -> frozenset[int]:
+        """Return the connections by which programs that log in as this one does read the binlog now."""
+        rows = self._run("Asking who follows", "SHOW PROCESSLIST")
+        return frozenset(
+            row[0] for row in rows if row[1] == self.address.user and str(row[4]).startswith("Binlog Dump")
+        )
 
     def count(self) -> int:
         """Return the number of rows."""
@@ -549,3 +561,88 @@ _COLUMNS: Final = ", ".join(f"`{name}`" for name in USER_FIELDS)
 def _row(values: tuple[Any, ...]) -> Row:
     key, *texts = values
     return dict(zip(USER_FIELDS, (str(key), *texts), strict=True))
+
+
+def read_source(ask: Ask, database: str, table: str) -> Source:
+    """Ask the server about itself and the table, each time anew.
+
+    Args:
+        ask: Leads to the server.
+        database: Holds the table.
+        table: The table of users.
+    """
+    version = str((ask("SELECT VERSION()", ()) or [("",)])[0][0])
+    settings = ask("SHOW GLOBAL VARIABLES WHERE Variable_name IN %s", (SETTINGS,)) or ()
+    cipher = ask("SHOW SESSION STATUS LIKE 'Ssl_cipher'", ()) or ()
+    binlog = _first_answer(ask, "SHOW BINARY LOG STATUS", "SHOW MASTER STATUS")
+    replica = _first_answer(ask, "SHOW REPLICA STATUS", "SHOW SLAVE STATUS")
+    # Where names have no case the server may hold another one than was asked for; the exact name comes first.
+    found = ask(
+        "SELECT TABLE_NAME, TABLE_TYPE, ENGINE FROM information_schema.TABLES WHERE TABLE_SCHEMA = %s"
+        " AND LOWER(TABLE_NAME) = LOWER(%s) ORDER BY BINARY TABLE_NAME = BINARY %s DESC",
+        (database, table, table),
+    )
+    name, kind, engine = ([str(part or "") for part in found[0]]) if found else ("", "", "")
+    of_table = (database, name)
+    columns = ask(
+        "SELECT COLUMN_NAME, DATA_TYPE, COLUMN_TYPE, IS_NULLABLE FROM information_schema.COLUMNS"
+        " WHERE TABLE_SCHEMA = %s AND TABLE_NAME = %s ORDER BY ORDINAL_POSITION",
+        of_table,
+    )
+    indexes = ask(
+        "SELECT INDEX_NAME, COLUMN_NAME FROM information_schema.STATISTICS WHERE NON_UNIQUE = 0"
+        " AND TABLE_SCHEMA = %s AND TABLE_NAME = %s ORDER BY INDEX_NAME <> 'PRIMARY', INDEX_NAME, SEQ_IN_INDEX",
+        of_table,
+    )
+    actions = ask(
+        "SELECT CONSTRAINT_NAME, DELETE_RULE, UPDATE_RULE FROM information_schema.REFERENTIAL_CONSTRAINTS"
+        " WHERE CONSTRAINT_SCHEMA = %s AND TABLE_NAME = %s ORDER BY CONSTRAINT_NAME",
+        of_table,
+    )
+    keys: dict[str, tuple[str, ...]] = {}
+    for index, column in indexes or ():
+        keys[str(index)] = (*keys.get(str(index), ()), str(column))
+    return Source(
+        version=version,
+        database=database,
+        table=table,
+        settings={str(setting).lower(): str(value) for setting, value in settings},
+        found_as=name or None,
+        kind=kind,
+        engine=engine,
+        columns=tuple(
+            SourceColumn(str(column), str(of_type).lower(), str(whole).lower(), str(nullable).upper() == "YES")
+            for column, of_type, whole, nullable in columns or ()
+        ),
+        keys=keys,
+        cascades=tuple(
+            str(constraint)
+            for constraint, *rules in actions or ()
+            if any(str(rule).upper() in _CHANGING_ACTIONS for rule in rules)
+        ),
+        filters=None if binlog is None else (str(binlog[0][2] or ""), str(binlog[0][3] or "")) if binlog else ("", ""),
+        replicates=None if replica is None else bool(replica),
+        encrypted=any(value for _, value in cipher),
+    )
+
+
+def _first_answer(ask: Ask, *questions: str) -> Sequence[tuple[Any, ...]] | None:
+    """Return the answer to the first question that the server's version and the account's rights allow."""
+    return next((answer for question in questions if (answer := ask(question, ())) is not None), None)
+
+
+def _asker(connection: Connection[Cursor]) -> Ask:
+    """Return what sends one question over a connection; it raises the driver's own errors."""
+
+    def ask(question: str, values: Sequence[object]) -> Sequence[tuple[Any, ...]] | None:
+        with connection.cursor() as cursor:
+            try:
+                # Without values the driver leaves a % in the text alone.
+                cursor.execute(question, values or None)
+            except pymysql.MySQLError as error:
+                if error.args and error.args[0] in _NO_RIGHTS_OR_NO_SUCH:
+                    return None
+                raise
+            return cursor.fetchall()
+
+    return ask

@@ -72,6 +72,9 @@ MALFORMED = {
 }
 
 
+SOURCE = Source("11.4.5-MariaDB-log", "new_data", "Users", {}, None)
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What the driver is called with, in place of a connection."""
@@ -89,20 +92,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("url", "meant"), URLS.items(), ids=lambda value: value if isinstance(value, str) else "")
-def test_a_url_means_one_thing_to_the_audit_the_status_and_the_connector(
+def test_a_url_means_one_thing_to_the_store_and_the_status(
     calls: list[dict[str, Any]], url: str, meant: MySqlAddress
 ) -> None:
     assert parse_mysql_url(url) == meant
     with MySqlStore(url) as store, pytest.raises(UnavailableError):
         store.count()
     assert mysql.status(load_settings(MYSQL_URL=url)).uri == str(meant)
-    with pytest.raises(UnavailableError):
-        mysql.source(url)
-    audit, status, up = ({**call, "ssl": _tls(call)} for call in calls)
-    assert status == up
+    of_store, of_status = ({**call, "ssl": _tls(call)} for call in calls)
     for name in ("host", "port", "user", "password", "unix_socket", "ssl", "charset"):
-        assert audit[name] == up[name], name
-    assert (up["host"], up["port"], up["user"], up["password"]) == (
+        assert of_store[name] == of_status[name], name
+    assert tuple(of_status[name] for name in ("host", "port", "user", "password")) == (
         *(meant.host, meant.port, meant.user),
         meant.password.encode(),
     )
@@ -115,7 +115,7 @@ def _tls(call: dict[str, Any]) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize(("url", "why"), MALFORMED.items())
 def test_a_malformed_url_is_refused_by_all_without_its_password(url: str, why: str) -> None:
-    for read in (parse_mysql_url, MySqlStore, mysql.source, mysql.followers):
+    for read in (parse_mysql_url, MySqlStore):
         with pytest.raises(ConfigError, match="MYSQL_URL is malformed") as told:
             read(url)
         assert why in str(told.value)
@@ -141,16 +141,15 @@ def test_the_connector_gets_the_mode_in_its_own_word(
     mode: str, mariadb: str, mariadb_with_tls: str, of_mysql: str
 ) -> None:
     address = replace(PLAIN, ssl_mode=mode)
-    plain = Source("11.4.5-MariaDB-log", "new_data", "Users", {}, None)
-    assert connector.ssl_mode(address, plain) == mariadb
-    assert connector.ssl_mode(address, replace(plain, encrypted=True)) == mariadb_with_tls
-    assert connector.ssl_mode(address, replace(plain, version="9.7.4")) == of_mysql
+    assert connector.ssl_mode(address, SOURCE) == mariadb
+    assert connector.ssl_mode(address, replace(SOURCE, encrypted=True)) == mariadb_with_tls
+    assert connector.ssl_mode(address, replace(SOURCE, version="9.7.4")) == of_mysql
 
 
 def test_the_connector_refuses_a_socket_in_words(tmp_path: Path) -> None:
     url = "mysql://app:s3cret@/new_data?unix_socket=/run/m.sock"
     with pytest.raises(ConfigError, match=r"host and port only.*without unix_socket") as told:
-        connector.config_of(load_settings(GHSYNC_HOME=tmp_path), "127.0.0.1:9", url)
+        connector.config_of(load_settings(GHSYNC_HOME=tmp_path), "127.0.0.1:9", url, SOURCE)
     assert "s3cret" not in str(told.value)
 
 

@@ -21,7 +21,6 @@ from ghsync_dagster.domain.source import (
     Statements,
     lock_problems,
     problems_of,
-    read_source,
     statements_in,
 )
 from ghsync_dagster.domain.table import COLUMNS, create_table
@@ -30,6 +29,7 @@ from ghsync_dagster.local import connect
 from ghsync_dagster.local.mysql import _SETUP
 from ghsync_dagster.local.supervisor import ServiceStatus
 from ghsync_dagster.settings import load_settings
+from ghsync_dagster.stores.mysql import read_source
 from ghsync_dagster.stores.spark import EVENT_SCHEMA
 
 if TYPE_CHECKING:
