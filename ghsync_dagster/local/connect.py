@@ -91,7 +91,7 @@ def up(settings: Settings, progress: Callable[[str], None]) -> ServiceStatus:
     def choose() -> ServerSpec:
         nonlocal gone
         # Whoever followed before this worker starts is not its connector.
-        with MySqlStore(url) as table:
+        with MySqlStore(url, in_database=False) as table:
             gone = table.followers()
         return _choose_server(settings, bootstrap, progress)
 
@@ -178,7 +178,7 @@ def _ensure(
     gone: frozenset[int] | None,
     progress: Callable[[str], None],
 ) -> ConnectorState:
-    with MySqlStore(url) as table:
+    with MySqlStore(url, in_database=False) as table:
 
         def log_end() -> str | None:
             # Whoever may follow the binlog need not have the right to ask for its end.
@@ -262,7 +262,7 @@ def _look_at_source(settings: Settings, url: str, progress: Callable[[str], None
         RefusedError: Its TLS is not as the URL asks for.
     """
     since = datetime.now(UTC) - timedelta(hours=STATEMENT_HOURS)
-    with MySqlStore(url) as table:
+    with MySqlStore(url, in_database=False) as table:
         source = table.source()
     problems = problems_of(source, logged_statements(settings, TABLE, since))
     wrong = [problem for problem in problems if problem.effect in (Effect.STOPS, Effect.LOSES)]

@@ -289,18 +289,21 @@ class MySqlStore:
         url: As ``parse_mysql_url`` reads it.
         table: The table's name.
         timeout_seconds: How long a connection may take; a query has six times as long.
+        in_database: Whether to use the URL's database. Without it the server can be asked also where there is none,
+            or the account may not use it.
 
     Raises:
         ConfigError: The URL or its TLS files can't be used.
     """
 
-    def __init__(self, url: str, *, table: str = TABLE, timeout_seconds: float = 10) -> None:
+    def __init__(self, url: str, *, table: str = TABLE, timeout_seconds: float = 10, in_database: bool = True) -> None:
         self.address = parse_mysql_url(url)
         self.table = quoted(table)
         self._name = table
         self._key_column: _Key | None = None
         self._tls = tls_context(self.address)
         self._timeout = timeout_seconds
+        self._in_database = in_database
         self._connection: Connection[Cursor] | None = None
         self._dialect: _Dialect | None = None
         self._has_locks = False
@@ -549,7 +552,7 @@ class MySqlStore:
             self._tls,
             seconds=self._timeout,
             answer_seconds=self._timeout * _TIMES_TO_ANSWER,
-            database=self.address.database,
+            database=self.address.database if self._in_database else None,
             # FOUND_ROWS: an update that leaves its row as it was has touched it all the same.
             client_flag=CLIENT.MULTI_STATEMENTS | CLIENT.FOUND_ROWS,
         )
