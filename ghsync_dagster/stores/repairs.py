@@ -33,6 +33,8 @@ _READINGS: Final = 100
 _TEXT: Final = 300
 _LIST_SECONDS: Final = 60.0
 """How long a command may take that is about very many users."""
+_FENCES_SECONDS: Final = 600.0
+"""The same for all fences, without which no batch may be applied: a million take 13 s."""
 
 
 class RepairProgress(NamedTuple):
@@ -239,7 +241,7 @@ class RepairStore(StreamStore):
 
     def fences(self) -> dict[str, Fence]:
         """Return the fence of each user that has one."""
-        with limited("Reading fences", _LIST_SECONDS):
+        with limited("Reading fences", _FENCES_SECONDS):
             readings = {found["_id"]: _reading(found) for found in self._readings.find({})}
             if not readings:
                 return {}
