@@ -248,7 +248,7 @@ def _connector(settings: Settings) -> ConnectorState | None:
 @contextmanager
 def _reporting(metrics: ChangeMetrics, settings: Settings) -> Iterator[None]:
     """Log what the consumer does, or what is in its way, now and then."""
-    from ghsync_dagster.domain.errors import GhsyncError
+    from ghsync_dagster.cdc.connector import watch_connector
     from ghsync_dagster.wiring import connector_probe
 
     ended = threading.Event()
@@ -256,11 +256,7 @@ def _reporting(metrics: ChangeMetrics, settings: Settings) -> Iterator[None]:
 
     def report() -> None:
         while not ended.wait(settings.cdc_report_seconds):
-            if probe is not None:
-                try:
-                    metrics.connector(probe.report(with_log=False))
-                except GhsyncError as error:
-                    log.warning("the connector was not asked", reason=str(error))
+            watch_connector(probe, metrics.connector)
             if ended.is_set():
                 return
             now = metrics.snapshot(settings.cdc_report_seconds)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dotenv import dotenv_values
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from ghsync_dagster.domain.errors import ConfigError
@@ -298,6 +298,20 @@ class Settings(BaseSettings):
         validation_alias="GHSYNC_METRICS_HOST",
         description="Address that the Prometheus endpoint binds to.",
     )
+
+    @field_validator("connect_url")
+    @classmethod
+    def _is_http(cls, url: str | None) -> str | None:
+        if url is not None:
+            import httpx
+
+            try:
+                parsed = httpx.URL(url)
+            except httpx.InvalidURL:
+                raise ValueError("it is malformed") from None
+            if parsed.scheme not in ("http", "https") or not parsed.host:
+                raise ValueError("it needs http:// or https://, and a host")
+        return url
 
     @classmethod
     def settings_customise_sources(

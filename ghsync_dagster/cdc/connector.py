@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from ghsync_dagster.domain.connector import UNKNOWN, ConnectorState, Sample, base_of
 from ghsync_dagster.domain.errors import GhsyncError, UnavailableError
+from ghsync_dagster.observability.logging import get_logger
 
 if TYPE_CHECKING:
     from ghsync_dagster.stores.connect import ConnectWorker
@@ -22,6 +23,8 @@ NOT_ASKED: Final = "the connector was not asked: CONNECT_URL is not set, and the
 _SETTLE_SECONDS: Final = 10.0
 """How long a connector may be on its way to run, before that is its state."""
 _POLL_SECONDS: Final = 0.5
+
+log = get_logger("cdc")
 
 
 def require_stream(state: ConnectorState | None) -> None:
@@ -149,3 +152,20 @@ class ConnectorProbe:
             if still == 0:
                 break
         return report, still
+
+
+def watch_connector(probe: ConnectorProbe | None, tell: Callable[[ConnectorReport], None]) -> None:
+    """Tell what is known of the connector; log where it can't be asked, since a consumer goes on without.
+
+    Args:
+        probe: Asks; None where no worker is known.
+        tell: Gets the report.
+    """
+    if probe is None:
+        return
+    try:
+        report = probe.report(with_log=False)
+    except GhsyncError as error:
+        log.warning("the connector was not asked", reason=error.message)
+    else:
+        tell(report)

@@ -234,9 +234,8 @@ def report_stale_history(worker: ConnectWorker, progress: Callable[[str], None])
     current = worker.config()
     if current is None or current.get(_ONLY_CAPTURED) != "true":
         return False
-    offsets = worker.ask("GET", f"/connectors/{CONNECTOR}/offsets", missing=None)
     # Workers before Kafka 3.6 do not tell.
-    stale = offsets is None or bool(offsets["offsets"])
+    stale = worker.has_offset() is not False
     if stale:
         progress(f"connect: {_STALE_HISTORY}")
     return stale

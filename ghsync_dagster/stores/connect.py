@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 import httpx
 import msgspec
@@ -24,7 +24,7 @@ from ghsync_dagster.domain.connector import (
     UNKNOWN,
     ConnectorState,
 )
-from ghsync_dagster.domain.errors import ConfigError, UnavailableError
+from ghsync_dagster.domain.errors import UnavailableError
 from ghsync_dagster.domain.text import shortened
 from ghsync_dagster.observability.logging import redact
 
@@ -37,6 +37,43 @@ _SAYS: Final = re.compile(r"[\w.$]+: *\S")
 _PASSWORD: Final = re.compile(r"(?is)(identified|password).*")
 _REASON_LIMIT: Final = 1_000
 _HEARTBEAT: Final = "heartbeat.interval.ms"
+
+T = TypeVar("T")
+
+
+class _Part(msgspec.Struct):
+    state: str
+    trace: str = ""
+
+
+class _Status(msgspec.Struct):
+    connector: _Part
+    tasks: list[_Part]
+
+
+class _SourceOffset(msgspec.Struct):
+    offset: dict[str, Any] | None
+    partition: dict[str, Any] | None
+
+
+class _Offsets(msgspec.Struct):
+    offsets: list[_SourceOffset]
+
+
+class _Named(msgspec.Struct):
+    name: str
+
+
+class _Refusal(msgspec.Struct):
+    error_code: int
+
+
+class _Message(msgspec.Struct):
+    message: str
+
+
+class _Root(msgspec.Struct):
+    kafka_cluster_id: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +98,6 @@ class ConnectWorker:
         url: Its address, which may hold credentials.
         timeout_seconds: How long one request may take.
         patience_seconds: How long a request is repeated while workers find their order.
-
-    Raises:
-        ConfigError: The address is malformed.
     """
 
     def __init__(
@@ -89,8 +123,8 @@ class ConnectWorker:
             health = self._client.get("/health")
             # Workers before Kafka 3.9 have no such path.
             serves = health.is_success or health.status_code == httpx.codes.NOT_FOUND
-            return serves and "kafka_cluster_id" in self._client.get("/").json()
-        except (httpx.HTTPError, ValueError, TypeError):
+            return serves and bool(_decoded(self._client.get("/"), _Root))
+        except (httpx.HTTPError, _OtherAnswerError):
             # Something else than a worker may answer there.
             return False
 
@@ -107,18 +141,18 @@ class ConnectWorker:
         Raises:
             UnavailableError: The worker does not answer, or refuses to.
         """
-        answer = self._of_connector("status")
+        answer = self._of_connector("status", _Status)
         if answer is None:
             # A worker that has just begun, or got its settings, does not tell a connector's state yet.
             return ConnectorState(NONE if self.config() is None else UNASSIGNED, where=self.where)
-        halted = answer["connector"]["state"] in HALTED
-        parts = [answer["connector"], *answer["tasks"]]
+        halted = answer.connector.state in HALTED
+        parts = [answer.connector, *answer.tasks]
         for part in parts:
-            if part["state"] == FAILED:
-                return ConnectorState(FAILED, reason_of(part.get("trace", "")), halted, self.where)
-        others = [part["state"] for part in parts if part["state"] != RUNNING]
+            if part.state == FAILED:
+                return ConnectorState(FAILED, reason_of(part.trace), halted, self.where)
+        others = [part.state for part in parts if part.state != RUNNING]
         # A connector whose task is still to come does nothing yet.
-        state = others[0] if others else RUNNING if answer["tasks"] else UNASSIGNED
+        state = others[0] if others else RUNNING if answer.tasks else UNASSIGNED
         return ConnectorState(state, halted=halted, where=self.where)
 
     def config(self) -> dict[str, str] | None:
@@ -127,8 +161,8 @@ class ConnectWorker:
         Raises:
             UnavailableError: The worker does not answer, or refuses to.
         """
-        found: dict[str, str] | None = self._of_connector("config")
-        return found
+        found = self._of_connector("config", dict[str, str | None])
+        return None if found is None else {name: value for name, value in found.items() if value is not None}
 
     def sends_heartbeats(self) -> bool:
         """Tell whether the connector's offset moves with the binlog, also while the table itself does not change.
@@ -145,11 +179,11 @@ class ConnectWorker:
         Raises:
             UnavailableError: The worker does not answer, or refuses to.
         """
-        found = (self._of_connector("offsets") or {}).get("offsets") or []
+        found = self._offsets()
         if not found:
             return None
         # The connector has one task, and that one source partition.
-        newest: dict[str, Any] = found[-1].get("offset") or {}
+        newest = found[-1].offset or {}
         seconds = newest.get("ts_sec")
         return CommittedOffset(
             msgspec.json.encode(found, order="deterministic").decode(),
@@ -157,13 +191,26 @@ class ConnectWorker:
             f"{newest['file']}:{newest['pos']}" if {"file", "pos"} <= newest.keys() else None,
         )
 
+    def has_offset(self) -> bool | None:
+        """Tell whether the connector has a committed offset; None where the worker knows no such question.
+
+        Raises:
+            UnavailableError: The worker does not answer, or refuses to.
+        """
+        found = self._offsets()
+        return None if found is None else bool(found)
+
+    def _offsets(self) -> list[_SourceOffset] | None:
+        found = self._of_connector("offsets", _Offsets)
+        return None if found is None else found.offsets
+
     def configure(self, config: dict[str, str]) -> None:
         """Give the connector these settings; it is made where there is none.
 
         Raises:
             UnavailableError: The worker does not answer, or refuses them.
         """
-        self.ask("PUT", f"/connectors/{CONNECTOR}/config", config)
+        self._read(self._ask("PUT", f"/connectors/{CONNECTOR}/config", config), _Named)
 
     def restart(self) -> None:
         """Start what failed of the connector again.
@@ -171,7 +218,7 @@ class ConnectWorker:
         Raises:
             UnavailableError: The worker does not answer, or refuses to.
         """
-        self.ask("POST", f"/connectors/{CONNECTOR}/restart?includeTasks=true&onlyFailed=true")
+        self._ask("POST", f"/connectors/{CONNECTOR}/restart?includeTasks=true&onlyFailed=true")
 
     def resume(self) -> None:
         """Let a halted connector go on.
@@ -179,22 +226,36 @@ class ConnectWorker:
         Raises:
             UnavailableError: The worker does not answer, or refuses to.
         """
-        self.ask("PUT", f"/connectors/{CONNECTOR}/resume")
+        self._ask("PUT", f"/connectors/{CONNECTOR}/resume")
 
-    def _of_connector(self, what: str) -> Any:  # noqa: ANN401
-        return self.ask("GET", f"/connectors/{CONNECTOR}/{what}", missing=None)
+    def _of_connector(self, what: str, kind: type[T]) -> T | None:
+        """Return what a worker tells of the connector; None where there is no such thing."""
+        answer = self._ask("GET", f"/connectors/{CONNECTOR}/{what}")
+        if answer.status_code == httpx.codes.NOT_FOUND:
+            # A worker says so in words; something else may know no such path.
+            self._read(answer, _Refusal)
+            return None
+        return self._read(answer, kind)
 
-    def ask(self, method: str, path: str, body: object = None, **missing: None) -> Any:  # noqa: ANN401
-        """Send one request and return the JSON of its answer; while workers find their order, repeat it.
+    def _read(self, answer: httpx.Response, kind: type[T]) -> T:
+        try:
+            return _decoded(answer, kind)
+        except _OtherAnswerError:
+            raise UnavailableError(
+                f"What answers at {self.where} is no Connect worker.",
+                way_out="Correct CONNECT_URL, or look at what stands before the worker.",
+            ) from None
+
+    def _ask(self, method: str, path: str, body: object = None) -> httpx.Response:
+        """Send one request and return its answer; while workers find their order, repeat it.
 
         Args:
             method: HTTP's.
             path: Below the worker's address.
             body: Sent as JSON, if any.
-            missing: ``missing=None`` gives None where there is no such thing.
 
         Raises:
-            UnavailableError: There is no answer, or it is a refusal.
+            UnavailableError: There is no answer, or it is a refusal, but for 404 to a question.
         """
         deadline = time.monotonic() + self._patience
         while True:
@@ -205,37 +266,25 @@ class ConnectWorker:
                     f"The Connect worker at {self.where} does not answer: {type(error).__name__}.",
                     way_out="Read its log; run ghsync up connect.",
                 ) from None
-            refused = answer.is_error
+            refused = not answer.is_success
             rebalancing = refused and (answer.status_code == httpx.codes.CONFLICT or _REBALANCING in _message(answer))
             if not rebalancing or time.monotonic() > deadline:
                 break
             time.sleep(_POLL_SECONDS)
-        if answer.status_code == httpx.codes.NOT_FOUND and missing:
-            return None
+        if answer.status_code == httpx.codes.NOT_FOUND and method == "GET":
+            return answer
         if refused:
             raise UnavailableError(
                 f"The Connect worker refuses {method} {path}: {redact(_message(answer))}",
                 way_out=f"Fix what it names, or what its log does ({RIGHTS}), then run ghsync up again.",
             )
-        try:
-            return answer.json() if answer.content else None
-        except ValueError:
-            raise UnavailableError(
-                f"What answers at {self.where} is no Connect worker.", way_out="Correct CONNECT_URL."
-            ) from None
+        return answer
 
 
 def client_of(url: str, seconds: float = _REQUEST_SECONDS) -> httpx.Client:
-    """Return a client of the worker at an address.
-
-    Raises:
-        ConfigError: The address is malformed.
-    """
-    try:
-        # A proxy of the environment knows no server of this machine.
-        return httpx.Client(base_url=url, timeout=seconds, trust_env=not url.startswith("http://127.0.0.1:"))
-    except httpx.InvalidURL as error:
-        raise ConfigError(f"CONNECT_URL is malformed: {redact(str(error))}.", way_out="Correct CONNECT_URL.") from None
+    """Return a client of the worker at an address."""
+    # A proxy of the environment knows no server of this machine.
+    return httpx.Client(base_url=url, timeout=seconds, trust_env=not url.startswith("http://127.0.0.1:"))
 
 
 def away(error: UnavailableError, where: str = "") -> ConnectorState:
@@ -254,8 +303,19 @@ def reason_of(trace: str) -> str:
     return shortened(redact("; ".join(found)), _REASON_LIMIT)
 
 
+class _OtherAnswerError(Exception):
+    """An answer is none that a worker gives."""
+
+
+def _decoded(answer: httpx.Response, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(answer.content, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise _OtherAnswerError from None
+
+
 def _message(answer: httpx.Response) -> str:
     try:
-        return str(answer.json()["message"])
-    except (ValueError, KeyError, TypeError):
+        return _decoded(answer, _Message).message
+    except _OtherAnswerError:
         return f"HTTP {answer.status_code}"

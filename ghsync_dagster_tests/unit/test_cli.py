@@ -150,7 +150,16 @@ def test_malformed_settings_end_any_command_at_once(
     ghsync: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GHSYNC_RETRY_ATTEMPTS", "few")
-    for arguments in (["batch", "x.json"], ["status"], ["audit"], ["report"], ["sample"], ["run"]):
+    for arguments in (
+        ["batch", "x.json"],
+        ["cdc", "run"],
+        ["cdc", "drain"],
+        ["status"],
+        ["audit"],
+        ["report"],
+        ["sample"],
+        ["run"],
+    ):
         result = ghsync(*arguments)
         assert result.exit_code == 2
         assert "error: Settings are wrong: GHSYNC_RETRY_ATTEMPTS: " in result.stderr
@@ -223,7 +232,7 @@ def test_the_report_goes_on_after_an_error_and_does_not_hold_up_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, hangs, left = threading.Event(), threading.Event(), threading.Event()
-    errors = [ConfigError("CONNECT_URL is malformed.", way_out="Correct it.")]
+    errors = [RefusedError("Refused.", way_out="Check the password.")]
 
     class Probe:
         def report(self, *, with_log: bool) -> ConnectorReport:

@@ -12,9 +12,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from ghsync_dagster.cdc import checks
 from ghsync_dagster.cdc import connector as cdc_connector
-from ghsync_dagster.cdc.connector import NOT_ASKED, ConnectorProbe, ConnectorReport, require_stream
+from ghsync_dagster.cdc.connector import NOT_ASKED, ConnectorProbe, ConnectorReport, require_stream, watch_connector
 from ghsync_dagster.domain.connector import ConnectorState, Sample, base_of, cure_of
-from ghsync_dagster.domain.errors import ConfigError, RefusedError, UnavailableError
+from ghsync_dagster.domain.errors import RefusedError, UnavailableError
 from ghsync_dagster.local import connect as local_connect
 from ghsync_dagster.local import connector as local_connector
 from ghsync_dagster.local.supervisor import ServiceStatus
@@ -61,7 +61,7 @@ class Worker:
             return (
                 httpx.Response(200, json={"offsets": [{"partition": {"server": "m"}, "offset": self.offset}]})
                 if self.offset
-                else httpx.Response(404)
+                else httpx.Response(404, json={"error_code": 404, "message": "HTTP 404 Not Found"})
             )
         trace = f"org.apache.Stopped: at u\nCaused by: io.debezium.X: {CAUSE}." if self.state == "FAILED" else ""
         task = {"id": 0, "state": self.state} | ({"trace": trace} if trace else {})
@@ -190,6 +190,61 @@ def test_a_worker_that_is_about_to_rebalance_is_asked_again(
             opened.config()
 
 
+CALLS: dict[str, Callable[[ConnectWorker], object]] = {
+    "status": ConnectWorker.told_state,
+    "config": ConnectWorker.config,
+    "heartbeats": ConnectWorker.sends_heartbeats,
+    "offset": ConnectWorker.offset,
+    "any offset": ConnectWorker.has_offset,
+    "configure": lambda worker: worker.configure({}),
+}
+ODD_ANSWERS = {
+    "a page": httpx.Response(200, html="<h1>Welcome</h1>"),
+    "nothing": httpx.Response(200),
+    "no text": httpx.Response(200, content=b'"\xff"'),
+    "deep": httpx.Response(200, content=b"[" * 100_000),
+    "null": httpx.Response(200, json=None),
+    "a list": httpx.Response(200, json=["connector", "tasks", "offsets"]),
+    "other members": httpx.Response(200, json={"status": {"up": True}}),
+    "members of other kinds": httpx.Response(200, json={"connector": "x", "tasks": 3, "offsets": {}, "name": 5}),
+    "half of them": httpx.Response(200, json={"connector": {}, "tasks": [{}], "offsets": [{}]}),
+    "no such path": httpx.Response(404, html="<h1>Not found</h1>"),
+    "elsewhere": httpx.Response(302, headers={"Location": "http://h/login"}),
+    "a failure that is no object": httpx.Response(500, json=[1]),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("odd", ODD_ANSWERS)
+def test_what_answers_in_another_way_than_a_worker_is_not_available(
+    monkeypatch: pytest.MonkeyPatch, odd: str, call: str
+) -> None:
+    transport = httpx.MockTransport(lambda _: ODD_ANSWERS[odd])
+    monkeypatch.setattr(connect, "client_of", lambda url, _: httpx.Client(base_url=url, transport=transport))
+    with ConnectWorker(URL, 1, 0) as opened:
+        with pytest.raises(UnavailableError) as caught:
+            CALLS[call](opened)
+        assert opened.state().state == "UNKNOWN"
+        assert not opened.serves()
+    assert caught.value.way_out
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_report_that_fails_is_logged_and_what_watches_goes_on(worker: Worker, table: Table) -> None:
+    found: list[ConnectorReport] = []
+    probe = probe_of(worker, table)
+    watch_connector(probe, found.append)
+    watch_connector(None, found.append)
+
+    class Refusing(ConnectorProbe):
+        def report(self, *, with_log: bool = True) -> ConnectorReport:
+            del with_log
+            raise RefusedError("No.", way_out="Ask.")
+
+    watch_connector(Refusing(worker.open, None, still_seconds=1), found.append)
+    assert [report.state.state for report in found] == ["RUNNING"]
+
+
 def test_a_report_has_the_state_the_offset_and_the_end_of_the_binlog(worker: Worker, table: Table) -> None:
     report = probe_of(worker, table).report()
     assert (report.state.state, report.blind, report.event_at) == ("RUNNING", "", 1_796_000_016.0)
@@ -310,14 +365,6 @@ def test_a_local_worker_is_found_where_it_is_at_each_question(
     found = replace(found, state="down")
     assert probe.state().state == probe.report().state.state == "UNKNOWN"
     assert worker.state == "RUNNING"
-
-
-def test_a_malformed_connect_url_is_an_error_of_the_settings(tmp_path: Path) -> None:
-    probe = connector_probe(load_settings(GHSYNC_HOME=tmp_path, CONNECT_URL="http://u:s3cret@host:80a3"))
-    assert probe is not None
-    with pytest.raises(ConfigError, match="CONNECT_URL is malformed") as caught:
-        probe.state()
-    assert "s3cret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("started", [True, False])

@@ -69,6 +69,20 @@ def test_reports_are_asked_for_within_what_is_remembered() -> None:
         load_settings(GHSYNC_CDC_REPORT_SECONDS=LONGEST_WINDOW_SECONDS + 1)
 
 
+@pytest.mark.parametrize(
+    "url", ["http://u:s3cret@host:80a3", "host:8083", "//u:s3cret@host", "http://", "ftp://h", "http://h\x00", "h"]
+)
+def test_a_connect_url_that_leads_nowhere_is_refused_before_work_starts(url: str) -> None:
+    with pytest.raises(ConfigError, match="Settings are wrong: CONNECT_URL: ") as caught:
+        load_settings(CONNECT_URL=url)
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["http://h", "https://u:s3cret@h:8083/connect/", "http://[::1]:8083"])
+def test_a_connect_url_may_have_credentials_and_a_path(url: str) -> None:
+    assert load_settings(CONNECT_URL=url).connect_url == url
+
+
 def test_unknown_variables_in_the_file_env_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("POSTGRES_PASSWORD=x\n")
     assert load_settings().mongodb_database == "new_data"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 import dagster as dg
 from sqlalchemy.exc import SQLAlchemyError
 
+from ghsync_dagster.cdc.connector import watch_connector
 from ghsync_dagster.cdc.listener import Listeners, SilentListener
 from ghsync_dagster.defs.cdc import metadata
 from ghsync_dagster.domain.errors import ConfigError
@@ -154,8 +155,7 @@ class _Observer:
             if wait([future], timeout=min(left, self._settings.cdc_report_seconds)).done:
                 return
             self._endpoint.open()
-            if self._probe is not None:
-                self._metrics.connector(self._probe.report(with_log=False))
+            watch_connector(self._probe, self._metrics.connector)
             if self._heartbeat.silence < _SILENT_SECONDS:
                 self.observe()
             else:
