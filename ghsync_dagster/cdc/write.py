@@ -44,6 +44,7 @@ from ghsync_dagster.domain.coalesce import Segment
 from ghsync_dagster.domain.errors import GhsyncError, TransientError, UnavailableError
 from ghsync_dagster.domain.user import broken_rule_names
 from ghsync_dagster.observability.logging import get_logger
+from ghsync_dagster.stopping import leave_behind
 from ghsync_dagster.stores.retry import retrying, waits
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ _NOTE_SECONDS: Final = 1.0
 """How often to look for notes to go back."""
 _LAST_ATTEMPTS: Final = 7
 """Tries to leave notes at the end, which take up to a minute."""
+_END_SECONDS: Final = 120.0
+"""How long the thread may take to end besides the time of a command at work: for letters and for notes."""
 _LEAST_SECONDS: Final = 1.0
 """The least time that a command is given."""
 _TELLING: Final = 200
@@ -109,12 +112,12 @@ class Membership:
     """
 
     def __init__(self, session_seconds: float) -> None:
-        self._session = session_seconds
+        self.session_seconds = session_seconds
         self._until = float("-inf")
 
     def confirmed(self, asked: float) -> None:
         """Note that the group answered to what it was asked at this time of ``clock.now``."""
-        self._until = asked + self._session
+        self._until = asked + self.session_seconds
 
     @property
     def left(self) -> float:
@@ -124,7 +127,7 @@ class Membership:
     @property
     def is_fresh(self) -> bool:
         """Whether most of the time is left."""
-        return self.left > self._session * 2 / 3
+        return self.left > self.session_seconds * 2 / 3
 
 
 class Writer:
@@ -276,13 +279,26 @@ class Writer:
         self._stopped.set()
 
     def close(self) -> None:
-        """End the thread, before the next command of the batch at work and with every note left, or ``failure`` set."""
+        """End the thread, before the next command of the batch at work and with every note left, or ``failure`` set.
+
+        A thread that does not end in time is left behind, see ``stopping.leave_behind``.
+        """
         with self._changed:
             self._closing = True
             self._stopped.set()
             self._changed.notify_all()
-        self._thread.join()
-        self._letters.close()
+        self._thread.join(self._membership.session_seconds + _END_SECONDS)
+        if not self._thread.is_alive():
+            self._letters.close()
+            return
+        leave_behind("the thread that writes does not end: the database or Kafka does not answer")
+        with self._changed:
+            is_unfinished = self._task is not None or self._to_ask or self._to_repair
+        if is_unfinished:
+            self.failure = self.failure or UnavailableError(
+                f"{self._name}: a batch or repair at work did not end in time; its last command may come late.",
+                way_out="Check that MongoDB and Kafka answer; see docs/operations.md (A command may have come late).",
+            )
 
     # The thread itself
 

@@ -1,12 +1,20 @@
-"""SIGTERM and Ctrl-C set the event, whatever is interrupted, and give way to what was there before."""
+"""Signals set the event and give way to what was there before; what does not end is left behind."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+from typing import Any, cast
+from unittest.mock import MagicMock
 
 import pytest
 
+from ghsync_dagster import stopping
+from ghsync_dagster.cdc import write
+from ghsync_dagster.cdc.batch import Batch
+from ghsync_dagster.cdc.listener import SilentListener
+from ghsync_dagster.domain.errors import UnavailableError
 from ghsync_dagster.stopping import SIGNALS, stop_on_signals, uninterrupted
 
 
@@ -78,3 +86,52 @@ def test_what_is_not_to_be_interrupted_is_done_before_the_signal_acts() -> None:
     with pytest.raises(KeyboardInterrupt):
         work()
     assert done == ["work"]
+
+
+class HangingLetters:
+    """Dead letters whose topic is read without end."""
+
+    def __init__(self) -> None:
+        self.begun, self.goes_on = threading.Event(), threading.Event()
+        self.is_closed = False
+
+    def begin(self) -> None:
+        """Read as long as the test wants."""
+        self.begun.set()
+        self.goes_on.wait(60)
+
+    def close(self) -> None:
+        """Note it."""
+        self.is_closed = True
+
+
+@pytest.mark.parametrize("at_work", [False, True])
+def test_a_writer_that_does_not_end_is_left_behind_and_its_work_is_no_success(
+    monkeypatch: pytest.MonkeyPatch, *, at_work: bool
+) -> None:
+    monkeypatch.setattr(write, "_END_SECONDS", 0.05)
+    monkeypatch.setattr(stopping, "_left_behind", [])
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    letters = HangingLetters()
+    writer = write.Writer(MagicMock(), cast("Any", letters), SilentListener(), write.Membership(0), name="g/t")
+    try:
+        assert letters.begun.wait(10)
+        if at_work:
+            writer.submit(Batch())
+        writer.close()
+        assert (isinstance(writer.failure, UnavailableError), letters.is_closed) == (at_work, False)
+        stopping.end_past_what_hangs(143)
+        assert codes == [143]
+    finally:
+        letters.goes_on.set()
+        writer._thread.join(10)
+
+
+def test_a_writer_that_ends_is_closed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "_left_behind", [])
+    letters = HangingLetters()
+    letters.goes_on.set()
+    writer = write.Writer(MagicMock(), cast("Any", letters), SilentListener(), write.Membership(0), name="g/t")
+    writer.close()
+    assert (stopping._left_behind, letters.is_closed, writer.failure) == ([], True, None)
