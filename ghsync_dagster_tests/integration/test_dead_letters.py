@@ -19,7 +19,7 @@ from ghsync_dagster.cdc.dead_letters import DeadLetter, read_dead_letters
 from ghsync_dagster.domain.errors import RefusedError, UnavailableError
 from ghsync_dagster.stores import kafka_topics
 from ghsync_dagster.stores.kafka import KafkaSettings
-from ghsync_dagster.stores.kafka_topics import RecordWriter, read_to_end
+from ghsync_dagster.stores.kafka_topics import RecordWriter, place, read_to_end
 
 if TYPE_CHECKING:
     from cdc_parts import Parts, Topic
@@ -89,6 +89,18 @@ def test_what_is_read_back_is_what_was_written(topic: Topic, fields: dict[str, A
     [found] = written(topic, one)
     assert found.place == (0, 0)
     assert found == letter(topic, **fields, place=(0, 0))
+
+
+def test_the_places_are_those_of_the_records_where_the_topic_has_two_partitions(topic: Topic) -> None:
+    admin = AdminClient({"bootstrap.servers": topic.kafka.bootstrap_servers})
+    [made] = admin.create_topics([NewTopic(topic.kafka.dead_letter_topic, 2, 1)]).values()
+    made.result(10)
+    writer = RecordWriter(topic.kafka, topic.kafka.dead_letter_topic)
+    values = [b"v%d" % key for key in range(200)]
+    places = writer.write((value, value, []) for value in values)
+    writer.close()
+    found = {place(message): message.value() for message in read_to_end(topic.kafka, writer.topic)}
+    assert [found[at] for at in places] == values
 
 
 def test_a_letter_that_was_written_twice_is_read_once(topic: Topic) -> None:
