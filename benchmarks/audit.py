@@ -27,6 +27,7 @@ from rich.console import Console
 from benchmarks import harness
 from benchmarks.contenders import inherited_environment
 from benchmarks.harness import BenchmarkError
+from benchmarks.results import at_least
 from benchmarks.stack import Stack
 from ghsync_dagster.domain.errors import GhsyncError
 from ghsync_dagster.domain.user import USER_FIELDS
@@ -249,6 +250,9 @@ def main(
             build = before.resolve() if before else earlier_build(commit, home / "earlier")
             stack = around.enter_context(Stack(home / "home", home / "logs", console.print))
             run = _Conductor(stack, console.print).run(build, users, differences, rounds, rate)
+    except KeyboardInterrupt:
+        console.print("Interrupted: everything is stopped, nothing is written.")
+        raise typer.Exit(harness.INTERRUPTED) from None
     except (BenchmarkError, GhsyncError) as error:
         console.print(f"failed: {error}")
         raise typer.Exit(1) from None
@@ -256,7 +260,8 @@ def main(
     out.write_text(
         json.dumps({**asdict(run), "target": TARGET, "warnings": warnings}, indent=2) + "\n", encoding="utf-8"
     )
-    met = "met" if run.times_faster >= TARGET else "missed"
+    # As in the other benchmarks a target that is missed is a result, and no failure of the run.
+    met = "met" if at_least("audit", run.times_faster, TARGET).met else "missed"
     console.print(f"{run.times_faster:.2f} times as fast as {commit} (target {TARGET:.0f}: {met}); results: {out}")
 
 
