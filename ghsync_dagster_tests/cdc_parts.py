@@ -12,7 +12,7 @@ import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import psutil
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.local.supervisor import ServiceStatus
     from ghsync_dagster.settings import Settings
 
+T = TypeVar("T")
 FIELDS = ("user_id", "login", "gravatar_id", "avatar_url", "url")
 GHSYNC = str(Path(sys.executable).parent / "ghsync")
 
@@ -283,12 +284,13 @@ def stored(store: UserStore) -> dict[str, dict[str, Any]]:
     return {found["user_id"]: found for found in store.users.find({}, {"_id": 0})}
 
 
-def until(condition: Callable[[], bool], seconds: float = 30) -> None:
-    """Wait until something outside of this process's reach holds."""
+def until(look: Callable[[], T], seconds: float = 30, good: Callable[[T], object] = bool) -> T:
+    """Look at something outside of this process's reach until what is found is good, or true; return it."""
     deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
+    while not good(found := look()):
+        assert time.monotonic() < deadline, f"it did not come about: {found}"
         time.sleep(0.02)
+    return found
 
 
 @contextmanager

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import dagster as dg
 import pytest
-from cdc_parts import GHSYNC
+from cdc_parts import GHSYNC, until
 
 from ghsync_dagster.defs.cdc.source_watch import source_watch
 from ghsync_dagster.defs.ops.alerts import alerts_sensor
@@ -21,7 +20,7 @@ from ghsync_dagster.stores.mysql import MySqlStore
 from ghsync_dagster.wiring import look_at_source
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from pydantic import SecretStr
 
@@ -254,14 +253,14 @@ def test_a_statement_that_came_as_text_is_told_until_both_sides_are_equal(
     stack_settings: Settings, root: MySqlStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root.execute([("INSERT INTO Users (user_id, login) VALUES (1, 'one'), (2, 'two')", ())])
-    assert until(lambda: ghsync(stack_settings, "cdc", "drain").stdout, lambda said: "2 applied" in said)
+    until(lambda: "2 applied" in ghsync(stack_settings, "cdc", "drain").stdout, 60)
     assert ghsync(stack_settings, "cdc", "audit").returncode == 0
     assert look_at_source(stack_settings).passed
     # On a connection of its own: the session is left as it is.
     with MySqlStore(secret(stack_settings.mysql_url)) as session:
         session.execute([("SET SESSION binlog_format = STATEMENT", ())])
         session.execute([("UPDATE Users\n SET login = 'lost-s3cret' WHERE user_id = 1", ())])
-    found = until(lambda: look_at_source(stack_settings), lambda finding: not finding.passed)
+    found = until(lambda: look_at_source(stack_settings), 60, lambda finding: not finding.passed)
     assert "1 statements on Users came as text" in found.summary
     assert found.counts["statements"] == 1
     up, drain, audit = (
@@ -277,7 +276,7 @@ def test_a_statement_that_came_as_text_is_told_until_both_sides_are_equal(
     _sees_and_alerts(stack_settings, monkeypatch)
     # Once a change as a row has brought the user, and the audit finds both sides equal, nothing is left to say.
     root.execute([("UPDATE Users SET login = 'found' WHERE user_id = 1", ())])
-    until(lambda: ghsync(stack_settings, "cdc", "drain").stdout, lambda said: "1 applied" in said)
+    until(lambda: "1 applied" in ghsync(stack_settings, "cdc", "drain").stdout, 60)
     assert ghsync(stack_settings, "cdc", "audit").returncode == 0
     assert look_at_source(stack_settings).passed
     assert ghsync(stack_settings, "cdc", "drain").returncode == 0
@@ -296,12 +295,3 @@ def _sees_and_alerts(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Non
         assert not source_watch.evaluate_tick(dg.build_sensor_context(instance=instance)).asset_events
         seen = dg.build_sensor_context(instance=instance, cursor='{"logged":0,"posted":0}')
         assert "1 alerts" in str(alerts_sensor.evaluate_tick(seen).skip_message)
-
-
-def until(look: Callable[[], Any], good: Callable[[Any], bool], seconds: float = 60) -> Any:
-    """Look again and again until what is found is good; return it."""
-    deadline = time.monotonic() + seconds
-    while not good(found := look()):
-        assert time.monotonic() < deadline, found
-        time.sleep(0.2)
-    return found
