@@ -108,8 +108,7 @@ def test_each_job_and_sensor_that_is_named_is_defined(page: Path) -> None:
 
 def test_each_collection_beside_the_users_is_in_the_list_of_them() -> None:
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "ghsync_dagster" / "stores").glob("*.py"))
-    made = set(re.findall(r'\{(?:prefix|beside)\}([a-z_]+)"|\'deleted\'\)\}([a-z_]+)"', sources))
-    found = {one or other for one, other in made}
+    found = set(re.findall(r'\.companion\("([a-z_]+)"\)', sources))
     listed = set(re.findall(r"(?m)^\| `_ghsync_([a-z_]+)`", (ROOT / "docs" / "batch.md").read_text(encoding="utf-8")))
     assert {"repairs", "readings", "dead_letters", "versions"} <= found
     assert found <= listed
