@@ -1,4 +1,7 @@
-"""The benchmark's harness works: every contender ends in the state that is due, and nothing outlives a run."""
+"""The benchmark's harness works: every contender ends in the state that is due, and nothing outlives a run.
+
+``GHSYNC_FAULT_ROUNDS=N`` (any N) runs every contender.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ from benchmarks import contenders, harness, results
 pytestmark = pytest.mark.integration
 
 EVENTS = 400
-NAMES = ("ours", "ours-dagster", "plain", "floor", "floor-versions")
+FULL = bool(os.environ.get("GHSYNC_FAULT_ROUNDS"))
+NAMES = ("ours", "ours-dagster", "plain", "floor", "floor-versions") if FULL else ("ours", "plain", "floor-versions")
 
 
 def bench_command(*options: str) -> list[str]:
@@ -29,6 +33,7 @@ def children_of(pid: int) -> list[psutil.Process]:
     return list(psutil.Process(pid).children(recursive=True))
 
 
+@pytest.mark.faults
 def test_every_contender_ends_in_the_state_that_is_due(tmp_path: Path) -> None:
     options = ("--sizes", str(EVENTS), "--rounds", "1", "--contenders", ",".join(NAMES), "--out", str(tmp_path))
     done = subprocess.run(bench_command(*options), cwd=harness.PROJECT, capture_output=True, text=True, timeout=400)
@@ -46,14 +51,11 @@ def test_every_contender_ends_in_the_state_that_is_due(tmp_path: Path) -> None:
         assert run["cpu_seconds"] > 0
         assert run["peak_mb"] > 10
         assert run["store_peak_mb"] > 10
-    assert all(runs[name]["peak_java_mb"] > 100 for name in ("ours", "ours-dagster", "plain"))
-    assert runs["floor"]["peak_java_mb"] == 0
+    assert all((run["peak_java_mb"] > 100) == ("floor" not in name) for name, run in runs.items())
     assert runs["ours"]["phases"]["jvm_start"] > 0
-    assert {ratio["words"].partition(",")[0] for ratio in document["ratios"]} >= {
-        "plain / ours",
-        "plain / ours-dagster",
-        "(ours - JVM start) / floor",
-    }
+    told = {ratio["words"].partition(",")[0] for ratio in document["ratios"]}
+    assert "plain / ours" in told
+    assert not FULL or told >= {"plain / ours-dagster", "(ours - JVM start) / floor"}
     assert (tmp_path / "batch.png").read_bytes().startswith(b"\x89PNG")
 
 

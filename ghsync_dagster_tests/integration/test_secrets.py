@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 pytestmark = pytest.mark.integration
+LONG = pytest.mark.skipif(not os.environ.get("GHSYNC_FAULT_ROUNDS"), reason="make faults runs it")
 
 ROOT = Path(__file__).parents[2]
 SECRET = "s3cr3t-PLANTED"
@@ -167,7 +168,13 @@ def message_of(watched: Watched) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code"), [(["batch", "{events}"], 3), (["run"], 3), (["status"], 0), (["status", "--json"], 0)]
+    ("arguments", "code"),
+    [
+        pytest.param(["batch", "{events}"], 3, marks=[pytest.mark.faults, LONG]),
+        (["run"], 3),
+        (["status"], 0),
+        (["status", "--json"], 0),
+    ],
 )
 def test_a_password_is_nowhere_while_the_store_is_away(
     commands: Commands, closed_port: int, arguments: list[str], code: int
