@@ -23,8 +23,8 @@ run: setup ## take the events to MongoDB with all checks, and print a summary
 cdc: setup ## try the change path on local servers: workload, sync, latency, audit
 	@$(BIN)/ghsync cdc rehearse
 
-test: setup-dev ## run all tests, in JOBS processes (3, as some wait)
-	@$(BIN)/python -m pytest --numprocesses $(or $(JOBS),3) --dist loadfile --no-loadscope-reorder
+test: setup-dev ## run all tests, in JOBS processes (4, as some wait)
+	@$(BIN)/python -m pytest --numprocesses $(or $(JOBS),4) --dist loadfile --no-loadscope-reorder
 
 dev: setup ## serve the Dagster UI with daemon and sensors on 127.0.0.1:3000
 	@home="$$($(BIN)/python -m ghsync_dagster.local.dagster_home)" && \

@@ -50,7 +50,10 @@ if TYPE_CHECKING:
     from ghsync_dagster.stores.repairs import RepairStore
 
 CHUNK: Final = 200
-"""Users that are locked, read and written at once: the stream waits as long as their write takes."""
+"""Users that are locked, read and written at once, at most."""
+_LEAST: Final = 20
+_HELD_SECONDS: Final = 0.1
+"""How long the stream is to wait for the write of a chunk: chunks become smaller where the store is slow."""
 _AHEAD: Final = 2
 """Readings that may wait for the writer or be at work."""
 _LOOK_SECONDS: Final = 1.0
@@ -232,6 +235,7 @@ class SourceReader:
         """What is in the way of reading, and of writing."""
         self._delays = {_READING: waits(), _WRITING: waits()}
         self._next_at = self._not_before = 0.0
+        self._chunk = CHUNK // 2
         self._commands: dict[RepairStep, Callable[[int], None]] = {
             RepairStep.CLAIM: self._claim,
             RepairStep.NOTE: self._note,
@@ -302,9 +306,13 @@ class SourceReader:
         with self._changed:
             return self._works.pop(0) if self._works else None
 
-    def wrote(self) -> None:
+    def wrote(self, work: RepairWork, seconds: float) -> None:
         """Say that the store took what was read: nothing is in the way of writing."""
         self._clear(_WRITING)
+        users = len(work.claim.requests)
+        # What is left of a chunk that met locks tells little.
+        if users >= _LEAST:
+            self._chunk = min(max(int(users * _HELD_SECONDS / seconds), _LEAST), CHUNK)
 
     def finished(self, work: RepairWork, error: Exception | None = None) -> None:
         """Say that work was carried out, or given up: what is open still is claimed again.
@@ -414,7 +422,7 @@ class SourceReader:
         with self._changed:
             leave_out = [key for claim in self._claims for key in claim.requests]
         leave_out += [key for key, (until, _) in self._locked.items() if until > now]
-        requests = self._store.open_requests(CHUNK, leave_out=leave_out)
+        requests = self._store.open_requests(min(self._chunk, CHUNK), leave_out=leave_out)
         self._claimed = Claim(requests) if requests else None
 
     def _note(self, owner: int) -> None:

@@ -188,13 +188,13 @@ def repair(
     log.info("repairs are requested", users=len(keys))
     waiting = _Waiting(kafka, repairs, (token, len(keys)), own_consumer, stop, still_seconds)
     found = waiting.until_done(progress)
-    still = len(keys) - found.done
+    outcomes = repairs.outcomes(token)
     return RepairReport(
         asked=len(keys),
-        outcomes={outcome.value: count for outcome, count in found.outcomes.items()},
-        open=still,
-        refused=repairs.refused_users(token, SHOWN) if found.outcomes.get(Outcome.REFUSED) else (),
-        problem=(found.problem or _NO_PROBLEM) if still else "",
+        outcomes={outcome.value: count for outcome, count in outcomes.items()},
+        open=found.open,
+        refused=repairs.refused_users(token, SHOWN) if outcomes[Outcome.REFUSED] else (),
+        problem=(found.problem or _NO_PROBLEM) if found.open else "",
         by_itself=waiting.by_itself,
         seconds=round(time.monotonic() - started, 3),
     )
@@ -246,11 +246,11 @@ class _Waiting:
         while True:
             check()
             found = self._repairs.progress(self._token)
-            progress(found.done)
-            if found.done >= self._asked or self._stop.is_set():
+            progress(self._asked - found.open)
+            if not found.open or self._stop.is_set():
                 return found, True
-            if found.done != before:
-                moved, before = time.monotonic(), found.done
+            if found.open != before:
+                moved, before = time.monotonic(), found.open
             elif time.monotonic() - moved > still_seconds:
                 return found, False
             self._stop.wait(wait)

@@ -336,6 +336,7 @@ class Writer:
         assert self._reader is not None  # noqa: S101  it has read the work
         self._store.unsure = False
         failure: Exception | None = None
+        started = time.monotonic()
         try:
             outcomes = carry_out(self._store, work, self._known_fences(), self._letters.resolve_repaired)
         except _StoppedError:
@@ -348,7 +349,7 @@ class Writer:
             elif not isinstance(error, GhsyncError):
                 log.exception("a repair failed unexpectedly; retrying")
         else:
-            self._reader.wrote()
+            self._reader.wrote(work, time.monotonic() - started)
             for outcome, count in outcomes.items():
                 self._listener.repaired(outcome.value, count)
         finally:

@@ -15,12 +15,13 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pymongo import UpdateOne
+from pymongo.errors import BulkWriteError
 
 from ghsync_dagster.domain.change import Position
 from ghsync_dagster.domain.repair import Fence, Outcome, Reading, StoredUser
 from ghsync_dagster.domain.user import MARKER_FIELD
 from ghsync_dagster.stores.mongo import CHUNK, chunks, mongo_errors
-from ghsync_dagster.stores.stream import StreamStore, limited
+from ghsync_dagster.stores.stream import DUPLICATE_KEY, StreamStore, limited, raise_unless
 
 if TYPE_CHECKING:
     from ghsync_dagster.stores.mongo import Document, UserStore
@@ -41,17 +42,12 @@ class RepairProgress(NamedTuple):
     """How far the users of one request are.
 
     Attributes:
-        outcomes: Users by what their repair came to.
+        open: Users that are not repaired yet.
         problem: Why the owner of some users cannot carry their requests out now; empty where nothing is known.
     """
 
-    outcomes: Mapping[Outcome, int]
+    open: int
     problem: str = ""
-
-    @property
-    def done(self) -> int:
-        """Users that are repaired, or whose row the database refuses."""
-        return sum(self.outcomes.values())
 
 
 class RefusedUser(NamedTuple):
@@ -84,50 +80,63 @@ class RepairStore(StreamStore):
     def request(self, keys: Iterable[str]) -> str:
         """Request repairs of users; return the token that names this request. A user may be requested again."""
         token = uuid.uuid4().hex
-        self._request(keys, token, {"$push": {"asked": {"$each": [token], "$slice": -_ASKED_KEPT}}})
+        self._request(keys, token, is_awaited=True)
         return token
 
     def request_again(self, keys: Iterable[str]) -> None:
         """Have users repaired once more, on behalf of nobody who waits."""
-        self._request(keys, uuid.uuid4().hex, {})
+        self._request(keys, uuid.uuid4().hex, is_awaited=False)
 
     def request_fenced(self, keys: Iterable[str]) -> None:
         """Request those of ``keys`` again that were repaired before."""
         if fenced := [key for part in chunks(keys) for key in self._fenced_among(part)]:
             self.request_again(fenced)
 
-    def _request(self, keys: Iterable[str], token: str, more: Document) -> None:
-        update = {
-            "$set": {"state": _REQUESTED, "token": token, "requested_at": datetime.now(UTC)},
-            "$unset": {"problem": ""},
-            **more,
-        }
-        with limited("Requesting repairs", _LIST_SECONDS):
-            for part in chunks(keys):
-                self._repairs.bulk_write([UpdateOne({"_id": key}, update, upsert=True) for key in part], ordered=False)
+    def _request(self, keys: Iterable[str], token: str, *, is_awaited: bool) -> None:
+        entry = {"state": _REQUESTED, "token": token, "requested_at": datetime.now(UTC)}
+        update: Document = {"$set": entry, "$unset": {"problem": ""}}
+        if is_awaited:
+            update["$push"] = {"asked": {"$each": [token], "$slice": -_ASKED_KEPT}}
+        first = entry | ({"asked": [token]} if is_awaited else {})
+        for part in chunks(keys):
+            with limited("Requesting repairs", _LIST_SECONDS):
+                # Far cheaper than an upsert each.
+                known = {found["_id"] for found in self._repairs.find({"_id": {"$in": part}}, {"_id": 1})}
+                known |= self._insert_new([{"_id": key, **first} for key in part if key not in known])
+                if known:
+                    self._repairs.update_many({"_id": {"$in": list(known)}}, update)
+
+    def _insert_new(self, entries: list[Document]) -> set[str]:
+        """Insert entries; return the users that somebody else requested at the same time."""
+        try:
+            if entries:
+                self._repairs.insert_many(entries, ordered=False)
+        except BulkWriteError as error:
+            raise_unless(error, {DUPLICATE_KEY})
+            return {entries[failed["index"]]["_id"] for failed in error.details["writeErrors"]}
+        return set()
 
     def _fenced_among(self, keys: list[str]) -> list[str]:
         with mongo_errors("Reading fences"):
             found = self._repairs.find({"_id": {"$in": keys}}, {"reading": 1})
-            return [entry["_id"] for entry in found if "reading" in entry]
+            return [entry["_id"] for entry in found if entry.get("reading")]
 
     def progress(self, token: str) -> RepairProgress:
-        """Return how far the users of a request are."""
-        group = {
-            "_id": {"state": "$state", "outcome": "$outcome"},
-            "users": {"$sum": 1},
-            "problem": {"$max": "$problem"},
-        }
-        outcomes: Counter[Outcome] = Counter()
-        problem = ""
+        """Return how far the users of a request are; the store looks at open requests only."""
+        group = {"_id": None, "open": {"$sum": 1}, "problem": {"$max": "$problem"}}
         with mongo_errors("Reading repairs"):
+            found = list(
+                self._repairs.aggregate([{"$match": {"state": _REQUESTED, "asked": token}}, {"$group": group}])
+            )
+        return RepairProgress(found[0]["open"], found[0].get("problem") or "") if found else RepairProgress(0)
+
+    def outcomes(self, token: str) -> Counter[Outcome]:
+        """Return what became of the users of a request, as far as they are repaired."""
+        match = {"state": _DONE, "asked": token}
+        with limited("Reading repairs", _LIST_SECONDS):
             # A long list of users is counted by the server.
-            for found in self._repairs.aggregate([{"$match": {"asked": token}}, {"$group": group}]):
-                if found["_id"].get("state") == _DONE:
-                    outcomes[Outcome(found["_id"]["outcome"])] += found["users"]
-                else:
-                    problem = found.get("problem") or problem
-        return RepairProgress(outcomes, problem)
+            found = self._repairs.aggregate([{"$match": match}, {"$group": {"_id": "$outcome", "users": {"$sum": 1}}}])
+            return Counter({Outcome(outcome["_id"]): outcome["users"] for outcome in found})
 
     def is_any_open(self) -> bool:
         """Tell whether any user is still to be repaired."""
@@ -198,9 +207,9 @@ class RepairStore(StreamStore):
             of_kind = {key: token for key, token in requests.items() if (key in rows) == has_row}
             for token, keys in _by_token(of_kind):
                 with self._command("Recording fences"):
+                    is_open = {"$and": [{"$eq": ["$token", token]}, {"$eq": ["$state", _REQUESTED]}]}
                     self._repairs.update_many(
-                        {"_id": {"$in": keys}, "token": token, "state": _REQUESTED},
-                        {"$set": {"reading": reading.id, "has_row": has_row}},
+                        {"_id": {"$in": keys}}, _merged_if(is_open, {"reading": reading.id, "has_row": has_row})
                     )
         with self._command("Reading fences"):
             found = self._repairs.find({"_id": {"$in": list(requests)}}, {"reading": 1})
@@ -217,19 +226,24 @@ class RepairStore(StreamStore):
             fences: What fence a user has from now on: an earlier owner's command may have come late in between. None
                 takes it away. A user that is not there keeps its own.
         """
-        closed: Document = {"state": _DONE, "outcome": outcome.value, "at": datetime.now(UTC)}
+        closed: Document = {
+            "state": _DONE,
+            "outcome": outcome.value,
+            "at": datetime.now(UTC),
+            "text": "",
+            "problem": "",
+        }
         alike: dict[tuple[bool, Fence | None], dict[str, str]] = {}
         for key, token in requests.items():
             alike.setdefault((key in fences, fences.get(key)), {})[key] = token
         for (has_changed, fence), of_kind in alike.items():
-            update: Document = {"$set": dict(closed), "$unset": {"text": "", "problem": ""}}
-            if fence is not None:
-                update["$set"] |= {"reading": fence.reading.id, "has_row": fence.has_row}
-            elif has_changed:
-                update["$unset"] |= {"reading": "", "has_row": ""}
+            fields = dict(closed)
+            if has_changed:
+                fields["reading"], fields["has_row"] = (fence.reading.id, fence.has_row) if fence else (None, None)
             for token, keys in _by_token(of_kind):
                 with self._command("Recording outcomes"):
-                    self._repairs.update_many({"_id": {"$in": keys}, "token": token}, update)
+                    is_same = {"$eq": ["$token", token]}
+                    self._repairs.update_many({"_id": {"$in": keys}}, _merged_if(is_same, fields))
 
     def record_reasons(self, reasons: Mapping[str, str]) -> None:
         """Add to closed requests why the database refused their users."""
@@ -276,6 +290,15 @@ class RepairStore(StreamStore):
                 self._repairs.delete_many({"reading": {"$in": part}, "state": _DONE})
                 self._readings.delete_many({"_id": {"$in": part}})
         return len(over)
+
+
+def _merged_if(condition: Document, fields: Document) -> list[Document]:
+    """Return an update that adds fields to a document where a condition holds.
+
+    In the update and not in its query: of a query with more than ``_id`` not every server makes a look-up by ``_id``.
+    """
+    literal = {name: {"$literal": value} for name, value in fields.items()}
+    return [{"$replaceWith": {"$cond": [condition, {"$mergeObjects": ["$$ROOT", literal]}, "$$ROOT"]}}]
 
 
 def _by_token(requests: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:

@@ -9,7 +9,6 @@ batch. All parts are real, the consumers processes of their own.
 from __future__ import annotations
 
 import dataclasses
-import os
 import random
 import signal
 import sys
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from cdc_parts import Parts, child, kill, until
+from long_campaign import ONLY_LONG, ROUNDS
 
 from ghsync_dagster.cdc.audit import Patience, audit
 from ghsync_dagster.cdc.dead_letters import read_dead_letters
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from ghsync_dagster.settings import Settings
 
-FULL = bool(os.environ.get("GHSYNC_FAULT_ROUNDS"))
+FULL = bool(ROUNDS)
 RATE = 500
 AWAY_SECONDS = 60 if FULL else 5
 RESTARTS = 3 if FULL else 1
@@ -169,7 +169,7 @@ def test_while_the_store_is_away_nothing_is_lost_and_afterwards_it_is_caught_up(
         leave(consumer)
 
 
-@pytest.mark.parametrize("service", ["kafka", "connect"])
+@pytest.mark.parametrize("service", ["kafka", pytest.param("connect", marks=ONLY_LONG)])
 def test_a_server_of_the_stream_that_is_killed_and_restarted_loses_nothing(campaign: Campaign, service: str) -> None:
     times = []
     with campaign.consumer() as consumer:

@@ -13,6 +13,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import long_campaign
 import pytest
 from cdc_parts import until
 from confluent_kafka.admin import AdminClient
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from cdc_parts import Topic
 
-ROUNDS = 20 if os.environ.get("GHSYNC_FAULT_ROUNDS") else 5
+ROUNDS = 20 if long_campaign.ROUNDS else 5
 AT_ONCE = 10
 PARTITIONS = 3
 LONGEST_SECONDS = 30

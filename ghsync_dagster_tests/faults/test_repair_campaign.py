@@ -9,7 +9,6 @@ the binlog, so that only a repair brings them, and older records of the same use
 from __future__ import annotations
 
 import json
-import os
 import random
 import statistics
 import subprocess
@@ -20,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import long_campaign
 import psutil
 import pytest
 from cdc_parts import GHSYNC, until, user
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
     from ghsync_dagster.settings import Settings
 
-FULL = bool(os.environ.get("GHSYNC_FAULT_ROUNDS"))
-ROUNDS = 20 if FULL else 2
+FULL = bool(long_campaign.ROUNDS)
+ROUNDS = 20 if FULL else 1
 USERS = 1_000
 RATE = 1_000 if FULL else 300
 HIDDEN_SHARE = 0.05

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+from long_campaign import LONG, ROUNDS
 
 from ghsync_dagster.batch.lease import QUIET_SECONDS, hold_lease
 
@@ -31,7 +32,6 @@ pytestmark = pytest.mark.faults
 
 ASKED: dict[signal.Signals, int] = {signal.SIGTERM: 143, signal.SIGINT: 130}
 EVERY = [(number, moment) for number in ASKED for moment in ("reading", "inserting")]
-LONG = "GHSYNC_FAULT_ROUNDS" in os.environ
 SECONDS = 240
 GIVEN_UP = 3
 USERS = 6_000
@@ -172,7 +172,7 @@ def test_a_load_that_meets_another_too_long_ends_with_a_clear_message(
     assert store.users.count_documents({}) == 0
 
 
-@pytest.mark.parametrize(("number", "moment"), EVERY if LONG else [EVERY[1], EVERY[2]])
+@pytest.mark.parametrize(("number", "moment"), EVERY if ROUNDS else [EVERY[1]])
 def test_a_load_that_is_asked_to_stop_gives_the_lease_up_and_leaves_no_process(
     batch: Callable[..., Batch],
     flow: BatchFlow,
@@ -207,7 +207,7 @@ def test_a_load_that_is_asked_to_stop_gives_the_lease_up_and_leaves_no_process(
     assert_stored(store, newest_logins(file))
 
 
-@pytest.mark.parametrize("number", ASKED if LONG else [signal.SIGTERM])
+@pytest.mark.parametrize("number", ASKED if ROUNDS else [signal.SIGTERM])
 def test_a_dagster_run_that_is_asked_to_stop_says_so_and_leaves_no_process(
     batch: Callable[..., Batch],
     store: UserStore,
@@ -229,6 +229,7 @@ def test_a_dagster_run_that_is_asked_to_stop_says_so_and_leaves_no_process(
         time.sleep(0.1)
 
 
+@LONG
 def test_a_dagster_run_that_is_killed_does_not_hold_up_the_next_one(
     batch: Callable[..., Batch], store: UserStore, tmp_path: Path, event_line: Callable[..., str]
 ) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+from long_campaign import LONG
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,6 +63,8 @@ def fifth_bad(tmp_path: Path, event_line: Callable[..., str]) -> Path:
     return path
 
 
+@pytest.mark.faults
+@LONG
 def test_a_fifth_of_bad_lines_ends_the_batch_with_1_and_stores_nothing(
     commands: Commands, fifth_bad: Path, store: UserStore
 ) -> None:

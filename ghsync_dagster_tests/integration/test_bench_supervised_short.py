@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+from long_campaign import LONG
 
 from benchmarks import cdc_probes, harness
 from benchmarks.cdc_probes import FIRST_KEY, paired
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from ghsync_dagster.settings import Settings
 
 pytestmark = pytest.mark.integration
-
-LONG = pytest.mark.skipif("GHSYNC_FAULT_ROUNDS" not in os.environ, reason="minutes of slices: make faults runs it")
 
 
 def bench_command(*options: str) -> list[str]:

@@ -21,6 +21,7 @@ import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from dagster._core.storage.tags import SENSOR_NAME_TAG
+from long_campaign import LONG
 
 from ghsync_dagster.cdc.backlog import read_backlog
 from ghsync_dagster.cdc.consume import ChangeConsumer, ConsumerReport
@@ -505,7 +506,7 @@ def test_a_lag_that_stays_is_told_beside_the_differences(stack: Stack, runs: InP
 
 
 @pytest.mark.faults
-@pytest.mark.skipif("GHSYNC_FAULT_ROUNDS" not in os.environ, reason="minutes of hand-overs: make faults runs it")
+@LONG
 def test_the_supervisor_hands_over_and_replaces_a_killed_slice(stack: Stack, instance: dg.DagsterInstance) -> None:
     """Slices of 40 s, one killed -9; changes come all the time, and all are applied."""
     port = _free_port()

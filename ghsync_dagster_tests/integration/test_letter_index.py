@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ from cdc_parts import GHSYNC, StrictStore, make_anew, make_strict, stored, user
 from confluent_kafka import OFFSET_END, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
+from long_campaign import ROUNDS
 from typer.testing import CliRunner
 
 from ghsync_dagster import cli, cli_cdc
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.integration
 
-MANY: Final = 100_000 if os.environ.get("GHSYNC_FAULT_ROUNDS") else 40_000
+MANY: Final = 100_000 if ROUNDS else 40_000
 MORE_MEMORY: Final = 40 * 1024**2
 """How much more memory they may take than 1,000 letters do, in bytes; held whole they take at least twice as much."""
 BROKEN: Final = b"{"

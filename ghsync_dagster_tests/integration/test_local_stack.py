@@ -20,6 +20,7 @@ import pymysql
 import pytest
 from cdc_parts import kill
 from confluent_kafka import Consumer, TopicPartition
+from long_campaign import LONG
 from pymongo import MongoClient
 
 from ghsync_dagster.domain.errors import UnavailableError
@@ -280,6 +281,8 @@ def test_a_connector_that_can_not_run_is_an_error_with_its_reason(
     arrived(up, insert(up))
 
 
+@pytest.mark.faults
+@LONG
 @pytest.mark.parametrize("service", ["mongo", "mysql", "kafka", "connect"])
 def test_a_server_killed_hard_is_back_with_its_data(
     settings: Settings, up: dict[str, stack.ServiceStatus], service: str

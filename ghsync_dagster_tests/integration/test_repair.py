@@ -257,10 +257,10 @@ def test_locked_users_hold_up_no_other(bench: _Bench, monkeypatch: pytest.Monkey
             # By one key each: a scan would lock all rows.
             other.execute([("UPDATE Users SET login = 'x' WHERE user_id = %s", (key,))])
         token = bench.repairs.request([str(key) for key in range(1, 21)])
-        until(lambda: bench.repairs.progress(token).done == 10)
+        until(lambda: bench.repairs.progress(token).open == 10)
         until(lambda: "locked" in bench.repairs.progress(token).problem)
         other.execute([("ROLLBACK", ())])
-        until(lambda: bench.repairs.progress(token).done == 20)
+        until(lambda: bench.repairs.progress(token).open == 0)
         running.end()
 
 
@@ -361,7 +361,7 @@ def test_a_dead_letter_that_comes_after_the_reading_has_the_source_read_again(
         bench.topic.flush()
         until(lambda: bench.topic.committed() == 1)
         may_be_written.set()
-        until(lambda: bench.repairs.progress(token).done == 1)
+        until(lambda: bench.repairs.progress(token).open == 0)
         assert bench.login(1) == "newest"
         running.end()
     (letter,) = LetterIndex(bench.store, bench.topic.kafka.topic).find()
@@ -390,7 +390,7 @@ def test_a_write_that_the_store_refuses_is_told_once_and_holds_up_no_change(
         bench.record(7, "c", "seven", ahead=-1)
         until(lambda: bench.login(7) == "seven")
         bench.store.database.drop_collection(readings.name)
-        until(lambda: bench.repairs.progress(token).done == 1)
+        until(lambda: bench.repairs.progress(token).open == 0)
         running.end()
     # Where they go depends on whether a test before has configured the logs.
     said = "".join(capsys.readouterr())
@@ -403,13 +403,12 @@ def test_a_row_that_another_transaction_has_locked_is_read_once_it_is_free(bench
     with bench.source() as other, bench.parts.running(bench.topic, open_source=bench.source) as running:
         other.execute([("SET autocommit = 0", ())])
         other.execute([("UPDATE Users SET login = 'after' WHERE user_id = 1", ())])
-        expected = 2
         token = bench.repairs.request(["1", "2"])
         until(lambda: bench.login(2) == "two")
-        until(lambda: bench.repairs.progress(token).done == 1)
+        until(lambda: bench.repairs.progress(token).open == 1)
         assert bench.login(1) is None
         other.execute([("COMMIT", ())])
-        until(lambda: bench.repairs.progress(token).done == expected)
+        until(lambda: bench.repairs.progress(token).open == 0)
         assert bench.login(1) == "after"
         running.end()
 
@@ -459,8 +458,7 @@ def test_requests_wait_while_mysql_is_away_and_the_reason_is_told(bench: _Bench)
         bench.record(7, "c", "seven", ahead=-1)
         until(lambda: bench.login(7) == "seven")
         is_away.clear()
-        expected = 1
-        until(lambda: bench.repairs.progress(token).done == expected)
+        until(lambda: bench.repairs.progress(token).open == 0)
         running.end()
     assert bench.login(1) == "right"
 
@@ -479,8 +477,7 @@ def test_who_has_not_all_partitions_repairs_nothing(
             until(lambda: "partitions" in bench.repairs.progress(token).problem)
             assert bench.login(1) is None
             second.end()
-        expected = 1
-        until(lambda: bench.repairs.progress(token).done == expected)
+        until(lambda: bench.repairs.progress(token).open == 0)
         first.end()
     assert bench.login(1) == "right"
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pymongo
 import pytest
+from long_campaign import ONLY_LONG
 
 from ghsync_dagster.domain.errors import ConfigError, RefusedError
 from ghsync_dagster.stores.mongo import UserStore
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 pytestmark = pytest.mark.integration
-LONG = pytest.mark.skipif(not os.environ.get("GHSYNC_FAULT_ROUNDS"), reason="make faults runs it")
 
 ROOT = Path(__file__).parents[2]
 SECRET = "s3cr3t-PLANTED"
@@ -170,7 +170,7 @@ def message_of(watched: Watched) -> list[str]:
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
-        pytest.param(["batch", "{events}"], 3, marks=[pytest.mark.faults, LONG]),
+        pytest.param(["batch", "{events}"], 3, marks=ONLY_LONG),
         (["run"], 3),
         (["status"], 0),
         (["status", "--json"], 0),

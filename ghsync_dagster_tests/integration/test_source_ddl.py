@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from long_campaign import LONG, ONLY_LONG
 from odd_ddl import FOLLOWED, NOT_FOLLOWED, SHIFTING
 from source_parts import Source, StoppedError
 
@@ -17,9 +17,7 @@ from ghsync_dagster.cdc.audit import Patience
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-FULL = bool(os.environ.get("GHSYNC_FAULT_ROUNDS"))
 CASES = 3
-LONG = pytest.mark.skipif(not FULL, reason="make faults runs it")
 pytestmark = pytest.mark.integration
 
 
@@ -48,9 +46,7 @@ def test_the_connector_follows(source: Source, name: str) -> None:
 
 def _cases(names: Iterable[str]) -> list[Any]:
     """Return the first three, and the others for the long campaign: each takes a new snapshot."""
-    return [
-        pytest.param(name, marks=[pytest.mark.faults, LONG] if at >= CASES else ()) for at, name in enumerate(names)
-    ]
+    return [pytest.param(name, marks=ONLY_LONG if at >= CASES else ()) for at, name in enumerate(names)]
 
 
 @pytest.mark.parametrize("name", _cases(NOT_FOLLOWED))

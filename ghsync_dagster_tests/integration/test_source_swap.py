@@ -6,10 +6,10 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import pytest
+from long_campaign import ROUNDS
 from odd_ddl import MARIADB, MYSQL
 
 from ghsync_dagster.cdc.audit import Patience
@@ -80,7 +80,7 @@ SHORT = {"pt-online-schema-change": MARIADB, "gh-ost": MYSQL}
 def test_a_swap_puts_no_value_into_another_column_though_the_connector_restarts_at_each_step(
     source: Source, tool: str
 ) -> None:
-    if source.server != SHORT[tool] and not os.environ.get("GHSYNC_FAULT_ROUNDS"):
+    if source.server != SHORT[tool] and not ROUNDS:
         pytest.skip("make faults runs it")
     source.do(f"INSERT INTO Users ({COLUMNS}) VALUES {ROWS}")
     for number, step in enumerate(TOOLS[tool], start=1):

@@ -19,6 +19,7 @@ import psutil
 import pytest
 from alert_parts import daemon
 from cdc_parts import GHSYNC, until
+from long_campaign import LONG
 
 from ghsync_dagster.cdc import checks
 from ghsync_dagster.defs.cdc.connector_watch import Memory, look
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
-FULL = bool(os.environ.get("GHSYNC_FAULT_ROUNDS"))
 SENSORS = ("alerts", "connector_watch", "source_watch")
 ALERT_SECONDS = 120
 
@@ -249,6 +249,8 @@ def test_a_worker_that_is_away_is_named(stream: Stream) -> None:
     assert "s3cret" not in up.text + drain.text + audit.text
 
 
+@pytest.mark.faults
+@LONG
 def test_a_local_worker_that_is_down_is_named_and_up_starts_it(stream: Stream) -> None:
     stack.down(stream.settings(), ["connect"], progress=print)
     words = "there is no Connect worker: CONNECT_URL is not set, and the local one is not up"
@@ -279,6 +281,8 @@ def halted(stream: Stream) -> Iterator[None]:
         stream.ask(("PUT", "resume"))
 
 
+@pytest.mark.faults
+@LONG
 def test_a_halted_connector_is_named_and_up_resumes_it(stream: Stream) -> None:
     with halted(stream):
         drain = stream.drain()
@@ -324,7 +328,7 @@ ALERTED: dict[str, tuple[Callable[[Stream], None], str, str]] = {
 
 
 @pytest.mark.faults
-@pytest.mark.skipif(not FULL, reason="make faults runs it")
+@LONG
 @pytest.mark.parametrize("what", ALERTED)
 def test_a_running_dagster_alerts(stream: Stream, webhook: Webhook, tmp_path: Path, what: str) -> None:
     happens, check, cause = ALERTED[what]

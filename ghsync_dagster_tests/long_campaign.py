@@ -1,0 +1,14 @@
+"""Whether this is the long campaign of ``make faults``, and what only that one runs."""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+import pytest
+
+ROUNDS: Final = int(os.environ.get("GHSYNC_FAULT_ROUNDS") or 0)
+"""How many rounds the long campaign has; 0 in the short one."""
+LONG: Final = pytest.mark.skipif(not ROUNDS, reason="make faults runs it")
+ONLY_LONG: Final = (pytest.mark.faults, LONG)
+"""Marks of a case that only the long campaign runs."""
