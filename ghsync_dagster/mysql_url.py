@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pymysql.cursors import Cursor
 
 DEFAULT_PORT: Final = 3306
+_NO_LIMIT: Final = 2**64 - 1
 _HIGHEST_PORT: Final = 65_535
 _SCHEMES: Final = ("mysql", "mariadb", "mysql+pymysql", "mariadb+pymysql")
 _MODES: Final = ("DISABLED", "PREFERRED", "REQUIRED", "VERIFY_CA", "VERIFY_IDENTITY")
@@ -212,6 +213,8 @@ def connect(
         read_timeout=answer_seconds,
         write_timeout=answer_seconds,
         program_name="ghsync",
+        # A limit of the server's would cut rows off, whose users would count as removed.
+        init_command=f"SET SESSION sql_select_limit = {_NO_LIMIT}",
         **wants,
     )
 

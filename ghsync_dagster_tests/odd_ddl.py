@@ -310,5 +310,13 @@ SHIFTING: dict[str, Odd] = {
     "a column that is there already": _on(
         MARIADB, "ALTER TABLE Users ADD COLUMN IF NOT EXISTS url VARCHAR(255) AFTER login"
     ),
+    "a table made again in another order": _on(
+        MARIADB,
+        "CREATE OR REPLACE TABLE Users (user_id BIGINT PRIMARY KEY, url VARCHAR(255), avatar_url VARCHAR(255), "
+        "gravatar_id VARCHAR(255), login VARCHAR(255) NOT NULL)",
+    ),
+    "a whole statement in an executable comment": _on(
+        MARIADB, "/*!50000 ALTER TABLE Users MODIFY avatar_url VARCHAR(300) AFTER user_id */"
+    ),
 }
 """What is neither followed nor stops the connector: values are read into other columns."""

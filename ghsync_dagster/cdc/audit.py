@@ -26,11 +26,12 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from ghsync_dagster.domain.errors import RefusedError
 from ghsync_dagster.domain.key_order import Stride
@@ -282,6 +283,14 @@ def audit(
     return result
 
 
+class _Block(NamedTuple):
+    """Documents, and what MySQL says of the same keys: how many rows, and the sum of their hashes."""
+
+    span: Span
+    documents: Sequence[Document]
+    digest: Future[tuple[int, int]]
+
+
 class _Audit:
     """One audit's counts and suspects."""
 
@@ -324,7 +333,22 @@ class _Audit:
             self._count(Verdict.EXTRA, Offender(f"{odd!r} ({type(odd).__name__})"[:_SHOWN], Verdict.EXTRA.value))
 
     def compare_blocks(self) -> None:
-        """Go through all keys in the order of their text, block by block."""
+        """Go through all keys in the order of their text, block by block.
+
+        MySQL hashes a block while the next one's documents are read.
+        """
+        before: _Block | None = None
+        with ThreadPoolExecutor(1, "audit-mysql") as mysql:
+            for span, documents in self._blocks():
+                block = _Block(span, documents, mysql.submit(self._mysql.digest, span, len(documents) + 1))
+                if before is not None:
+                    self._compare_block(before, block)
+                before = block
+            if before is not None:
+                self._compare_block(before)
+        self._settle()
+
+    def _blocks(self) -> Iterator[tuple[Span, Sequence[Document]]]:
         from ghsync_dagster.stores.mysql import Span
 
         stride = Stride(self._mongo.estimated_count(), int(_FILL * _BLOCK))
@@ -336,11 +360,10 @@ class _Audit:
                 upto = documents[-1]["user_id"]
             stride.learn(after, upto, len(documents))
             self._documents += len(documents)
-            self._compare_block(Span(after, upto), documents)
+            yield Span(after, upto), documents
             if upto is None:
-                break
+                return
             after = upto
-        self._settle()
 
     def _page(self, after: str | None, upto: str | None, limit: int) -> Sequence[Document]:
         """Read documents in the order of text.
@@ -357,17 +380,20 @@ class _Audit:
             )
         return found
 
-    def _compare_block(self, span: Span, documents: Sequence[Document]) -> None:
+    def _compare_block(self, block: _Block, following: _Block | None = None) -> None:
         from ghsync_dagster.stores.mysql import hash_sum
 
-        count, total = self._mysql.digest(span, len(documents) + 1)
-        if count == len(documents):
+        count, total = block.digest.result()
+        if count == len(block.documents):
             # What is no user at all has no hash.
             with suppress(KeyError, AttributeError, UnicodeEncodeError):
-                if total == hash_sum(documents):
+                if total == hash_sum(block.documents):
                     self._rows += count
                     return
-        self._compare_rows(span, documents)
+        if following is not None:
+            # One connection serves one question at a time.
+            wait([following.digest])
+        self._compare_rows(block.span, block.documents)
 
     def _compare_rows(self, span: Span, documents: Sequence[Document]) -> None:
         """Compare a block's rows with its documents; suspect what differs."""

@@ -16,6 +16,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from ghsync_dagster.cdc.apply import apply
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
 CHUNK: Final = 200
 """Users that are locked, read and written at once, at most."""
 _LEAST: Final = 20
+_CHUNKS: Final = 10
+"""For how many chunks to look at once."""
 _HELD_SECONDS: Final = 0.1
 """How long the stream is to wait for the write of a chunk: chunks become smaller where the store is slow."""
 _AHEAD: Final = 2
@@ -236,6 +239,8 @@ class SourceReader:
         self._delays = {_READING: waits(), _WRITING: waits()}
         self._next_at = self._not_before = 0.0
         self._chunk = CHUNK // 2
+        self._open: dict[str, str] = {}
+        """The tokens of users that are to be claimed next."""
         self._commands: dict[RepairStep, Callable[[int], None]] = {
             RepairStep.CLAIM: self._claim,
             RepairStep.NOTE: self._note,
@@ -419,11 +424,15 @@ class SourceReader:
     def _claim(self, owner: int) -> None:
         del owner
         now = time.monotonic()
-        with self._changed:
-            leave_out = [key for claim in self._claims for key in claim.requests]
-        leave_out += [key for key, (until, _) in self._locked.items() if until > now]
-        requests = self._store.open_requests(min(self._chunk, CHUNK), leave_out=leave_out)
-        self._claimed = Claim(requests) if requests else None
+        if not self._open:
+            with self._changed:
+                leave_out = [key for claim in self._claims for key in claim.requests]
+            leave_out += [key for key, (until, _) in self._locked.items() if until > now]
+            # To look for open requests costs the store more than to give many of them.
+            self._open = self._store.open_requests(_CHUNKS * CHUNK, leave_out=leave_out)
+        keys = list(islice(self._open, min(self._chunk, CHUNK)))
+        # A token that is old by now gets no fence: its user is claimed again.
+        self._claimed = Claim({key: self._open.pop(key) for key in keys}) if keys else None
 
     def _note(self, owner: int) -> None:
         claim = self._claimed
@@ -481,6 +490,9 @@ class SourceReader:
     def _refuse_stale(self, work: RepairWork) -> None:
         """See that the server is as far as the stream, and the one that the connector follows."""
         if not is_current(work.reading, work.claim.taken):
+            with self._changed:
+                # Asked for again: the server may have begun its binlog anew.
+                self._taken = None
             raise UnavailableError(
                 f"MySQL's binlog ends at {work.reading.position.origin}, and that does not include the newest record "
                 "of the topic: MYSQL_URL names a server that is behind, or another one.",

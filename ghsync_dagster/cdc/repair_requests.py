@@ -19,6 +19,7 @@ from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.domain.letters import LetterState
 from ghsync_dagster.domain.repair import Outcome, cure
 from ghsync_dagster.observability.logging import get_logger
+from ghsync_dagster.stopping import killed_when_frozen
 
 if TYPE_CHECKING:
     from ghsync_dagster.cdc.consume import ChangeConsumer
@@ -34,6 +35,7 @@ _LONGEST_LOOK_SECONDS: Final = 2.0
 _ATTEMPTS: Final = 5
 _STILL_SECONDS: Final = 60.0
 """How long no user may be repaired before who waits gives up."""
+_LONGEST_ID: Final = 100
 _NO_PROBLEM: Final = "No consumer has reported why; read the log of the group's consumer."
 IN_SYNC: Final = "in_sync"
 """What a dry run says of a user whose document is its row already."""
@@ -275,12 +277,13 @@ class _Waiting:
 
         log.info("no consumer in the group; consuming here")
         thread = threading.Thread(target=run, name="cdc-own-consumer", daemon=True)
-        thread.start()
-        try:
-            yield check
-        finally:
-            stop.set()
-            thread.join()
+        with killed_when_frozen():
+            thread.start()
+            try:
+                yield check
+            finally:
+                stop.set()
+                thread.join()
         check()
 
 
@@ -387,11 +390,11 @@ def _with_several_documents(store: UserStore, keys: Iterable[str]) -> set[str]:
 
 def _is_user_id(text: str) -> bool:
     digits = text.removeprefix("-")
-    return digits.isascii() and digits.isdigit()
+    return digits.isascii() and digits.isdigit() and len(digits) <= _LONGEST_ID
 
 
 def user_ids(given: Collection[str]) -> list[str]:
-    """Return user ids as they are stored, each once.
+    """Return user ids as they are given, each once: a document with the user id 007 is not that of row 7.
 
     Raises:
         ConfigError: One is no whole number.
@@ -401,4 +404,4 @@ def user_ids(given: Collection[str]) -> list[str]:
             f"No user id: {', '.join(repr(text[:40]) for text in wrong[:5])}.",
             way_out="Give user ids as MySQL has them: whole numbers.",
         )
-    return list(dict.fromkeys(str(int(text)) for text in given))
+    return list(dict.fromkeys(given))

@@ -44,6 +44,10 @@ _CURES: Final = (
         ("parsingexception", "mismatched input", "no viable alternative", "extraneous input"),
         f"The connector can't parse a statement; one of your own may need ddl.parser.type=legacy. Else {_SNAPSHOT}.",
     ),
+    (
+        ("gtidset",),
+        f"MySQL had executed no GTID when the connector took its snapshot: change any row first, and then {_SNAPSHOT}.",
+    ),
     (("access denied", "privilege"), f"Grant what is missing ({RIGHTS}), {_RESTART}"),
 )
 

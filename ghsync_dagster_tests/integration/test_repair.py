@@ -323,6 +323,30 @@ def test_a_truncate_after_the_last_record_of_a_user_without_a_row_is_recorded_as
     assert bench.store.deleted_among(["1"]) == {"1"}
 
 
+def test_a_user_id_is_the_text_that_is_stored_and_no_number(bench: _Bench) -> None:
+    bench.row(7, "seven")
+    bench.store.users.insert_one({**user(7, "odd"), "user_id": "007"})
+    chosen = bench.select(Selection(user_ids=("007",))).users
+    report = repair(bench.topic.kafka, bench.repairs, chosen, bench.consumer, stop=threading.Event())
+    assert report.outcomes == {"removed": 1}
+    assert stored(bench.store) == {}
+    with pytest.raises(ConfigError, match="No user id: '7777"):
+        bench.select(Selection(user_ids=("7" * 5_000,)))
+
+
+def test_rows_are_read_whole_whatever_limit_the_server_has(bench: _Bench) -> None:
+    for key in (1, 2, 3):
+        bench.row(key, "right")
+    bench.mysql.execute([("SET GLOBAL sql_select_limit = 1", ())])
+    try:
+        with bench.source() as source:
+            found = source.read_locked(["1", "2", "3", "4"])
+    finally:
+        bench.mysql.execute([(f"SET GLOBAL sql_select_limit = {2**64 - 1}", ())])
+    assert found is not None
+    assert found.rows.keys() == {"1", "2", "3"}
+
+
 def test_a_record_that_names_no_server_does_not_hold_up_repairs(bench: _Bench) -> None:
     # As flattened records have it where only file, pos and row are added.
     bench.topic.raw(
@@ -501,7 +525,7 @@ def test_an_audit_chooses_whom_to_repair(bench: _Bench) -> None:
     for selection in (Selection(from_audit=True), Selection(everyone=True)):
         chosen = bench.select(selection)
         assert (sorted(chosen.users), chosen.unrepairable) == (["1", "100", "2", "7"], [])
-    assert bench.select(Selection(user_ids=("7", "007", "-3"))).users == ["7", "-3"]
+    assert bench.select(Selection(user_ids=("7", "007", "-3", "7"))).users == ["7", "007", "-3"]
     with pytest.raises(ConfigError, match="No user id: 'octo'"):
         bench.select(Selection(user_ids=("octo",)))
     with pytest.raises(ConfigError, match="GHSYNC_REPAIR_MAX_USERS=3"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -214,6 +215,24 @@ def test_a_record_that_is_taken_while_the_store_is_asked_for_requests_has_to_be_
     assert source.reads == 1
     assert reader.next_work() is None
     reader.close()
+
+
+def test_the_end_of_the_topic_is_asked_for_again_after_a_reading_that_seemed_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(repair, "waits", lambda: repeat(0.01))
+    store = _TracedStore()
+    store.requests = {"1": "token"}
+    source = _TracedSource(store, set())
+    # The server has begun its binlog anew: what was taken before is no position of the new one.
+    ends = iter([at(900), at(90)])
+    reader = SourceReader(
+        cast("RepairStore", store), lambda: cast("MySqlStore", source), ends=lambda: ((), {0: next(ends)})
+    )
+    reader.owns({0}, {0})
+    until(lambda: reader.is_ready)
+    reader.close()
+    assert source.reads == 2
 
 
 def test_nothing_is_claimed_before_the_end_of_the_topic_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
