@@ -260,9 +260,8 @@ class DeadLetters:
         if any(self._index.find(state=LetterState.OPEN, limit=1)):
             self._index.resolve_repaired(keys, "its user was repaired")
 
-    def user_of(self, message: Message, error: UndecodableError) -> str | None:
-        """Return the user that a record which cannot be decoded is about, None where it names none or two."""
-        letter = dead_letter(message, error.kind, error.message)
+    def user_of(self, letter: DeadLetter) -> str | None:
+        """Return the user that a refused record is about, None where it names none or two."""
         return user_of(self._decoder, letter.key, letter.value, letter.kind)
 
     def _add(self, letters: Iterable[DeadLetter]) -> None:

@@ -326,15 +326,14 @@ class SourceReader:
             work: The work.
             error: Why it could not be carried out. Nothing more is handed out for a while then.
         """
-        given_up = [work]
-        if error is not None:
-            seconds = self._report(_WRITING, _as_ours(error), work.claim)
-            with self._changed:
-                self._not_before = time.monotonic() + seconds
-                given_up += self._works
-                self._works = []
+        seconds = 0.0 if error is None else self._report(_WRITING, _as_ours(error), work.claim)
         with self._changed:
-            self._release(*(one.claim for one in given_up))
+            given_up = [work.claim]
+            if error is not None:
+                self._not_before = time.monotonic() + seconds
+                given_up += [other.claim for other in self._works]
+                self._works = []
+            self._release(*given_up)
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -430,7 +429,7 @@ class SourceReader:
             leave_out += [key for key, (until, _) in self._locked.items() if until > now]
             # To look for open requests costs the store more than to give many of them.
             self._open = self._store.open_requests(_CHUNKS * CHUNK, leave_out=leave_out)
-        keys = list(islice(self._open, min(self._chunk, CHUNK)))
+        keys = list(islice(self._open, self._chunk))
         # A token that is old by now gets no fence: its user is claimed again.
         self._claimed = Claim({key: self._open.pop(key) for key in keys}) if keys else None
 

@@ -485,8 +485,9 @@ class Writer:
         written.left_out.update(batch.kinds(left.records))
         if self._reader is not None:
             self._reader.note(batch, left)
-            for message, error in batch.undecodable():
-                self._reader.doubt(self._letters.user_of(message, error))
+            # So far these are the records that cannot be decoded.
+            for letter in written.letters:
+                self._reader.doubt(self._letters.user_of(letter))
         for part in batch.parts():
             applied = apply(self._store, part.segment, left.keep.get(part.start, frozenset()))
             operations += applied.upserts + applied.deletes + applied.truncated

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import pymongo
 from pymongo import ASCENDING, DESCENDING, UpdateOne
-from pymongo.errors import BulkWriteError
 
 from ghsync_dagster.domain.letters import Letter, LetterState
-from ghsync_dagster.stores.mongo import CHUNK, chunks, mongo_errors
+from ghsync_dagster.stores.mongo import CHUNK, chunks, insert_new, merged_if, mongo_errors
 
 if TYPE_CHECKING:
     from ghsync_dagster.stores.mongo import Document, UserStore
@@ -26,7 +25,6 @@ _KEYS: Final = 200
 """How many keys one ``$in`` carries: some servers compare each document with the whole list."""
 _COMMAND_SECONDS: Final = 30.0
 """How long one command may take."""
-_DUPLICATE_KEY: Final = 11000
 
 
 class Indexed(NamedTuple):
@@ -90,26 +88,15 @@ class LetterIndex:
             # The last one of a record counts.
             last = {letter.id: letter for letter in part}
             with self._command("Adding dead letters to their index"):
-                known = self._insert(list(last.values()))
+                known = insert_new(self._letters, [_document(letter) for letter in last.values()])
                 if known:
                     self._letters.bulk_write(
                         [
-                            UpdateOne({"_id": letter.id}, _replace_unless(is_kept(letter), _document(letter)))
-                            for letter in known
+                            UpdateOne({"_id": found["_id"]}, _replace_unless(is_kept(last[found["_id"]]), found))
+                            for found in known
                         ],
                         ordered=False,
                     )
-
-    def _insert(self, letters: list[Letter]) -> list[Letter]:
-        """Insert letters, which costs less than to replace them; return those that are there already."""
-        try:
-            self._letters.insert_many([_document(letter) for letter in letters], ordered=False)
-        except BulkWriteError as error:
-            failed = error.details["writeErrors"]
-            if error.details.get("writeConcernErrors") or any(item["code"] != _DUPLICATE_KEY for item in failed):
-                raise
-            return [letters[item["index"]] for item in failed]
-        return []
 
     def settle(self, settled: Iterable[tuple[Letter, str]], state: LetterState, *, at: str = "") -> int:
         """Give open letters, each with its reason, another state, unless their records were refused again meanwhile.
@@ -279,4 +266,4 @@ def _replace_if_open(letter: Letter, fields: Document) -> list[Document]:
     condition = {
         "$and": [{"$eq": ["$state", LetterState.OPEN]}, {"$eq": ["$failed_at", {"$literal": letter.failed_at}]}]
     }
-    return [{"$replaceWith": {"$cond": [condition, {"$mergeObjects": ["$$ROOT", {"$literal": fields}]}, "$$ROOT"]}}]
+    return merged_if(condition, fields)

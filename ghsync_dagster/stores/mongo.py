@@ -149,6 +149,28 @@ class Lease:
     writer: str | None = None
 
 
+def insert_new(collection: Collection[Document], documents: Sequence[Document]) -> list[Document]:
+    """Insert documents, which costs less than to replace them; return those whose ``_id`` is there already."""
+    try:
+        if documents:
+            collection.insert_many(documents, ordered=False)
+    except BulkWriteError as error:
+        failed = error.details["writeErrors"]
+        if error.details.get("writeConcernErrors") or any(item["code"] != _DUPLICATE_KEY for item in failed):
+            raise
+        return [documents[item["index"]] for item in failed]
+    return []
+
+
+def merged_if(condition: Document, fields: Document) -> list[Document]:
+    """Return an update that adds fields to a document where a condition holds, and leaves it as it is elsewhere.
+
+    In the update and not in its query: of a query with more than ``_id`` not every server makes a look-up by ``_id``.
+    """
+    # $literal, because a text that starts with $ would be read as a field path.
+    return [{"$replaceWith": {"$cond": [condition, {"$mergeObjects": ["$$ROOT", {"$literal": fields}]}, "$$ROOT"]}}]
+
+
 class UserStore:
     """The users' collection with its companions, over one client.
 
@@ -405,13 +427,7 @@ class UserStore:
             for part in chunks(entries, 5 * CHUNK):
                 before_each()
                 documents = [{"_id": key, "created_at": at, "id": number, "load": load} for key, at, number in part]
-                try:
-                    written += len(self.versions.insert_many(documents, ordered=False).inserted_ids)
-                except BulkWriteError as error:
-                    others = [item for item in error.details["writeErrors"] if item["code"] != _DUPLICATE_KEY]
-                    if others or error.details.get("writeConcernErrors"):
-                        raise
-                    written += int(error.details["nInserted"])
+                written += len(part) - len(insert_new(self.versions, documents))
         return written
 
     def drop_versions(self, keys: Iterable[str]) -> int:

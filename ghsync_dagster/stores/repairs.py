@@ -15,13 +15,12 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pymongo import UpdateOne
-from pymongo.errors import BulkWriteError
 
 from ghsync_dagster.domain.change import Position
 from ghsync_dagster.domain.repair import Fence, Outcome, Reading, StoredUser
 from ghsync_dagster.domain.user import MARKER_FIELD
-from ghsync_dagster.stores.mongo import CHUNK, chunks, mongo_errors
-from ghsync_dagster.stores.stream import DUPLICATE_KEY, StreamStore, limited, raise_unless
+from ghsync_dagster.stores.mongo import CHUNK, chunks, insert_new, merged_if, mongo_errors
+from ghsync_dagster.stores.stream import StreamStore, limited
 
 if TYPE_CHECKING:
     from ghsync_dagster.stores.mongo import Document, UserStore
@@ -102,19 +101,11 @@ class RepairStore(StreamStore):
             with limited("Requesting repairs", _LIST_SECONDS):
                 # Far cheaper than an upsert each.
                 known = {found["_id"] for found in self._repairs.find({"_id": {"$in": part}}, {"_id": 1})}
-                known |= self._insert_new([{"_id": key, **first} for key in part if key not in known])
+                new = [{"_id": key, **first} for key in part if key not in known]
+                # Who requested one of them at the same time was first.
+                known |= {entry["_id"] for entry in insert_new(self._repairs, new)}
                 if known:
                     self._repairs.update_many({"_id": {"$in": list(known)}}, update)
-
-    def _insert_new(self, entries: list[Document]) -> set[str]:
-        """Insert entries; return the users that somebody else requested at the same time."""
-        try:
-            if entries:
-                self._repairs.insert_many(entries, ordered=False)
-        except BulkWriteError as error:
-            raise_unless(error, {DUPLICATE_KEY})
-            return {entries[failed["index"]]["_id"] for failed in error.details["writeErrors"]}
-        return set()
 
     def _fenced_among(self, keys: list[str]) -> list[str]:
         with mongo_errors("Reading fences"):
@@ -209,7 +200,7 @@ class RepairStore(StreamStore):
                 with self._command("Recording fences"):
                     is_open = {"$and": [{"$eq": ["$token", token]}, {"$eq": ["$state", _REQUESTED]}]}
                     self._repairs.update_many(
-                        {"_id": {"$in": keys}}, _merged_if(is_open, {"reading": reading.id, "has_row": has_row})
+                        {"_id": {"$in": keys}}, merged_if(is_open, {"reading": reading.id, "has_row": has_row})
                     )
         with self._command("Reading fences"):
             found = self._repairs.find({"_id": {"$in": list(requests)}}, {"reading": 1})
@@ -243,7 +234,7 @@ class RepairStore(StreamStore):
             for token, keys in _by_token(of_kind):
                 with self._command("Recording outcomes"):
                     is_same = {"$eq": ["$token", token]}
-                    self._repairs.update_many({"_id": {"$in": keys}}, _merged_if(is_same, fields))
+                    self._repairs.update_many({"_id": {"$in": keys}}, merged_if(is_same, fields))
 
     def record_reasons(self, reasons: Mapping[str, str]) -> None:
         """Add to closed requests why the database refused their users."""
@@ -290,15 +281,6 @@ class RepairStore(StreamStore):
                 self._repairs.delete_many({"reading": {"$in": part}, "state": _DONE})
                 self._readings.delete_many({"_id": {"$in": part}})
         return len(over)
-
-
-def _merged_if(condition: Document, fields: Document) -> list[Document]:
-    """Return an update that adds fields to a document where a condition holds.
-
-    In the update and not in its query: of a query with more than ``_id`` not every server makes a look-up by ``_id``.
-    """
-    literal = {name: {"$literal": value} for name, value in fields.items()}
-    return [{"$replaceWith": {"$cond": [condition, {"$mergeObjects": ["$$ROOT", literal]}, "$$ROOT"]}}]
 
 
 def _by_token(requests: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:

@@ -54,7 +54,7 @@ _TEXT: Final = 500
 _ASIDE_SECONDS: Final = 3.0
 """How long a command beside the batches may take."""
 
-DUPLICATE_KEY: Final = 11000
+_DUPLICATE_KEY: Final = 11000
 _OWN_KEYS: Final = frozenset({"user_id", "_id"})
 """Fields of unique indexes on which another write of the same user, or the same write sent twice, may be met."""
 _KINDS: Final = {
@@ -67,7 +67,7 @@ _KINDS: Final = {
     9: "bad-value",
     14: "bad-value",
     52: "bad-value",
-    DUPLICATE_KEY: "unique-index",
+    _DUPLICATE_KEY: "unique-index",
 }
 """The error codes of one write that are about the user in it: another user can be stored all the same."""
 _UNENCODABLE: Final = "unencodable"
@@ -313,7 +313,7 @@ class StreamStore:
                     self.store.deleted.insert_many([{"_id": key} for key in part], ordered=False)
                 except BulkWriteError as error:
                     # What is recorded already is as it should be.
-                    raise_unless(error, {DUPLICATE_KEY})
+                    _raise_unless(error, {_DUPLICATE_KEY})
 
     def write(
         self,
@@ -443,18 +443,18 @@ def _upsert(key: str, user: dict[str, str | None]) -> ReplaceOne[Document] | Upd
 
 def _judge(error: BulkWriteError, part: Sequence[_Write], refused: dict[str, Refused]) -> list[_Write]:
     """Return the writes of a bulk that lost a race, and add those that the database refuses for what is in them."""
-    raise_unless(error, _KINDS.keys())
+    _raise_unless(error, _KINDS.keys())
     lost = []
     for item in error.details["writeErrors"]:
         key, write = part[item["index"]]
-        if item["code"] == DUPLICATE_KEY and _OWN_KEYS.issuperset(item.get("keyPattern", _OWN_KEYS)):
+        if item["code"] == _DUPLICATE_KEY and _OWN_KEYS.issuperset(item.get("keyPattern", _OWN_KEYS)):
             lost.append((key, write))
         else:
             refused[key] = Refused(_KINDS[item["code"]], f"code {item['code']}: {str(item.get('errmsg'))[:_TEXT]}")
     return lost
 
 
-def raise_unless(error: BulkWriteError, expected: Container[int]) -> None:
+def _raise_unless(error: BulkWriteError, expected: Container[int]) -> None:
     """Raise for what went wrong in a bulk beside writes that failed with one of the ``expected`` codes."""
     if unsure := error.details.get("writeConcernErrors"):
         raise UnavailableError(
