@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
+import logging
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import uuid
@@ -15,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pymysql
 import pytest
+import structlog
 from confluent_kafka import OFFSET_END, Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from real_mysql import NotToBeHadError, real_mysql
@@ -28,6 +32,7 @@ from ghsync_dagster.local.kafka import ensure_kafka
 from ghsync_dagster.local.mongo import ensure_mongo
 from ghsync_dagster.local.mysql import ensure_mysql
 from ghsync_dagster.mysql_url import parse_mysql_url
+from ghsync_dagster.observability.logging import configure_logging
 from ghsync_dagster.settings import Settings, load_settings
 from ghsync_dagster.stores.mongo import UserStore
 from ghsync_dagster.wiring import spark_handle
@@ -125,6 +130,24 @@ def clean_environment() -> Iterator[None]:
         del os.environ[name]
     yield
     os.environ.update(saved)
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., io.StringIO]]:
+    """Return a function that sets up logging and returns what goes to standard error from then on."""
+    root = logging.getLogger("ghsync")
+    handlers, level, propagate = root.handlers[:], root.level, root.propagate
+
+    def start(stream: io.StringIO | None = None, **settings: str) -> io.StringIO:
+        target = stream or io.StringIO()
+        monkeypatch.setattr(sys, "stderr", target)
+        configure_logging(load_settings(**settings))
+        return target
+
+    yield start
+    root.handlers[:], root.propagate = handlers, propagate
+    root.setLevel(level)
+    structlog.contextvars.clear_contextvars()
 
 
 @pytest.fixture

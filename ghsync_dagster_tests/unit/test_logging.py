@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +12,11 @@ import pytest
 import structlog
 
 from ghsync_dagster.domain.errors import UnavailableError
-from ghsync_dagster.observability.logging import configure_logging, get_logger, redact
-from ghsync_dagster.settings import load_settings
+from ghsync_dagster.observability.logging import get_logger, redact
 from ghsync_dagster.stores.retry import retrying
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 SECRET = "s3cr3t-PLANTED"
 URI = f"mongodb://app:{SECRET}@db:27017/new_data?authSource=admin"
@@ -30,30 +28,6 @@ class Terminal(io.StringIO):
     def isatty(self) -> bool:
         """Say so."""
         return True
-
-
-@pytest.fixture(autouse=True)
-def own_logger() -> Iterator[None]:
-    """Give back the logger as it was."""
-    root = logging.getLogger("ghsync")
-    handlers, level, propagate = root.handlers[:], root.level, root.propagate
-    yield
-    root.handlers[:], root.propagate = handlers, propagate
-    root.setLevel(level)
-    structlog.contextvars.clear_contextvars()
-
-
-@pytest.fixture
-def logged(monkeypatch: pytest.MonkeyPatch) -> Callable[..., io.StringIO]:
-    """Return a function that sets up logging and returns what goes to standard error from then on."""
-
-    def start(stream: io.StringIO | None = None, **settings: str) -> io.StringIO:
-        target = stream or io.StringIO()
-        monkeypatch.setattr(sys, "stderr", target)
-        configure_logging(load_settings(**settings))
-        return target
-
-    return start
 
 
 def lines(stream: io.StringIO) -> list[dict[str, Any]]:
