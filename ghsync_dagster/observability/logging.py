@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 # userinfo of a URI, up to its last @ before the path: a password may itself hold an @.
 # Without the scheme, whose search would take a time quadratic in a long word.
-_URI_CREDENTIALS = re.compile(r"://[^\s/]*@")
+# A password with a slash, as SQLAlchemy takes one, has no @, and a bound, so that no text takes long.
+_URI_CREDENTIALS = re.compile(r"://(?:[^\s/]*|[^\s/:]*:[^\s@]{0,128})@")
 _MASK = "***"
 
 

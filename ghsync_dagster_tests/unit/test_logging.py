@@ -185,6 +185,7 @@ def test_no_credential_reaches_the_log(logged: Callable[..., io.StringIO], way: 
         ("mongodb://app:p@ss@db/x@y", "mongodb://***@db/x@y"),
         ("mongodb://app:s3cret@a:1,b:2/x", "mongodb://***@a:1,b:2/x"),
         ("(https://u:p@h/a) and mysql+pymysql://u:p@h", "(https://***@h/a) and mysql+pymysql://***@h"),
+        ("mysql://app:p/s:s@db/x and mysql://app:/@db", "mysql://***@db/x and mysql://***@db"),
         ("mongodb://db:27017/x", "mongodb://db:27017/x"),
         ("me@example.org and https://github.com/a@b", "me@example.org and https://github.com/a@b"),
         ("", ""),
@@ -192,6 +193,12 @@ def test_no_credential_reaches_the_log(logged: Callable[..., io.StringIO], way: 
 )
 def test_exactly_the_credentials_of_a_uri_are_masked(text: str, masked: str) -> None:
     assert redact(text) == masked
+
+
+@pytest.mark.timeout(10)
+def test_a_long_word_is_masked_in_linear_time() -> None:
+    word = "://a:" * 20_000
+    assert redact(word) == word
 
 
 def test_a_try_that_fails_is_one_line_of_ours_and_nothing_of_the_library_s(
