@@ -286,10 +286,12 @@ def stored(store: UserStore) -> dict[str, dict[str, Any]]:
 
 def until(look: Callable[[], T], seconds: float = 30, good: Callable[[T], object] = bool) -> T:
     """Look at something outside of this process's reach until what is found is good, or true; return it."""
-    deadline = time.monotonic() + seconds
+    started = time.monotonic()
     while not good(found := look()):
-        assert time.monotonic() < deadline, f"it did not come about: {found}"
-        time.sleep(0.02)
+        waited = time.monotonic() - started
+        assert waited < seconds, f"it did not come about: {found}"
+        # Seldom after a while: looking takes its time from what is awaited.
+        time.sleep(min(0.02 + waited / 20, 0.2))
     return found
 
 

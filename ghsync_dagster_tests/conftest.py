@@ -27,7 +27,7 @@ from xdist.scheduler import LoadFileScheduling
 from ghsync_dagster.batch.flow import BatchFlow
 from ghsync_dagster.batch.reports import Artifacts
 from ghsync_dagster.domain.user import BUILT_IN_RULES
-from ghsync_dagster.local import stack
+from ghsync_dagster.local import connect, kafka, mysql, stack
 from ghsync_dagster.local.kafka import ensure_kafka
 from ghsync_dagster.local.mongo import ensure_mongo
 from ghsync_dagster.local.mysql import ensure_mysql
@@ -67,6 +67,8 @@ _SHARING = {
 }
 """Files by the servers that they share, which live until the session ends."""
 _OF_STREAM = ("stream", "stack")
+_FOLLOWING = (*_OF_STREAM, "source")
+"""Groups that have a database followed."""
 _SERVERS = {
     "spark": ("spark",),
     "brokers": _OF_STREAM,
@@ -76,6 +78,7 @@ _SERVERS = {
     "mysql_stack": ("source",),
 }
 """Fixtures that start such servers, and which groups may."""
+_homes: list[Settings] = []
 _LONG_ONES = ("ui", "faults", "integration")
 
 
@@ -101,6 +104,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _sharing(file: Path) -> str | None:
     """Return the group of files that a file shares servers with."""
     return next((group for group, files in _SHARING.items() if file.stem in files), None)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Stop what follows a database once no test of this process shares it, as idling takes a tenth of a core."""
+    if nextitem and _sharing(item.path) in _FOLLOWING and _sharing(nextitem.path) not in _FOLLOWING:
+        for settings in _homes:
+            for server in (connect, kafka, mysql):
+                server.down(settings, progress=lambda _: None)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -173,6 +185,7 @@ def server_settings(server_folder: Path, clean_environment: None) -> Iterator[Se
     """Settings whose home holds the session's one local MongoDB."""
     del clean_environment
     settings = load_settings(GHSYNC_HOME=server_folder)
+    _homes.append(settings)
     ensure_mongo(settings)
     yield settings
     stack.down(settings, progress=lambda _: None)
@@ -202,6 +215,7 @@ def mysql_stack(server_settings: Settings) -> Iterator[Settings]:
     except NotToBeHadError as error:
         pytest.skip(f"no real MySQL: {error}")
     settings = load_settings(GHSYNC_HOME=server_settings.home_dir / "mysqld", MONGODB_URI=ensure_mongo(server_settings))
+    _homes.append(settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{mysqld}{os.pathsep}{os.environ['PATH']}")
         stack.up(settings, progress=lambda _: None)

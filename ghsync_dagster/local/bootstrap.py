@@ -300,10 +300,12 @@ def install_packages(uv: Path, stamps: Stamps, locks: Sequence[str]) -> None:
 
 
 def pip_install(uv: Path, locks: Sequence[str]) -> None:
-    """Install lock files by hash, bytecode included."""
+    """Install lock files by hash."""
     files = [part for lock in locks for part in ("-r", lock)]
-    # PYTHONDONTWRITEBYTECODE in the environment must not make every later start slow: compiled here.
-    options = ["--python", ".venv/bin/python", "--require-hashes", "--compile-bytecode"]
+    options = ["--python", ".venv/bin/python", "--require-hashes"]
+    if os.environ.get("PYTHONDONTWRITEBYTECODE"):
+        # Python keeps nothing compiled itself then, and every start would be slow.
+        options.append("--compile-bytecode")
     way_out = network_way_out("UV_DEFAULT_INDEX")
     run([uv, "pip", "install", *options, *files], "Packages could not be installed", way_out)
 

@@ -158,6 +158,7 @@ def test_two_loads_at_once_go_one_after_the_other_and_end_in_the_newest_state(
     assert_stored(store, newest_logins(*files))
 
 
+@LONG
 def test_a_load_that_meets_another_too_long_ends_with_a_clear_message(
     batch: Callable[..., Batch], store: UserStore, tmp_path: Path, event_line: Callable[..., str]
 ) -> None:
@@ -172,7 +173,8 @@ def test_a_load_that_meets_another_too_long_ends_with_a_clear_message(
     assert store.users.count_documents({}) == 0
 
 
-@pytest.mark.parametrize(("number", "moment"), EVERY if ROUNDS else [EVERY[1]])
+@LONG
+@pytest.mark.parametrize(("number", "moment"), EVERY)
 def test_a_load_that_is_asked_to_stop_gives_the_lease_up_and_leaves_no_process(
     batch: Callable[..., Batch],
     flow: BatchFlow,

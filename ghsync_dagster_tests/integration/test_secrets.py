@@ -171,7 +171,7 @@ def message_of(watched: Watched) -> list[str]:
     ("arguments", "code"),
     [
         pytest.param(["batch", "{events}"], 3, marks=ONLY_LONG),
-        (["run"], 3),
+        pytest.param(["run"], 3, marks=ONLY_LONG),
         (["status"], 0),
         (["status", "--json"], 0),
     ],
