@@ -174,7 +174,7 @@ def look_at_source(settings: Settings, *, hours: float = STATEMENT_HOURS) -> Fin
     with open_mysql(settings) as mysql:
         source = mysql.source()
     since = datetime.now(UTC) - timedelta(hours=hours)
-    return source_settings(source, connect.logged_statements(settings, source.table, since))
+    return source_settings(source, connect.logged_statements(settings, source, since))
 
 
 def close_statements(settings: Settings, began: datetime) -> None:

@@ -162,21 +162,23 @@ class Statements:
     newest: datetime | None = None
 
 
-def statements_in(log: str, table: str, since: datetime) -> Statements:
+def statements_in(log: str, source: Source, since: datetime) -> Statements:
     """Count the statements that a part of Connect's log warns of.
 
     Args:
         log: The log, or its end.
-        table: The table's name; a statement names it as a word, in any case.
+        source: Whose table; a statement names it as a word, in any case, without a database or with this one.
         since: Earlier ones don't count. With a zone, as all times here; the log has this machine's.
     """
-    named = re.compile(rf"\b{re.escape(table)}\b", re.IGNORECASE)
+    # Without a database it may be meant: the log does not tell which one the session used.
+    named = re.compile(rf"(?:([\w$-]+)`?\s*\.\s*`?)?\b{re.escape(source.table)}\b", re.IGNORECASE)
+    databases = (None, source.database.casefold())
     of_table, of_others, newest = 0, 0, None
     for found in _LOGGED.finditer(log):
         at = logged_at(found[1])
         if at is None or at < since:
             continue
-        if named.search(found[2]):
+        if any((name[1] and name[1].casefold()) in databases for name in named.finditer(found[2])):
             of_table, newest = of_table + 1, at
         else:
             of_others += 1

@@ -25,7 +25,6 @@ from ghsync_dagster.domain.source import (
     problems_of,
     statements_in,
 )
-from ghsync_dagster.domain.table import TABLE
 from ghsync_dagster.local import connector, kafka, mysql, tls_stores
 from ghsync_dagster.local.jars import ensure_unpacked, locked_set
 from ghsync_dagster.local.supervisor import ServerSpec, ServiceStatus, Supervisor
@@ -201,7 +200,7 @@ def _external(url: str, state: ConnectorState | None) -> ServiceStatus:
     )
 
 
-def logged_statements(settings: Settings, table: str, since: datetime) -> Statements | None:
+def logged_statements(settings: Settings, source: Source, since: datetime) -> Statements | None:
     """Return what the local worker's log warns of since a time, or since both sides were last found equal.
 
     Returns:
@@ -213,7 +212,7 @@ def logged_statements(settings: Settings, table: str, since: datetime) -> Statem
     closed = _text_of(_closed(settings))
     since = max(since, datetime.fromisoformat(closed)) if closed else since
     try:
-        return statements_in(_end_of(log, since), table, since)
+        return statements_in(_end_of(log, since), source, since)
     except OSError:
         return None
 
@@ -264,7 +263,7 @@ def _look_at_source(settings: Settings, url: str, progress: Callable[[str], None
     since = datetime.now(UTC) - timedelta(hours=STATEMENT_HOURS)
     with MySqlStore(url, in_database=False) as table:
         source = table.source()
-    problems = problems_of(source, logged_statements(settings, TABLE, since))
+    problems = problems_of(source, logged_statements(settings, source, since))
     wrong = [problem for problem in problems if problem.effect in (Effect.STOPS, Effect.LOSES)]
     for problem in problems:
         if problem not in wrong:

@@ -187,19 +187,23 @@ def line(at: datetime, sql: str, level: str = "WARN ") -> str:
         ("update `new_data`.`users` set login='x'", 1, 0),
         ("INSERT INTO\n  Users\n VALUES (1)", 1, 0),
         ("DELETE FROM Others", 0, 1),
+        ("DELETE FROM other.users", 0, 1),
+        ("DELETE FROM `odd-one` . `Users`", 0, 1),
+        ("INSERT INTO other.Users SELECT * FROM Users", 1, 0),
+        ("INSERT INTO other.Users SELECT * FROM NEW_DATA . Users", 1, 0),
         ("DELETE FROM MyUsers2", 0, 1),
         ("UPDATE Users SET login = 'don''t' WHERE login = '''", 1, 0),
     ],
 )
 def test_a_statement_in_the_log_is_of_the_table_or_not(sql: str, of_table: int, of_others: int) -> None:
     log = f"cut off' for processing\n{line(NOW, sql)}{line(NOW, sql, 'INFO ')}"
-    found = statements_in(log, "Users", NOW - timedelta(seconds=1))
+    found = statements_in(log, GOOD, NOW - timedelta(seconds=1))
     assert (found.of_table, found.of_others) == (of_table, of_others)
-    assert statements_in(log, "Users", NOW + timedelta(seconds=1)) == Statements()
+    assert statements_in(log, GOOD, NOW + timedelta(seconds=1)) == Statements()
 
 
 def test_no_text_of_a_statement_is_told() -> None:
-    found = source_settings(GOOD, statements_in(line(NOW, "UPDATE Users SET login = 's3cret'"), "Users", NOW))
+    found = source_settings(GOOD, statements_in(line(NOW, "UPDATE Users SET login = 's3cret'"), GOOD, NOW))
     assert not found.passed
     assert loses_changes(found)
     assert "s3cret" not in repr(found)
@@ -211,27 +215,27 @@ def test_the_log_is_read_from_its_end_no_further_than_needed_and_never_whole(
     settings = load_settings(GHSYNC_HOME=tmp_path)
     now = datetime.now(UTC)
     hour = timedelta(hours=1)
-    assert connect.logged_statements(settings, "Users", now - hour) is None
+    assert connect.logged_statements(settings, GOOD, now - hour) is None
     log = tmp_path / "connect" / "log" / "connect.log"
     log.parent.mkdir(parents=True)
     old, new = line(now - 2 * hour, "UPDATE Users SET a = 1"), line(now, "UPDATE Users SET a = 1")
     log.write_text(old * 50_000 + new * 3, encoding="utf-8")
-    assert connect.logged_statements(settings, "Users", now - hour).of_table == 3  # type: ignore[union-attr]
+    assert connect.logged_statements(settings, GOOD, now - hour).of_table == 3  # type: ignore[union-attr]
     assert len(connect._end_of(log, now - hour)) < 2 * connect._LOG_BLOCK
     monkeypatch.setattr(connect, "_LOG_BYTES", 10_000)
     monkeypatch.setattr(connect, "_LOG_BLOCK", 4_000)
     assert len(connect._end_of(log, now - 9 * hour)) <= 14_000
     # The log of a worker that is not in use tells nothing.
     elsewhere = load_settings(GHSYNC_HOME=tmp_path, CONNECT_URL="http://127.0.0.1:9/")
-    assert connect.logged_statements(elsewhere, "Users", now - hour) is None
+    assert connect.logged_statements(elsewhere, GOOD, now - hour) is None
     connect.close_statements(elsewhere, now + timedelta(seconds=1))
-    assert connect.logged_statements(settings, "Users", now - hour) != Statements()
+    assert connect.logged_statements(settings, GOOD, now - hour) != Statements()
     at = ServiceStatus("connect", "up", uri="http://127.0.0.1:9")
     monkeypatch.setattr(connect, "status_of_worker", lambda _: at)
-    assert connect.logged_statements(elsewhere, "Users", now - hour) != Statements()
+    assert connect.logged_statements(elsewhere, GOOD, now - hour) != Statements()
     # Both sides were found equal since.
     connect.close_statements(settings, now + timedelta(seconds=1))
-    assert connect.logged_statements(settings, "Users", now - hour) == Statements()
+    assert connect.logged_statements(settings, GOOD, now - hour) == Statements()
 
 
 def test_what_is_wrong_with_the_source_is_a_likely_cause_of_differences() -> None:
