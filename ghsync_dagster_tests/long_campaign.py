@@ -1,4 +1,4 @@
-"""Whether this is the long campaign of ``make faults``, and what only that one runs."""
+"""Whether this is the long campaign of ``make faults``, what only that one runs, and how long a test may take."""
 
 from __future__ import annotations
 
@@ -12,3 +12,5 @@ ROUNDS: Final = int(os.environ.get("GHSYNC_FAULT_ROUNDS") or 0)
 LONG: Final = pytest.mark.skipif(not ROUNDS, reason="make faults runs it")
 ONLY_LONG: Final = (pytest.mark.faults, LONG)
 """Marks of a case that only the long campaign runs."""
+WHOLE_COMMANDS: Final = pytest.mark.timeout(600)
+"""Mark of tests that run several whole commands each, on a machine whose cores others use too."""

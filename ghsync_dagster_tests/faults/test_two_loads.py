@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
-from long_campaign import LONG, ROUNDS
+from long_campaign import LONG, ROUNDS, WHOLE_COMMANDS
 
 from ghsync_dagster.batch.lease import QUIET_SECONDS, hold_lease
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.batch.flow import BatchFlow
     from ghsync_dagster.stores.mongo import UserStore
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, WHOLE_COMMANDS]
 
 ASKED: dict[signal.Signals, int] = {signal.SIGTERM: 143, signal.SIGINT: 130}
 EVERY = [(number, moment) for number in ASKED for moment in ("reading", "inserting")]

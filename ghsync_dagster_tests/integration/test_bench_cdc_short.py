@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+from long_campaign import WHOLE_COMMANDS
 
 from benchmarks import cdc, cdc_results, harness, results
 from benchmarks.cdc_contenders import OURS, RAW, SINK, Bench
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from ghsync_dagster.settings import Settings
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, WHOLE_COMMANDS]
 
 CASE = Case(events=2_000, keys=240, schemas=False)
 PEOPLE = [User(number, f"user-{number}") for number in range(1, 2_000)]

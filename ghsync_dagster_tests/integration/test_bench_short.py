@@ -15,11 +15,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from long_campaign import ROUNDS
+from long_campaign import ROUNDS, WHOLE_COMMANDS
 
 from benchmarks import contenders, harness, results
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, WHOLE_COMMANDS]
 
 EVENTS = 400
 NAMES = ("ours", "ours-dagster", "plain", "floor", "floor-versions") if ROUNDS else ("ours", "plain", "floor-versions")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pymongo
 import pytest
-from long_campaign import ONLY_LONG
+from long_campaign import ONLY_LONG, WHOLE_COMMANDS
 
 from ghsync_dagster.domain.errors import ConfigError, RefusedError
 from ghsync_dagster.stores.mongo import UserStore
@@ -25,7 +25,7 @@ from ghsync_dagster.stores.mongo import UserStore
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, WHOLE_COMMANDS]
 
 ROOT = Path(__file__).parents[2]
 SECRET = "s3cr3t-PLANTED"
