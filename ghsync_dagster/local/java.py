@@ -163,24 +163,23 @@ def keeps_own_archive(java: Java) -> bool:
     return java.version >= _AUTO_ARCHIVE_FROM
 
 
+def installed_spark() -> Path:
+    """Return the file from which the installed Spark is imported; an empty path where there is none."""
+    spark = find_spec("pyspark")
+    return Path(spark.origin if spark and spark.origin else "")
+
+
 def archive_file(java: Java, settings: Settings) -> Path:
     """Return where the archive of loaded classes is kept: by Java, by place of the installed Spark, by its jars.
 
     The JVM uses an archive only with the jars it was made from, known by time and size: installed again at the same
     place, they ask for an archive of their own.
     """
-    spark = find_spec("pyspark")
-    origin = spark.origin if spark and spark.origin else ""
-    classes = [*sorted(Path(origin).parent.glob("jars/*.jar")), java.home / "lib" / "modules"]
+    origin = installed_spark()
+    classes = [*sorted(origin.parent.glob("jars/*.jar")), java.home / "lib" / "modules"]
     known_by = [f"{path.name}|{path.stat().st_mtime_ns}|{path.stat().st_size}" for path in classes if path.is_file()]
     place = _short_hash(f"{java.home}|{origin}|{version('pyspark')}")
     return settings.cache_dir / "java" / f"classes-{java.version}-{place}-{_short_hash(*known_by)}.jsa"
-
-
-def superseded_archives(archive: Path) -> list[Path]:
-    """Return the archives that jars earlier at the same place have left beside ``archive``."""
-    place = "-".join(archive.stem.split("-")[:3])
-    return [path for path in archive.parent.glob(f"{place}*.jsa") if path != archive]
 
 
 def _short_hash(*words: str) -> str:

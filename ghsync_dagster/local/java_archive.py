@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 import psutil
 
 from ghsync_dagster.domain.errors import GhsyncError
-from ghsync_dagster.local.java import archive_file, find_java, keeps_own_archive, superseded_archives
+from ghsync_dagster.local.java import archive_file, find_java, installed_spark, keeps_own_archive
 from ghsync_dagster.observability.logging import get_logger
 from ghsync_dagster.settings import load_settings
 from ghsync_dagster.stopping import exit_on_signals, uninterrupted
@@ -37,16 +37,17 @@ log = get_logger("java")
 
 
 def make_archive(settings: Settings) -> bool:
-    """Make the archive for the Java in use, unless it is there; one that it supersedes is removed.
+    """Make the archive for the Java in use, unless it is there; what earlier set-ups left is removed.
 
     Returns:
         Whether it is there now. Without one everything works, only slower.
     """
     java = find_java(settings)
     archive = archive_file(java, settings)
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(archive)
     if archive.exists():
         return True
-    archive.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="ghsync-archive-") as folder:
         part = archive if keeps_own_archive(java) else archive.with_suffix(f".{os.getpid()}.part")
         options = [] if keeps_own_archive(java) else [f"-XX:ArchiveClassesAtExit={part}", "-Xlog:cds*=off"]
@@ -69,11 +70,31 @@ def make_archive(settings: Settings) -> bool:
                 _stop_server(folder, environment)
         if part != archive and part.exists():
             part.replace(archive)
-    if not archive.exists():
-        return False
-    for superseded in superseded_archives(archive):
-        superseded.unlink(missing_ok=True)
-    return True
+    remove_leftovers(archive)
+    return archive.exists()
+
+
+def remove_leftovers(archive: Path) -> None:
+    """Remove archives that nobody will use.
+
+    Those are the unfinished ones of dead processes, those of a Spark that is gone (a file beside them names it), and,
+    once ``archive`` is there, those of earlier jars at its place.
+    """
+    folder, place = archive.parent, "-".join(archive.stem.split("-")[:3])
+    (folder / f"{place}.place").write_text(str(installed_spark()), encoding="utf-8")
+    needless = [path for path in folder.glob("classes-*.part") if not _is_being_made(path)]
+    if archive.exists():
+        needless += [path for path in folder.glob(f"{place}-*.jsa") if path != archive]
+    for other in folder.glob("classes-*.place"):
+        if not Path(other.read_text(encoding="utf-8")).exists():
+            needless += [other, *folder.glob(f"{other.stem}-*.jsa")]
+    for path in needless:
+        path.unlink(missing_ok=True)
+
+
+def _is_being_made(part: Path) -> bool:
+    process = part.stem.rpartition(".")[2]
+    return process.isdecimal() and psutil.pid_exists(int(process))
 
 
 def _ghsync(folder: str, environment: dict[str, str], *arguments: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,8 @@ import pytest
 
 from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.local import java
-from ghsync_dagster.local.java import Java, archive_file, find_java, jvm_options, superseded_archives, wrap
+from ghsync_dagster.local.java import Java, archive_file, find_java, jvm_options, wrap
+from ghsync_dagster.local.java_archive import remove_leftovers
 from ghsync_dagster.local.java_probe import SystemJava, search_system_java
 from ghsync_dagster.settings import Settings, load_settings
 
@@ -120,24 +122,43 @@ def test_the_class_archive_is_kept_apart_by_version_and_home(settings: Settings,
     assert all(str(settings.cache_dir) in archive for archive in archives)
 
 
-def test_jars_installed_again_at_the_same_place_supersede_the_archive(
+def test_archives_that_nobody_will_use_are_removed(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jar, modules = tmp_path / "pyspark" / "jars" / "a.jar", tmp_path / "jdk" / "lib" / "modules"
     for path in (jar, modules):
         path.parent.mkdir(parents=True)
         path.write_bytes(b"classes")
-    monkeypatch.setattr(java, "find_spec", lambda _: SimpleNamespace(origin=str(jar.parents[1] / "__init__.py")))
+    spark = jar.parents[1] / "__init__.py"
+    spark.touch()
+    monkeypatch.setattr(java, "find_spec", lambda _: SimpleNamespace(origin=str(spark)))
     here, elsewhere = Java(tmp_path / "jdk", 17, "PATH"), Java(tmp_path / "other", 17, "PATH")
     archives = [archive_file(elsewhere, settings), archive_file(here, settings)]
     for path in (jar, modules):
         os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
         archives.append(archive_file(here, settings))
     archives[0].parent.mkdir(parents=True)
-    for archive in archives:
+    for archive in archives[:-1]:
         archive.touch()
     assert len(set(archives)) == 4
-    assert set(superseded_archives(archives[-1])) == set(archives[1:-1])
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    dead, alive = (archives[0].with_suffix(f".{process}.part") for process in (ended.pid, os.getpid()))
+    gone, there = (archives[0].with_name(f"classes-17-{name}-b.jsa") for name in ("0", "1"))
+    for path in (dead, alive, gone, there):
+        path.touch()
+    (gone.parent / "classes-17-0.place").write_text(str(tmp_path / "gone" / "__init__.py"))
+    (there.parent / "classes-17-1.place").write_text(str(jar))
+
+    def left() -> set[Path]:
+        return {path for path in archives[0].parent.iterdir() if path.suffix != ".place"}
+
+    remove_leftovers(archives[-1])
+    # Those of earlier jars serve nobody either, but stay until there is another.
+    assert left() == {*archives[:-1], alive, there}
+    archives[-1].touch()
+    remove_leftovers(archives[-1])
+    assert left() == {archives[0], archives[-1], alive, there}
 
 
 def test_a_java_without_self_made_archives_gets_no_option_that_it_refuses(settings: Settings, tmp_path: Path) -> None:
