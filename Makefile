@@ -54,7 +54,7 @@ bench-audit: setup-dev ## the benchmark of the audit against an earlier build
 	@$(BIN)/python -m benchmarks.audit
 
 faults: setup-dev ## the long campaign of kills and races
-	@GHSYNC_FAULT_ROUNDS=30 $(BIN)/python -m pytest -m faults
+	@TEST_FAULT_ROUNDS=30 $(BIN)/python -m pytest -m faults
 
 lock: ## resolve the lock files from pyproject.toml; UPGRADE=1 takes newer versions
 	@$(BOOTSTRAP) --lock $(if $(UPGRADE),--upgrade)

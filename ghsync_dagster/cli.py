@@ -92,21 +92,24 @@ def _settings() -> Settings:
 @app.command()
 def run(
     events: Annotated[
-        str | None, typer.Option(help="File, folder or glob of events. Default: GHSYNC_EVENTS_PATH.")
+        str | None,
+        typer.Option(
+            help="File, folder or glob of events. Default: GHSYNC_EVENTS_PATH; the sample for a local MongoDB."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Materialize raw_events -> users -> mongo_users through Dagster with every check, and print a summary."""
+    from ghsync_dagster.batch.rules import load_rules
     from ghsync_dagster.local.dagster_home import ensure_dagster_home
 
     started = time.monotonic()
     settings = _settings()
-    os.environ.setdefault("DAGSTER_HOME", str(ensure_dagster_home(settings)))
-    from ghsync_dagster.batch.rules import load_rules
-    from ghsync_dagster.defs.runner import materialize_batch
-
-    # Told here in its own words; inside it would be a run that failed before its first step.
+    # Told here in their own words; inside it would be a run that failed before its first step.
+    settings.events(events)
     load_rules(settings.rules_module)
+    os.environ.setdefault("DAGSTER_HOME", str(ensure_dagster_home(settings)))
+    from ghsync_dagster.defs.runner import materialize_batch
 
     with _status("materializing", quiet=as_json):
         outcome = materialize_batch(events)

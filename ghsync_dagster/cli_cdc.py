@@ -172,7 +172,7 @@ def rehearse(
 
     settings = load_settings()
     configure_logging(settings)
-    events = settings.events_path if load else None
+    events = settings.events() if load else None
     found = run_rehearsal(settings, rate=rate, seconds=seconds, load=events, tell=say)
     if as_json:
         print_json({**asdict(found), "ok": found.ok})

@@ -1,12 +1,15 @@
 """Every environment variable that ghsync reads, typed and documented: nowhere else is the environment read.
 
 ``NAME_FILE`` gives a path whose content is the value of ``NAME``, for any name below: the way of Docker secrets.
+A name that looks like one of these and is none is refused: what it was meant to set would go unset without a word.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +22,17 @@ from ghsync_dagster.domain.errors import ConfigError
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
+
+_OURS = "GHSYNC_"
+_SHARED = ("MONGO", "KAFKA_", "SPARK_", "MYSQL_", "CONNECT_")
+"""How names begin that other programs have too: only one that is nearly a setting's is taken for it."""
+_NEAR = 0.87
+_DATABASE_BYTES = 63
+_COLLECTION_BYTES = 170
+"""MongoDB allows 255 with the database; the platform's own collections have longer names."""
+_OF_SERVER = ("admin", "config", "local")
+_TOPIC = re.compile(r"[A-Za-z0-9._-]{1,245}")
+"""What Kafka allows, with room for .dlq."""
 
 
 class FileSource(PydanticBaseSettingsSource):
@@ -78,7 +92,8 @@ class Settings(BaseSettings):
     events_path: str = Field(
         default="data/sample_data.json",
         validation_alias="GHSYNC_EVENTS_PATH",
-        description="File, folder or glob of GitHub events: JSON lines, .json or .jsonl, with or without .gz.",
+        description="File, folder or glob of GitHub events: JSON lines, .json or .jsonl, with or without .gz. Unset: "
+        "the sample, for the local MongoDB only.",
     )
     max_quarantined_ratio: float = Field(
         default=0.01,
@@ -299,6 +314,47 @@ class Settings(BaseSettings):
         description="Address that the Prometheus endpoint binds to.",
     )
 
+    @field_validator("mongodb_uri")
+    @classmethod
+    def _names_a_server(cls, uri: SecretStr | None) -> SecretStr | None:
+        # pymongo takes a bare host too, Spark's connector does not.
+        if uri is not None and not uri.get_secret_value().startswith(("mongodb://", "mongodb+srv://")):
+            raise ValueError("it needs mongodb:// or mongodb+srv:// at its beginning")
+        return uri
+
+    @field_validator("mongodb_database")
+    @classmethod
+    def _is_a_database(cls, name: str) -> str:
+        if wrong := sorted(set(name) & set('/\\. "$\x00')):
+            raise ValueError(f"MongoDB allows no {wrong[0]!r} in the name of a database")
+        if len(name.encode()) > _DATABASE_BYTES:
+            raise ValueError(f"MongoDB allows up to {_DATABASE_BYTES} bytes for the name of a database")
+        if name.lower() in _OF_SERVER:
+            raise ValueError(f"{name} is MongoDB's own")
+        return name
+
+    @field_validator("mongodb_collection")
+    @classmethod
+    def _is_a_collection(cls, name: str) -> str:
+        if wrong := sorted(set(name) & set("$\x00")):
+            raise ValueError(f"MongoDB allows no {wrong[0]!r} in the name of a collection")
+        if len(name.encode()) > _COLLECTION_BYTES:
+            raise ValueError(f"up to {_COLLECTION_BYTES} bytes leave room for the names of ghsync's own collections")
+        if name.startswith(".") or name.endswith(".") or ".." in name:
+            raise ValueError("MongoDB allows no empty part between dots in the name of a collection")
+        if name.startswith("system."):
+            raise ValueError("MongoDB keeps names that begin with system. for itself")
+        if name.startswith("_ghsync_"):
+            raise ValueError("ghsync keeps names that begin with _ghsync_ for itself")
+        return name
+
+    @field_validator("kafka_topic")
+    @classmethod
+    def _is_a_topic(cls, name: str) -> str:
+        if not _TOPIC.fullmatch(name) or name in (".", ".."):
+            raise ValueError("Kafka allows up to 249 letters, digits, dots, _ and - in a name, and .dlq is put to it")
+        return name
+
     @field_validator("connect_url")
     @classmethod
     def _is_http(cls, url: str | None) -> str | None:
@@ -326,6 +382,19 @@ class Settings(BaseSettings):
         del file_secret_settings
         return init_settings, env_settings, FileSource(settings_cls), dotenv_settings
 
+    def events(self, named: str | None = None) -> str:
+        """Return what is read: what a caller names, else GHSYNC_EVENTS_PATH.
+
+        Raises:
+            ConfigError: Only the sample is left, whose users do not belong into the MongoDB that MONGODB_URI names.
+        """
+        if not named and self.mongodb_uri is not None and "events_path" not in self.model_fields_set:
+            raise ConfigError(
+                "No events are named, and the sample is for the local MongoDB only: MONGODB_URI names another.",
+                way_out="Set GHSYNC_EVENTS_PATH, or name the events: ghsync run --events PATH.",
+            )
+        return named or self.events_path
+
     @cached_property
     def home_dir(self) -> Path:
         """``home`` as an absolute path."""
@@ -346,16 +415,50 @@ def load_settings(**overrides: object) -> Settings:
         overrides: Values by environment variable name, which win over the environment.
 
     Raises:
-        ConfigError: A value is malformed; names each variable, never a secret's value.
+        ConfigError: A value is malformed, or a name looks like a setting's and is none; names each variable, never a
+            secret's value.
     """
+    _refuse_unknown_names()
     try:
         return Settings(**overrides)  # type: ignore[arg-type]
     except ValidationError as error:
-        problems = "; ".join(f"{item['loc'][0]}: {item['msg']}" for item in error.errors(include_input=False))
+        problems = "; ".join(
+            f"{item['loc'][0]}: {item['msg'].removeprefix('Value error, ')}"
+            for item in error.errors(include_input=False)
+        )
         raise ConfigError(
             f"Settings are wrong: {problems}.",
             way_out="Correct them in the environment or in .env; see .env.example.",
         ) from None
+
+
+def _refuse_unknown_names() -> None:
+    names = [str(field.validation_alias) for field in Settings.model_fields.values()]
+    known = [*names, *(f"{name}_FILE" for name in names)]
+    ours = [name.removeprefix(_OURS) for name in known if name.startswith(_OURS)]
+    file = Path(str(Settings.model_config.get("env_file")))
+    # dagster dev puts the file's names into the environment too: they are told as the file's.
+    given = {name.upper(): "the environment" for name, value in os.environ.items() if value}
+    given |= {name.upper(): str(file.resolve()) for name, value in dotenv_values(file).items() if value}
+    problems, meant = [], []
+    for name in given.keys() - known:
+        if name.startswith(_OURS):
+            near = [_OURS + end for end in get_close_matches(name.removeprefix(_OURS), ours, n=1)]
+        elif name.startswith(_SHARED):
+            near = get_close_matches(name, known, n=1, cutoff=_NEAR)
+            # Beside the setting itself it is somebody else's.
+            if not near or near[0] in given:
+                continue
+        else:
+            continue
+        problems.append(f"{name} in {given[name]} is no setting of ghsync")
+        meant += near
+    if problems:
+        raise ConfigError(
+            f"{'; '.join(sorted(problems))}.",
+            way_out=(f"Did you mean {' and '.join(sorted(meant))}? " if meant else "")
+            + "Correct or remove it; .env.example has all names.",
+        )
 
 
 def example_env() -> str:

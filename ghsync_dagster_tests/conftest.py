@@ -137,7 +137,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def clean_environment() -> Iterator[None]:
     """Keep the caller's settings out of the tests, but for the jar cache."""
     saved = {name: value for name, value in os.environ.items() if name.startswith(_OURS) and name != "GHSYNC_CACHE"}
-    saved = {name: value for name, value in saved.items() if name not in ("GHSYNC_SCREENSHOTS", "GHSYNC_FAULT_ROUNDS")}
     for name in saved:
         del os.environ[name]
     yield

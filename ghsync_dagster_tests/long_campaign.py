@@ -7,7 +7,7 @@ from typing import Final
 
 import pytest
 
-ROUNDS: Final = int(os.environ.get("GHSYNC_FAULT_ROUNDS") or 0)
+ROUNDS: Final = int(os.environ.get("TEST_FAULT_ROUNDS") or 0)
 """How many rounds the long campaign has; 0 in the short one."""
 LONG: Final = pytest.mark.skipif(not ROUNDS, reason="make faults runs it")
 ONLY_LONG: Final = (pytest.mark.faults, LONG)

@@ -3,7 +3,7 @@
 After each fault the collection equals MySQL's table, no record is a dead letter, and it is told how long a row took
 that was written when the fault was over: what was committed before it is applied then, or being applied in the same
 batch. All parts are real, the consumers processes of their own.
-``GHSYNC_FAULT_ROUNDS=N`` (any N) has the faults last for minutes in place of seconds.
+``TEST_FAULT_ROUNDS=N`` (any N) has the faults last for minutes in place of seconds.
 """
 
 from __future__ import annotations

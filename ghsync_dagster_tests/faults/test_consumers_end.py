@@ -1,6 +1,6 @@
 """Consumers that have to end do end: many at once, in the middle of rebalances, on full cores.
 
-``GHSYNC_FAULT_ROUNDS=N`` (any N) has four times as many end.
+``TEST_FAULT_ROUNDS=N`` (any N) has four times as many end.
 """
 
 from __future__ import annotations

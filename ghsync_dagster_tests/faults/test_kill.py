@@ -1,7 +1,7 @@
 """A load that is killed with -9, wherever that hits it, is finished by the next one: nothing lost, nothing twice.
 
 What must be stored is reckoned here from the generated events alone and read by plain pymongo.
-``GHSYNC_FAULT_ROUNDS=N`` tries every step and N random moments, in place of a third of the steps and few moments.
+``TEST_FAULT_ROUNDS=N`` tries every step and N random moments, in place of a third of the steps and few moments.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.faults
 
-ROUNDS = int(os.environ.get("GHSYNC_FAULT_ROUNDS", "0"))
-SEED = int(os.environ.get("GHSYNC_FAULT_SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
+ROUNDS = int(os.environ.get("TEST_FAULT_ROUNDS", "0"))
+SEED = int(os.environ.get("TEST_FAULT_SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
 SIZE = 3_000 if ROUNDS else 1_000
 FEW = 100
 RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(SEED))
@@ -241,7 +241,7 @@ def test_a_load_killed_when_a_step_is_done_is_finished_by_the_next(world: World,
 
 @pytest.mark.parametrize("number", range(ROUNDS or 1))
 def test_a_load_killed_at_a_random_moment_is_finished_by_the_next(world: World, number: int) -> None:
-    sys.stdout.write(f"GHSYNC_FAULT_SEED={SEED}\n")
+    sys.stdout.write(f"TEST_FAULT_SEED={SEED}\n")
     chance = random.Random(f"{SEED}-moment-{number}").random()  # noqa: S311
     longest = 6_000.0
     while True:
@@ -258,7 +258,7 @@ def test_a_load_killed_at_a_random_moment_is_finished_by_the_next(world: World, 
 
 @pytest.mark.parametrize("number", range(max(ROUNDS // 3, 1)))
 def test_a_load_killed_after_a_random_write_of_its_plan_is_finished_by_the_next(world: World, number: int) -> None:
-    sys.stdout.write(f"GHSYNC_FAULT_SEED={SEED}\n")
+    sys.stdout.write(f"TEST_FAULT_SEED={SEED}\n")
     writes = random.Random(f"{SEED}-write-{number}").randint(2, 8 * SIZE // 1_000)  # noqa: S311
     while world.kill(writes=writes) is not None:
         # It was through before.

@@ -1,6 +1,6 @@
 """Loads and the change stream write the same keys at once: where the stream was, its state stands.
 
-The race has the whole stream, from the topic on, and lasts for ``GHSYNC_FAULT_ROUNDS`` loads. Where a change comes at a
+The race has the whole stream, from the topic on, and lasts for ``TEST_FAULT_ROUNDS`` loads. Where a change comes at a
 certain step of a load, the stream is the real one from the segment on: ``cdc.apply`` over ``stores.stream``.
 """
 
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.faults
 
 FIELDS = ("user_id", "login", "gravatar_id", "avatar_url", "url")
 KEYS = [str(key) for key in range(1, 1_201)]
-ROUNDS = int(os.environ.get("GHSYNC_FAULT_ROUNDS", "5"))
+ROUNDS = int(os.environ.get("TEST_FAULT_ROUNDS", "5"))
 _PACE_SECONDS = 0.01
 
 State = dict[str, dict[str, str | None] | None]

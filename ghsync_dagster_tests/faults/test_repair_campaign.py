@@ -3,7 +3,7 @@
 Each row has a counter in its login, which grows with each change. The consumer writes down each state that it gives a
 document: a counter that goes down is a newer state that was overwritten. Some changes are hidden from
 the binlog, so that only a repair brings them, and older records of the same users come after it.
-``GHSYNC_FAULT_ROUNDS=N`` (any N) has 20 rounds, and 100,000 rows of a dropped partition.
+``TEST_FAULT_ROUNDS=N`` (any N) has 20 rounds, and 100,000 rows of a dropped partition.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Real ``ghsync batch`` processes: two at once, and one that is asked to stop in the middle.
 
-With ``GHSYNC_FAULT_ROUNDS`` set, each signal is tried everywhere, in place of one at each moment.
+With ``TEST_FAULT_ROUNDS`` set, each signal is tried everywhere, in place of one at each moment.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The benchmark's harness works: every contender ends in the state that is due, and nothing outlives a run.
 
-``GHSYNC_FAULT_ROUNDS=N`` (any N) runs every contender.
+``TEST_FAULT_ROUNDS=N`` (any N) runs every contender.
 """
 
 from __future__ import annotations

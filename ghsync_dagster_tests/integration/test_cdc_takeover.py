@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.faults
 
 KEYS = 50
-ROUNDS = int(os.environ.get("GHSYNC_FAULT_ROUNDS", "2"))
+ROUNDS = int(os.environ.get("TEST_FAULT_ROUNDS", "2"))
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Odd but valid statements on a MariaDB and a MySQL: they are followed, or stop the connector aloud.
 
-``GHSYNC_FAULT_ROUNDS=N`` (any N) tries each by itself, and all that are not followed.
+``TEST_FAULT_ROUNDS=N`` (any N) tries each by itself, and all that are not followed.
 """
 
 from __future__ import annotations

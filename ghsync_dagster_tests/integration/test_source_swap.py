@@ -1,7 +1,7 @@
 # ruff: noqa: E501, S608
 """Online schema changes on a MariaDB and a MySQL, the connector restarted at each of their steps.
 
-``GHSYNC_FAULT_ROUNDS=N`` (any N) tries each tool on each server.
+``TEST_FAULT_ROUNDS=N`` (any N) tries each tool on each server.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A stream that stopped is seen: what up, drain and audit say first, with which exit code, and which check fires.
 
-``GHSYNC_FAULT_ROUNDS=N`` (any N) also waits for the alert of a running Dagster each time.
+``TEST_FAULT_ROUNDS=N`` (any N) also waits for the alert of a running Dagster each time.
 """
 
 from __future__ import annotations

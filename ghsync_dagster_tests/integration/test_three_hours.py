@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.integration
 
-REAL = Path(os.environ.get("GHSYNC_REAL_HOURS") or Path(__file__).parents[3] / "shared" / "data")
+REAL = Path(os.environ.get("TEST_REAL_HOURS") or Path(__file__).parents[3] / "shared" / "data")
 ORDERS = list(permutations(range(3)))
 ROTATIONS = [(0, 1, 2), (1, 2, 0), (2, 0, 1)]
 """In these each hour comes before each other, and once at each place."""
@@ -118,7 +118,7 @@ def test_hours_in_any_order_give_the_newest_state(
 def test_real_hours_in_any_order_give_the_newest_state(flow: BatchFlow, mongo_uri: str, database: str) -> None:
     hours = sorted(REAL.glob("2015-*.json.gz"))
     if len(hours) != len(ORDERS[0]):
-        pytest.skip(f"no three real hours in {REAL}; name another folder with GHSYNC_REAL_HOURS")
+        pytest.skip(f"no three real hours in {REAL}; name another folder with TEST_REAL_HOURS")
     lines: list[str] = []
     for hour in hours:
         with gzip.open(hour, "rt", encoding="utf-8", newline="\n") as file:

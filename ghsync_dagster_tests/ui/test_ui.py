@@ -115,8 +115,8 @@ def browser(chromium: str, tmp_path: Path) -> Iterator[BrowserContext]:
 
 @pytest.fixture
 def screenshots(tmp_path: Path) -> Path:
-    """Where screenshots go: GHSYNC_SCREENSHOTS if that is set."""
-    folder = Path(os.environ.get("GHSYNC_SCREENSHOTS") or tmp_path)
+    """Where screenshots go: TEST_SCREENSHOTS if that is set."""
+    folder = Path(os.environ.get("TEST_SCREENSHOTS") or tmp_path)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

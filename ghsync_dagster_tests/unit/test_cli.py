@@ -72,6 +72,31 @@ def test_without_a_command_the_help_lists_all(ghsync: Callable[..., Result]) -> 
     assert all(command in result.output for command in COMMANDS)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "error", "way_out"),
+    [
+        (
+            "GHSYNC_EVENT_PATH",
+            "x",
+            "GHSYNC_EVENT_PATH in the environment is no setting",
+            "Did you mean GHSYNC_EVENTS_PATH",
+        ),
+        ("MONGODB_URI", "mongodb://u:s3cret@h", "No events are named", "ghsync run --events PATH"),
+        ("MONGODB_DATABASE", "my db", "MONGODB_DATABASE: MongoDB allows no ' '", "see .env.example"),
+    ],
+)
+def test_a_setting_that_is_wrong_ends_a_run_before_it_starts(
+    ghsync: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, name: str, value: str, error: str, way_out: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    result = ghsync("run")
+    assert result.exit_code == 2
+    assert f"error: {error}" in result.output or f"error: Settings are wrong: {error}" in result.output
+    assert way_out in result.output
+    assert "s3cret" not in result.output
+    assert list(Path.cwd().iterdir()) == []
+
+
 def test_an_unknown_command_or_option_is_refused(ghsync: Callable[..., Result]) -> None:
     for arguments in (["unknown"], ["batch"], ["sample", "--unknown"], ["sample", "--events", "0"]):
         result = ghsync(*arguments)

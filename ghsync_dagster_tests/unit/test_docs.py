@@ -24,7 +24,7 @@ COMMAND: Final = re.compile(r"(?<![\w./-])ghsync ((?:[a-z]+ ?)+)((?:--?[a-z-]+|[
 NAMES: Final = re.compile(r"\b(GHSYNC_[A-Z_]+[A-Z])\b(?![_*])")
 FILES: Final = re.compile(r"`((?:[\w-]+/)*[\w-]+\.(?:py|sh|toml|yaml|md))`")
 PAGE_IDS: Final = [str(page.relative_to(ROOT)) for page in PAGES]
-IN_TESTS: Final = {"GHSYNC_FAULT_ROUNDS"}
+IN_TESTS: Final = {"TEST_FAULT_ROUNDS"}
 """What only tests and benchmarks read."""
 
 

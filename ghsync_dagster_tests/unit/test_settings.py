@@ -83,9 +83,104 @@ def test_a_connect_url_may_have_credentials_and_a_path(url: str) -> None:
     assert load_settings(CONNECT_URL=url).connect_url == url
 
 
-def test_unknown_variables_in_the_file_env_are_left_alone(tmp_path: Path) -> None:
-    (tmp_path / ".env").write_text("POSTGRES_PASSWORD=x\n")
+def test_names_of_other_programs_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".env").write_text("POSTGRES_PASSWORD=x\nDAGSTER_HOME=/y\nKAFKA_HEAP_OPTS=-Xmx1g\nMONGODB_VERSION=8\n")
+    for name in ("SPARK_HOME", "SPARK_MASTER_HOST", "MYSQL_PWD", "MYSQL_USER", "CONNECT_REST_PORT", "KAFKA_OPTS"):
+        monkeypatch.setenv(name, "z")
     assert load_settings().mongodb_database == "new_data"
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("GHSYNC_EVENT_PATH", "GHSYNC_EVENTS_PATH"),
+        ("ghsync_events_pth", "GHSYNC_EVENTS_PATH"),
+        ("GHSYNC_LOGLEVEL", "GHSYNC_LOG_LEVEL"),
+        ("GHSYNC_ALERT_WEBHOOK_URL_FIL", "GHSYNC_ALERT_WEBHOOK_URL_FILE"),
+        ("MONGODB_URL", "MONGODB_URI"),
+        ("MONGO_URI", "MONGODB_URI"),
+        ("MYSQL_URI", "MYSQL_URL"),
+        ("KAFKA_BOOTSTRAP_SERVER", "KAFKA_BOOTSTRAP_SERVERS"),
+        ("CONNECT_URI", "CONNECT_URL"),
+    ],
+)
+def test_a_name_that_is_nearly_a_setting_s_is_refused_with_that_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, meant: str
+) -> None:
+    monkeypatch.setenv(name, "s3cret")
+    with pytest.raises(ConfigError, match=f"{name.upper()} in the environment is no setting of ghsync") as caught:
+        load_settings()
+    assert f"Did you mean {meant}?" in caught.value.way_out
+    monkeypatch.delenv(name)
+    (tmp_path / ".env").write_text(f"{name}=s3cret\n")
+    with pytest.raises(ConfigError, match=f"{name.upper()} in {tmp_path / '.env'} is no setting") as caught:
+        load_settings()
+    assert f"Did you mean {meant}?" in caught.value.way_out
+    assert "s3cret" not in repr(caught.value)
+    (tmp_path / ".env").write_text(f"{name}=\n")
+    load_settings()
+
+
+def test_the_sample_is_for_the_local_mongodb_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_settings().events() == "data/sample_data.json"
+    monkeypatch.setenv("MONGODB_URI", SECRET)
+    with pytest.raises(ConfigError, match="No events are named") as caught:
+        load_settings().events()
+    assert "PLANTED" not in repr(caught.value)
+    assert load_settings().events("named") == "named"
+    monkeypatch.setenv("GHSYNC_EVENTS_PATH", "data/sample_data.json")
+    assert load_settings().events() == "data/sample_data.json"
+    assert load_settings().events("named") == "named"
+
+
+def test_a_name_like_nothing_of_ours_has_no_suggestion(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GHSYNC_QQQ", "1")
+    with pytest.raises(ConfigError, match="GHSYNC_QQQ in the environment") as caught:
+        load_settings()
+    assert caught.value.way_out == "Correct or remove it; .env.example has all names."
+
+
+def test_beside_the_setting_itself_a_like_name_is_somebody_else_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MONGODB_URL", "mongodb://elsewhere")
+    monkeypatch.setenv("MONGODB_URI", SECRET)
+    assert uri(load_settings()) == SECRET
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        *(("MONGODB_DATABASE", f"my{wrong}db", "MongoDB allows no ") for wrong in '/\\. "$'),
+        ("MONGODB_DATABASE", "x" * 64, "MongoDB allows up to 63 bytes"),
+        *(("MONGODB_DATABASE", name, f"{name} is MongoDB's own") for name in ("admin", "local", "config", "Admin")),
+        *(("MONGODB_COLLECTION", name, "MongoDB allows no ") for name in ("a$b", ".a", "a.", "a..b")),
+        ("MONGODB_COLLECTION", "system.users", "MongoDB keeps names"),
+        ("MONGODB_COLLECTION", "_ghsync_versions", "ghsync keeps names"),
+        ("MONGODB_COLLECTION", "x" * 171, "up to 170 bytes"),
+        ("MONGODB_URI", "127.0.0.1:27017", "it needs mongodb://"),
+        ("MONGODB_URI", "app:s3cret@h:1", "it needs mongodb://"),
+        *(("KAFKA_TOPIC", name, "Kafka allows up to 249 letters") for name in ("a b", "a/b", "ü", "..", "x" * 246)),
+    ],
+)
+def test_a_name_that_no_server_takes_is_refused_before_work_starts(name: str, value: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=f"Settings are wrong: {name}: ") as caught:
+        load_settings(**{name: value})
+    assert words in caught.value.message
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MONGODB_DATABASE", "my-db_2"),
+        ("MONGODB_DATABASE", "x" * 63),
+        ("MONGODB_COLLECTION", "People.of my"),
+        ("KAFKA_TOPIC", "mysql-server.new_data.Users_2"),
+        ("KAFKA_TOPIC", "x" * 245),
+    ],
+)
+def test_a_name_that_servers_take_is_taken(name: str, value: str) -> None:
+    field = next(field for field, info in Settings.model_fields.items() if info.validation_alias == name)
+    assert getattr(load_settings(**{name: value}), field) == value
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\r\n"])

@@ -47,9 +47,10 @@ def read_events(
 ) -> Iterator[dg.MaterializeResult[None]]:
     """Read the input files; every line becomes an event, a quarantined line, or is blank."""
     del context
-    batch.flow.spark.warm_up()
     with as_failure():
-        report = batch.flow.read([config.events_path or batch.settings().events_path])
+        events = batch.settings().events(config.events_path)
+        batch.flow.spark.warm_up()
+        report = batch.flow.read([events])
     yield dg.MaterializeResult(asset_key="raw_events", metadata=metadata.of_events(report))
     yield dg.MaterializeResult(asset_key="quarantined_events", metadata=metadata.of_quarantine(report))
 
