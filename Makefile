@@ -26,9 +26,8 @@ cdc: setup ## try the change path on local servers: workload, sync, latency, aud
 test: setup-dev ## run all tests, in JOBS processes (4, as some wait)
 	@$(BIN)/python -m pytest --numprocesses $(or $(JOBS),4) --dist loadfile --no-loadscope-reorder
 
-dev: setup ## serve the Dagster UI with daemon and sensors on 127.0.0.1:3000
-	@home="$$($(BIN)/python -m ghsync_dagster.local.dagster_home)" && \
-		DAGSTER_HOME="$$home" $(BIN)/dagster dev --host 127.0.0.1 --port 3000
+dev: setup ## serve the Dagster UI with daemon and sensors on 127.0.0.1, PORT (3000)
+	@$(BIN)/ghsync dev --port $(or $(PORT),3000)
 
 packages: ## install the locked packages alone: all that checks need
 	@$(BOOTSTRAP) --dev --packages

@@ -237,6 +237,14 @@ def fetch(
         typer.echo(f"{hour.path}: {hour.lines:,} lines, {hour.size:,} bytes, {hour.outcome.value}")
 
 
+@app.command()
+def dev(port: Annotated[int, typer.Option(min=1, max=65_535, help="TCP port of the UI.")] = 3000) -> None:
+    """Serve the Dagster UI on 127.0.0.1 with daemon and sensors, until Ctrl-C."""
+    from ghsync_dagster.local.dev import serve
+
+    serve(_settings(), port)
+
+
 Services = Annotated[list[str] | None, typer.Argument(help="Servers by name; all that there are if none is named.")]
 
 

@@ -6,10 +6,7 @@ Belongs here: what a local instance needs. Not here: how Dagster is deployed els
 from __future__ import annotations
 
 import os
-import sys
 from typing import TYPE_CHECKING, Final
-
-from ghsync_dagster.settings import load_settings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,7 +54,3 @@ def ensure_dagster_home(settings: Settings) -> Path:
         part.write_text(INSTANCE, encoding="utf-8")
         part.replace(instance)
     return home
-
-
-if __name__ == "__main__":
-    sys.stdout.write(f"{ensure_dagster_home(load_settings())}\n")

@@ -22,7 +22,6 @@ import pytest
 from playwright.sync_api import BrowserContext, Locator, Page, Response, expect, sync_playwright
 
 from ghsync_dagster.local import stack
-from ghsync_dagster.local.dagster_home import ensure_dagster_home
 from ghsync_dagster.settings import load_settings
 
 if TYPE_CHECKING:
@@ -84,10 +83,9 @@ def ui(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
         **os.environ,
         "GHSYNC_HOME": str(settings.home_dir),
         "GHSYNC_EVENTS_PATH": str(events),
-        "DAGSTER_HOME": str(ensure_dagster_home(settings)),
     }
     port = free_port()
-    command = [sys.executable, "-m", "dagster", "dev", "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "ghsync_dagster.cli", "dev", "--port", str(port)]
     with (folder / "dev.log").open("wb") as log:
         server = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
