@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import uuid
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -246,6 +247,8 @@ def stack_settings(local_stack: Settings) -> Iterator[Settings]:
         CONNECT_URL=found["connect"].uri,
     )
     empty_table_and_topics(own)
+    # What an earlier test did in a session of statements is told for a day.
+    connect.close_statements(own, datetime.now(UTC))
     yield own
     with UserStore(ensure_mongo(own), own.mongodb_database, "Users") as opened:
         opened.client.drop_database(own.mongodb_database)

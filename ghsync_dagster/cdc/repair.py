@@ -55,7 +55,7 @@ CHUNK: Final = 200
 _LEAST: Final = 20
 _CHUNKS: Final = 10
 """For how many chunks to look at once."""
-_HELD_SECONDS: Final = 0.1
+_HELD_SECONDS: Final = 0.05
 """How long the stream is to wait for the write of a chunk: chunks become smaller where the store is slow."""
 _AHEAD: Final = 2
 """Readings that may wait for the writer or be at work."""
@@ -238,7 +238,7 @@ class SourceReader:
         """What is in the way of reading, and of writing."""
         self._delays = {_READING: waits(), _WRITING: waits()}
         self._next_at = self._not_before = 0.0
-        self._chunk = CHUNK // 2
+        self._chunk = CHUNK // 4
         self._open: dict[str, str] = {}
         """The tokens of users that are to be claimed next."""
         self._commands: dict[RepairStep, Callable[[int], None]] = {

@@ -95,7 +95,9 @@ def test_a_second_daemon_on_an_instance_is_refused_while_the_first_lives(setting
     ) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "is another program now\n"
-        with pytest.raises(ConfigError, match=rf"runs already on {lock.parent}: process {holder.pid}, http://") as caught:
+        with pytest.raises(
+            ConfigError, match=rf"runs already on {lock.parent}: process {holder.pid}, http://"
+        ) as caught:
             dev.serve(settings, free())
         assert "GHSYNC_HOME" in caught.value.way_out
         holder.communicate("\n")
