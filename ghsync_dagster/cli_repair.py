@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
@@ -115,10 +116,16 @@ class _Progress:
 
 
 def _finish(report: RepairReport, *, as_json: bool) -> None:
+    from ghsync_dagster.cdc.repair_requests import SHOWN
+
     if as_json:
-        print_json({**report.as_json(), "carried_out": report.is_carried_out})
+        print_json(report.as_json())
         return
     typer.echo(report.summary())
+    for user_id, outcome in islice(report.planned.items(), SHOWN):
+        typer.echo(f"  {outcome:<9} {user_id}")
+    if (more := len(report.planned) - SHOWN) > 0:
+        typer.echo(f"  ... and {more:,} more: --json names all")
     for refused in report.refused:
         typer.echo(f"  refused   {refused.user_id}: {refused.why}")
     for name in report.by_hand:

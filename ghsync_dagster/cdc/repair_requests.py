@@ -9,9 +9,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ghsync_dagster.domain.change import Op
@@ -77,6 +77,7 @@ class RepairReport:
         problem: Why users are open, where that is known.
         by_itself: Whether a consumer of this process carried requests out, since no other consumed.
         seconds: How long it took.
+        planned: What would become of each user that is not in sync, by id; of a dry run only.
         dry_run: Whether nothing was asked for.
         unrepairable: How much that is wrong no repair can put right.
         by_hand: Up to 20 of these, by name.
@@ -90,6 +91,7 @@ class RepairReport:
     problem: str = ""
     by_itself: bool = False
     seconds: float = 0.0
+    planned: Mapping[str, str] = field(default_factory=dict)
     dry_run: bool = False
     unrepairable: int = 0
     by_hand: Sequence[str] = ()
@@ -110,8 +112,9 @@ class RepairReport:
         )
 
     def as_json(self) -> dict[str, object]:
-        """Return the fields for a program to read."""
-        return {**asdict(self), "refused": [refused._asdict() for refused in self.refused]}
+        """Return the fields for a program to read; what a dry run plans is not carried out, whatever it is."""
+        carried_out = {} if self.dry_run else {"carried_out": self.is_carried_out}
+        return {**asdict(self), "refused": [refused._asdict() for refused in self.refused], **carried_out}
 
     def summary(self) -> str:
         """Return the outcome in one line."""
@@ -119,7 +122,7 @@ class RepairReport:
         found = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in sorted(self.outcomes.items()))
         by_hand = f"; {self.unrepairable:,} to be put right by hand" if self.unrepairable else ""
         if self.dry_run:
-            return f"{users}: {found or 'nothing to do'}{by_hand}; nothing was written"
+            return f"dry run of {users}: would be {found or 'none'}{by_hand}; nothing was changed"
         still = f"; {self.open:,} still open" if self.open else ""
         by = " by a consumer of this command" if self.by_itself else ""
         return f"{users} asked for: {found or 'none repaired'}{still}{by_hand}; {self.seconds:.1f} s{by}"
@@ -150,13 +153,17 @@ def plan(mysql: MySqlStore, store: UserStore, repairs: RepairStore, keys: Collec
 
     started = time.monotonic()
     found: Counter[str] = Counter()
+    planned: dict[str, str] = {}
     for part in chunks(keys):
         rows, documents, stored = mysql.rows_by_id(part), store.users_by_id(part), repairs.stored_users(part)
         for key in part:
             what = cure(stored[key], has_row=key in rows)
             is_in_sync = what.op is Op.UPSERT and matches(rows[key], documents.get(key))
             found[IN_SYNC if is_in_sync else what.outcome.value] += 1
-    return RepairReport(len(keys), dict(found), seconds=round(time.monotonic() - started, 3), dry_run=True)
+            if not is_in_sync:
+                planned[key] = what.outcome.value
+    seconds = round(time.monotonic() - started, 3)
+    return RepairReport(len(keys), dict(found), seconds=seconds, planned=planned, dry_run=True)
 
 
 def repair(

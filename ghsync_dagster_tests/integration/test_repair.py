@@ -514,6 +514,7 @@ def test_a_dry_run_tells_and_writes_nothing(bench: _Bench) -> None:
     report = plan(bench.mysql, bench.store, bench.repairs, ["1", "2", "3", "4"])
     assert report.dry_run
     assert report.outcomes == {"written": 1, "in_sync": 1, "removed": 1, "absent": 1}
+    assert report.planned == {"1": "written", "3": "removed", "4": "absent"}
     assert stored(bench.store).keys() == {"2", "3"}
     assert not bench.repairs.is_any_open()
 
@@ -554,7 +555,7 @@ def test_what_no_repair_can_put_right_is_left_to_be_done_by_hand(bench: _Bench) 
     report = plan(bench.mysql, bench.store, bench.repairs, chosen.users).with_unrepairable(chosen.unrepairable)
     assert not report.is_carried_out
     assert report.unrepairable == len(report.by_hand) == len(odd) + 1
-    assert "6 to be put right by hand; nothing was written" in report.summary()
+    assert "6 to be put right by hand; nothing was changed" in report.summary()
     assert report.way_out.count("remove") == 2
     # Without an audit too: the stream would write one of the two.
     assert [one.name for one in bench.select(Selection(("1", "2"))).unrepairable] == ["1"]

@@ -99,7 +99,11 @@ def test_hidden_changes_are_repaired_from_an_audit(sides: _Sides) -> None:
     )
     dry = sides.repair("--from-audit", "--patience", "0.5", "--dry-run")
     assert dry.returncode == 0
-    assert dry.stdout.startswith("3 users: 1 removed, 2 written; nothing was written")
+    assert dry.stdout.startswith("dry run of 3 users: would be 1 removed, 2 written; nothing was changed\n")
+    planned = json.loads(sides.repair("--from-audit", "--patience", "0.5", "--dry-run", "--json").stdout)
+    assert "carried_out" not in planned
+    assert sorted(planned["planned"].values()) == ["removed", "written", "written"]
+    assert dry.stdout.splitlines()[1:] == [f"  {what:<9} {user}" for user, what in planned["planned"].items()]
     assert stored(sides.store)["1"]["login"] == "a"
     done = sides.repair("--from-audit", "--patience", "0.5", "--json")
     assert done.returncode == 0, done.stderr
@@ -149,12 +153,12 @@ def test_a_dry_run_writes_nothing_at_all(sides: _Sides, tmp_path: Path) -> None:
     fresh = f"{sides.store.database.name}_fresh"
     before = sides.everything()
     for database, users in (
-        (sides.store.database.name, "2 users: 1 absent, 1 written"),
-        (fresh, "6 users: 1 absent, 5 written"),
+        (sides.store.database.name, "dry run of 2 users: would be 1 absent, 1 written"),
+        (fresh, "dry run of 6 users: would be 1 absent, 5 written"),
     ):
         options = ("--all", "--user-id", "1", "--user-id", "9", "--dry-run")
         done = sides.repair(*options, MONGODB_DATABASE=database)
-        assert (done.returncode, "nothing was written" in done.stdout) == (0, True), done.stderr
+        assert (done.returncode, "nothing was changed" in done.stdout) == (0, True), done.stderr
         assert done.stdout.startswith(users)
     assert sides.job(tmp_path, {"everyone": True, "dry_run": True}, MONGODB_DATABASE=fresh).returncode == 0
     assert sides.everything() == before

@@ -6,13 +6,23 @@ Belongs here: config, what a run fails on, and which failed audits start one. No
 
 # No annotations from __future__: Dagster wants the types of context and config, not their names.
 import threading
+from itertools import islice
 from typing import Final
 
 import dagster as dg
 from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus
 from pydantic import Field
 
-from ghsync_dagster.cdc.repair_requests import Chosen, RepairReport, Selection, plan, refuse_too_many, repair, select
+from ghsync_dagster.cdc.repair_requests import (
+    SHOWN,
+    Chosen,
+    RepairReport,
+    Selection,
+    plan,
+    refuse_too_many,
+    repair,
+    select,
+)
 from ghsync_dagster.defs.cdc.checks import in_step_with_mysql
 from ghsync_dagster.defs.cdc.jobs import FLOW_TAG
 from ghsync_dagster.defs.errors import as_failure
@@ -59,7 +69,8 @@ def repair_users(context: dg.OpExecutionContext, config: RepairConfig, changes: 
         report = _repaired(config, changes)
     context.log.info(report.summary())
     counts = {"asked": report.asked, "open": report.open, "unrepairable": report.unrepairable}
-    context.add_output_metadata({**counts, "seconds": report.seconds, **report.outcomes})
+    planned = dict(islice(report.planned.items(), SHOWN))
+    context.add_output_metadata({**counts, "seconds": report.seconds, **report.outcomes, "planned": planned})
     if not report.is_carried_out and not report.dry_run:
         reason = f": {report.problem}" if report.problem else ""
         way_out = f"{WAY_OUT}{report.way_out}" if report.way_out else ""
