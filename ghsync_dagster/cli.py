@@ -101,14 +101,14 @@ def run(
 ) -> None:
     """Materialize raw_events -> users -> mongo_users through Dagster with every check, and print a summary."""
     from ghsync_dagster.batch.rules import load_rules
-    from ghsync_dagster.local.dagster_home import ensure_dagster_home
+    from ghsync_dagster.local.dagster_home import use_dagster_home
 
     started = time.monotonic()
     settings = _settings()
     # Told here in their own words; inside it would be a run that failed before its first step.
     settings.events(events)
     load_rules(settings.rules_module)
-    os.environ.setdefault("DAGSTER_HOME", str(ensure_dagster_home(settings)))
+    use_dagster_home(settings)
     from ghsync_dagster.defs.runner import materialize_batch
 
     with _status("materializing", quiet=as_json):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -282,6 +283,13 @@ def parts(mongo_uri: str, database: str) -> Parts:
 def stored(store: UserStore) -> dict[str, dict[str, Any]]:
     """All stored users by id, without ``_id``."""
     return {found["user_id"]: found for found in store.users.find({}, {"_id": 0})}
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def until(look: Callable[[], T], seconds: float = 30, good: Callable[[T], object] = bool) -> T:

@@ -28,7 +28,7 @@ from xdist.scheduler import LoadFileScheduling
 from ghsync_dagster.batch.flow import BatchFlow
 from ghsync_dagster.batch.reports import Artifacts
 from ghsync_dagster.domain.user import BUILT_IN_RULES
-from ghsync_dagster.local import connect, kafka, mysql, stack
+from ghsync_dagster.local import connect, stack
 from ghsync_dagster.local.kafka import ensure_kafka
 from ghsync_dagster.local.mongo import ensure_mongo
 from ghsync_dagster.local.mysql import ensure_mysql
@@ -112,8 +112,7 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     """Stop what follows a database once no test of this process shares it, as idling takes a tenth of a core."""
     if nextitem and _sharing(item.path) in _FOLLOWING and _sharing(nextitem.path) not in _FOLLOWING:
         for settings in _homes:
-            for server in (connect, kafka, mysql):
-                server.down(settings, progress=lambda _: None)
+            stack.down(settings, ("connect", "kafka", "mysql"), progress=lambda _: None)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -6,11 +6,10 @@ Belongs here: what a local instance needs. Not here: how Dagster is deployed els
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from ghsync_dagster.settings import Settings
 
 INSTANCE: Final = """\
@@ -42,6 +41,13 @@ retention:
       # The supervisor of the change consumer looks every five seconds, mostly to skip.
       skipped: 1
 """
+
+
+def use_dagster_home(settings: Settings) -> Path:
+    """Return DAGSTER_HOME; where the environment has none, this process gets the one under GHSYNC_HOME."""
+    if "DAGSTER_HOME" not in os.environ:
+        os.environ["DAGSTER_HOME"] = str(ensure_dagster_home(settings))
+    return Path(os.environ["DAGSTER_HOME"])
 
 
 def ensure_dagster_home(settings: Settings) -> Path:

@@ -9,13 +9,14 @@ import fcntl
 import os
 import socket
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from ghsync_dagster.domain.errors import ConfigError
-from ghsync_dagster.local.dagster_home import ensure_dagster_home
+from ghsync_dagster.local.dagster_home import use_dagster_home
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ghsync_dagster.settings import Settings
 
 HOST: Final = "127.0.0.1"
@@ -32,8 +33,7 @@ def serve(settings: Settings, port: int) -> NoReturn:
     Raises:
         ConfigError: The port is taken, or the instance has a daemon that was started here.
     """
-    home = Path(os.environ.setdefault("DAGSTER_HOME", str(ensure_dagster_home(settings))))
-    _claim(home / "dev.lock", port)
+    _claim(use_dagster_home(settings) / "dev.lock", port)
     _refuse_taken(port)
     command = [sys.executable, "-m", "dagster", "dev", "-m", _MODULE, "--host", HOST, "--port", str(port)]
     os.execv(sys.executable, command)  # noqa: S606  no shell is wanted

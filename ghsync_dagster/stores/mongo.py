@@ -57,7 +57,7 @@ PASSING: Final = frozenset(
 """Error codes that pass: hosts, elections, write conflicts, lost cursors, time limits, a full disk."""
 _NAMESPACE_EXISTS: Final = 48
 _DEFAULT_COLLECTION: Final = "Users"
-_DUPLICATE_KEY: Final = 11000
+DUPLICATE_KEY: Final = 11000
 _MARKED: Final = {MARKER_FIELD: MARKER_VALUE}
 
 
@@ -156,7 +156,7 @@ def insert_new(collection: Collection[Document], documents: Sequence[Document]) 
             collection.insert_many(documents, ordered=False)
     except BulkWriteError as error:
         failed = error.details["writeErrors"]
-        if error.details.get("writeConcernErrors") or any(item["code"] != _DUPLICATE_KEY for item in failed):
+        if error.details.get("writeConcernErrors") or any(item["code"] != DUPLICATE_KEY for item in failed):
             raise
         return [documents[item["index"]] for item in failed]
     return []

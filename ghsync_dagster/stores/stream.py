@@ -30,7 +30,7 @@ from ghsync_dagster import clock
 from ghsync_dagster.domain.errors import RefusedError, UnavailableError
 from ghsync_dagster.domain.user import MARKER_FIELD, USER_FIELDS
 from ghsync_dagster.observability.logging import redact
-from ghsync_dagster.stores.mongo import CHUNK, PASSING, chunks, mongo_errors
+from ghsync_dagster.stores.mongo import CHUNK, DUPLICATE_KEY, PASSING, chunks, mongo_errors
 
 if TYPE_CHECKING:
     from pymongo.collection import Collection
@@ -54,7 +54,6 @@ _TEXT: Final = 500
 _ASIDE_SECONDS: Final = 3.0
 """How long a command beside the batches may take."""
 
-_DUPLICATE_KEY: Final = 11000
 _OWN_KEYS: Final = frozenset({"user_id", "_id"})
 """Fields of unique indexes on which another write of the same user, or the same write sent twice, may be met."""
 _KINDS: Final = {
@@ -67,7 +66,7 @@ _KINDS: Final = {
     9: "bad-value",
     14: "bad-value",
     52: "bad-value",
-    _DUPLICATE_KEY: "unique-index",
+    DUPLICATE_KEY: "unique-index",
 }
 """The error codes of one write that are about the user in it: another user can be stored all the same."""
 _UNENCODABLE: Final = "unencodable"
@@ -313,7 +312,7 @@ class StreamStore:
                     self.store.deleted.insert_many([{"_id": key} for key in part], ordered=False)
                 except BulkWriteError as error:
                     # What is recorded already is as it should be.
-                    _raise_unless(error, {_DUPLICATE_KEY})
+                    _raise_unless(error, {DUPLICATE_KEY})
 
     def write(
         self,
@@ -447,7 +446,7 @@ def _judge(error: BulkWriteError, part: Sequence[_Write], refused: dict[str, Ref
     lost = []
     for item in error.details["writeErrors"]:
         key, write = part[item["index"]]
-        if item["code"] == _DUPLICATE_KEY and _OWN_KEYS.issuperset(item.get("keyPattern", _OWN_KEYS)):
+        if item["code"] == DUPLICATE_KEY and _OWN_KEYS.issuperset(item.get("keyPattern", _OWN_KEYS)):
             lost.append((key, write))
         else:
             refused[key] = Refused(_KINDS[item["code"]], f"code {item['code']}: {str(item.get('errmsg'))[:_TEXT]}")

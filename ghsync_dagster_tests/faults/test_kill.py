@@ -1,7 +1,7 @@
 """A load that is killed with -9, wherever that hits it, is finished by the next one: nothing lost, nothing twice.
 
 What must be stored is reckoned here from the generated events alone and read by plain pymongo.
-``TEST_FAULT_ROUNDS=N`` tries every step and N random moments, in place of a third of the steps and few moments.
+``TEST_FAULT_ROUNDS=N`` tries every step and N random moments, in place of a sixth of the steps and few moments.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from kill_child import Order
+from long_campaign import ROUNDS
 from pymongo import MongoClient
 
 from ghsync_dagster.batch.flow import BatchFlow
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.faults
 
-ROUNDS = int(os.environ.get("TEST_FAULT_ROUNDS", "0"))
 SEED = int(os.environ.get("TEST_FAULT_SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
 SIZE = 3_000 if ROUNDS else 1_000
 FEW = 100

@@ -6,7 +6,6 @@ certain step of a load, the stream is the real one from the segment on: ``cdc.ap
 
 from __future__ import annotations
 
-import os
 import random
 import sys
 import threading
@@ -17,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from cdc_parts import until
+from long_campaign import ROUNDS
 
 from ghsync_dagster.batch.load import Step
 from ghsync_dagster.batch.reports import FlattenReport, LoadReport
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.faults
 
 FIELDS = ("user_id", "login", "gravatar_id", "avatar_url", "url")
 KEYS = [str(key) for key in range(1, 1_201)]
-ROUNDS = int(os.environ.get("TEST_FAULT_ROUNDS", "5"))
+LOADS = ROUNDS or 5
 _PACE_SECONDS = 0.01
 
 State = dict[str, dict[str, str | None] | None]
@@ -92,7 +92,7 @@ class Changes:
             self._topic.delete(key)
             return
         # Now and then what a file brings, so that equal content is met too.
-        login = f"load-{self._chance.randrange(ROUNDS)}" if change < 0.5 else f"stream-{self._topic.written}"
+        login = f"load-{self._chance.randrange(LOADS)}" if change < 0.5 else f"stream-{self._topic.written}"
         self._topic.write(key, "u" if key in self._topic.expected else "c", user(key, login))
 
 
@@ -131,7 +131,7 @@ def test_what_the_stream_wrote_last_stands_through_loads_at_the_same_time(
     store.ensure_collection()
     met = dict.fromkeys(("inserted", "replaced", "confirmed"), 0)
     with parts.running(topic) as consumer, Changes(topic, seed) as changes:
-        for number in range(ROUNDS):
+        for number in range(LOADS):
             # Most users change with every load, the rest every other time: replaced and confirmed.
             report = load(flow, number, {key: f"load-{number // (1 if int(key) % 3 else 2)}" for key in KEYS})
             met = {name: count + getattr(report, name) for name, count in met.items()}
@@ -141,13 +141,13 @@ def test_what_the_stream_wrote_last_stands_through_loads_at_the_same_time(
         state = changes.end()
         until(lambda: topic.committed() == topic.written, 60)
         report_of_stream = consumer.end()
-    sys.stdout.write(f"{ROUNDS} loads: {met}; stream: {report_of_stream.records}\n")
+    sys.stdout.write(f"{LOADS} loads: {met}; stream: {report_of_stream.records}\n")
     assert not report_of_stream.dead_letters
     assert len(state) > len(KEYS) // 4
     assert all(met.values()), met
 
     assert_the_streams_state(store, state)
-    last = load(flow, ROUNDS, dict.fromkeys(KEYS, "newest-of-all"))
+    last = load(flow, LOADS, dict.fromkeys(KEYS, "newest-of-all"))
     assert last.unresolved == 0
     assert_the_streams_state(store, state)
     assert last.left.get("owned by the stream", 0) == sum(kept is not None for kept in state.values())

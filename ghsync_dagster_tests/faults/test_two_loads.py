@@ -1,6 +1,7 @@
 """Real ``ghsync batch`` processes: two at once, and one that is asked to stop in the middle.
 
-With ``TEST_FAULT_ROUNDS`` set, each signal is tried everywhere, in place of one at each moment.
+With ``TEST_FAULT_ROUNDS`` set, a load is stopped by each signal at each moment, and a Dagster run by each signal.
+Without it only a Dagster run is stopped, by one.
 """
 
 from __future__ import annotations

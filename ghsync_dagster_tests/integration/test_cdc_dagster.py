@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 import psutil
 import pytest
+from cdc_parts import free_port
 from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from dagster._core.storage.tags import SENSOR_NAME_TAG
@@ -509,7 +509,7 @@ def test_a_lag_that_stays_is_told_beside_the_differences(stack: Stack, runs: InP
 @LONG
 def test_the_supervisor_hands_over_and_replaces_a_killed_slice(stack: Stack, instance: dg.DagsterInstance) -> None:
     """Slices of 40 s, one killed -9; changes come all the time, and all are applied."""
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", "dagster", "dev", "-m", "ghsync_dagster.definitions", "--port", str(port)]
     environment = stack.environment(GHSYNC_CDC_SLICE_SECONDS="40")
     with (stack.home / "out").open("wb") as out:
@@ -557,12 +557,6 @@ def test_the_supervisor_hands_over_and_replaces_a_killed_slice(stack: Stack, ins
                 child.kill()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(dev.pid, signal.SIGKILL)
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def _running(instance: dg.DagsterInstance, other_than: set[str] | None = None) -> dg.DagsterRun | None:

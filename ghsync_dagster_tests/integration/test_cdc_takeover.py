@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from cdc_parts import child, stored, until
+from long_campaign import ROUNDS
 
 from ghsync_dagster.cdc.dead_letters import read_dead_letters
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.faults
 
 KEYS = 50
-ROUNDS = int(os.environ.get("TEST_FAULT_ROUNDS", "2"))
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def test_killed_consumers_lose_nothing(topic: Topic, parts: Parts, store: UserSt
     assert list(read_dead_letters(topic.kafka)) == []
 
 
-@pytest.mark.parametrize("round_number", range(ROUNDS))
+@pytest.mark.parametrize("round_number", range(ROUNDS or 2))
 def test_what_a_frozen_consumer_had_in_hand_does_not_stay(
     topic: Topic, parts: Parts, store: UserStore, round_number: int
 ) -> None:

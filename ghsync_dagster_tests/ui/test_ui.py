@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+from cdc_parts import free_port
 from playwright.sync_api import BrowserContext, Locator, Page, Response, expect, sync_playwright
 
 from ghsync_dagster.local import stack
@@ -117,13 +117,6 @@ def screenshots(tmp_path: Path) -> Path:
     folder = Path(os.environ.get("TEST_SCREENSHOTS") or tmp_path)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def await_serving(server: subprocess.Popen[bytes], address: str, log: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from cdc_parts import free_port
 
 from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.local import dev
@@ -55,13 +56,8 @@ def taken() -> Iterator[int]:
         yield int(server.getsockname()[1])
 
 
-def free() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
 def test_the_ui_is_served_on_the_instance_under_the_home(settings: Settings) -> None:
-    port = free()
+    port = free_port()
     with pytest.raises(BecameError) as became:
         dev.serve(settings, port)
     expected = ("-m", "dagster", "dev", "-m", "ghsync_dagster.definitions", "--host", "127.0.0.1", "--port", str(port))
@@ -77,7 +73,7 @@ def test_a_dagster_home_that_is_set_is_used(
     own.mkdir()
     monkeypatch.setenv("DAGSTER_HOME", str(own))
     with pytest.raises(BecameError):
-        dev.serve(settings, free())
+        dev.serve(settings, free_port())
     assert (own / "dev.lock").exists()
 
 
@@ -98,8 +94,8 @@ def test_a_second_daemon_on_an_instance_is_refused_while_the_first_lives(setting
         with pytest.raises(
             ConfigError, match=rf"runs already on {lock.parent}: process {holder.pid}, http://"
         ) as caught:
-            dev.serve(settings, free())
+            dev.serve(settings, free_port())
         assert "GHSYNC_HOME" in caught.value.way_out
         holder.communicate("\n")
     with pytest.raises(BecameError):
-        dev.serve(settings, free())
+        dev.serve(settings, free_port())
