@@ -100,14 +100,14 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Materialize raw_events -> users -> mongo_users through Dagster with every check, and print a summary."""
-    from ghsync_dagster.batch.rules import load_rules
     from ghsync_dagster.local.dagster_home import use_dagster_home
+    from ghsync_dagster.wiring import batch_flow
 
     started = time.monotonic()
     settings = _settings()
     # Told here in their own words; inside it would be a run that failed before its first step.
     settings.events(events)
-    load_rules(settings.rules_module)
+    batch_flow(settings).check_first()
     use_dagster_home(settings)
     from ghsync_dagster.defs.runner import materialize_batch
 

@@ -31,6 +31,10 @@ _DATABASE_BYTES = 63
 _COLLECTION_BYTES = 170
 """MongoDB allows 255 with the database; the platform's own collections have longer names."""
 _OF_SERVER = ("admin", "config", "local")
+_MASTER = re.compile(
+    r"local(\[(\*|[1-9][0-9]*)(, *[0-9]+)?\])?|local-cluster\[[0-9, ]+\]|yarn|k8s://\S+"
+    r"|spark://[^/\s,]+:[0-9]+(,[^/\s,]+:[0-9]+)*"
+)
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,245}")
 """What Kafka allows, with room for .dlq."""
 
@@ -321,6 +325,13 @@ class Settings(BaseSettings):
         if uri is not None and not uri.get_secret_value().startswith(("mongodb://", "mongodb+srv://")):
             raise ValueError("it needs mongodb:// or mongodb+srv:// at its beginning")
         return uri
+
+    @field_validator("spark_master")
+    @classmethod
+    def _is_a_master(cls, master: str) -> str:
+        if not _MASTER.fullmatch(master):
+            raise ValueError("Spark takes local[*], local[4], spark://host:port, yarn or k8s://...")
+        return master
 
     @field_validator("mongodb_database")
     @classmethod

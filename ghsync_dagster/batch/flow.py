@@ -14,6 +14,7 @@ from ghsync_dagster.batch.flatten import check_users, flatten_users
 from ghsync_dagster.batch.load import Step, load_users
 from ghsync_dagster.batch.read import read_events
 from ghsync_dagster.batch.reports import Artifacts, FlattenReport, LoadReport, ReadReport
+from ghsync_dagster.folders import ensure_folder
 from ghsync_dagster.observability.logging import bind_run
 from ghsync_dagster.stores.retry import retrying
 
@@ -49,6 +50,18 @@ class BatchFlow:
     attempts: int
     lease_wait_seconds: float
     lease_quiet_seconds: float
+
+    def check_first(self) -> None:
+        """Find, before any work, what would end a run later on; write nothing to the target.
+
+        Raises:
+            ConfigError: There is no room for the run's data, or the target's address is malformed.
+            RefusedError: The target refuses the account, or can't hold users as it is set up.
+            UnavailableError: The target can't be reached.
+        """
+        ensure_folder(self.artifacts.root, "GHSYNC_HOME")
+        with self.open_store() as store:
+            store.check_collection()
 
     def read(self, events_paths: Sequence[str]) -> ReadReport:
         """Read the files into events and quarantine, and make that the newest data."""
@@ -108,6 +121,8 @@ class BatchFlow:
 
     def audit(self) -> list[Finding]:
         """Judge by every check what is there now; write nothing."""
+        with self.open_store() as store:
+            store.ping()
         return [
             self.check_read(),
             self.check_users(),
@@ -148,6 +163,7 @@ class BatchRun:
             bind_run(None)
 
     def _steps(self) -> Iterator[Finding]:
+        self.flow.check_first()
         self.flow.spark.warm_up()
         for finding in self._findings():
             self.findings.append(finding)

@@ -95,6 +95,7 @@ def load_users(
         RefusedError: The collection is set up in another way, or rights are missing.
         UnavailableError: MongoDB went away; run again, the next load settles what is unfinished.
     """
+    store.check_collection()
     with hold_lease(store, wait_seconds=lease_wait_seconds, quiet_seconds=lease_quiet_seconds) as lease:
         on_step(Step.LEASED)
         return _Load(store, spark, users, run_id, scratch, lease, on_step).run()

@@ -9,9 +9,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from ghsync_dagster.domain.errors import ConfigError
+from ghsync_dagster.folders import ensure_folder
+
 if TYPE_CHECKING:
     from ghsync_dagster.settings import Settings
 
+_ROOM: Final = 32 << 20
+"""Bytes that the event log of a run needs at the least."""
 INSTANCE: Final = """\
 # Written once; edit as you like.
 telemetry:
@@ -44,16 +49,27 @@ retention:
 
 
 def use_dagster_home(settings: Settings) -> Path:
-    """Return DAGSTER_HOME; where the environment has none, this process gets the one under GHSYNC_HOME."""
+    """Return DAGSTER_HOME; where the environment has none, this process gets the one under GHSYNC_HOME.
+
+    Raises:
+        ConfigError: It names no folder, or nothing can be written there.
+    """
     if "DAGSTER_HOME" not in os.environ:
         os.environ["DAGSTER_HOME"] = str(ensure_dagster_home(settings))
-    return Path(os.environ["DAGSTER_HOME"])
+    home = Path(os.environ["DAGSTER_HOME"])
+    if not home.is_absolute() or not home.is_dir():
+        raise ConfigError(
+            f"DAGSTER_HOME is {str(home)!r}, which is no absolute path of a folder that exists.",
+            way_out="Create the folder and name it by its absolute path, or unset DAGSTER_HOME.",
+        )
+    ensure_folder(home, "DAGSTER_HOME", needed=_ROOM)
+    return home
 
 
 def ensure_dagster_home(settings: Settings) -> Path:
     """Return the folder for DAGSTER_HOME, made with its ``dagster.yaml`` where it is not there yet."""
     home = settings.home_dir / "dagster"
-    home.mkdir(parents=True, exist_ok=True)
+    ensure_folder(home, "GHSYNC_HOME")
     instance = home / "dagster.yaml"
     if not instance.exists():
         part = home / f"dagster.{os.getpid()}.part"

@@ -16,10 +16,12 @@ import pymongo
 from pymongo import ASCENDING, DESCENDING, UpdateOne
 
 from ghsync_dagster.domain.letters import Letter, LetterState
-from ghsync_dagster.stores.mongo import CHUNK, chunks, insert_new, merged_if, mongo_errors
+from ghsync_dagster.stores.mongo import CHUNK, chunks, insert_new, merged_if
+from ghsync_dagster.stores.mongo_errors import mongo_errors
 
 if TYPE_CHECKING:
-    from ghsync_dagster.stores.mongo import Document, UserStore
+    from ghsync_dagster.stores.collection import Document
+    from ghsync_dagster.stores.mongo import UserStore
 
 _KEYS: Final = 200
 """How many keys one ``$in`` carries: some servers compare each document with the whole list."""

@@ -9,112 +9,34 @@ pipeline with ``$cond``): atomic for one document on every deployment, and an in
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from pymongo import MongoClient, ReadPreference, UpdateOne, WriteConcern
-from pymongo.errors import (
-    BulkWriteError,
-    CollectionInvalid,
-    ConfigurationError,
-    ConnectionFailure,
-    DuplicateKeyError,
-    ExecutionTimeout,
-    InvalidURI,
-    OperationFailure,
-    PyMongoError,
-    WriteConcernError,
-)
+from pymongo.errors import BulkWriteError, DuplicateKeyError, InvalidURI
 
-from ghsync_dagster.domain.errors import ConfigError, RefusedError, UnavailableError
 from ghsync_dagster.domain.user import MARKER_FIELD, MARKER_VALUE, USER_FIELDS, json_schema
 from ghsync_dagster.observability.logging import redact
+from ghsync_dagster.stores.collection import Document, UsersCollection
+from ghsync_dagster.stores.mongo_errors import DUPLICATE_KEY, mongo_errors
 
 if TYPE_CHECKING:
     from pymongo.collection import Collection
     from pymongo.database import Database
 
-Document = dict[str, Any]
 T = TypeVar("T")
 
-UNIQUE_INDEX: Final = "user_id_unique"
 CHUNK: Final = 1_000
 """How many keys or documents one command carries."""
 CONFIRM_MS: Final = 60_000
 """How long a majority may take to confirm a write, before who waits is told that it is not confirmed."""
 
-_REFUSED: Final = frozenset({11, 13, 18, 31, 33, 8000})
-"""UserNotFound, Unauthorized, AuthenticationFailed, RoleNotFound, and the hosted services' own code for the same."""
-PASSING: Final = frozenset(
-    {6, 7, 24, 43, 50, 64, 89, 91, 112, 133, 134, 189, 202, 262, 9001, 10107, 11600, 11602, 13435, 13436, 14031}
-)
-"""Error codes that pass: hosts, elections, write conflicts, lost cursors, time limits, a full disk."""
-_NAMESPACE_EXISTS: Final = 48
 _DEFAULT_COLLECTION: Final = "Users"
-DUPLICATE_KEY: Final = 11000
 _MARKED: Final = {MARKER_FIELD: MARKER_VALUE}
-
-
-@contextmanager
-def mongo_errors(what: str) -> Iterator[None]:
-    """Translate the driver's failures to ours, credentials masked.
-
-    Raises:
-        UnavailableError: The server can't be reached, is electing, timed out, or did not confirm a write.
-        RefusedError: The server answered and refused.
-        ConfigError: The URI is malformed.
-    """
-    try:
-        yield
-    except (InvalidURI, ConfigurationError) as error:
-        # The driver's own words may hold a part of the password.
-        raise ConfigError(
-            f"MONGODB_URI is malformed, or its hosts can't be looked up ({type(error).__name__}).",
-            way_out="Correct MONGODB_URI; percent-encode special characters of user and password.",
-        ) from None
-    except (ConnectionFailure, ExecutionTimeout) as error:
-        raise UnavailableError(
-            f"{what}: MongoDB can't be reached ({type(error).__name__}: {_first_line(error)}).",
-            way_out="Check that the server is up (ghsync status) and that MONGODB_URI names it; then run again.",
-        ) from None
-    except OperationFailure as error:
-        labels = ("TransientTransactionError", "RetryableWriteError")
-        passes = not PASSING.isdisjoint(_codes(error)) or any(error.has_error_label(label) for label in labels)
-        if passes or _is_unconfirmed(error):
-            raise UnavailableError(
-                f"{what}: MongoDB could not finish now ({_first_line(error)}).", way_out="Run again."
-            ) from None
-        hint = (
-            "Check the user, password and roles behind MONGODB_URI."
-            if error.code in _REFUSED
-            else "Read the server's answer above; the operation is in docs/batch.md or docs/cdc.md."
-        )
-        raise RefusedError(
-            f"{what}: MongoDB refused (code {error.code}): {_first_line(error)}.", way_out=hint
-        ) from None
-    except PyMongoError as error:
-        raise UnavailableError(f"{what}: {_first_line(error)}.", way_out="Run again.") from None
-
-
-def _codes(error: OperationFailure) -> set[int | None]:
-    """Return the error's code, and those of the single writes of a bulk."""
-    return {error.code, *(item["code"] for item in (error.details or {}).get("writeErrors", ()))}
-
-
-def _is_unconfirmed(error: OperationFailure) -> bool:
-    """Tell whether a write was made that a majority did not confirm: a failover may undo it."""
-    return isinstance(error, WriteConcernError) or bool((error.details or {}).get("writeConcernErrors"))
-
-
-def _first_line(error: Exception) -> str:
-    text = redact(str(error)).splitlines()[0] if str(error) else type(error).__name__
-    return re.split(r", full error: |, Timeout: ", text)[0][:300].rstrip(".")
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +93,7 @@ def merged_if(condition: Document, fields: Document) -> list[Document]:
     return [{"$replaceWith": {"$cond": [condition, {"$mergeObjects": ["$$ROOT", {"$literal": fields}]}, "$$ROOT"]}}]
 
 
-class UserStore:
+class UserStore(UsersCollection):
     """The users' collection with its companions, over one client.
 
     Use as a context manager, or call ``close``.
@@ -203,6 +125,7 @@ class UserStore:
         self.loads = self.companion("loads")
         self.repairs = self.companion("repairs")
         self.leases: Collection[Document] = self.database["_ghsync_leases"]
+        self.companions = (self.versions, self.deleted, self.undo, self.loads, self.leases)
 
     def companion(self, name: str) -> Collection[Document]:
         """Return a collection of the platform's own that belongs to the users' collection."""
@@ -218,85 +141,7 @@ class UserStore:
         """Close the client's connections."""
         self.client.close()
 
-    # The collection itself
-
-    def ensure_collection(self) -> None:
-        """Create the collection with its validator and unique index, or compare what is there.
-
-        Raises:
-            RefusedError: A collection with documents is set up in another way; nothing is changed then.
-        """
-        with mongo_errors(f"Preparing {self.users.full_name}"):
-            present = set(self.database.list_collection_names())
-            # Not left to the first write: where a load and the stream both make it, not every server takes it well.
-            for companion in (self.versions, self.deleted, self.undo, self.loads, self.leases):
-                if companion.name not in present:
-                    self._create(companion.name)
-            if self.repairs.name not in present:
-                # Makes the collection too.
-                self.repairs.create_index("state")
-            if self.users.name not in present:
-                self._create(self.users.name, validator={"$jsonSchema": json_schema()})
-            empty = self.users.find_one({}, {"_id": 1}) is None
-            self._ensure_validator(empty=empty)
-            self._ensure_unique_index(empty=empty)
-
-    def _create(self, name: str, **options: Any) -> None:  # noqa: ANN401  as pymongo declares them
-        try:
-            self.database.create_collection(name, **options)
-        except (CollectionInvalid, OperationFailure) as error:
-            if isinstance(error, OperationFailure) and error.code != _NAMESPACE_EXISTS:
-                raise
-
-    def _ensure_validator(self, *, empty: bool) -> None:
-        options = self._options()
-        enforced = (options.get("validationLevel", "strict"), options.get("validationAction", "error"))
-        wanted = {"$jsonSchema": json_schema()}
-        if options.get("validator") == wanted and enforced == ("strict", "error"):
-            return
-        if not empty:
-            raise RefusedError(
-                f"{self.users.full_name} holds documents and has another validator, or none, or does not enforce it.",
-                way_out="Check the documents against docs/batch.md, then set the validator that it shows with collMod.",
-            )
-        change = {"validator": wanted, "validationLevel": "strict", "validationAction": "error"}
-        # A plain command takes no write concern from the database.
-        self.database.command(
-            {"collMod": self.users.name, **change, "writeConcern": self.database.write_concern.document}
-        )
-
-    def _ensure_unique_index(self, *, empty: bool) -> None:
-        if self.has_unique_index():
-            return
-        if not empty:
-            raise RefusedError(
-                f"{self.users.full_name} holds documents and has no unique index on user_id.",
-                way_out="Remove duplicate users, then create a unique index on user_id; see docs/batch.md.",
-            )
-        self.users.create_index("user_id", unique=True, name=UNIQUE_INDEX)
-
-    def validator(self) -> Document | None:
-        """Return the collection's validator; None where it has none or does not exist."""
-        validator: Document | None = self._options().get("validator")
-        return validator
-
-    def _options(self) -> Document:
-        with mongo_errors("Reading the validator"):
-            found = next(iter(self.database.list_collections(filter={"name": self.users.name})), None)
-        options: Document = (found or {}).get("options", {})
-        return options
-
-    def has_unique_index(self) -> bool:
-        """Tell whether exactly ``user_id`` is under a unique index that covers every document."""
-        with mongo_errors("Reading the indexes"):
-            indexes = list(self.users.list_indexes())
-        return any(
-            list(index["key"].items()) == [("user_id", 1)]
-            and index.get("unique", False)
-            and not index.get("sparse", False)
-            and "partialFilterExpression" not in index
-            for index in indexes
-        )
+    # The whole collection
 
     def nonconforming(self, limit: int) -> tuple[int, list[Document]]:
         """Return how many documents break the contract, the marker included, and up to ``limit`` of them."""

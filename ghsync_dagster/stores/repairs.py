@@ -19,11 +19,13 @@ from pymongo import UpdateOne
 from ghsync_dagster.domain.change import Position
 from ghsync_dagster.domain.repair import Fence, Outcome, Reading, StoredUser
 from ghsync_dagster.domain.user import MARKER_FIELD
-from ghsync_dagster.stores.mongo import CHUNK, chunks, insert_new, merged_if, mongo_errors
+from ghsync_dagster.stores.mongo import CHUNK, chunks, insert_new, merged_if
+from ghsync_dagster.stores.mongo_errors import mongo_errors
 from ghsync_dagster.stores.stream import StreamStore, limited
 
 if TYPE_CHECKING:
-    from ghsync_dagster.stores.mongo import Document, UserStore
+    from ghsync_dagster.stores.collection import Document
+    from ghsync_dagster.stores.mongo import UserStore
 
 _REQUESTED: Final = "requested"
 _DONE: Final = "done"

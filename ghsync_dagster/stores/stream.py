@@ -30,12 +30,14 @@ from ghsync_dagster import clock
 from ghsync_dagster.domain.errors import RefusedError, UnavailableError
 from ghsync_dagster.domain.user import MARKER_FIELD, USER_FIELDS
 from ghsync_dagster.observability.logging import redact
-from ghsync_dagster.stores.mongo import CHUNK, DUPLICATE_KEY, PASSING, chunks, mongo_errors
+from ghsync_dagster.stores.mongo import CHUNK, chunks
+from ghsync_dagster.stores.mongo_errors import DUPLICATE_KEY, PASSING, mongo_errors
 
 if TYPE_CHECKING:
     from pymongo.collection import Collection
 
-    from ghsync_dagster.stores.mongo import Document, UserStore
+    from ghsync_dagster.stores.collection import Document
+    from ghsync_dagster.stores.mongo import UserStore
 
 _KEYS: Final = 200
 """How many keys one ``$in`` carries: some servers compare each document with the whole list."""

@@ -120,13 +120,74 @@ def test_a_collection_with_documents_and_no_unique_index_is_refused_and_unchange
     assert setup_of(store) == before
 
 
-def test_an_empty_collection_is_brought_in_order(store: UserStore) -> None:
-    store.database.create_collection("Users", validator={"$jsonSchema": {"required": ["a"]}}, validationAction="warn")
+def test_an_empty_collection_without_a_validator_is_brought_in_order(store: UserStore) -> None:
+    store.database.create_collection("Users")
     store.ensure_collection()
     assert store.validator() == CONTRACT
     assert store.has_unique_index()
     with pytest.raises(WriteError):
         store.users.insert_one(USER | {"extra": 1})
+
+
+INDEXED: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "login": ("login", {}, "has a unique index on login, login_1: it refuses users that differ in user_id"),
+    "a name of somebody's": ([("url", 1), ("login", -1)], {"name": "mine"}, "a unique index on url, login, mine: it"),
+    "collation": ("user_id", {"collation": {"locale": "en"}}, "a unique index on user_id by the collation 'en', user_"),
+}
+CREATED: dict[str, tuple[dict[str, Any], str]] = {
+    "view": ({"viewOn": "Other", "pipeline": []}, "is a view on Other"),
+    "time series": ({"timeseries": {"timeField": "at"}}, "is a timeseries collection"),
+    "capped": ({"capped": True, "size": 100_000}, "is a capped collection"),
+    "collation": ({"collation": {"locale": "en", "strength": 1}}, "compares text by the collation 'en'"),
+    "another validator": ({"validator": {"a": {"$exists": True}}}, "is empty and has another validator"),
+    "only warns": ({"validator": CONTRACT, "validationAction": "warn"}, "is empty and has another validator"),
+}
+
+
+def refused(store: UserStore, words: str) -> None:
+    """Hold that the collection is refused both ways, that the words say why, and that nothing is written."""
+    before = list(store.database.list_collections()), list(store.users.list_indexes())
+    for look in (store.check_collection, store.ensure_collection):
+        with pytest.raises(RefusedError) as raised:
+            look()
+        assert raised.value.message.startswith(store.users.full_name)
+        assert words in raised.value.message
+        assert raised.value.way_out.startswith(("Drop", "Copy", "Remove"))
+    assert (list(store.database.list_collections()), list(store.users.list_indexes())) == before
+
+
+@pytest.mark.parametrize("kind", CREATED)
+def test_a_collection_that_can_t_hold_users_is_refused_and_unchanged(store: UserStore, kind: str) -> None:
+    options, words = CREATED[kind]
+    store.database.command({"create": "Users", **options})
+    refused(store, words)
+
+
+@pytest.mark.parametrize("kind", INDEXED)
+def test_another_unique_index_is_named_and_unchanged(store: UserStore, kind: str) -> None:
+    keys, options, words = INDEXED[kind]
+    store.database.create_collection("Users", validator=CONTRACT)
+    store.users.create_index("user_id", unique=True, name="by_hand")
+    store.users.create_index(keys, unique=True, **options)
+    refused(store, words)
+
+
+def test_a_descending_index_is_told_apart_from_none(store: UserStore) -> None:
+    store.database.create_collection("Users", validator=CONTRACT)
+    store.users.create_index([("user_id", -1)], unique=True)
+    store.users.insert_one(dict(USER))
+    refused(store, "has no unique index on user_id: user_id_-1 is not ascending")
+
+
+def test_a_unique_index_on_more_than_user_id_refuses_nobody_and_is_left(store: UserStore) -> None:
+    store.ensure_collection()
+    store.users.create_index([("user_id", 1), ("login", 1)], unique=True)
+    store.check_collection()
+
+
+def test_a_look_at_a_collection_that_is_not_there_makes_none(store: UserStore) -> None:
+    store.check_collection()
+    assert store.database.list_collection_names() == []
 
 
 def test_an_index_that_makes_user_id_unique_under_another_name_is_enough(store: UserStore) -> None:
@@ -159,7 +220,7 @@ def test_a_uri_can_t_weaken_what_a_write_waits_for(
     monkeypatch.setattr(mongo, "MongoClient", partial(MongoClient, event_listeners=[seen]))
     with UserStore(f"{mongo_uri}/?{weak}", database, "Users", timeout_seconds=5) as store:
         assert store.users.write_concern == store.leases.write_concern == WriteConcern("majority", wtimeout=60_000)
-        store.database.create_collection("Users", validator={"$jsonSchema": {"required": ["a"]}})
+        store.database.create_collection("Users")
         store.ensure_collection()
         assert StreamStore(store).write({"1": USER, "2": USER | {"user_id": "2"}}, ["2"], created={"1"}) == {}
         store.record_load("a-load", state="done")

@@ -21,7 +21,8 @@ from ghsync_dagster.domain.errors import RefusedError, UnavailableError
 from ghsync_dagster.local import stack
 from ghsync_dagster.local.mongo import ensure_mongo
 from ghsync_dagster.settings import Settings, load_settings
-from ghsync_dagster.stores.mongo import UserStore, mongo_errors
+from ghsync_dagster.stores.mongo import UserStore
+from ghsync_dagster.stores.mongo_errors import mongo_errors
 from ghsync_dagster.stores.spark import spark_errors
 
 if TYPE_CHECKING:
@@ -62,15 +63,21 @@ def away(flow: BatchFlow, closed_port: int) -> tuple[BatchFlow, list[int]]:
     return dataclasses.replace(flow, open_store=open_store, attempts=2), tries
 
 
-def run(job: str, flow: BatchFlow, **ops: Any) -> dg.ExecuteInProcessResult:
+def of_flow(flow: BatchFlow) -> BatchResource:
+    """Return the resource that gives this very flow."""
+
     class TestBatch(BatchResource):
         def build(self, run_id: str | None = None) -> BatchFlow:
             del run_id
             return flow
 
+    return TestBatch()
+
+
+def run(job: str, flow: BatchFlow, **ops: Any) -> dg.ExecuteInProcessResult:
     with dg.DagsterInstance.ephemeral() as instance:
         return (
-            build_defs(resource_overrides={"batch": TestBatch()})
+            build_defs(resource_overrides={"batch": of_flow(flow)})
             .resolve_job_def(job)
             .execute_in_process(
                 run_config={"ops": ops, "loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
@@ -90,11 +97,45 @@ def failures(result: dg.ExecuteInProcessResult) -> dict[str, dict[str, Any]]:
     return found
 
 
-def test_a_job_fails_as_infrastructure_after_its_retries_and_no_check_says_failed(
-    away: tuple[BatchFlow, list[int]], events: Path
-) -> None:
+def test_a_job_fails_as_infrastructure_before_any_work(away: tuple[BatchFlow, list[int]], events: Path) -> None:
     flow, tries = away
     result = run("users_batch_job", flow, read_events={"config": {"events_path": str(events)}})
+    assert not result.success
+    found = failures(result)
+    assert set(found) == {"read_events"}
+    assert (found["read_events"]["kind"], found["read_events"]["error"]) == ("infrastructure", "UnavailableError")
+    assert "ghsync status" in found["read_events"]["way_out"]
+    assert len(tries) == 1
+    assert result.get_asset_check_evaluations() == []
+    assert list((flow.artifacts.root / "events").glob("*")) == []
+
+
+def test_what_needs_no_store_is_materialized_without_one(away: tuple[BatchFlow, list[int]], events: Path) -> None:
+    flow, tries = away
+    only = (
+        build_defs(resource_overrides={"batch": of_flow(flow)}).get_repository_def().get_implicit_global_asset_job_def()
+    )
+    selected = only.get_subset(asset_selection={dg.AssetKey("raw_events"), dg.AssetKey("quarantined_events")})
+    with dg.DagsterInstance.ephemeral() as instance:
+        config = {"ops": {"read_events": {"config": {"events_path": str(events)}}}}
+        assert selected.execute_in_process(run_config=config, instance=instance).success
+    assert tries == []
+
+
+def test_a_store_that_goes_away_under_way_is_tried_again_and_no_check_says_failed(
+    away: tuple[BatchFlow, list[int]], flow: BatchFlow, events: Path
+) -> None:
+    gone, tries = away
+    stores = iter([flow.open_store])
+
+    def open_store() -> UserStore:
+        return next(stores, gone.open_store)()
+
+    result = run(
+        "users_batch_job",
+        dataclasses.replace(gone, open_store=open_store),
+        read_events={"config": {"events_path": str(events)}},
+    )
     assert not result.success
     found = failures(result)
     assert set(found) == {"mongo_users"}

@@ -158,6 +158,10 @@ def test_beside_the_setting_itself_a_like_name_is_somebody_else_s(monkeypatch: p
         ("MONGODB_COLLECTION", "x" * 171, "up to 170 bytes"),
         ("MONGODB_URI", "127.0.0.1:27017", "it needs mongodb://"),
         ("MONGODB_URI", "app:s3cret@h:1", "it needs mongodb://"),
+        *(
+            ("SPARK_MASTER", name, "Spark takes local[*]")
+            for name in ("local[x]", "local[0]", "127.0.0.1:7077", "spark://h")
+        ),
         *(("KAFKA_TOPIC", name, "Kafka allows up to 249 letters") for name in ("a b", "a/b", "ü", "..", "x" * 246)),
     ],
 )
@@ -174,6 +178,8 @@ def test_a_name_that_no_server_takes_is_refused_before_work_starts(name: str, va
         ("MONGODB_DATABASE", "my-db_2"),
         ("MONGODB_DATABASE", "x" * 63),
         ("MONGODB_COLLECTION", "People.of my"),
+        *(("SPARK_MASTER", name) for name in ("local", "local[4]", "local[*,3]", "local-cluster[2,1,1024]", "yarn")),
+        *(("SPARK_MASTER", name) for name in ("spark://a:7077,b:7077", "k8s://https://h:443")),
         ("KAFKA_TOPIC", "mysql-server.new_data.Users_2"),
         ("KAFKA_TOPIC", "x" * 245),
     ],
@@ -198,7 +204,7 @@ def test_spaces_of_a_secret_in_a_file_are_kept(tmp_path: Path, monkeypatch: pyte
     assert url.get_secret_value() == " s3cret "
 
 
-@pytest.mark.parametrize("name", ["MONGODB_DATABASE", "GHSYNC_EVENTS_PATH", "SPARK_MASTER", "GHSYNC_RULES_MODULE"])
+@pytest.mark.parametrize("name", ["MONGODB_DATABASE", "GHSYNC_EVENTS_PATH", "KAFKA_GROUP_ID", "GHSYNC_RULES_MODULE"])
 def test_any_setting_may_be_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     (tmp_path / "value").write_text("elsewhere\n")
     monkeypatch.setenv(f"{name}_FILE", str(tmp_path / "value"))

@@ -46,9 +46,11 @@ def read_events(
     context: dg.AssetExecutionContext, config: ReadConfig, batch: BatchResource
 ) -> Iterator[dg.MaterializeResult[None]]:
     """Read the input files; every line becomes an event, a quarantined line, or is blank."""
-    del context
     with as_failure():
         events = batch.settings().events(config.events_path)
+        # Without it the run has no target.
+        if context.job_def.has_node_named("mongo_users"):
+            batch.flow.check_first()
         batch.flow.spark.warm_up()
         report = batch.flow.read([events])
     yield dg.MaterializeResult(asset_key="raw_events", metadata=metadata.of_events(report))
