@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from kill_child import Order
-from long_campaign import ROUNDS
+from long_campaign import ROUNDS, WHOLE_COMMANDS
 from pymongo import MongoClient
 
 from ghsync_dagster.batch.flow import BatchFlow
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from ghsync_dagster.stores.spark import SparkHandle
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, WHOLE_COMMANDS]
 
 SEED = int(os.environ.get("TEST_FAULT_SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
 SIZE = 3_000 if ROUNDS else 1_000

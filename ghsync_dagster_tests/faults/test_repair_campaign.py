@@ -270,8 +270,10 @@ def test_planted_differences_are_put_right_under_changes_of_the_same_users(
         f"p99 steady {steady} ms, while repairing {min(p99)} to {max(p99)}, median {statistics.median(p99)}\n"
     )
     assert not states.violations, states.violations[:20]
-    assert sum(asked) > ROUNDS * USERS // 4
+    # The users that MySQL does not have: of the others a change may put right any before they are asked for.
+    assert min(asked) >= USERS // 4
     if FULL:
+        assert sum(asked) > ROUNDS * USERS // 4
         assert statistics.median(p99) <= MOST_TIMES_STEADY * steady
 
 
