@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 BOOTSTRAP := $(PYTHON) ghsync_dagster/local/bootstrap.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev packages run cdc test dev check bench bench-batch bench-cdc bench-supervised bench-audit faults lock clean
+.PHONY: help setup setup-dev ready packages run cdc test dev check bench bench-batch bench-cdc bench-supervised bench-audit faults lock clean
 
 help: ## show these commands
 	@$(PYTHON) -c 'import re; [print("make {:<17}{}".format(*m)) for m in re.findall(r"(?m)^([a-z-]+):.*?## (.+)", open("Makefile").read())]'
@@ -17,11 +17,17 @@ setup: ## install everything that a run needs: uv, locked packages, Java if ther
 setup-dev: ## the same, and what tests and checks need
 	@$(BOOTSTRAP) --dev
 
-run: setup ## take the events to MongoDB with all checks, and print a summary
-	@$(BIN)/ghsync run
+# The class archive comes after the first run, which needs none.
+ready:
+	@$(BOOTSTRAP) --no-archive
 
-cdc: setup ## try the change path on local servers: workload, sync, latency, audit
+run: ready ## take EVENTS (the sample) to MongoDB with all checks, and print a summary
+	@$(BIN)/ghsync run $(if $(EVENTS),--events "$(EVENTS)")
+	@$(BOOTSTRAP)
+
+cdc: ready ## try the change path on local servers: workload, sync, latency, audit
 	@$(BIN)/ghsync cdc rehearse
+	@$(BOOTSTRAP)
 
 test: setup-dev ## run all tests, in JOBS processes (4, as some wait)
 	@$(BIN)/python -m pytest --numprocesses $(or $(JOBS),4) --dist loadfile --no-loadscope-reorder

@@ -24,6 +24,7 @@ from ghsync_dagster.domain.errors import InputError, UnavailableError
 from ghsync_dagster.domain.precedence import LoadState
 from ghsync_dagster.domain.user import USER_FIELDS
 from ghsync_dagster.observability.logging import get_logger
+from ghsync_dagster.observability.progress import telling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -320,7 +321,8 @@ class _Load:
     def _phase(self, name: str) -> Iterator[None]:
         self.lease.assert_held()
         started = time.monotonic()
-        yield
+        with telling(f"at the load's phase {name}"):
+            yield
         self.phases[name] = round(time.monotonic() - started, 3)
         log.info("phase done", phase=name, load=self.load_id, seconds=self.phases[name])
 

@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +38,8 @@ PROJECT_FILE = "pyproject.toml"
 JARS_LOCK = "ghsync_dagster/local/jars.lock.json"
 WHEEL_OPTIONS = "ghsync_dagster/local/wheel_options.cfg"
 ARCHIVE_MAKER = "ghsync_dagster/local/java_archive.py"
+
+_TELL_SECONDS = 8.0
 
 # Settings of other tools that would make uv install somewhere else.
 _MISLEADING = ("VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONHOME", "PYTHONPATH", "UV_SYSTEM_PYTHON", "UV_PYTHON")
@@ -126,10 +129,21 @@ def say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def phase(name: str) -> Iterator[None]:
-    """Report the seconds of one phase on one line."""
-    started = time.monotonic()
-    yield
+def phase(name: str, hint: str = "") -> Iterator[None]:
+    """Report one phase: every few seconds that it goes on, with a hint of what it takes; its seconds at the end."""
+    started, done = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not done.wait(_TELL_SECONDS):
+            say(f"set-up: {name}: {time.monotonic() - started:.0f} s so far{hint and f', {hint}'}")
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        teller.join()
     say(f"set-up: {name}: {time.monotonic() - started:.1f} s")
 
 
@@ -282,7 +296,7 @@ def install_packages(uv: Path, stamps: Stamps, locks: Sequence[str]) -> None:
     pending = stamps.pending(*locks)
     if not pending:
         return
-    with phase("packages"):
+    with phase("packages", "some 700 MB are fetched and unpacked the first time"):
         try:
             pip_install(uv, pending)
         except SetupError as error:
@@ -325,7 +339,7 @@ def fetch_jars(stamps: Stamps) -> None:
     """Have the installed project fetch its jars into the cache."""
     if not stamps.pending(JARS_LOCK):
         return
-    with phase("jars"):
+    with phase("jars", "some 260 MB are fetched the first time"):
         run([".venv/bin/python", "-m", "ghsync_dagster.local.jars"], "Jars could not be fetched", "see above")
         stamps.mark(JARS_LOCK)
 
@@ -334,7 +348,7 @@ def make_class_archive(stamps: Stamps) -> None:
     """Have the installed project make the class archive that its Spark sessions start from."""
     if not stamps.pending(ARCHIVE_MAKER):
         return
-    with phase("class archive (once, for fast starts)"):
+    with phase("class archive", "once, so that Spark starts in half the time; Ctrl-C leaves it for later"):
         command = [".venv/bin/python", "-m", "ghsync_dagster.local.java_archive"]
         run(command, "The class archive could not be made", "see above")
         stamps.mark(ARCHIVE_MAKER)
@@ -380,7 +394,7 @@ def check_python() -> None:
         )
 
 
-def set_up(dev: bool, *, java: bool) -> None:
+def set_up(dev: bool, *, java: bool, archive: bool) -> None:
     """Bring the clone to where ``ghsync`` runs, or without ``java`` to where its code can be checked.
 
     Each part is done only if it changed.
@@ -401,7 +415,8 @@ def set_up(dev: bool, *, java: bool) -> None:
         with one_at_a_time(PACKAGE):
             stamps = stamps_of_venv()
             fetch_jars(stamps)
-            make_class_archive(stamps)
+            if archive:
+                make_class_archive(stamps)
 
 
 def packages_pending(locks: Sequence[str]) -> bool:
@@ -415,6 +430,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description="Set this clone up.")
     parser.add_argument("--dev", action="store_true", help="also install what tests and checks need")
     parser.add_argument("--packages", action="store_true", help="leave out what only Java needs: jars, class archive")
+    parser.add_argument("--no-archive", action="store_true", help="leave out the class archive, which only saves time")
     parser.add_argument("--lock", action="store_true", help="only resolve the lock files from pyproject.toml")
     parser.add_argument("--upgrade", action="store_true", help="with --lock: take newer versions")
     options = parser.parse_args(arguments)
@@ -424,7 +440,7 @@ def main(arguments: Sequence[str]) -> int:
             with one_at_a_time(ROOT):
                 write_locks(install_uv(), options.upgrade)
         else:
-            set_up(options.dev, java=not options.packages)
+            set_up(options.dev, java=not options.packages, archive=not options.no_archive)
     except SetupError as error:
         say(f"set-up failed: {error}")
         return 1

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # A password with a slash, as SQLAlchemy takes one, has no @, and a bound, so that no text takes long.
 _URI_CREDENTIALS = re.compile(r"://(?:[^\s/]*|[^\s/:]*:[^\s@]{0,128})@")
 _MASK = "***"
+_OF_PROGRAMS = ("run_id", "load")
+"""What a terminal's lines leave out: long ids by which programs find lines that belong together."""
 
 
 def redact(text: str) -> str:
@@ -70,12 +72,12 @@ def configure_logging(settings: Settings) -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
-    renderer: Any = structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer()
+    renderer: list[Any] = [structlog.processors.JSONRenderer()] if as_json else [_for_a_terminal, _console_renderer()]
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderer],
         )
     )
     root = logging.getLogger("ghsync")
@@ -84,6 +86,19 @@ def configure_logging(settings: Settings) -> None:
     root.propagate = False
     # Who tries again says so itself, in these lines.
     stamina.instrumentation.set_on_retry_hooks([])
+
+
+def _for_a_terminal(_logger: object, _name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Leave out what only programs need, so that a line fits."""
+    for name in _OF_PROGRAMS:
+        event.pop(name, None)
+    event["timestamp"] = str(event["timestamp"]).partition("T")[2].partition(".")[0]
+    event["logger"] = str(event["logger"]).removeprefix("ghsync.")
+    return event
+
+
+def _console_renderer() -> structlog.dev.ConsoleRenderer:
+    return structlog.dev.ConsoleRenderer(pad_event_to=0, pad_level=False)
 
 
 def bind_run(run_id: str | None) -> None:

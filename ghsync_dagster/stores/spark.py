@@ -27,7 +27,9 @@ from ghsync_dagster.domain.errors import ConfigError, PermanentError, RefusedErr
 from ghsync_dagster.domain.event import event_shape
 from ghsync_dagster.domain.user import MARKER_FIELD, MARKER_VALUE, USER_FIELDS
 from ghsync_dagster.observability.logging import redact
+from ghsync_dagster.observability.progress import telling
 from ghsync_dagster.stores.mongo import CONFIRM_MS
+from ghsync_dagster.stores.spark_jvm import launch_jvm
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -157,10 +159,12 @@ def start_session(options: SparkOptions) -> SparkSession:
     os.environ["PYSPARK_PYTHON"] = os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
     os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1") if options.master.startswith("local") else None
     log4j = Path(__file__).with_name("log4j2.properties").as_uri()
+    configuration = _configuration(options, log4j)
     builder = SparkSession.builder.appName("ghsync").master(options.master)
-    for key, value in _configuration(options, log4j).items():
+    for key, value in configuration.items():
         builder = builder.config(key, value)
     try:
+        launch_jvm(configuration)
         session = builder.getOrCreate()
     except (Py4JError, PySparkException, OSError) as error:
         raise ConfigError(
@@ -237,7 +241,8 @@ class SparkHandle:
         self.warm_up()
         assert self._thread is not None  # noqa: S101  warm_up has set it
         asked = time.monotonic()
-        self._thread.join()
+        with telling("starting Spark"):
+            self._thread.join()
         self.waited_seconds += time.monotonic() - asked
         if self._error is not None:
             raise self._error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import queue
+import re
 import subprocess
 import sys
 import tomllib
@@ -70,15 +72,29 @@ def test_another_spark_has_the_class_archive_made_anew_though_a_check_came_first
     monkeypatch.setattr(bootstrap, "fetch_jars", lambda _stamps: None)
     made: list[object] = []
     monkeypatch.setattr(bootstrap, "run", lambda command, *_: made.append(command))
-    bootstrap.set_up(dev=True, java=False)
+    bootstrap.set_up(dev=True, java=False, archive=True)
+    bootstrap.set_up(dev=True, java=True, archive=False)
     assert made == []
     for _ in range(2):
-        bootstrap.set_up(dev=True, java=True)
+        bootstrap.set_up(dev=True, java=True, archive=True)
         assert len(made) == 1
     (project / bootstrap.BASE_LOCK).write_text("another Spark")
-    bootstrap.set_up(dev=True, java=False)
-    bootstrap.set_up(dev=True, java=True)
+    bootstrap.set_up(dev=True, java=False, archive=True)
+    bootstrap.set_up(dev=True, java=True, archive=True)
     assert len(made) == 2
+
+
+def test_a_phase_tells_that_it_goes_on_and_what_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: queue.Queue[str] = queue.Queue()
+    monkeypatch.setattr(bootstrap, "say", told.put)
+    monkeypatch.setattr(bootstrap, "_TELL_SECONDS", 0.01)
+    with bootstrap.phase("packages", "a hint"):
+        assert told.get(timeout=10) == "set-up: packages: 0 s so far, a hint"
+    *_, last = [told.get() for _ in range(told.qsize())]
+    assert re.fullmatch(r"set-up: packages: [0-9.]+ s", last)
+    with pytest.raises(SetupError), bootstrap.phase("broken"):
+        raise SetupError("no", "none")
+    assert not [line for line in [told.get() for _ in range(told.qsize())] if "so far" not in line]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"owner": "here", "done": 1}', "\x00"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,8 @@ import pytest
 import structlog
 
 from ghsync_dagster.domain.errors import UnavailableError
-from ghsync_dagster.observability.logging import get_logger, redact
+from ghsync_dagster.observability.logging import bind_run, get_logger, redact
+from ghsync_dagster.observability.progress import telling
 from ghsync_dagster.stores.retry import retrying
 
 if TYPE_CHECKING:
@@ -55,6 +58,35 @@ def test_a_line_is_for_people_on_a_terminal(logged: Callable[..., io.StringIO]) 
     get_logger("load").info("loaded", inserted=3)
     assert "loaded" in stream.getvalue()
     assert not stream.getvalue().startswith("{")
+
+
+def test_a_terminal_s_lines_fit_it(logged: Callable[..., io.StringIO]) -> None:
+    stream = logged(Terminal())
+    bind_run("123e4567-e89b-12d3-a456-426614174000")
+    get_logger("load").info("phase done", phase="prepare", load="0123456789abcdef0123456789abcdef", seconds=0.172)
+    (line,) = re.sub("\x1b\\[[0-9;]*m", "", stream.getvalue()).splitlines()
+    assert re.fullmatch(r"[0-9:]{8} \[info\] phase done \[load\] phase=prepare seconds=0.172", line)
+
+
+def test_what_takes_long_is_told_now_and_then_and_no_longer(logged: Callable[..., io.StringIO]) -> None:
+    class Told(io.StringIO):
+        def __init__(self) -> None:
+            super().__init__()
+            self.twice = threading.Event()
+
+        def write(self, text: str) -> int:
+            count = super().write(text)
+            if self.getvalue().count("still reading") >= 2:
+                self.twice.set()
+            return count
+
+    stream = Told()
+    logged(stream)
+    with telling("reading", lambda: {"files": 3}, every=0.01):
+        assert stream.twice.wait(10)
+    told = lines(stream)
+    assert {(line["event"], line["files"], line["seconds"]) for line in told} == {("still reading", 3, 0)}
+    assert "progress" not in {thread.name for thread in threading.enumerate()}
 
 
 @pytest.mark.parametrize(("wanted", "as_json"), [("json", True), ("console", False)])

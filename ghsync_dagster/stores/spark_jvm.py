@@ -1,0 +1,68 @@
+"""The JVM of Spark's driver, with what it prints in our log.
+
+Belongs here: how it is launched, and which of its lines nobody can act on. Not here: the session that runs in it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from typing import TYPE_CHECKING, Final
+
+from pyspark import SparkConf, SparkContext
+from pyspark.errors import PySparkException
+from pyspark.java_gateway import launch_gateway
+
+from ghsync_dagster.domain.errors import ConfigError
+from ghsync_dagster.observability.logging import get_logger, redact
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_NEEDLESS: Final = re.compile(r"WARNING: Using incubator modules: |Picked up (JAVA|JDK)_\w+: ")
+"""What Spark's own command line has Java say of itself."""
+_READ_SECONDS: Final = 5.0
+log = get_logger("spark")
+
+
+def launch_jvm(configuration: Mapping[str, str]) -> None:
+    """Launch the JVM, unless this process has one already.
+
+    Args:
+        configuration: Spark's settings by name; those of the JVM itself count from here on only.
+
+    Raises:
+        ConfigError: It ended at once; holds its first words, which tell the cause.
+    """
+    if SparkContext._gateway is not None:  # noqa: SLF001  pyspark has no other word for it
+        return
+    conf = SparkConf()
+    for name, value in configuration.items():
+        conf.set(name, value)
+    read, write = os.pipe()
+    said: list[str] = []
+    reader = threading.Thread(target=_take_down, args=(read, said), name="spark-output", daemon=True)
+    reader.start()
+    try:
+        gateway = launch_gateway(conf, {"stderr": write})
+    except (PySparkException, OSError) as error:
+        os.close(write)
+        reader.join(_READ_SECONDS)
+        raise ConfigError(
+            f"Spark's JVM does not start ({said[0] if said else type(error).__name__}).",
+            way_out="Check JAVA_HOME (17 or newer), SPARK_DRIVER_MEMORY and SPARK_DRIVER_JAVA_OPTIONS.",
+        ) from None
+    os.close(write)
+    SparkContext._ensure_initialized(gateway=gateway)  # noqa: SLF001  as the session's own start does
+
+
+def _take_down(pipe: int, said: list[str]) -> None:
+    """Log what comes out of a pipe, line by line, until all who write into it are gone; keep the first line."""
+    with os.fdopen(pipe, encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            text = redact(line.rstrip())
+            if text and not _NEEDLESS.match(text):
+                if not said:
+                    said.append(text)
+                log.warning(text)
