@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ghsync_dagster import cli_cdc, cli_repair
+from ghsync_dagster import cli_cdc, cli_repair, cli_show
 from ghsync_dagster.domain.errors import GhsyncError, TransientError
 from ghsync_dagster.observability.logging import configure_logging, redact
-from ghsync_dagster.settings import Settings, load_settings
+from ghsync_dagster.settings import Settings, load_settings, settings_file
 from ghsync_dagster.stopping import end_past_what_hangs, exit_on_signals
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ app = typer.Typer(
 
 app.add_typer(cli_cdc.cdc, name="cdc")
 cli_cdc.cdc.command()(cli_repair.repair)
+app.command()(cli_show.show)
 app.add_typer(cli_cdc.dlq, name="dlq")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
@@ -268,11 +269,33 @@ def down(services: Services = None) -> None:
 
 
 @app.command()
-def status(as_json: AsJson = False) -> None:
-    """Tell which local servers are up, and the URIs to use."""
+def status(
+    dagster_home: Annotated[
+        bool, typer.Option("--dagster-home", help="Only print the folder to export as DAGSTER_HOME, made if need be.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell which settings file and folders count, which local servers are up, and the URIs to use."""
     from ghsync_dagster.local import stack
+    from ghsync_dagster.local.dagster_home import dagster_home_of, use_dagster_home
 
-    _show_servers(stack.status(_settings()), as_json=as_json)
+    settings = _settings()
+    if dagster_home:
+        typer.echo(use_dagster_home(settings))
+        return
+    places = {
+        "settings_file": settings_file(),
+        "home": str(settings.home_dir),
+        "dagster_home": str(dagster_home_of(settings)),
+    }
+    servers = stack.status(settings)
+    if as_json:
+        _print_json({"places": places, **{name: server.as_json() for name, server in servers.items()}})
+        return
+    typer.echo(f"settings {places['settings_file'] or 'from the environment alone: there is no .env in this folder'}")
+    typer.echo(f"GHSYNC_HOME={places['home']}")
+    typer.echo(f"DAGSTER_HOME={places['dagster_home']}")
+    _show_servers(servers, as_json=False)
 
 
 def _named(services: Sequence[str] | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ anything that the consumer decides.
 
 from __future__ import annotations
 
+import shlex
 import threading
 from collections import Counter
 from contextlib import ExitStack, contextmanager, suppress
@@ -168,6 +169,7 @@ def rehearse(
     as_json: AsJson = False,
 ) -> None:
     """Try the whole path on the local servers: change MySQL, consume, load files beside it, then compare both sides."""
+    from ghsync_dagster.local.stack import SERVICES
     from ghsync_dagster.rehearsal import rehearse as run_rehearsal
 
     settings = load_settings()
@@ -175,10 +177,19 @@ def rehearse(
     events = settings.events() if load else None
     found = run_rehearsal(settings, rate=rate, seconds=seconds, load=events, tell=say)
     if as_json:
-        print_json({**asdict(found), "ok": found.ok})
+        print_json({**asdict(found), "ok": found.ok, "limits": [asdict(limit) for limit in found.limits]})
     else:
         for name, text in _rehearsed(found).items():
             typer.echo(f"{name:18} {text}")
+        typer.echo("")
+        for limit in found.limits:
+            verdict = "met" if limit.is_met else "missed" if limit.decides else "missed, is told"
+            typer.echo(f"{verdict:18} {limit.name}: {limit.words}")
+        typer.echo(f"\nverdict: {'passed' if found.ok else 'failed'}")
+        typer.echo(
+            f"Its rows, documents and topics stay in {settings.home_dir}. To remove them: ghsync down, then\n"
+            f"rm -r {' '.join(shlex.quote(str(settings.home_dir / name)) for name in SERVICES)}"
+        )
     if not found.ok:
         raise typer.Exit(1)
 

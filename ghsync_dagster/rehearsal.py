@@ -44,6 +44,23 @@ _ROW_CHANGES: Final = frozenset({"c", "u", "d"})
 
 
 @dataclass(frozen=True, slots=True)
+class Limit:
+    """One thing that a rehearsal is judged by.
+
+    Attributes:
+        name: What it is about.
+        words: What was found, and what is wanted.
+        is_met: Whether they agree.
+        decides: Whether the rehearsal fails where they do not.
+    """
+
+    name: str
+    words: str
+    is_met: bool
+    decides: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Rehearsal:
     """What a rehearsal came to.
 
@@ -54,6 +71,7 @@ class Rehearsal:
         audit: Whether collection and table are equal.
         load_exit: The exit code of the load that ran beside; None where none did.
         seconds: From the first change to the end of the audit.
+        max_latency_ms: The p99 that is wanted.
     """
 
     workload: WorkloadReport
@@ -62,11 +80,34 @@ class Rehearsal:
     audit: AuditResult
     load_exit: int | None
     seconds: float
+    max_latency_ms: float
 
     @property
     def ok(self) -> bool:
-        """Whether both sides are equal, the load went well and nothing went to the dead letters."""
-        return self.audit.equal and not self.load_exit and not self.consumer.dead_letters
+        """Whether every limit that decides is met."""
+        return all(limit.is_met for limit in self.limits if limit.decides)
+
+    @property
+    def limits(self) -> list[Limit]:
+        """What the rehearsal is judged by."""
+        letters, p99 = sum(self.consumer.dead_letters.values()), self.latency.p99
+        beside = (
+            []
+            if self.load_exit is None
+            else [Limit("load", f"exit code {self.load_exit}, 0 wanted", not self.load_exit)]
+        )
+        return [
+            Limit("audit", f"{'equal' if self.audit.equal else 'not equal'}, equal wanted", self.audit.equal),
+            Limit("dead letters", f"{letters:,}, none wanted", not letters),
+            *beside,
+            # What shares the cores of this machine decides on it as much.
+            Limit(
+                "latency",
+                f"p99 {p99} ms, at most {self.max_latency_ms:,.0f} wanted (GHSYNC_MAX_LATENCY_MS)",
+                p99 <= self.max_latency_ms,
+                decides=False,
+            ),
+        ]
 
 
 class CommitClock(SilentListener):
@@ -198,6 +239,7 @@ def rehearse(
             audit=judged,
             load_exit=load_exit,
             seconds=round(time.monotonic() - began, 1),
+            max_latency_ms=settings.max_latency_ms,
         )
 
 

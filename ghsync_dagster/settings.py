@@ -443,6 +443,12 @@ def load_settings(**overrides: object) -> Settings:
         ) from None
 
 
+def settings_file() -> str | None:
+    """Return the absolute path of the ``.env`` that counts; None where the working folder has none."""
+    file = Path(str(Settings.model_config.get("env_file"))).resolve()
+    return str(file) if file.is_file() else None
+
+
 def _refuse_unknown_names() -> None:
     names = [str(field.validation_alias) for field in Settings.model_fields.values()]
     known = [*names, *(f"{name}_FILE" for name in names)]

@@ -59,7 +59,7 @@ _SHARING = {
     "stream": {
         *("test_cdc_campaign", "test_consumers_end", "test_poison"),
         *("test_audit", "test_cdc_consume", "test_cdc_dagster", "test_cdc_takeover", "test_dead_letters"),
-        *("test_letter_index", "test_mysql_store", "test_rehearse", "test_repair"),
+        *("test_known_user", "test_letter_index", "test_mysql_store", "test_rehearse", "test_repair"),
     },
     "stack": {
         *("test_repair_campaign", "test_debezium", "test_repair_command", "test_source_server", "test_stopped_stream"),

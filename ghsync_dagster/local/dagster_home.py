@@ -15,6 +15,7 @@ from ghsync_dagster.folders import ensure_folder
 if TYPE_CHECKING:
     from ghsync_dagster.settings import Settings
 
+_FOLDER: Final = "dagster"
 _ROOM: Final = 32 << 20
 """Bytes that the event log of a run needs at the least."""
 INSTANCE: Final = """\
@@ -54,9 +55,10 @@ def use_dagster_home(settings: Settings) -> Path:
     Raises:
         ConfigError: It names no folder, or nothing can be written there.
     """
+    home = dagster_home_of(settings)
     if "DAGSTER_HOME" not in os.environ:
-        os.environ["DAGSTER_HOME"] = str(ensure_dagster_home(settings))
-    home = Path(os.environ["DAGSTER_HOME"])
+        ensure_dagster_home(settings)
+        os.environ["DAGSTER_HOME"] = str(home)
     if not home.is_absolute() or not home.is_dir():
         raise ConfigError(
             f"DAGSTER_HOME is {str(home)!r}, which is no absolute path of a folder that exists.",
@@ -66,9 +68,14 @@ def use_dagster_home(settings: Settings) -> Path:
     return home
 
 
+def dagster_home_of(settings: Settings) -> Path:
+    """Return DAGSTER_HOME as the environment names it, else the folder under GHSYNC_HOME, made or not."""
+    return Path(os.environ["DAGSTER_HOME"]) if "DAGSTER_HOME" in os.environ else settings.home_dir / _FOLDER
+
+
 def ensure_dagster_home(settings: Settings) -> Path:
     """Return the folder for DAGSTER_HOME, made with its ``dagster.yaml`` where it is not there yet."""
-    home = settings.home_dir / "dagster"
+    home = settings.home_dir / _FOLDER
     ensure_folder(home, "GHSYNC_HOME")
     instance = home / "dagster.yaml"
     if not instance.exists():

@@ -246,6 +246,13 @@ class RepairStore(StreamStore):
                     [UpdateOne({"_id": key}, {"$set": {"text": why[:_TEXT]}}) for key, why in part], ordered=False
                 )
 
+    def newest_of(self, key: str) -> Document | None:
+        """Return what became of the newest request for a user; None where nobody asked."""
+        with self._command("Reading repairs"):
+            fields = {"_id": 0, "state": 1, "outcome": 1, "requested_at": 1, "at": 1, "text": 1, "problem": 1}
+            found: Document | None = self._repairs.find_one({"_id": key}, fields)
+        return found
+
     def fences(self) -> dict[str, Fence]:
         """Return the fence of each user that has one."""
         with limited("Reading fences", _FENCES_SECONDS):

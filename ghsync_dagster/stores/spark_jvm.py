@@ -45,7 +45,7 @@ def launch_jvm(configuration: Mapping[str, str]) -> None:
     reader = threading.Thread(target=_take_down, args=(read, said), name="spark-output", daemon=True)
     reader.start()
     try:
-        gateway = launch_gateway(conf, {"stderr": write})
+        gateway = launch_gateway(conf, {"stderr": write})  # type: ignore[no-untyped-call]
     except (PySparkException, OSError) as error:
         os.close(write)
         reader.join(_READ_SECONDS)

@@ -150,6 +150,7 @@ def test_status_gives_a_program_what_it_needs_to_connect(
     settings: Settings, up: dict[str, stack.ServiceStatus]
 ) -> None:
     found = json.loads(ghsync(settings, "status", "--json"))
+    assert found.pop("places")["home"] == str(settings.home_dir)
     assert list(found) == ["mongo", "mysql", "kafka", "connect"]
     assert {name: each["pid"] for name, each in found.items()} == {name: status.pid for name, status in up.items()}
     assert {each["state"] for each in found.values()} == {"up"}

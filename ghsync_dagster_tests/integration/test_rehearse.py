@@ -73,6 +73,11 @@ def test_a_rehearsal_with_a_load_beside_it_ends_equal(
     assert sum(changes.values()) >= 500
     # A key change makes two records.
     assert found["latency"]["count"] == sum(changes.values()) + changes["key_change"]
+    assert {limit["name"]: limit["is_met"] for limit in found["limits"] if limit["decides"]} == {
+        "audit": True,
+        "dead letters": True,
+        "load": True,
+    }
     assert 0 < found["latency"]["p50"] <= found["latency"]["p99"] <= found["latency"]["max"]
     assert "changes at " in told
     assert "comparing MySQL with MongoDB" in told
@@ -88,6 +93,9 @@ def test_a_rehearsal_that_meets_a_dead_letter_ends_with_one(rehearse: Rehearse, 
     lines = dict(line.split(maxsplit=1) for line in output.replace("dead letters", "dead_letters").splitlines())
     assert lines["dead_letters"].startswith("1 ")
     assert lines["audit"].startswith("equal: ")
+    assert lines["missed"] == "dead_letters: 1, none wanted"
+    assert lines["verdict:"] == "failed"
+    assert f"rm -r {stack_settings.home_dir}/mongo " in output
 
 
 def test_a_rehearsal_that_is_asked_to_stop_ends_the_load_beside_it_too(

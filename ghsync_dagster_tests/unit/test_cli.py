@@ -97,6 +97,31 @@ def test_a_setting_that_is_wrong_ends_a_run_before_it_starts(
     assert list(Path.cwd().iterdir()) == []
 
 
+def test_status_tells_which_file_and_folders_count(
+    ghsync: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    lines = ghsync("status").stdout.splitlines()
+    assert lines[0] == "settings from the environment alone: there is no .env in this folder"
+    assert lines[1:3] == [f"GHSYNC_HOME={tmp_path / 'home'}", f"DAGSTER_HOME={tmp_path / 'home' / 'dagster'}"]
+    assert not (tmp_path / "home" / "dagster").exists()
+    (tmp_path / ".env").write_text("GHSYNC_LOG_LEVEL=INFO\n")
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    lines = ghsync("status").stdout.splitlines()
+    assert (lines[0], lines[2]) == (f"settings {tmp_path / '.env'}", f"DAGSTER_HOME={tmp_path}")
+
+
+def test_the_dagster_home_to_export_is_made_ready(
+    ghsync: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Set and taken away, so that what the command sets is undone.
+    monkeypatch.setenv("DAGSTER_HOME", "")
+    monkeypatch.delenv("DAGSTER_HOME")
+    told = ghsync("status", "--dagster-home")
+    assert told.stdout == f"{tmp_path / 'home' / 'dagster'}\n"
+    assert (tmp_path / "home" / "dagster" / "dagster.yaml").is_file()
+
+
 def test_an_unknown_command_or_option_is_refused(ghsync: Callable[..., Result]) -> None:
     for arguments in (["unknown"], ["batch"], ["sample", "--unknown"], ["sample", "--events", "0"]):
         result = ghsync(*arguments)
