@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 import uuid
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +36,14 @@ if TYPE_CHECKING:
 
 GATE_FAILED, PERMANENT, TRANSIENT = 1, 2, 3
 _PLAIN_WIDTH = 160
+
+
+class DaemonLevel(StrEnum):
+    """What Dagster's own processes log."""
+
+    WARNING = "warning"
+    INFO = "info"
+    DEBUG = "debug"
 
 
 class _Group(TyperGroup):
@@ -239,11 +248,16 @@ def fetch(
 
 
 @app.command()
-def dev(port: Annotated[int, typer.Option(min=1, max=65_535, help="TCP port of the UI.")] = 3000) -> None:
+def dev(
+    port: Annotated[int, typer.Option(min=1, max=65_535, help="TCP port of the UI.")] = 3000,
+    log_level: Annotated[
+        DaemonLevel, typer.Option(help="From where on Dagster logs; at info it tells each look of each sensor.")
+    ] = DaemonLevel.WARNING,
+) -> None:
     """Serve the Dagster UI on 127.0.0.1 with daemon and sensors, until Ctrl-C."""
     from ghsync_dagster.local.dev import serve
 
-    serve(_settings(), port)
+    serve(_settings(), port, log_level)
 
 
 Services = Annotated[list[str] | None, typer.Argument(help="Servers by name; all that there are if none is named.")]

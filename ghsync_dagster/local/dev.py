@@ -21,21 +21,27 @@ if TYPE_CHECKING:
 
 HOST: Final = "127.0.0.1"
 _MODULE: Final = "ghsync_dagster.definitions"
+_SUPERSEDED: Final = "ignore:Function `dev_command` is superseded"
+"""Dagster's advice to take another tool for the same, which a user of ours can't act on."""
 
 
-def serve(settings: Settings, port: int) -> NoReturn:
+def serve(settings: Settings, port: int, log_level: str) -> NoReturn:
     """Become ``dagster dev`` on DAGSTER_HOME, by default the one under GHSYNC_HOME.
 
     Args:
         settings: Where the instance is.
         port: TCP port of the UI.
+        log_level: From where on Dagster logs; at info it tells each look of each sensor.
 
     Raises:
         ConfigError: The port is taken, or the instance has a daemon that was started here.
     """
     _claim(use_dagster_home(settings) / "dev.lock", port)
     _refuse_taken(port)
-    command = [sys.executable, "-m", "dagster", "dev", "-m", _MODULE, "--host", HOST, "--port", str(port)]
+    sys.stderr.write(f"The Dagster UI comes up on http://{HOST}:{port}. Ctrl-C ends it.\n")
+    sys.stderr.flush()
+    command = [sys.executable, "-W", _SUPERSEDED, "-m", "dagster", "dev", "-m", _MODULE, "--host", HOST]
+    command += ["--port", str(port), "--log-level", log_level]
     os.execv(sys.executable, command)  # noqa: S606  no shell is wanted
 
 

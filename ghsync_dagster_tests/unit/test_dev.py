@@ -56,12 +56,17 @@ def taken() -> Iterator[int]:
         yield int(server.getsockname()[1])
 
 
-def test_the_ui_is_served_on_the_instance_under_the_home(settings: Settings) -> None:
+def test_the_ui_is_served_on_the_instance_under_the_home(
+    settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
     port = free_port()
     with pytest.raises(BecameError) as became:
-        dev.serve(settings, port)
-    expected = ("-m", "dagster", "dev", "-m", "ghsync_dagster.definitions", "--host", "127.0.0.1", "--port", str(port))
-    assert became.value.args == expected
+        dev.serve(settings, port, "warning")
+    ignored, *command = became.value.args[1:]
+    assert ignored.startswith("ignore:Function `dev_command`")
+    expected = ["-m", "dagster", "dev", "-m", "ghsync_dagster.definitions", "--host", "127.0.0.1", "--port", str(port)]
+    assert command == [*expected, "--log-level", "warning"]
+    assert capsys.readouterr().err.startswith(f"The Dagster UI comes up on http://127.0.0.1:{port}")
     assert Path(os.environ["DAGSTER_HOME"]) == settings.home_dir / "dagster"
     assert (settings.home_dir / "dagster" / "dagster.yaml").exists()
 
@@ -73,13 +78,13 @@ def test_a_dagster_home_that_is_set_is_used(
     own.mkdir()
     monkeypatch.setenv("DAGSTER_HOME", str(own))
     with pytest.raises(BecameError):
-        dev.serve(settings, free_port())
+        dev.serve(settings, free_port(), "warning")
     assert (own / "dev.lock").exists()
 
 
 def test_a_port_that_is_taken_is_refused_with_another(settings: Settings, taken: int) -> None:
     with pytest.raises(ConfigError, match=f"Port {taken} of 127.0.0.1 can't be served") as caught:
-        dev.serve(settings, taken)
+        dev.serve(settings, taken, "warning")
     assert f"make dev PORT={taken + 1}" in caught.value.way_out
 
 
@@ -94,8 +99,8 @@ def test_a_second_daemon_on_an_instance_is_refused_while_the_first_lives(setting
         with pytest.raises(
             ConfigError, match=rf"runs already on {lock.parent}: process {holder.pid}, http://"
         ) as caught:
-            dev.serve(settings, free_port())
+            dev.serve(settings, free_port(), "warning")
         assert "GHSYNC_HOME" in caught.value.way_out
         holder.communicate("\n")
     with pytest.raises(BecameError):
-        dev.serve(settings, free_port())
+        dev.serve(settings, free_port(), "warning")
