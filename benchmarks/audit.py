@@ -8,12 +8,9 @@ the differences are taken away, a consumer and a workload run, and this build co
 
 from __future__ import annotations
 
-import io
 import json
 import statistics
-import subprocess
 import sys
-import tarfile
 import tempfile
 import threading
 from contextlib import ExitStack
@@ -118,24 +115,6 @@ def take_away(mongo: UserStore, users: int, differences: int) -> None:
         key = 1 + number * users // differences
         mongo.users.delete_one({"user_id": str(-key)})
         mongo.users.replace_one({"user_id": str(key)}, user(key), upsert=True)
-
-
-def earlier_build(commit: str, folder: Path) -> Path:
-    """Unpack a commit's package into a folder.
-
-    Raises:
-        BenchmarkError: The commit is not in this repository.
-    """
-    command = ["git", "archive", commit, "ghsync_dagster"]
-    done = subprocess.run(command, capture_output=True, cwd=harness.PROJECT, check=False, timeout=60)
-    if done.returncode != 0:
-        raise BenchmarkError(
-            f"There is no commit {commit} here: {done.stderr.decode(errors='replace').strip()}. "
-            "Way out: fetch it, or name a folder that holds the earlier ghsync_dagster by --before."
-        )
-    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
-        archive.extractall(folder, filter="data")
-    return folder
 
 
 class _Conductor:
@@ -248,7 +227,7 @@ def main(
         with ExitStack() as around:
             home = Path(around.enter_context(tempfile.TemporaryDirectory(prefix="ghsync-bench-audit-", dir=room)))
             (home / "logs").mkdir()
-            build = before.resolve() if before else earlier_build(commit, home / "earlier")
+            build = before.resolve() if before else harness.earlier_build(commit, home / "earlier")
             stack = around.enter_context(Stack(home / "home", home / "logs", console.print))
             run = _Conductor(stack, console.print).run(build, users, differences, rounds, rate)
     except KeyboardInterrupt:

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 DEFAULT_SIZES = f"{results.SMALL},{results.MIDDLE},{results.LARGE}"
 MOST_EVENTS_FOR_ALL = 1_000_000
-DEFAULT_CONTENDERS = ("ours", "ours-dagster", "plain", "floor", "floor-versions")
+DEFAULT_CONTENDERS = ("ours", "before", "ours-dagster", "plain", "floor", "floor-versions")
 # Above MOST_EVENTS_FOR_ALL a run of the plain script takes tens of minutes.
-DEFAULT_LARGE_CONTENDERS = ("ours", "floor", "floor-versions")
+DEFAULT_LARGE_CONTENDERS = ("ours", "before", "floor", "floor-versions")
 RESULTS = Path(__file__).with_name("results")
 PACKAGES = ("pyspark", "pymongo", "msgspec", "dagster", "secantusdb")
 ROOM_BYTES = 4 * 1024**3

@@ -6,24 +6,29 @@ or measuring processes, or comparing results.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pymongo import MongoClient
 
-from benchmarks.harness import BenchmarkError
+from benchmarks.harness import BenchmarkError, earlier_build
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from benchmarks.harness import Store
 
+EARLIER = "302b9a1"
+"""The build before files were read by executors alone."""
 COLLECTION = "Users"
 FIELDS = ("user_id", "login", "gravatar_id", "avatar_url", "url")
 PEERS = Path(__file__).with_name("peers")
@@ -59,10 +64,24 @@ def program(name: str) -> str:
     return str(Path(sys.executable).with_name(name))
 
 
+@cache
+def _build_before() -> Path:
+    """Unpack the earlier build, until this process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="ghsync-bench-before-")
+    atexit.register(folder.cleanup)
+    return earlier_build(EARLIER, Path(folder.name))
+
+
+def _before(events: Path, _jar: Path) -> list[str]:
+    path = f"PYTHONPATH={_build_before()}"
+    return ["env", path, sys.executable, "-m", "ghsync_dagster.cli", "batch", str(events), "--json"]
+
+
 CONTENDERS = {
     contender.name: contender
     for contender in (
         Contender("ours", "ghsync batch", lambda events, _: [program("ghsync"), "batch", str(events), "--json"]),
+        Contender("before", f"ghsync batch at {EARLIER}", _before),
         Contender(
             "ours-dagster",
             "ghsync as a Dagster job",

@@ -179,6 +179,8 @@ def ratios(summaries: Sequence[Summary]) -> list[Ratio]:
 def _ratios_of_size(of: Mapping[str, Summary], size: int) -> list[Ratio]:
     found: list[Ratio] = []
     ours, dagster, plain = of.get("ours"), of.get("ours-dagster"), of.get("plain")
+    if ours and (before := of.get("before")):
+        found.append(at_most(f"ours / before, {size:,} events", ours.seconds / before.seconds, 1.0))
     if ours and plain:
         faster = plain.seconds / ours.seconds
         found.append(at_least(f"plain / ours, {size:,} events", faster, 4.0 if size == MIDDLE else None))
