@@ -130,12 +130,14 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def phase(name: str, hint: str = "") -> Iterator[None]:
-    """Report one phase: every few seconds that it goes on, with a hint of what it takes; its seconds at the end."""
+    """Report one phase: first a hint of what it takes, every few seconds that it goes on, its seconds at the end."""
     started, done = time.monotonic(), threading.Event()
+    if hint:
+        say(f"set-up: {name}: {hint}")
 
     def tell() -> None:
         while not done.wait(_TELL_SECONDS):
-            say(f"set-up: {name}: {time.monotonic() - started:.0f} s so far{hint and f', {hint}'}")
+            say(f"set-up: {name}: {time.monotonic() - started:.0f} s so far")
 
     teller = threading.Thread(target=tell, daemon=True)
     teller.start()
@@ -348,7 +350,7 @@ def make_class_archive(stamps: Stamps) -> None:
     """Have the installed project make the class archive that its Spark sessions start from."""
     if not stamps.pending(ARCHIVE_MAKER):
         return
-    with phase("class archive", "once, so that Spark starts in half the time; Ctrl-C leaves it for later"):
+    with phase("class archive", "made once, so that Spark starts in half the time; Ctrl-C leaves it for later"):
         command = [".venv/bin/python", "-m", "ghsync_dagster.local.java_archive"]
         run(command, "The class archive could not be made", "see above")
         stamps.mark(ARCHIVE_MAKER)
