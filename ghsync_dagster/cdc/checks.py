@@ -256,13 +256,14 @@ def connector_running(report: ConnectorReport | None, still_seconds: float, *, l
     )
 
 
-def nothing_to_compare(why: str) -> Finding:
-    """Return the finding of a deployment that no changes reach: nothing is out of step.
+def nothing_to_compare(why: str, way_out: str = "") -> Finding:
+    """Return the finding of a deployment that no changes reach, or of a load whose stream is away: no data is wrong.
 
     Args:
-        why: What it lacks, in words.
+        why: What is missing, in words.
+        way_out: How to have both sides compared.
     """
-    return Finding(IN_STEP_WITH_MYSQL, passed=True, summary=f"not compared: {why}", counts={"rows": 0})
+    return Finding(IN_STEP_WITH_MYSQL, passed=True, summary=f"not compared: {why}", counts={"rows": 0}, way_out=way_out)
 
 
 def nothing_to_compare_with(why: str) -> Finding:

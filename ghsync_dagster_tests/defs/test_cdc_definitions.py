@@ -23,14 +23,14 @@ from ghsync_dagster.cdc.listener import APPLIED, AppliedBatch, SilentListener
 from ghsync_dagster.definitions import build_defs, defs
 from ghsync_dagster.defs.cdc import jobs, metadata, sensors
 from ghsync_dagster.defs.cdc import slice as slices
-from ghsync_dagster.defs.cdc.checks import CDC_CHECKS, latency_window, measured_since
+from ghsync_dagster.defs.cdc.checks import CDC_CHECKS, in_step_with_mysql, latency_window, measured_since
 from ghsync_dagster.defs.cdc.jobs import SYNC_JOB, SYNC_OP, cdc_sync_job
 from ghsync_dagster.defs.cdc.sensors import REPLACED_TAG, cdc_supervisor, end_slice, read_slices
 from ghsync_dagster.defs.cdc.slice import USERS_CHANGES
 from ghsync_dagster.defs.cdc.supervisor import Phase, Replace, Rules
 from ghsync_dagster.defs.gated import gated_executor
 from ghsync_dagster.defs.resources import ChangesResource
-from ghsync_dagster.domain.errors import UnavailableError
+from ghsync_dagster.domain.errors import RefusedError, UnavailableError
 from ghsync_dagster.domain.letters import Letter
 from ghsync_dagster.domain.source import Effect, Problem
 from ghsync_dagster.local import kafka, stack
@@ -593,6 +593,50 @@ def test_a_stream_that_was_set_up_is_not_taken_for_none_by_its_record(
     failure = evaluate(instance, "mongo_users_in_step_with_mysql", ChangesResource())
     assert not isinstance(failure, dg.AssetCheckEvaluation)
     assert "There is no Kafka: KAFKA_BOOTSTRAP_SERVERS is not set" in failure.user_failure_data.description
+
+
+@pytest.mark.parametrize("away", ["all is down", "Kafka", "MySQL", "refused"])
+def test_a_load_of_files_is_green_whatever_of_the_stream_is_away(
+    instance: dg.DagsterInstance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, away: str
+) -> None:
+    """As after `make cdc`, which stops what it has started."""
+    monkeypatch.setenv("GHSYNC_HOME", str(tmp_path))
+    if away == "all is down":
+        for service in ("kafka", "mysql"):
+            (tmp_path / service / "data").mkdir(parents=True)
+    else:
+        monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", "127.0.0.1:1")
+        monkeypatch.setenv("MYSQL_URL", "mysql://u:p@127.0.0.1:1/new_data")
+        monkeypatch.setenv("GHSYNC_SERVER_TIMEOUT_SECONDS", "0.5")
+    if away in ("MySQL", "refused"):
+        error = RefusedError("MySQL refused.", way_out="x") if away == "refused" else UnavailableError("x", way_out="x")
+        monkeypatch.setattr("ghsync_dagster.cdc.backlog.await_no_lag", lambda *_: 0)
+        monkeypatch.setattr("ghsync_dagster.wiring.look_at_source", raising(error))
+
+    @dg.asset(name="mongo_users")
+    def loaded() -> None:
+        """Stand in for the load, which has its own tests."""
+
+    definitions = dg.Definitions(
+        assets=[loaded, dg.AssetSpec("mysql_users")],
+        asset_checks=[in_step_with_mysql],
+        resources={"changes": ChangesResource()},
+    )
+    result = definitions.resolve_implicit_global_asset_job_def().execute_in_process(instance=instance)
+    (found,) = result.get_asset_check_evaluations()
+    assert result.success
+    assert found.passed
+    assert str(found.description).startswith("not compared: ")
+    assert values(found)["way_out"]
+
+
+def raising(error: Exception) -> Any:
+    """Return a function that raises."""
+
+    def raises(*_: object, **__: object) -> None:
+        raise error
+
+    return raises
 
 
 @pytest.mark.usefixtures("nowhere")
