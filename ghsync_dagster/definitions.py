@@ -16,7 +16,7 @@ from ghsync_dagster.defs.cdc import jobs as cdc_jobs
 from ghsync_dagster.defs.cdc import repair as cdc_repair
 from ghsync_dagster.defs.cdc import sensors as cdc_sensors
 from ghsync_dagster.defs.ops import alerts
-from ghsync_dagster.defs.resources import BatchResource, ChangesResource
+from ghsync_dagster.defs.resources import BatchResource, ChangesResource, SparkResource
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,6 +28,12 @@ def build_defs(resource_overrides: Mapping[str, Any] | None = None) -> dg.Defini
     Args:
         resource_overrides: Resources by name that replace the real ones, for tests.
     """
+    spark = SparkResource.of_environment()
+    resources = {
+        "spark": spark,
+        "batch": BatchResource.of_environment(spark=spark),
+        "changes": ChangesResource.of_environment(),
+    }
     return dg.Definitions(
         assets=[*batch_assets.ASSETS, *cdc_assets.ASSETS],
         asset_checks=[*batch_checks.CHECKS, *cdc_checks.CHECKS],
@@ -40,7 +46,7 @@ def build_defs(resource_overrides: Mapping[str, Any] | None = None) -> dg.Defini
             *cdc_repair.SENSORS,
             *source_watch.SENSORS,
         ],
-        resources={"batch": BatchResource(), "changes": ChangesResource(), **(resource_overrides or {})},
+        resources={**resources, **(resource_overrides or {})},
         # One process, because the steps share one Spark session.
         executor=dg.in_process_executor,
     )

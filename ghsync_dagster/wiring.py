@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.stores.kafka import KafkaSettings
     from ghsync_dagster.stores.mongo import UserStore
     from ghsync_dagster.stores.mysql import MySqlStore
-    from ghsync_dagster.stores.spark import SparkHandle, SparkOptions
+    from ghsync_dagster.stores.spark import SessionOf, SparkHandle, SparkOptions
 
 _PROBE_SECONDS: Final = 3.0
 """How long a worker may take to answer whoever only wants to know."""
@@ -58,11 +58,16 @@ def spark_options(settings: Settings) -> SparkOptions:
     )
 
 
-def spark_handle(settings: Settings) -> SparkHandle:
-    """Return a handle on the Spark session, not started yet."""
-    from ghsync_dagster.stores.spark import SparkHandle
+def spark_handle(settings: Settings, get: SessionOf | None = None) -> SparkHandle:
+    """Return a handle on the Spark session, not started yet.
 
-    return SparkHandle(lambda: spark_options(settings))
+    Args:
+        settings: What it is started with.
+        get: Gives the session; by default Spark's own builder.
+    """
+    from ghsync_dagster.stores.spark import SparkHandle, session_of
+
+    return SparkHandle(lambda: spark_options(settings), get or session_of)
 
 
 def store_opener(settings: Settings) -> Callable[[], UserStore]:
@@ -82,13 +87,19 @@ def store_opener(settings: Settings) -> Callable[[], UserStore]:
     return open_store
 
 
-def batch_flow(settings: Settings, run_id: str | None = None) -> BatchFlow:
-    """Return the batch flow of these settings, for one run or for whatever ran last."""
+def batch_flow(settings: Settings, run_id: str | None = None, spark: SparkHandle | None = None) -> BatchFlow:
+    """Return the batch flow of these settings.
+
+    Args:
+        settings: What it is wired to.
+        run_id: The one run that it is of; None for whatever ran last.
+        spark: Its session; by default one that these settings describe.
+    """
     from ghsync_dagster.batch.flow import BatchFlow
 
     return BatchFlow(
         artifacts=Artifacts(settings.home_dir / "batch", run_id),
-        spark=spark_handle(settings),
+        spark=spark or spark_handle(settings),
         open_store=store_opener(settings),
         rules=load_rules(settings.rules_module),
         max_quarantined_ratio=settings.max_quarantined_ratio,

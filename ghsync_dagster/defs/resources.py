@@ -1,19 +1,24 @@
 """Resources: what assets, checks and jobs are given. The one seam that tests replace.
 
-Belongs here: how Dagster's resource life cycle meets the flows' wiring. Not here: any wiring of its own.
+Belongs here: how Dagster's resource life cycle meets the flows' wiring, and which settings the UI shows and the
+launchpad may set. Not here: any wiring of its own.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import dagster as dg
-from pydantic import PrivateAttr
+from pydantic import Field, PrivateAttr, SecretStr
 
 from ghsync_dagster.batch.flow import BatchFlow
+from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.domain.source import STATEMENT_HOURS
-from ghsync_dagster.observability.logging import bind_run, configure_logging
-from ghsync_dagster.settings import load_settings
+from ghsync_dagster.observability.logging import bind_run, configure_logging, redact
+from ghsync_dagster.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -23,14 +28,104 @@ if TYPE_CHECKING:
     from ghsync_dagster.cdc.consume import ChangeConsumer
     from ghsync_dagster.cdc.dead_letters import OpenLetters
     from ghsync_dagster.cdc.listener import ChangeListener
-    from ghsync_dagster.settings import Settings
     from ghsync_dagster.stores.kafka import KafkaSettings
     from ghsync_dagster.stores.mongo import UserStore
     from ghsync_dagster.stores.mysql import MySqlStore
+    from ghsync_dagster.stores.spark import SparkHandle
 
 
-class BatchResource(dg.ConfigurableResource["BatchResource"]):
-    """The batch flow of this process's settings; the Spark session begins to start with the run."""
+_SECRET: Final = re.compile("password|secret|token", re.IGNORECASE)
+
+
+def _setting(name: str) -> Any:  # noqa: ANN401  as pydantic's Field
+    """Return the field of a resource that is one of the settings, by the setting's name in ``Settings``."""
+    field = Settings.model_fields[name]
+    return Field(default=None, description=f"{field.validation_alias}: {field.description} Empty: as it is set there.")
+
+
+def _is_secret(value: object) -> bool:
+    """Tell whether a setting's value is a secret or holds one, as a URL or an option of Java may."""
+    return isinstance(value, SecretStr) or (
+        isinstance(value, str) and (redact(value) != value or _SECRET.search(value) is not None)
+    )
+
+
+class SettingsResource(dg.ConfigurableResource["SettingsResource"]):
+    """A resource whose fields are settings: the UI shows them, and the launchpad may give others for one run."""
+
+    @classmethod
+    def of_environment(cls, **more: Any) -> Self:  # noqa: ANN401  other resources
+        """Return the resource as the UI is to show it: variables by name, other settings by value, secrets by neither.
+
+        Args:
+            more: The resources that it needs.
+        """
+        try:
+            settings = load_settings()
+        except ConfigError:
+            # A run tells what is wrong with them, and there it is seen.
+            settings = None
+        shown: dict[str, Any] = {}
+        for name in cls._names():
+            field = Settings.model_fields[name]
+            if os.environ.get(variable := str(field.validation_alias)):
+                shown[name] = dg.EnvVar(variable)
+            elif settings and not _is_secret(value := getattr(settings, name)):
+                shown[name] = value
+        return cls(**shown, **more)
+
+    @classmethod
+    def _names(cls) -> list[str]:
+        return [name for name in cls.model_fields if name in Settings.model_fields]
+
+    def given(self) -> Mapping[str, object]:
+        """Return the settings that this resource gives, by environment variable."""
+        values = ((Settings.model_fields[name].validation_alias, getattr(self, name)) for name in self._names())
+        return {str(variable): value for variable, value in values if value is not None}
+
+    def settings(self) -> Settings:
+        """Return the settings with this resource's; a test's resource may override this."""
+        return load_settings(**self.given())
+
+
+class SparkResource(SettingsResource):
+    """The Spark session: made by dagster-pyspark's ``LazyPySparkResource``, one a process, and kept for its next run.
+
+    Java, the connector's jar and the class archive are looked for when a session is asked for, so that resource gets
+    its configuration then, in place of a fixed one; see docs/decisions/015-spark-by-dagster-pyspark.md.
+    """
+
+    spark_master: str | None = _setting("spark_master")
+    spark_driver_memory: str | None = _setting("spark_driver_memory")
+    spark_driver_java_options: str | None = _setting("spark_driver_java_options")
+    spark_jars_packages: str | None = _setting("spark_jars_packages")
+
+    def handle(self, settings: Settings) -> SparkHandle:
+        """Return a handle on the session, not started yet.
+
+        Args:
+            settings: What it is started with, this resource's among them.
+        """
+        from ghsync_dagster.wiring import spark_handle
+
+        return spark_handle(settings, _session_of)
+
+
+def _session_of(configuration: Mapping[str, str]) -> Any:  # noqa: ANN401  as dagster-pyspark declares it
+    # It imports pyspark, which the code location does without.
+    from dagster_pyspark import LazyPySparkResource
+
+    return LazyPySparkResource(spark_config=dict(configuration)).spark_session
+
+
+class BatchResource(SettingsResource):
+    """The batch flow; the Spark session begins to start with the run."""
+
+    spark: SparkResource
+    mongodb_uri: str | None = _setting("mongodb_uri")
+    mongodb_database: str | None = _setting("mongodb_database")
+    mongodb_collection: str | None = _setting("mongodb_collection")
+    rules_module: str | None = _setting("rules_module")
 
     _flow: BatchFlow | None = PrivateAttr(default=None)
 
@@ -47,14 +142,15 @@ class BatchResource(dg.ConfigurableResource["BatchResource"]):
         bind_run(None)
 
     def settings(self) -> Settings:
-        """Return the settings; a test's resource may override this."""
-        return load_settings()
+        """Return the settings with this resource's and Spark's; a test's resource may override this."""
+        return load_settings(**self.given(), **self.spark.given())
 
     def build(self, run_id: str | None = None) -> BatchFlow:
         """Build the flow of one run; a test's resource may override this."""
         from ghsync_dagster.wiring import batch_flow
 
-        return batch_flow(self.settings(), run_id)
+        settings = self.settings()
+        return batch_flow(settings, run_id, self.spark.handle(settings))
 
     @property
     def flow(self) -> BatchFlow:
@@ -64,8 +160,17 @@ class BatchResource(dg.ConfigurableResource["BatchResource"]):
         return self._flow
 
 
-class ChangesResource(dg.ConfigurableResource["ChangesResource"]):
-    """The change flow's parts of this process's settings. Kafka and MySQL must be there: none is started."""
+class ChangesResource(SettingsResource):
+    """The change flow's parts. Kafka and MySQL must be there: none is started."""
+
+    mongodb_uri: str | None = _setting("mongodb_uri")
+    mongodb_database: str | None = _setting("mongodb_database")
+    mongodb_collection: str | None = _setting("mongodb_collection")
+    kafka_bootstrap_servers: str | None = _setting("kafka_bootstrap_servers")
+    kafka_topic: str | None = _setting("kafka_topic")
+    kafka_group_id: str | None = _setting("kafka_group_id")
+    mysql_url: str | None = _setting("mysql_url")
+    connect_url: str | None = _setting("connect_url")
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
         """Bind the run to the log."""
@@ -76,10 +181,6 @@ class ChangesResource(dg.ConfigurableResource["ChangesResource"]):
         """Take the run off the log."""
         del context
         bind_run(None)
-
-    def settings(self) -> Settings:
-        """Return the settings; a test's resource may override this."""
-        return load_settings()
 
     def kafka(self) -> KafkaSettings:
         """Return the topic, the group and the way to the brokers.

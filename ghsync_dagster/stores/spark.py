@@ -148,8 +148,24 @@ class SparkOptions:
     jvm_options: Sequence[str] = ()
 
 
-def start_session(options: SparkOptions) -> SparkSession:
+SessionOf = Callable[[Mapping[str, str]], SparkSession]
+"""Returns the session of this process, started with a configuration by Spark's own names where there is none yet."""
+
+
+def session_of(configuration: Mapping[str, str]) -> SparkSession:
+    """Return the session by Spark's own builder."""
+    builder = SparkSession.builder
+    for key, value in configuration.items():
+        builder = builder.config(key, value)
+    return builder.getOrCreate()
+
+
+def start_session(options: SparkOptions, get: SessionOf = session_of) -> SparkSession:
     """Start the session, or return the one that runs: a process has one, since static settings can't change.
+
+    Args:
+        options: What it is started with.
+        get: Gives the session.
 
     Raises:
         ConfigError: The session does not start.
@@ -160,12 +176,9 @@ def start_session(options: SparkOptions) -> SparkSession:
     os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1") if options.master.startswith("local") else None
     log4j = Path(__file__).with_name("log4j2.properties").as_uri()
     configuration = _configuration(options, log4j)
-    builder = SparkSession.builder.appName("ghsync").master(options.master)
-    for key, value in configuration.items():
-        builder = builder.config(key, value)
     try:
         launch_jvm(configuration)
-        session = builder.getOrCreate()
+        session = get(configuration)
     except (Py4JError, PySparkException, OSError) as error:
         raise ConfigError(
             f"Spark does not start on {options.master} with the Java in {options.java_home}: "
@@ -185,6 +198,8 @@ def _configuration(options: SparkOptions, log4j: str) -> dict[str, str]:
         else {"spark.jars": ",".join(str(jar) for jar in options.jars)}
     )
     return {
+        "spark.app.name": "ghsync",
+        "spark.master": options.master,
         **jars,
         "spark.driver.memory": options.driver_memory,
         "spark.driver.extraJavaOptions": jvm,
@@ -207,10 +222,12 @@ class SparkHandle:
 
     Attributes:
         options: Called once, in the background, since finding Java and jars may take time too.
+        get: Gives the session.
         waited_seconds: How long callers have waited for it so far.
     """
 
     options: Callable[[], SparkOptions]
+    get: SessionOf = session_of
     waited_seconds: float = 0.0
     _asked: bool = False
     _session: SparkSession | None = None
@@ -227,7 +244,7 @@ class SparkHandle:
 
     def _start(self) -> None:
         try:
-            self._session = start_session(self.options())
+            self._session = start_session(self.options(), self.get)
         except BaseException as error:  # noqa: BLE001  it is raised again in the thread that asks for the session
             self._error = error
 

@@ -9,7 +9,7 @@ import pytest
 
 from ghsync_dagster import definitions
 from ghsync_dagster.defs import runner
-from ghsync_dagster.defs.resources import BatchResource
+from ghsync_dagster.defs.resources import BatchResource, SparkResource
 from ghsync_dagster.domain.errors import ConfigError, GhsyncError, PermanentError, TransientError, UnavailableError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def test_a_failed_step_is_told_in_the_words_of_its_error(
             return cast("BatchFlow", SimpleNamespace(read=read, spark=SimpleNamespace(warm_up=lambda: None)))
 
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
-    failing = definitions.build_defs({"batch": Failing()})
+    failing = definitions.build_defs({"batch": Failing(spark=SparkResource())})
     monkeypatch.setattr(runner, "build_defs", lambda: failing)
     with pytest.raises(kind, match=words) as told:
         runner.materialize_batch()

@@ -16,7 +16,7 @@ from bson import ObjectId, json_util
 from ghsync_dagster.batch.flow import BatchFlow
 from ghsync_dagster.batch.load import ROUNDS, Step
 from ghsync_dagster.definitions import build_defs
-from ghsync_dagster.defs.resources import BatchResource
+from ghsync_dagster.defs.resources import BatchResource, SparkResource
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -95,7 +95,7 @@ class Runner:
                 del run_id
                 return flow
 
-        defs = build_defs(resource_overrides={"batch": TestBatch()})
+        defs = build_defs(resource_overrides={"batch": TestBatch(spark=SparkResource())})
         with dg.DagsterInstance.ephemeral() as instance:
             return defs.resolve_job_def(job).execute_in_process(
                 run_config={"ops": ops, "loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},

@@ -16,7 +16,7 @@ from pyspark.errors import PySparkException
 
 from ghsync_dagster.batch.load import Step
 from ghsync_dagster.definitions import build_defs
-from ghsync_dagster.defs.resources import BatchResource
+from ghsync_dagster.defs.resources import BatchResource, SparkResource
 from ghsync_dagster.domain.errors import RefusedError, UnavailableError
 from ghsync_dagster.local import stack
 from ghsync_dagster.local.mongo import ensure_mongo
@@ -71,7 +71,7 @@ def of_flow(flow: BatchFlow) -> BatchResource:
             del run_id
             return flow
 
-    return TestBatch()
+    return TestBatch(spark=SparkResource())
 
 
 def run(job: str, flow: BatchFlow, **ops: Any) -> dg.ExecuteInProcessResult:
