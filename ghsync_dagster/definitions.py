@@ -15,6 +15,7 @@ from ghsync_dagster.defs.cdc import connector_watch, source_watch
 from ghsync_dagster.defs.cdc import jobs as cdc_jobs
 from ghsync_dagster.defs.cdc import repair as cdc_repair
 from ghsync_dagster.defs.cdc import sensors as cdc_sensors
+from ghsync_dagster.defs.links import with_code
 from ghsync_dagster.defs.ops import alerts
 from ghsync_dagster.defs.resources import BatchResource, ChangesResource, SparkResource
 
@@ -35,7 +36,7 @@ def build_defs(resource_overrides: Mapping[str, Any] | None = None) -> dg.Defini
         "changes": ChangesResource.of_environment(),
     }
     return dg.Definitions(
-        assets=[*batch_assets.ASSETS, *cdc_assets.ASSETS],
+        assets=with_code([*batch_assets.ASSETS, *cdc_assets.ASSETS]),
         asset_checks=[*batch_checks.CHECKS, *cdc_checks.CHECKS],
         jobs=[*batch_jobs.JOBS, *cdc_jobs.JOBS, *cdc_jobs.ASSET_JOBS, *cdc_repair.JOBS],
         schedules=cdc_jobs.SCHEDULES,

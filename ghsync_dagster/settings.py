@@ -141,6 +141,19 @@ class Settings(BaseSettings):
         validation_alias="GHSYNC_ALERT_WEBHOOK_URL",
         description="URL that gets a JSON POST for each failed asset check and run. Unset: they are only logged.",
     )
+    git_url: str | None = Field(
+        default=None,
+        pattern=r"^https://[^/\s@]*git(hub|lab)[^/\s@]*/[^\s@]*[^/\s@]$",
+        validation_alias="GHSYNC_GIT_URL",
+        description="Repository of this code, as https://github.com/OWNER/REPO (GitHub or GitLab). Dagster's UI then "
+        "links to it. Unset: it names files of this machine.",
+    )
+    git_revision: str = Field(
+        default="main",
+        pattern=r"^\S+$",
+        validation_alias="GHSYNC_GIT_REVISION",
+        description="Branch, tag or commit that those links lead to.",
+    )
     log_level: str = Field(
         default="INFO",
         pattern="^(DEBUG|INFO|WARNING|ERROR)$",

@@ -96,6 +96,7 @@ def batch_flow(settings: Settings, run_id: str | None = None, spark: SparkHandle
         spark: Its session; by default one that these settings describe.
     """
     from ghsync_dagster.batch.flow import BatchFlow
+    from ghsync_dagster.batch.versions import code_version
 
     return BatchFlow(
         artifacts=Artifacts(settings.home_dir / "batch", run_id),
@@ -106,6 +107,7 @@ def batch_flow(settings: Settings, run_id: str | None = None, spark: SparkHandle
         attempts=settings.retry_attempts,
         lease_wait_seconds=settings.lease_wait_seconds,
         lease_quiet_seconds=settings.lease_quiet_seconds,
+        code_version=code_version(settings.rules_module),
     )
 
 

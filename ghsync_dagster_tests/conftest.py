@@ -53,7 +53,15 @@ _OURS = ("GHSYNC_", "MONGODB_", "SPARK_", "DAGSTER_", "KAFKA_", "MYSQL_", "CONNE
 _SHARING = {
     "spark": {
         *("test_kill", "test_load_against_stream", "test_two_loads"),
-        *("test_checks_fire", "test_flatten", "test_lease", "test_load", "test_local_archive", "test_read"),
+        *(
+            "test_batch_versions",
+            "test_checks_fire",
+            "test_flatten",
+            "test_lease",
+            "test_load",
+            "test_local_archive",
+            "test_read",
+        ),
         *("test_store_away", "test_three_hours"),
     },
     "stream": {

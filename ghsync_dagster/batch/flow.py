@@ -9,11 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from msgspec.structs import replace
+
 from ghsync_dagster.batch import checks
+from ghsync_dagster.batch.files import find_files
 from ghsync_dagster.batch.flatten import check_users, flatten_users
 from ghsync_dagster.batch.load import Step, load_users
 from ghsync_dagster.batch.read import read_events
 from ghsync_dagster.batch.reports import Artifacts, FlattenReport, LoadReport, ReadReport
+from ghsync_dagster.batch.versions import UNKNOWN, InputState, look_at, version_of
 from ghsync_dagster.folders import ensure_folder
 from ghsync_dagster.observability.logging import bind_run
 from ghsync_dagster.stores.retry import retrying
@@ -40,6 +44,7 @@ class BatchFlow:
         attempts: Tries of a step while a server is away.
         lease_wait_seconds: How long a load waits for another.
         lease_quiet_seconds: How long the server may still be at work on the last command of a load that died.
+        code_version: The version of the code, see ``batch.versions``.
     """
 
     artifacts: Artifacts
@@ -50,6 +55,15 @@ class BatchFlow:
     attempts: int
     lease_wait_seconds: float
     lease_quiet_seconds: float
+    code_version: str = UNKNOWN
+
+    def look_at_input(self, events_paths: Sequence[str]) -> InputState:
+        """Return the state of the files that would be read, none of them opened.
+
+        Raises:
+            InputError: A path can't be read.
+        """
+        return look_at({file for path in events_paths for file in find_files(path)})
 
     def check_first(self) -> None:
         """Find, before any work, what would end a run later on; write nothing to the target.
@@ -65,7 +79,14 @@ class BatchFlow:
 
     def read(self, events_paths: Sequence[str]) -> ReadReport:
         """Read the files into events and quarantine, and make that the newest data."""
+        before = self.look_at_input(events_paths)
         report = read_events(self.spark.session, events_paths, self.artifacts.new_folder("events"), self.rules)
+        stable = before == look_at(Path(file.path) for file in report.files)
+        # What changed while it was read has the state of no moment.
+        input_version = before.version if stable else version_of(UNKNOWN)
+        report = replace(
+            report, input_version=input_version, data_version=version_of(self.code_version, "read", input_version)
+        )
         self.artifacts.publish(report)
         return report
 
@@ -73,6 +94,11 @@ class BatchFlow:
         """Flatten the newest events into users, and make these the newest."""
         read = self.artifacts.newest(ReadReport)
         report = flatten_users(self.spark.session, read, self.artifacts.new_folder("users"))
+        report = replace(
+            report,
+            input_version=read.data_version,
+            data_version=version_of(self.code_version, "flatten", read.data_version),
+        )
         self.artifacts.publish(report)
         return report
 
@@ -93,9 +119,18 @@ class BatchFlow:
                     on_step=on_step,
                 )
 
-        report = retrying("load", attempt, attempts=self.attempts)
+        report = replace(retrying("load", attempt, attempts=self.attempts), input_version=users.data_version)
         self.artifacts.publish(report)
         return report
+
+    def count_users(self) -> int:
+        """Return how many users are stored, whoever wrote them."""
+
+        def attempt() -> int:
+            with self.open_store() as store:
+                return store.count()
+
+        return retrying("count", attempt, attempts=self.attempts)
 
     def check_read(self, max_ratio: float | None = None) -> Finding:
         """Judge the newest events."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 
+from ghsync_dagster.batch.versions import UNKNOWN
 from ghsync_dagster.domain.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class ReadReport(msgspec.Struct, frozen=True):
         events_path: Parquet folder of the events.
         quarantine_path: Parquet folder of the refused lines.
         reasons: How often each kind of reason was given, the most frequent first.
+        input_version: The version of the files, see ``batch.versions``.
+        data_version: The version of what was written.
     """
 
     events_path: str
@@ -49,6 +52,8 @@ class ReadReport(msgspec.Struct, frozen=True):
     blank: int
     reasons: dict[str, int]
     seconds: float
+    input_version: str = UNKNOWN
+    data_version: str = UNKNOWN
 
     @property
     def quarantined_ratio(self) -> float:
@@ -58,11 +63,20 @@ class ReadReport(msgspec.Struct, frozen=True):
 
 
 class FlattenReport(msgspec.Struct, frozen=True):
-    """The outcome of ``flatten``: the newest state of every user in the events."""
+    """The outcome of ``flatten``: the newest state of every user in the events.
+
+    Attributes:
+        users_path: Parquet folder of the users.
+        users: How many users there are.
+        input_version: The version of the events that they come from.
+        data_version: The version of what was written.
+    """
 
     users_path: str
     users: int
     seconds: float
+    input_version: str = UNKNOWN
+    data_version: str = UNKNOWN
 
 
 class LoadReport(msgspec.Struct, frozen=True):
@@ -88,6 +102,7 @@ class LoadReport(msgspec.Struct, frozen=True):
         unmarked: Documents whose marker was removed at the end.
         recovered: What an unfinished earlier load left and this one settled, by kind.
         phases: Seconds a phase.
+        input_version: The version of the users that were loaded.
     """
 
     load_id: str
@@ -110,6 +125,7 @@ class LoadReport(msgspec.Struct, frozen=True):
     recovered: dict[str, int]
     phases: dict[str, float]
     seconds: float
+    input_version: str = UNKNOWN
 
 
 Report = ReadReport | FlattenReport | LoadReport

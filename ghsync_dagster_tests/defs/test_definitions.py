@@ -8,23 +8,36 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
+import pyarrow as pa
 import pytest
+from dagster import serialize_value
+from dagster._core.remote_representation.external_data import RepositorySnap, active_presets_from_job_def
+from pyspark.sql.types import StructType
 
+from ghsync_dagster.batch.decide import quarantine_schema
+from ghsync_dagster.batch.versions import code_version
 from ghsync_dagster.definitions import build_defs, defs
+from ghsync_dagster.defs.batch.columns import TABLES
 from ghsync_dagster.defs.cdc.checks import CDC_CHECKS
-from ghsync_dagster.defs.resources import BatchResource
+from ghsync_dagster.defs.links import guide
+from ghsync_dagster.defs.resources import BatchResource, SparkResource
+from ghsync_dagster.domain.errors import ConfigError
+from ghsync_dagster.domain.user import USER_FIELDS, json_schema
 from ghsync_dagster.settings import Settings, load_settings
+from ghsync_dagster.stores.spark import EVENT_SCHEMA, VERSIONED_USER_SCHEMA
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {
     *("pyspark", "py4j", "pymongo", "bson", "pandas", "numpy", "matplotlib", "pyarrow", "httpx", "jgo"),
-    *("confluent_kafka", "pymysql", "hdrh", "prometheus_client"),
+    *("confluent_kafka", "pymysql", "hdrh", "prometheus_client", "dagster_pyspark", "dagster_spark"),
 }
 CHECKS = {
     "quarantined_ratio": "raw_events",
@@ -80,18 +93,84 @@ def test_dagster_finds_the_definitions_valid(tmp_path: Path, source: list[str]) 
     assert "All code locations passed validation" in result.stderr + result.stdout
 
 
-def test_the_assets_are_in_one_group_and_depend_as_designed(graph: AssetGraph) -> None:
+def in_group(graph: AssetGraph, *groups: str) -> set[dg.AssetKey]:
+    """The assets of groups."""
+    return {key for key in graph.get_all_asset_keys() if graph.get(key).group_name in groups}
+
+
+def test_the_assets_are_in_their_groups_and_depend_as_designed(graph: AssetGraph) -> None:
     dependencies = {
         key.to_user_string(): {parent.to_user_string() for parent in graph.get(key).parent_keys}
-        for key in graph.get_all_asset_keys()
-        if graph.get(key).group_name == "batch"
+        for key in in_group(graph, "batch", "target")
     }
     assert dependencies == {
-        "raw_events": set(),
-        "quarantined_events": set(),
+        "event_files": set(),
+        "raw_events": {"event_files"},
+        "quarantined_events": {"event_files"},
         "users": {"raw_events"},
         "mongo_users": {"users", "users_changes"},
     }
+    assert in_group(graph, "target") == {dg.AssetKey("mongo_users")}
+    assert {key for key in in_group(graph, "batch") if graph.get(key).is_external} == {dg.AssetKey("event_files")}
+    assert graph.get(dg.AssetKey("event_files")).is_observable
+
+
+def columns(graph: AssetGraph, asset: str) -> dict[str, dg.TableColumn]:
+    """The columns that the UI shows of an asset before it was ever materialized."""
+    schema = graph.get(dg.AssetKey(asset)).metadata["dagster/column_schema"]
+    assert isinstance(schema, dg.TableSchema)
+    return {column.name: column for column in schema.columns}
+
+
+def test_every_column_of_every_table_says_what_it_is(graph: AssetGraph) -> None:
+    tables = {key.to_user_string() for key in in_group(graph, "batch", "target")}
+    assert tables == set(TABLES)
+    for table in tables:
+        for column in columns(graph, table).values():
+            assert column.description, (table, column)
+
+
+def test_the_columns_are_those_of_what_is_written(graph: AssetGraph) -> None:
+    def types(asset: str) -> dict[str, str]:
+        return {name: column.type for name, column in columns(graph, asset).items()}
+
+    assert types("raw_events") == dict(flat(EVENT_SCHEMA))
+    assert types("users") == dict(flat(VERSIONED_USER_SCHEMA))
+    names = {"string": pa.string(), "bigint": pa.int64()}
+    assert pa.schema([(name, names[kind]) for name, kind in types("quarantined_events").items()]) == (
+        quarantine_schema()
+    )
+    contract = json_schema()["properties"]
+    assert types("mongo_users") == {"_id": "objectId", **dict.fromkeys(USER_FIELDS, "string")}
+    for name in USER_FIELDS:
+        nullable = "null" in contract[name]["bsonType"]
+        assert columns(graph, "mongo_users")[name].constraints.nullable is nullable
+
+
+def flat(schema: StructType, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the dotted name and the type of each value, as Spark names them."""
+    for field in schema.fields:
+        if isinstance(field.dataType, StructType):
+            yield from flat(field.dataType, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, field.dataType.simpleString()
+
+
+def test_each_column_of_the_users_leads_back_to_the_files(graph: AssetGraph) -> None:
+    for asset in ("raw_events", "users", "users_changes", "mongo_users"):
+        lineage = graph.get(dg.AssetKey(asset)).metadata["dagster/column_lineage"]
+        assert isinstance(lineage, dg.TableColumnLineage)
+        assert set(lineage.deps_by_column) == set(columns(graph, asset)) - {"_id"}
+        for origins in lineage.deps_by_column.values():
+            for origin in origins:
+                assert origin.asset_key in graph.get(dg.AssetKey(asset)).parent_keys
+                assert origin.column_name in columns(graph, origin.asset_key.to_user_string())
+
+
+def test_what_is_materialized_has_a_code_version_and_says_how_fresh_it_has_to_be(graph: AssetGraph) -> None:
+    for key in in_group(graph, "batch", "target") - {dg.AssetKey("event_files")}:
+        assert graph.get(key).code_version == code_version(None)
+        assert graph.get(key).freshness_policy_or_from_metadata
 
 
 def test_every_asset_says_what_it_is_and_who_owns_it(graph: AssetGraph) -> None:
@@ -100,6 +179,78 @@ def test_every_asset_says_what_it_is_and_who_owns_it(graph: AssetGraph) -> None:
         assert node.description
         assert node.owners
         assert node.kinds
+
+
+def references(key: dg.AssetKey, definitions: dg.Definitions) -> list[Any]:
+    """Where the UI leads from an asset to its code."""
+    return list(definitions.resolve_asset_graph().get(key).metadata["dagster/code_references"].code_references)
+
+
+def test_an_asset_leads_to_its_code_and_its_guide(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = dg.AssetKey("users")
+    (local,) = references(key, defs)
+    source = Path(local.file_path).read_text(encoding="utf-8").splitlines()
+    assert "def users(" in "".join(source[local.line_number - 1 :][:20])
+    assert defs.resolve_asset_graph().get(key).metadata["guide"] == dg.MetadataValue.path(str(ROOT / "docs/batch.md"))
+    monkeypatch.setenv("GHSYNC_GIT_URL", "https://github.com/acme/ghsync")
+    monkeypatch.setenv("GHSYNC_GIT_REVISION", "v1")
+    (there,) = references(key, build_defs())
+    assert there.url.startswith("https://github.com/acme/ghsync/tree/v1/ghsync_dagster/defs/batch/assets.py#L")
+    address = "https://github.com/acme/ghsync/blob/v1/docs/batch.md"
+    assert guide("docs/batch.md") == {"guide": dg.MetadataValue.url(address)}
+
+
+@pytest.mark.parametrize("url", ["https://user:token@github.com/a/b", "http://github.com/a/b", "git@github.com:a/b"])
+def test_a_repository_without_a_plain_address_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match="GHSYNC_GIT_URL"):
+        load_settings(GHSYNC_GIT_URL=url)
+
+
+def shown(definitions: dg.Definitions) -> dict[str, dict[str, str]]:
+    """The configuration of each resource as the UI has it."""
+    resources = RepositorySnap.from_def(definitions.get_repository_def()).resources or ()
+    return {
+        resource.name: {name: str(value) for name, value in resource.configured_values.items()}
+        for resource in resources
+    }
+
+
+def test_the_resources_show_their_settings_and_no_secret(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret = tmp_path / "uri"
+    secret.write_text("mysql://app:hidden-1@127.0.0.1:1/new_data")
+    monkeypatch.setenv("SPARK_MASTER", "local[1]")
+    monkeypatch.setenv("MONGODB_URI", "mongodb://app:hidden-2@127.0.0.1:1")
+    monkeypatch.setenv("MYSQL_URL_FILE", str(secret))
+    (tmp_path / "options").write_text("-Djavax.net.ssl.trustStorePassword=hidden-3")
+    monkeypatch.setenv("SPARK_DRIVER_JAVA_OPTIONS_FILE", str(tmp_path / "options"))
+    (tmp_path / "connect").write_text("http://app:hidden-4@127.0.0.1:1")
+    monkeypatch.setenv("CONNECT_URL_FILE", str(tmp_path / "connect"))
+    definitions = build_defs()
+    found = shown(definitions)
+    assert "SPARK_MASTER" in found["spark"]["spark_master"]
+    assert found["spark"]["spark_driver_memory"] == '"1g"'
+    assert "MONGODB_URI" in found["batch"]["mongodb_uri"]
+    assert found["batch"]["mongodb_database"] == '"new_data"'
+    assert "hidden" not in serialize_value(RepositorySnap.from_def(definitions.get_repository_def())) + caplog.text
+
+
+def test_what_the_launchpad_gives_a_resource_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARK_MASTER", "spark://elsewhere:7077")
+    monkeypatch.setenv("MONGODB_DATABASE", "one")
+    spark = SparkResource(spark_master="local[1]")
+    settings = BatchResource(spark=spark, mongodb_collection="People").settings()
+    assert (settings.spark_master, settings.mongodb_database, settings.mongodb_collection) == (
+        "local[1]",
+        "one",
+        "People",
+    )
+
+
+def test_wrong_settings_leave_the_code_location_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GHSYNC_MAX_QUARANTINED_RATIO", "many")
+    assert "spark" in shown(build_defs())
 
 
 def test_events_and_quarantine_come_from_one_step(graph: AssetGraph) -> None:
@@ -116,12 +267,28 @@ def test_the_checks_are_on_their_assets_blocking_and_described(graph: AssetGraph
     assert all(node.description for node in nodes.values())
 
 
-def test_the_batch_job_runs_every_asset_and_every_check(graph: AssetGraph) -> None:
-    layer = defs.resolve_job_def("users_batch_job").asset_layer
-    assert layer.selected_asset_keys == {
-        key for key in graph.get_all_asset_keys() if graph.get(key).group_name == "batch"
-    }
+PRESETS = {
+    "users_batch_job": (None, None),
+    "users_sample_job": ("data/sample_data.json", None),
+    "users_strict_job": (None, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_batch_job_and_its_presets_run_every_asset_and_every_check(graph: AssetGraph, name: str) -> None:
+    layer = defs.resolve_job_def(name).asset_layer
+    assert layer.selected_asset_keys == in_group(graph, "batch", "target") - {dg.AssetKey("event_files")}
     assert {key.name for key in layer.asset_graph.asset_check_keys} == set(CHECKS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_launchpad_opens_with_what_may_be_set(name: str) -> None:
+    (preset,) = active_presets_from_job_def(defs.resolve_job_def(name))
+    config: Any = preset.run_config["ops"]
+    assert PRESETS[name] == (
+        config["read_events"]["config"]["events_path"],
+        config["raw_events_quarantined_ratio"]["config"]["max_quarantined_ratio"],
+    )
 
 
 def test_the_audit_job_runs_every_check_and_materializes_nothing() -> None:
@@ -154,7 +321,7 @@ def test_a_resource_can_be_replaced(tmp_path: Path) -> None:
         def settings(self) -> Settings:
             return load_settings(GHSYNC_HOME=tmp_path)
 
-    job = build_defs({"batch": Elsewhere()}).resolve_job_def("users_audit_job")
+    job = build_defs({"batch": Elsewhere(spark=SparkResource())}).resolve_job_def("users_audit_job")
     with dg.DagsterInstance.ephemeral() as instance:
         result = job.execute_in_process(
             instance=instance, op_selection=["raw_events_quarantined_ratio"], raise_on_error=False

@@ -22,7 +22,11 @@ from benchmarks import contenders, harness, results
 pytestmark = [pytest.mark.integration, WHOLE_COMMANDS]
 
 EVENTS = 400
-NAMES = ("ours", "before", "ours-dagster", "plain", "floor", "floor-versions") if ROUNDS else ("ours", "plain", "floor-versions")
+NAMES = (
+    ("ours", "before", "ours-dagster", "plain", "floor", "floor-versions")
+    if ROUNDS
+    else ("ours", "plain", "floor-versions")
+)
 
 
 def bench_command(*options: str) -> list[str]:

@@ -1,19 +1,62 @@
-"""The assets of the batch flow: raw_events and quarantined_events -> users -> mongo_users.
+"""The assets of the batch flow: event_files -> raw_events and quarantined_events -> users -> mongo_users.
 
-Belongs here: names, lineage, launchpad config and metadata. What happens is in ``batch/``.
+Belongs here: names, lineage, versions, launchpad config and metadata. What happens is in ``batch/``.
 """
 
 # No annotations from __future__: Dagster wants the types of context and config, not their names.
 from collections.abc import Iterator
+from datetime import timedelta
 
 import dagster as dg
 
+from ghsync_dagster.batch.versions import UNKNOWN, code_version, version_of
 from ghsync_dagster.defs.batch import metadata
+from ghsync_dagster.defs.batch.columns import (
+    EVENT_FILES,
+    MONGO_USERS,
+    QUARANTINED_EVENTS,
+    RAW_EVENTS,
+    TABLES,
+    USERS,
+    USERS_CHANGES,
+)
 from ghsync_dagster.defs.errors import as_failure
+from ghsync_dagster.defs.links import guide, without_beta_notices
 from ghsync_dagster.defs.resources import BatchResource
+from ghsync_dagster.domain.errors import ConfigError
+from ghsync_dagster.settings import load_settings
 
 GROUP = "batch"
+TARGET = "target"
 OWNERS = ["team:data-platform"]
+FRESHNESS = dg.FreshnessPolicy.time_window(fail_window=timedelta(days=7), warn_window=timedelta(days=2))
+"""How old what files brought may be: nothing here runs by a clock, so it is wide."""
+_GUIDE = guide("docs/batch.md")
+
+
+def _code_version() -> str:
+    try:
+        return code_version(load_settings().rules_module)
+    except ConfigError:
+        # A run tells what is wrong with the settings.
+        return version_of(UNKNOWN)
+
+
+_CODE_VERSION = _code_version()
+
+
+def _made_from(code: str, **inputs: str) -> dict[str, str]:
+    """Return the tags that say what a materialization was made from.
+
+    Dagster would name the versions that it knows of; the flow may have read others, as ``ghsync batch`` leaves them or
+    the launchpad names them, and then the asset must not look in sync.
+
+    Args:
+        code: Version of the code; unknown where a flow was built without one.
+        inputs: Versions of the inputs, by their assets.
+    """
+    versions = {f"dagster/input_data_version/{asset}": version for asset, version in inputs.items()}
+    return {tag: version or version_of(UNKNOWN) for tag, version in {"dagster/code_version": code, **versions}.items()}
 
 
 class ReadConfig(dg.Config):
@@ -23,22 +66,56 @@ class ReadConfig(dg.Config):
     """File, folder or glob of events; empty: GHSYNC_EVENTS_PATH."""
 
 
+with without_beta_notices():
+
+    @dg.multi_observable_source_asset(  # type: ignore[untyped-decorator]  # it names no type
+        name=EVENT_FILES,
+        specs=[
+            dg.AssetSpec(
+                EVENT_FILES,
+                group_name=GROUP,
+                owners=OWNERS,
+                kinds={"file", "json"},
+                description="The files that GHSYNC_EVENTS_PATH names, from outside. Observing looks at them without "
+                "opening any: raw_events is in sync as long as no path, size, time or inode has changed. Each read "
+                "observes what it has read.",
+                metadata={**TABLES[EVENT_FILES].metadata(), **_GUIDE},
+            )
+        ],
+    )
+    def event_files(batch: BatchResource) -> Iterator[dg.ObserveResult]:
+        """Look at the input files."""
+        with as_failure():
+            state = batch.flow.look_at_input([batch.settings().events()])
+        yield dg.ObserveResult(
+            EVENT_FILES, data_version=dg.DataVersion(state.version), metadata=metadata.of_input(state)
+        )
+
+
 @dg.multi_asset(
     name="read_events",
     specs=[
         dg.AssetSpec(
-            "raw_events",
+            RAW_EVENTS,
+            deps=[EVENT_FILES],
             group_name=GROUP,
             owners=OWNERS,
             kinds={"spark", "parquet"},
+            code_version=_CODE_VERSION,
+            freshness_policy=FRESHNESS,
             description="Typed GitHub events of the input files, one row a good line.",
+            metadata={**TABLES[RAW_EVENTS].metadata(), **_GUIDE},
         ),
         dg.AssetSpec(
-            "quarantined_events",
+            QUARANTINED_EVENTS,
+            deps=[EVENT_FILES],
             group_name=GROUP,
             owners=OWNERS,
             kinds={"spark", "parquet"},
+            code_version=_CODE_VERSION,
+            freshness_policy=FRESHNESS,
             description="Lines that are no usable event: file, line number, reason in words, raw text (capped).",
+            metadata={**TABLES[QUARANTINED_EVENTS].metadata(), **_GUIDE},
         ),
     ],
 )
@@ -53,39 +130,68 @@ def read_events(
             batch.flow.check_first()
         batch.flow.spark.warm_up()
         report = batch.flow.read([events])
-    yield dg.MaterializeResult(asset_key="raw_events", metadata=metadata.of_events(report))
-    yield dg.MaterializeResult(asset_key="quarantined_events", metadata=metadata.of_quarantine(report))
+    context.log_event(
+        dg.AssetObservation(
+            EVENT_FILES,
+            metadata={"files": len(report.files), "lines": report.lines, "path": dg.MetadataValue.path(events)},
+            tags={"dagster/data_version": report.input_version},
+        )
+    )
+    tags = _made_from(batch.flow.code_version, **{EVENT_FILES: report.input_version})
+    version = dg.DataVersion(report.data_version)
+    yield dg.MaterializeResult(RAW_EVENTS, metadata=metadata.of_events(report), data_version=version, tags=tags)
+    yield dg.MaterializeResult(
+        QUARANTINED_EVENTS, metadata=metadata.of_quarantine(report), data_version=version, tags=tags
+    )
 
 
 @dg.asset(
-    deps=["raw_events"],
+    name=USERS,
+    deps=[RAW_EVENTS],
     group_name=GROUP,
     owners=OWNERS,
     kinds={"spark", "parquet"},
+    code_version=_CODE_VERSION,
+    freshness_policy=FRESHNESS,
     description="The newest state of every user in the events: the five fields, and the event they came from.",
+    metadata={**TABLES[USERS].metadata(), **_GUIDE},
 )
 def users(batch: BatchResource) -> dg.MaterializeResult[None]:
     """Flatten the events into users."""
     with as_failure():
         report = batch.flow.flatten()
-    return dg.MaterializeResult(metadata=metadata.of_users(report))
+    return dg.MaterializeResult(
+        metadata=metadata.of_users(report),
+        data_version=dg.DataVersion(report.data_version),
+        tags=_made_from(batch.flow.code_version, **{RAW_EVENTS: report.input_version}),
+    )
 
 
 @dg.asset(
+    name=MONGO_USERS,
     # The load needs no changes: they are here because the stream writes the same collection.
-    deps=["users", "users_changes"],
-    group_name=GROUP,
+    deps=[USERS, USERS_CHANGES],
+    group_name=TARGET,
     owners=OWNERS,
     kinds={"spark", "mongodb"},
     pool="mongo_users",
+    code_version=_CODE_VERSION,
+    freshness_policy=FRESHNESS,
     description="The MongoDB collection new_data.Users after the load: new users inserted, older states replaced, "
     "everything else left, verified by exceptAll, no marker.",
+    metadata={**TABLES[MONGO_USERS].metadata(), **_GUIDE},
 )
 def mongo_users(context: dg.AssetExecutionContext, batch: BatchResource) -> dg.MaterializeResult[None]:
     """Load the users into MongoDB and verify them."""
     with as_failure():
         report = batch.flow.load(context.run.run_id, on_step=lambda step: context.log.info(f"load: {step}"))
-    return dg.MaterializeResult(metadata=metadata.of_load(report, batch.settings()))
+        stored = batch.flow.count_users()
+    return dg.MaterializeResult(
+        metadata=metadata.of_load(report, batch.settings(), stored),
+        # Each load leaves another state: the stream may have changed the collection since the last one.
+        data_version=dg.DataVersion(report.load_id),
+        tags=_made_from(batch.flow.code_version, **{USERS: report.input_version}),
+    )
 
 
-ASSETS = [read_events, users, mongo_users]
+ASSETS = [event_files, read_events, users, mongo_users]

@@ -1,22 +1,55 @@
-"""The jobs of the batch flow: which assets and checks run together, by name.
+"""The jobs of the batch flow: which assets and checks run together, by name, and with which config the launchpad opens.
 
-Not here: what they do.
+Not here: what they do. Dagster keeps one preset a job, its config: another preset is another job.
 """
 
 from __future__ import annotations
 
+from typing import Any, Final
+
 import dagster as dg
 
-from ghsync_dagster.defs.batch.assets import GROUP
+from ghsync_dagster.defs.batch.assets import mongo_users, read_events, users
 from ghsync_dagster.defs.batch.checks import CHECKS
+from ghsync_dagster.settings import Settings
 
 # Without the checks of the change flow, which need Kafka and MySQL.
 _CHECKS = dg.AssetSelection.checks(*CHECKS)
+_BATCH = dg.AssetSelection.assets(read_events, users, mongo_users).without_checks() | _CHECKS
+_SAMPLE: Final = Settings.model_fields["events_path"].default
+
+
+def _config(*, events_path: str | None = None, max_quarantined_ratio: float | None = None) -> dict[str, Any]:
+    """Return a run's config with everything in it that the launchpad may set; None: as the settings say."""
+    return {
+        "ops": {
+            "read_events": {"config": {"events_path": events_path}},
+            "raw_events_quarantined_ratio": {"config": {"max_quarantined_ratio": max_quarantined_ratio}},
+        }
+    }
+
 
 users_batch_job = dg.define_asset_job(
     "users_batch_job",
-    selection=dg.AssetSelection.groups(GROUP).without_checks() | _CHECKS,
+    selection=_BATCH,
+    config=_config(),
     description="Files of GitHub events to MongoDB, with every check. Fails if a blocking check fails.",
+    tags={"ghsync/flow": "batch"},
+)
+
+users_sample_job = dg.define_asset_job(
+    "users_sample_job",
+    selection=_BATCH,
+    config=_config(events_path=_SAMPLE),
+    description="Preset of users_batch_job: the sample, whatever GHSYNC_EVENTS_PATH names.",
+    tags={"ghsync/flow": "batch"},
+)
+
+users_strict_job = dg.define_asset_job(
+    "users_strict_job",
+    selection=_BATCH,
+    config=_config(max_quarantined_ratio=0.0),
+    description="Preset of users_batch_job: a single bad line fails the gate, and nothing is loaded.",
     tags={"ghsync/flow": "batch"},
 )
 
@@ -27,4 +60,4 @@ users_audit_job = dg.define_asset_job(
     tags={"ghsync/flow": "audit"},
 )
 
-JOBS = [users_batch_job, users_audit_job]
+JOBS = [users_batch_job, users_sample_job, users_strict_job, users_audit_job]

@@ -1,26 +1,47 @@
-"""What a person wants to see beside a materialization: counts, rates, schemas, samples, where the data is.
+"""What a person wants to see beside a materialization: counts, rates, samples, versions, where the data is.
 
-Not here: any judgement, which is a check's.
+Not here: any judgement, which is a check's, and the columns of the tables (``defs.batch.columns``).
 """
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import dagster as dg
 
 from ghsync_dagster.batch.reports import rows_of
-from ghsync_dagster.domain.event import event_shape
+from ghsync_dagster.defs.batch.columns import MONGO_USERS, QUARANTINED_EVENTS, RAW_EVENTS, TABLES, USERS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from ghsync_dagster.batch.reports import FlattenReport, LoadReport, ReadReport
+    from ghsync_dagster.batch.versions import InputState
     from ghsync_dagster.settings import Settings
 
-_SAMPLE = 5
+_SAMPLE: Final = 5
+_FILES: Final = 50
+_RAW: Final = 200
 Metadata = dict[str, Any]
+
+
+def of_input(state: InputState) -> Metadata:
+    """Return the metadata of ``event_files``."""
+    newest = max((file.modified_ns for file in state.files), default=None)
+    return {
+        "files": len(state.files),
+        "bytes": state.size,
+        **({} if newest is None else {"newest": dg.MetadataValue.timestamp(_time(newest))}),
+        "list": _table(
+            {"file": "string", "bytes": "integer", "modified": "string"},
+            (
+                {"file": file.path, "bytes": file.size, "modified": f"{_time(file.modified_ns):%Y-%m-%dT%H:%M:%SZ}"}
+                for file in state.files[:_FILES]
+            ),
+        ),
+    }
 
 
 def of_events(report: ReadReport) -> Metadata:
@@ -28,6 +49,7 @@ def of_events(report: ReadReport) -> Metadata:
     from ghsync_dagster.observability.plots import events_over_time
 
     return {
+        **TABLES[RAW_EVENTS].metadata(),
         "dagster/row_count": report.events,
         "lines": report.lines,
         "quarantined": report.quarantined,
@@ -35,55 +57,71 @@ def of_events(report: ReadReport) -> Metadata:
         "files": len(report.files),
         **_speed(report.events, report.seconds),
         "location": dg.MetadataValue.path(report.events_path),
-        "dagster/column_schema": _columns({name: _type(part) for name, part in event_shape().items()}),
-        "input": _table([{"file": file.path, "lines": file.lines} for file in report.files[:50]]),
+        "input": _table(
+            {"file": "string", "lines": "integer"},
+            ({"file": file.path, "lines": file.lines} for file in report.files[:_FILES]),
+        ),
         "events_over_time": dg.MetadataValue.md(events_over_time(Path(report.events_path))),
     }
 
 
 def of_quarantine(report: ReadReport) -> Metadata:
     """Return the metadata of ``quarantined_events``."""
+    columns = TABLES[QUARANTINED_EVENTS]
     rows = _first(Path(report.quarantine_path))
     return {
+        **columns.metadata(),
         "dagster/row_count": report.quarantined,
         "ratio": round(report.quarantined_ratio, 6),
         "location": dg.MetadataValue.path(report.quarantine_path),
-        "reasons": _table([{"reason": reason, "lines": lines} for reason, lines in report.reasons.items()]),
-        "sample": _table([{**row, "raw": str(row["raw"])[:200]} for row in rows]),
+        "reasons": _table(
+            {"reason": "string", "lines": "integer"},
+            ({"reason": reason, "lines": lines} for reason, lines in report.reasons.items()),
+        ),
+        "sample": _rows(columns.schema, ({**row, "raw": str(row["raw"])[:_RAW]} for row in rows)),
     }
 
 
 def of_users(report: FlattenReport) -> Metadata:
     """Return the metadata of ``users``."""
-    rows = _first(Path(report.users_path))
-    names = list(rows[0]) if rows else []
+    columns = TABLES[USERS]
     return {
+        **columns.metadata(),
         "dagster/row_count": report.users,
         **_speed(report.users, report.seconds),
         "location": dg.MetadataValue.path(report.users_path),
-        "dagster/column_schema": _columns({name: "bigint" if name == "event_id" else "string" for name in names}),
-        "sample": _table(rows),
+        "sample": _rows(columns.schema, _first(Path(report.users_path))),
     }
 
 
-def of_load(report: LoadReport, settings: Settings) -> Metadata:
-    """Return the metadata of ``mongo_users``."""
-    left = [{"reason": reason, "users": users} for reason, users in report.left.items()]
-    phases = [{"phase": phase, "seconds": seconds} for phase, seconds in report.phases.items()]
+def of_load(report: LoadReport, settings: Settings, stored: int) -> Metadata:
+    """Return the metadata of ``mongo_users``.
+
+    Args:
+        report: What the load did.
+        settings: Where it went.
+        stored: How many users the collection holds after it, whoever wrote them.
+    """
     return {
-        "dagster/row_count": report.users,
+        **TABLES[MONGO_USERS].metadata(),
+        "dagster/row_count": stored,
+        "dagster/table_name": f"{settings.mongodb_database}.{settings.mongodb_collection}",
+        "users_in_files": report.users,
         "inserted": report.inserted,
         "replaced": report.replaced,
         "confirmed": report.confirmed,
+        "left_as_stored": sum(report.left.values()),
         "missing": report.missing,
         "reconciled": report.reconciled,
         "unresolved": report.unresolved,
         **_speed(report.users, report.seconds),
-        "collection": f"{settings.mongodb_database}.{settings.mongodb_collection}",
         "load": report.load_id,
-        "left_as_stored": _table(left),
-        "phases": _table(phases),
-        **({"recovered": _table([dict(report.recovered)])} if report.recovered else {}),
+        "left_by_reason": _counts("reason", report.left),
+        "phases": _table(
+            {"phase": "string", "seconds": "float"},
+            ({"phase": phase, "seconds": seconds} for phase, seconds in report.phases.items()),
+        ),
+        **({"recovered": _counts("kind", report.recovered)} if report.recovered else {}),
     }
 
 
@@ -91,26 +129,26 @@ def _speed(rows: int, seconds: float) -> Metadata:
     return {"seconds": seconds, "rows_per_second": round(rows / seconds, 1) if seconds else 0.0}
 
 
-def _type(shape: Any) -> str:  # noqa: ANN401  as event_shape gives it
-    if isinstance(shape, dict):
-        return f"struct<{', '.join(f'{name} {_type(part)}' for name, part in shape.items())}>"
-    return {int: "bigint", str: "string"}[shape]
+def _counts(what: str, counts: Mapping[str, int]) -> dg.MetadataValue[Any]:
+    return _table(
+        {what: "string", "users": "integer"}, ({what: name, "users": count} for name, count in counts.items())
+    )
 
 
-def _columns(types: Mapping[str, str]) -> dg.TableSchema:
-    return dg.TableSchema(columns=[dg.TableColumn(name, kind) for name, kind in types.items()])
+def _table(columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> dg.MetadataValue[Any]:
+    return _rows(dg.TableSchema([dg.TableColumn(name, kind) for name, kind in columns.items()]), rows)
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> dg.MetadataValue[Any] | str:
-    if not rows:
-        return "none"
-    head = "| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0])
-    lines = ["| " + " | ".join(_cell(value) for value in row.values()) + " |" for row in rows]
-    return dg.MetadataValue.md("\n".join([head, *lines]))
+def _rows(schema: dg.TableSchema, rows: Iterable[Mapping[str, Any]]) -> dg.MetadataValue[Any]:
+    # A table's cell is no null.
+    records: Sequence[dg.TableRecord] = [
+        dg.TableRecord({name: "" if value is None else value for name, value in row.items()}) for row in rows
+    ]
+    return dg.MetadataValue.table(records, schema=schema)
 
 
-def _cell(value: object) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ").replace("`", "'")
+def _time(nanoseconds: int) -> datetime:
+    return datetime.fromtimestamp(nanoseconds / 1e9, UTC)
 
 
 def _first(folder: Path) -> list[dict[str, Any]]:

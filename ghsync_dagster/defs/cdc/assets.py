@@ -5,11 +5,15 @@ batch assets.
 """
 
 # No annotations from __future__: Dagster wants the types of context and config, not their names.
+from collections.abc import Mapping
+
 import dagster as dg
 
+from ghsync_dagster.defs.batch.columns import OF_USERS
 from ghsync_dagster.defs.cdc import metadata
 from ghsync_dagster.defs.cdc.slice import USERS_CHANGES
 from ghsync_dagster.defs.errors import as_failure
+from ghsync_dagster.defs.links import guide
 from ghsync_dagster.defs.resources import ChangesResource
 from ghsync_dagster.domain.table import COLUMNS, DATABASE, KEY, TABLE
 from ghsync_dagster.settings import Settings
@@ -17,10 +21,28 @@ from ghsync_dagster.settings import Settings
 GROUP = "cdc"
 OWNERS = ["team:data-platform"]
 
+MYSQL_USERS = "mysql_users"
+
 _DEFAULTS = {name: field.default for name, field in Settings.model_fields.items()}
 
+
+def _schema(types: Mapping[str, str]) -> dg.TableSchema:
+    """Return the columns of the table, by the types that they have somewhere."""
+    return dg.TableSchema(
+        [
+            dg.TableColumn(
+                column.name,
+                types[column.name],
+                description=OF_USERS[column.name],
+                constraints=dg.TableColumnConstraints(nullable=column.nullable, unique=column.name == KEY),
+            )
+            for column in COLUMNS
+        ]
+    )
+
+
 mysql_users = dg.AssetSpec(
-    "mysql_users",
+    MYSQL_USERS,
     group_name=GROUP,
     owners=OWNERS,
     kinds={"mysql"},
@@ -29,16 +51,7 @@ mysql_users = dg.AssetSpec(
     metadata={
         "dagster/table_name": f"{DATABASE}.{TABLE}",
         "server": "MYSQL_URL, or the local server of ghsync up",
-        "dagster/column_schema": dg.TableSchema(
-            [
-                dg.TableColumn(
-                    column.name,
-                    column.type,
-                    constraints=dg.TableColumnConstraints(nullable=column.nullable, unique=column.name == KEY),
-                )
-                for column in COLUMNS
-            ]
-        ),
+        "dagster/column_schema": _schema({column.name: column.type for column in COLUMNS}),
     },
 )
 
@@ -51,12 +64,19 @@ users_changes = dg.AssetSpec(
     description="The Kafka topic of Debezium's change events. cdc_sync_job applies them to the collection and observes "
     "here what it does: counts, lag, latency, retries, errors.",
     metadata={
+        # Of the rows before and after, within Debezium's envelope.
+        "dagster/column_schema": _schema(
+            {column.name: "int64" if column.name == KEY else "string" for column in COLUMNS}
+        ),
+        "dagster/column_lineage": dg.TableColumnLineage(
+            {column.name: [dg.TableColumnDep(MYSQL_USERS, column.name)] for column in COLUMNS}
+        ),
         "topic": f"KAFKA_TOPIC, {_DEFAULTS['kafka_topic']} by default",
         "dead_letter_topic": "the topic's name with .dlq at its end",
         "consumer_group": f"KAFKA_GROUP_ID, {_DEFAULTS['kafka_group_id']} by default",
         "connector": "CONNECT_URL, or the local worker of ghsync up",
         "events": dg.MetadataValue.url("https://debezium.io/documentation/reference/stable/connectors/mysql.html"),
-        "guide": dg.MetadataValue.path("docs/cdc.md"),
+        **guide("docs/cdc.md"),
     },
 )
 

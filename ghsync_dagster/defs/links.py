@@ -1,0 +1,75 @@
+"""Where the UI leads a person to: the code of an asset, and the page of the documentation about it.
+
+Belongs here: links into the repository where GHSYNC_GIT_URL names it, else paths on this machine.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import dagster as dg
+
+from ghsync_dagster.domain.errors import ConfigError
+from ghsync_dagster.settings import load_settings
+
+if TYPE_CHECKING:
+    from ghsync_dagster.settings import Settings
+
+_PACKAGE: Final = Path(__file__).parents[1]
+
+
+@contextmanager
+def without_beta_notices() -> Iterator[None]:
+    """Keep Dagster's notices on beta functions from a reader who can do nothing about them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dg.BetaWarning)
+        yield
+
+
+def repository() -> Settings | None:
+    """Return the settings where they name the repository; None also where they are wrong, which a run tells."""
+    try:
+        settings = load_settings()
+    except ConfigError:
+        return None
+    return settings if settings.git_url else None
+
+
+def guide(page: str) -> dict[str, Any]:
+    """Return metadata that leads to a page of the documentation: its address, or its file where that is here.
+
+    Args:
+        page: Path in the repository.
+    """
+    if settings := repository():
+        middle = "/-/blob/" if _platform(settings) == "gitlab" else "/blob/"
+        return {"guide": dg.MetadataValue.url(f"{settings.git_url}{middle}{settings.git_revision}/{page}")}
+    file = _PACKAGE.parent / page
+    return {"guide": dg.MetadataValue.path(str(file))} if file.is_file() else {}
+
+
+def with_code(assets: Sequence[Any]) -> list[Any]:
+    """Return assets that lead to their code: in the repository where it is named, else on this machine.
+
+    Args:
+        assets: Definitions; specs have no code.
+    """
+    with without_beta_notices():
+        found = list(dg.with_source_code_references(assets))
+        settings = repository()
+        if settings is None or settings.git_url is None:
+            return found
+        mapping = dg.AnchorBasedFilePathMapping(_PACKAGE / "__init__.py", f"{_PACKAGE.name}/__init__.py")
+        return list(
+            dg.link_code_references_to_git(
+                found, settings.git_url, settings.git_revision, mapping, platform=_platform(settings)
+            )
+        )
+
+
+def _platform(settings: Settings) -> Any:  # noqa: ANN401  a literal of Dagster's own
+    return "gitlab" if "gitlab" in (settings.git_url or "").partition("://")[2].partition("/")[0] else "github"
