@@ -102,9 +102,10 @@ def _settings() -> Settings:
 @app.command()
 def run(
     events: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="File, folder or glob of events. Default: GHSYNC_EVENTS_PATH; the sample for a local MongoDB."
+            help="File, folder or glob of events; may be given more than once. Default: GHSYNC_EVENTS_PATH; the sample "
+            "for a local MongoDB."
         ),
     ] = None,
     as_json: AsJson = False,
@@ -116,20 +117,20 @@ def run(
     started = time.monotonic()
     settings = _settings()
     # Told here in their own words; inside it would be a run that failed before its first step.
-    settings.events(events)
+    paths = settings.events(events or ())
     batch_flow(settings).check_first()
     use_dagster_home(settings)
     from ghsync_dagster.defs.runner import materialize_batch
 
     with _status("materializing", quiet=as_json):
-        outcome = materialize_batch(events)
+        outcome = materialize_batch(paths)
     seconds = round(time.monotonic() - started, 3)
     _finish(settings, outcome.findings, ok=outcome.success, as_json=as_json, run_id=outcome.run_id, seconds=seconds)
 
 
 @app.command()
 def batch(
-    paths: Annotated[list[str], typer.Argument(help="Files, folders or globs of events (JSON lines, .gz or not).")],
+    paths: Annotated[list[str], typer.Argument(help="Files, folders or globs of events; see docs/batch.md.")],
     as_json: AsJson = False,
 ) -> None:
     """Read, flatten, load and verify without Dagster, with the same gates."""
@@ -140,7 +141,7 @@ def batch(
     settings = _settings()
     run_id = uuid.uuid4().hex
     flow = batch_flow(settings, run_id)
-    one = BatchRun(flow, paths, run_id)
+    one = BatchRun(flow, settings.events(paths), run_id)
     try:
         ok = one.run()
     finally:

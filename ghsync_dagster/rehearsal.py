@@ -180,7 +180,7 @@ class CommitClock(SilentListener):
 
 
 def rehearse(
-    settings: Settings, *, rate: float, seconds: float, load: str | None, tell: Callable[[str], None]
+    settings: Settings, *, rate: float, seconds: float, load: Sequence[str] | None, tell: Callable[[str], None]
 ) -> Rehearsal:
     """Start what does not run of the local stack, change the table, consume, load beside it, audit, stop it again.
 
@@ -188,7 +188,7 @@ def rehearse(
         settings: ``home_dir`` is where the local servers keep their state.
         rate: Changes a second.
         seconds: How long the table is changed.
-        load: Events that are loaded meanwhile: a file, folder or glob.
+        load: Events that are loaded meanwhile: files, folders or globs.
         tell: Gets a line of text now and then.
 
     Raises:
@@ -333,8 +333,8 @@ class _Consuming:
 
 
 @contextmanager
-def _loading(settings: Settings, events: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Load a file of events in a process of its own, as a user would; it is ended with its caller."""
+def _loading(settings: Settings, events: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """Load files of events in a process of its own, as a user would; it is ended with its caller."""
     if settings.mongodb_uri is None:
         raise AssertionError("the stack's addresses are set")
     environment = {
@@ -342,7 +342,7 @@ def _loading(settings: Settings, events: str) -> Iterator[subprocess.Popen[bytes
         "GHSYNC_HOME": str(settings.home_dir),
         "MONGODB_URI": settings.mongodb_uri.get_secret_value(),
     }
-    command = [sys.executable, "-m", "ghsync_dagster.cli", "batch", events]
+    command = [sys.executable, "-m", "ghsync_dagster.cli", "batch", *events]
     try:
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     except OSError as error:

@@ -6,6 +6,7 @@ A name that looks like one of these and is none is refused: what it was meant to
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -21,6 +22,8 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from ghsync_dagster.domain.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pydantic.fields import FieldInfo
 
 _OURS = "GHSYNC_"
@@ -96,8 +99,8 @@ class Settings(BaseSettings):
     events_path: str = Field(
         default="data/sample_data.json",
         validation_alias="GHSYNC_EVENTS_PATH",
-        description="File, folder or glob of GitHub events: JSON lines, .json or .jsonl, with or without .gz. Unset: "
-        "the sample, for the local MongoDB only.",
+        description='File, folder or glob of GitHub events; several as a JSON list, ["a.json", "more/*.gz"]; see '
+        "docs/batch.md. Unset: the sample, for the local MongoDB only.",
     )
     max_quarantined_ratio: float = Field(
         default=0.01,
@@ -406,8 +409,10 @@ class Settings(BaseSettings):
         del file_secret_settings
         return init_settings, env_settings, FileSource(settings_cls), dotenv_settings
 
-    def events(self, named: str | None = None) -> str:
-        """Return what is read: what a caller names, else GHSYNC_EVENTS_PATH.
+    def events(self, named: Sequence[str] = ()) -> list[str]:
+        """Return the paths that are read: what a caller names, else GHSYNC_EVENTS_PATH.
+
+        A JSON list of texts, wherever one path may stand, is several paths: no file needs such a name.
 
         Raises:
             ConfigError: Only the sample is left, whose users do not belong into the MongoDB that MONGODB_URI names.
@@ -417,7 +422,7 @@ class Settings(BaseSettings):
                 "No events are named, and the sample is for the local MongoDB only: MONGODB_URI names another.",
                 way_out="Set GHSYNC_EVENTS_PATH, or name the events: ghsync run --events PATH.",
             )
-        return named or self.events_path
+        return [path for text in named or [self.events_path] for path in _paths_in(text)]
 
     @cached_property
     def home_dir(self) -> Path:
@@ -430,6 +435,14 @@ class Settings(BaseSettings):
         from platformdirs import user_cache_path
 
         return self.cache.expanduser().resolve() if self.cache else user_cache_path("ghsync", appauthor=False)
+
+
+def _paths_in(text: str) -> list[str]:
+    try:
+        paths = json.loads(text)
+    except ValueError:
+        return [text]
+    return paths if isinstance(paths, list) and paths and all(type(path) is str for path in paths) else [text]
 
 
 def load_settings(**overrides: object) -> Settings:

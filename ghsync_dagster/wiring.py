@@ -108,6 +108,7 @@ def batch_flow(settings: Settings, run_id: str | None = None, spark: SparkHandle
         lease_wait_seconds=settings.lease_wait_seconds,
         lease_quiet_seconds=settings.lease_quiet_seconds,
         code_version=code_version(settings.rules_module),
+        home=settings.home_dir,
     )
 
 

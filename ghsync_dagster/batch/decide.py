@@ -1,25 +1,29 @@
-"""Decide: what Spark's Python workers do with the lines of one task, from bytes to Parquet parts.
+"""Decide: what Spark's Python workers do with one task's files, from bytes on disk to Parquet parts.
 
-Belongs here: batches in, parts and counts out, line numbers. The decision about one line is ``domain.event``'s; which
-files there are is ``batch.read``'s.
+Belongs here: bytes in, parts and counts out, line numbers. The decision about one line is ``domain.event``'s; which
+files there are, and which task reads which, is ``batch.files``'s and ``batch.read``'s.
 
-A worker writes its parts itself, since handing every column back through the JVM costs more than all else together.
-A part has a name of its own for each try of a task, and only the names that successful tasks return are kept.
+A worker opens its files itself: handing every byte in and every column out through the JVM costs more than all else
+together. A part has a name of its own for each try of a task, and only those that successful tasks name are kept.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
-from urllib.parse import unquote, urlsplit
+from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 
-from ghsync_dagster.domain.event import RAW_LIMIT, Event, event_decoder, event_shape
+import msgspec
+
+from ghsync_dagster.batch.files import InputFile, damaged, unreadable
+from ghsync_dagster.batch.unpack import DamagedError, as_utf8, lines_of, range_of_lines, unpacked, values_of
+from ghsync_dagster.domain.errors import GhsyncError, InputError
+from ghsync_dagster.domain.event import RAW_LIMIT, Event, Refused, event_decoder, event_shape
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -29,75 +33,218 @@ EVENTS: Final = "events"
 QUARANTINE: Final = "quarantine"
 BLANK: Final = "blank"
 REASON: Final = "reason"
+PIECE: Final = "piece"
+FAULT: Final = "fault"
 
 _ROW_GROUP: Final = 50_000
 _DETAIL: Final = re.compile(r", got .*| \(byte \d+\)|\".*\" follows", re.DOTALL)
 
 
-class Tally(NamedTuple):
-    """A count that a task returns: rows of a part, blank lines, or lines refused for one kind of reason.
+class Piece(NamedTuple):
+    """What a task reads of a file: all of it, or the lines of a plain one that begin in ``[start, end)``.
 
     Attributes:
-        kind: ``events`` or ``quarantine`` with the part's file name, ``blank``, or ``reason`` with its words.
+        number: The file's place among the input.
+        file: The file.
+        start: First byte.
+        end: The byte after the last; None: the whole file.
+    """
+
+    number: int
+    file: InputFile
+    start: int = 0
+    end: int | None = None
+
+
+class Tally(NamedTuple):
+    """A count that a task returns.
+
+    Attributes:
+        kind: ``events`` or ``quarantine`` with the name of a part, ``reason`` with its words, ``blank``, ``piece`` with
+            the place of a file and the first byte, or ``fault`` with an error's class, message and way out as JSON.
         name: As the kind says.
-        rows: How many.
+        rows: Rows of the part, or lines; of a piece, its lines, counted by their ends.
+        bytes: Of a piece: how many were read from the disk.
     """
 
     kind: str
     name: str
     rows: int
+    bytes: int = 0
 
 
 class Task(NamedTuple):
-    """What every task is told.
+    """What every task is told; what it reads stands in a file of its own, since there may be very many.
 
     Attributes:
-        target: Folder with a sub-folder for events and one for the quarantine.
+        target: Folder with a sub-folder for events, one for the quarantine, and one for the tasks.
         rules: The user rules.
-        block_size: Bytes of a block of a plain file.
-        line_ends: For each file, the line ends before each of its blocks.
+        latest: The time after which an event is from the future.
+        done: A Spark accumulator of files and bytes that are read.
     """
 
     target: str
     rules: tuple[Rule, ...]
-    block_size: int
-    line_ends: Mapping[str, tuple[int, ...]]
+    latest: str
+    done: Any = None
 
     def run(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """Decide the lines of one task; yield its tallies."""
+        """Read the task whose number comes; yield its tallies."""
+        for batch in batches:
+            for number in batch.column(0).to_pylist():
+                yield _as_batch(self._read(number))
+
+    def _read(self, number: int) -> list[Tally]:
         from pyspark import TaskContext
 
         context = TaskContext.get()
-        name = f"part-{context.partitionId():05d}-{context.taskAttemptId()}.parquet" if context else "part.parquet"
-        decide = event_decoder(self.rules)
-        tallies: Counter[tuple[str, str]] = Counter()
-        place: Counter[tuple[str, int]] = Counter()
+        name = f"part-{number:05d}-{context.taskAttemptId() if context else 0}.parquet"
+        pieces = read_task(Path(self.target), number)
+        tallies: list[Tally] = []
         with (
             _Part(Path(self.target) / EVENTS / name, event_schema(), _event_columns) as events,
             _Part(Path(self.target) / QUARANTINE / name, quarantine_schema(), _quarantine_columns) as quarantine,
         ):
-            for batch in batches:
-                for line, where, row in _placed(batch, place):
-                    outcome = decide(line)
-                    if isinstance(outcome, Event):
-                        events.add(outcome)
-                    elif outcome is None:
-                        tallies[BLANK, ""] += 1
-                    else:
-                        tallies[REASON, _DETAIL.sub("", outcome.reason)] += 1
-                        quarantine.add((_as_path(where[0]), self._line(where, row), outcome.reason, _raw_text(line)))
-        tallies[EVENTS, name] = events.rows
-        tallies[QUARANTINE, name] = quarantine.rows
-        yield _as_batch(Tally(kind, part, rows) for (kind, part), rows in tallies.items() if rows)
+            sorter = _Sorter(event_decoder(self.rules, self.latest), events, quarantine)
+            for piece in pieces:
+                try:
+                    tallies.append(sorter.take(piece))
+                except GhsyncError as error:
+                    # Each file that can't be read is told, not the first one only.
+                    fault = (type(error).__name__, error.message, error.way_out)
+                    tallies.append(Tally(FAULT, msgspec.json.encode(fault).decode(), 1))
+        if self.done is not None:
+            whole = sum(piece.start == 0 for piece in pieces)
+            self.done.add((whole, sum(tally.bytes for tally in tallies if tally.kind == PIECE)))
+        counted = [Tally(EVENTS, name, events.rows), Tally(QUARANTINE, name, quarantine.rows)]
+        counted += [Tally(BLANK, "", sorter.blank), *(Tally(REASON, *item) for item in sorter.reasons.items())]
+        return [*tallies, *(tally for tally in counted if tally.rows)]
 
-    def _line(self, where: tuple[str, int], row: int) -> int:
-        """Return a line's number in its file from its place in its block.
 
-        A block at byte S begins with the first line that starts after S: the one at S belongs to the block before
-        (Hadoop's LineRecordReader).
+def write_task(target: Path, number: int, pieces: Sequence[Piece]) -> None:
+    """Write what a task reads to where its worker looks."""
+    _task_file(target, number).write_bytes(msgspec.json.encode(pieces))
+
+
+def read_task(target: Path, number: int) -> list[Piece]:
+    """Return what a task reads."""
+    return msgspec.json.decode(_task_file(target, number).read_bytes(), type=list[Piece])
+
+
+def _task_file(target: Path, number: int) -> Path:
+    return target / "tasks" / f"{number:05d}.json"
+
+
+class _Sorter:
+    """Decides the lines of files, and hands each to the part that it belongs to.
+
+    Attributes:
+        blank: How many lines were blank.
+        reasons: How often each kind of reason was given.
+    """
+
+    def __init__(self, decide: Callable[[bytes], Event | Refused | None], events: _Part, quarantine: _Part) -> None:
+        self.blank = 0
+        self.reasons: Counter[str] = Counter()
+        self._decide = decide
+        self._events = events
+        self._quarantine = quarantine
+
+    def take(self, piece: Piece) -> Tally:
+        """Read a piece; return how many lines and bytes it has.
+
+        Raises:
+            InputError: The file is damaged, can't be read, or is not as it was when it was looked at.
         """
-        file, block = where
-        return row + 1 if block == 0 else self.line_ends[_as_path(file)][block // self.block_size] + 1 + row + 1
+        file = piece.file
+        try:
+            with open(file.path, "rb") as raw:  # noqa: PTH123  there may be very many files
+                _hold_size(raw, file)
+                counted = _Counted(raw, piece)
+                lines = self._lines(file.path, counted) if file.has_lines else self._values(file.path, counted)
+                _hold_size(raw, file)
+        except DamagedError as error:
+            raise damaged(file.path, str(error)) from None
+        except OSError as error:
+            raise unreadable(file.path, error) from None
+        return Tally(PIECE, f"{piece.number} {piece.start}", lines, counted.bytes)
+
+    def _lines(self, path: str, content: _Counted) -> int:
+        number = 0
+        decide, add = self._decide, self._events.add
+        for lines in lines_of(content):
+            for line in lines:
+                number += 1
+                outcome = decide(line)
+                if isinstance(outcome, Event):
+                    add(outcome)
+                else:
+                    self._other(path, number, line, outcome)
+        return content.lines
+
+    def _values(self, path: str, content: _Counted) -> int:
+        values = 0
+        for line, value in values_of(content):
+            values += 1
+            outcome = self._decide(value)
+            if isinstance(outcome, Event):
+                self._events.add(outcome)
+            else:
+                self._other(path, line, value, outcome)
+        return values
+
+    def _other(self, path: str, number: int, line: bytes, outcome: Refused | None) -> None:
+        if outcome is None:
+            self.blank += 1
+        else:
+            self.reasons[_DETAIL.sub("", outcome.reason)] += 1
+            self._quarantine.add((path, number, outcome.reason, _raw_text(line)))
+
+
+class _Counted:
+    """The content of a piece, counted as it passes: a second opinion on how many lines there are.
+
+    Attributes:
+        lines: Line ends so far, and one for a last line without.
+        bytes: Bytes read from the disk, once all of it has passed.
+    """
+
+    def __init__(self, raw: IO[bytes], piece: Piece) -> None:
+        self.bytes = 0
+        self._raw = raw
+        self._piece = piece
+        self._ends = 0
+        self._last = b"\n"
+
+    @property
+    def lines(self) -> int:
+        return self._ends + (self._last != b"\n")
+
+    def __iter__(self) -> Iterator[bytes]:
+        file, start, end = self._piece.file, self._piece.start, self._piece.end
+        content = unpacked(self._raw, file.packing) if end is None else range_of_lines(self._raw, start, end)
+        for part in as_utf8(content) if file.is_utf16 else content:
+            if part:
+                self._ends += part.count(b"\n")
+                self._last = part[-1:]
+                self.bytes += len(part)
+                yield part
+        if end is None:
+            self.bytes = self._raw.tell()
+
+
+def _hold_size(raw: IO[bytes], file: InputFile) -> None:
+    size = os.fstat(raw.fileno()).st_size
+    if size != file.size:
+        raise changed(file.path, file.size, size)
+
+
+def changed(path: str, before: int, after: int) -> InputError:
+    """Return the error of a file that has not the bytes that it had."""
+    return InputError(
+        f"{path} changed while it was read: {before} bytes when it was looked at, {after} when it was read.",
+        way_out="Run again on files that are at rest.",
+    )
 
 
 class _Part:
@@ -142,30 +289,9 @@ class _Part:
                 self._unfinished.unlink(missing_ok=True)
 
 
-def _placed(batch: pa.RecordBatch, place: Counter[tuple[str, int]]) -> Iterator[tuple[bytes, tuple[str, int], int]]:
-    """Yield each line with its file and block, and its place in that block.
-
-    A task's rows come file by file and block by block, so a running count is a row's place.
-    """
-    values, files, blocks = (batch.column(index) for index in range(3))
-    if len(batch) and files[0] == files[-1] and blocks[0] == blocks[-1]:
-        key = (files[0].as_py(), blocks[0].as_py())
-        first = place[key]
-        place[key] += len(batch)
-        yield from ((line, key, first + index) for index, line in enumerate(values.to_pylist()))
-        return
-    for line, key in zip(values.to_pylist(), zip(files.to_pylist(), blocks.to_pylist(), strict=True), strict=True):
-        yield line, key, place[key]
-        place[key] += 1
-
-
 def _raw_text(line: bytes) -> str:
     text = line.decode("utf-8", "backslashreplace").replace("\x00", "\\x00")
     return text if len(text) <= RAW_LIMIT else f"{text[:RAW_LIMIT]}... ({len(line)} bytes)"
-
-
-def _as_path(uri: str) -> str:
-    return unquote(urlsplit(uri).path)
 
 
 def event_schema() -> pa.Schema:
@@ -212,8 +338,8 @@ def _quarantine_columns(rows: Sequence[tuple[str, int, str, str]]) -> list[pa.Ar
     ]
 
 
-def _as_batch(tallies: Iterator[Tally]) -> pa.RecordBatch:
+def _as_batch(tallies: Sequence[Tally]) -> pa.RecordBatch:
     import pyarrow as pa
 
-    schema = pa.schema([("kind", pa.string()), ("name", pa.string()), ("rows", pa.int64())])
+    schema = pa.schema([("kind", pa.string()), ("name", pa.string()), ("rows", pa.int64()), ("bytes", pa.int64())])
     return pa.RecordBatch.from_pylist([tally._asdict() for tally in tallies], schema=schema)

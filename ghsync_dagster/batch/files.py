@@ -1,42 +1,45 @@
-"""Which files a run reads, and whether each can be read as JSON lines at all, before any Spark starts.
+"""Which files a run reads, which it leaves out and why, and whether each is of a kind that can be read.
 
-Belongs here: paths, compression, and faults of a whole file, each one clear error that names it. Not here: what a
-single line says.
+Belongs here: paths, names, and the look at the head of each file, all before any Spark starts. Not here: the content
+beyond the head, which the workers read (``batch.decide``), nor how bytes are unpacked (``batch.unpack``).
 """
 
 from __future__ import annotations
 
+import contextlib
 import glob
-import gzip
 import io
-import json
 import os
 import re
 import shlex
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-import msgspec
-
+from ghsync_dagster.batch.heads import has_lines
+from ghsync_dagster.batch.reports import LeftOut
+from ghsync_dagster.batch.unpack import DamagedError, as_utf8, is_utf16, packing_of, unpacked
 from ghsync_dagster.domain.errors import InputError
 
-SUFFIXES: Final = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-_READ: Final = 1 << 20
-_GZIP: Final = b"\x1f\x8b"
-_UTF8_BOM: Final = b"\xef\xbb\xbf"
-_KEY: Final = re.compile(rb'"(?:[^"\\]|\\.)*"\s*:')
-_OTHER_KINDS: Final = (
-    (b"PAR1", "a Parquet file"),
-    (b"PK\x03\x04", "a zip archive"),
-    (b"\x28\xb5\x2f\xfd", "compressed with zstd"),
-    (b"BZh", "compressed with bzip2"),
-    (b"\xfd7zXZ", "compressed with xz"),
-    (b"\xff\xfe", "UTF-16 text"),
-    (b"\xfe\xff", "UTF-16 text"),
+KNOWN_NAMES: Final = "NAME.json, .jsonl or .ndjson, with or without .gz, .gzip, .bz2 or .zst, or part-*"
+OWN_FOLDERS: Final = ("batch", "connect", "dagster", "kafka", "mongo", "mysql", "spark")
+"""What GHSYNC_HOME holds, where the events are in it too."""
+
+_NAMED: Final = 20
+_HEAD: Final = 1 << 16
+_LONG_HEAD: Final = 1 << 21
+_KNOWN: Final = re.compile(
+    r".*\.(json|jsonl|ndjson)(\.(gz|gzip|bz2|zst))?|part-[\w-]+(\.c\d+)?(\.txt)?(\.(gz|gzip|bz2|zst))?",
+    re.IGNORECASE | re.DOTALL,
 )
+_SCHEME: Final = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+_HIDDEN: Final = "hidden: the name begins with a dot or an underscore"
+_UNKNOWN: Final = f"the name is not of the kind {KNOWN_NAMES}"
+_OWN: Final = "ghsync's own state"
+_EMPTY: Final = "empty"
+_SPARKS_OWN: Final = ("_metadata", "_common_metadata")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,249 +49,366 @@ class InputFile:
     Attributes:
         path: Absolute path.
         size: Bytes on disk.
-        lines: Lines in it, an unterminated last one included.
-        block_lines: Line ends before each block of ``block_size`` bytes; compressed files are one block.
+        packing: ``gzip``, ``bzip2``, ``zstd``, or None for a plain file.
+        is_utf16: Whether its text is UTF-16, by its byte order mark.
+        has_lines: Whether an event is a line; else it is an object of a JSON array, or of objects one after the other.
     """
 
-    path: Path
+    path: str
     size: int
-    lines: int
-    block_lines: tuple[int, ...]
+    packing: str | None = None
+    is_utf16: bool = False
+    has_lines: bool = True
 
 
-def find_files(events_path: str) -> list[Path]:
-    """Return the files that a path, a folder or a glob names, sorted by name.
+@dataclass(slots=True)
+class Found:
+    """The files that paths name.
 
-    Folders, also those that a glob matches or a link leads to, are searched to any depth. Names that begin with a dot
-    or an underscore are not input there, as in all of Spark's world.
+    Attributes:
+        events_paths: The paths, as they were given.
+        sizes: Bytes on disk of each file to read, by absolute path, sorted.
+        left_out: Every other file that the paths name, by reason.
+    """
+
+    events_paths: Sequence[str] = ()
+    sizes: dict[str, int] = field(default_factory=dict)
+    left_out: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def look(self) -> list[InputFile]:
+        """Look at the head of each file to read; those whose packing holds nothing are left out as empty.
+
+        Raises:
+            InputError: A file is of another kind, damaged from its start on, or unreadable; or none is left.
+        """
+        files = []
+        for path, size in self.sizes.items():
+            if (file := look_at(path, size)) is not None:
+                files.append(file)
+            else:
+                self.left_out[_EMPTY].append(path)
+        if not files:
+            raise _nothing(self)
+        return files
+
+    def report(self) -> list[LeftOut]:
+        """Return what is left out: for each reason how many, and the first names."""
+        return [
+            LeftOut(reason, len(set(names)), sorted(set(names))[:_NAMED]) for reason, names in self.left_out.items()
+        ]
+
+
+def find_files(events_paths: Sequence[str], home: Path | None = None) -> Found:
+    """Return the files that paths, folders and globs name, each once, however often it is named.
+
+    Folders, also those that a glob matches or a link leads to, are searched to any depth. A folder, a glob and a list
+    of the same files agree: a name alone decides whether a file is read or left out, but for an empty one.
+
+    Args:
+        events_paths: Files, folders or globs.
+        home: GHSYNC_HOME, which is never input.
 
     Raises:
-        InputError: Nothing is there, nothing with a known suffix, a link to nothing, or a name that Spark can't read.
+        InputError: Nothing is there, nothing that can be read, a link to nothing, or a name that is not UTF-8.
     """
-    try:
-        found = _named_files(events_path)
-    except (OSError, RuntimeError) as error:
-        # RuntimeError: the home folder of ~user is not known.
-        raise InputError(
-            f"{events_path} can't be looked at ({getattr(error, 'strerror', None) or error}).",
-            way_out="Correct GHSYNC_EVENTS_PATH, or the permissions of its folders.",
-        ) from None
-    for entry in found:
-        if not _has_known_suffix(entry):
+    found = Found(events_paths)
+    for spec in events_paths:
+        search = _Search(found, home)
+        try:
+            search.take(spec)
+        except (OSError, RuntimeError) as error:
+            # RuntimeError: the home folder of ~user is not known.
             raise InputError(
-                f"{entry} does not end in {', '.join(SUFFIXES)}.", way_out="Rename it by what it holds, then run again."
-            )
-        if problem := _name_problem(entry.resolve()):
-            raise InputError(f"{str(entry)!a} {problem}.", way_out="Rename it, then run again.")
-    # By links a file may be found more than once.
-    return list(dict.fromkeys(entry.resolve() for entry in found))
-
-
-def _named_files(events_path: str) -> list[Path]:
-    path = Path(events_path).expanduser()
-    if path.is_dir():
-        found = sorted(_files_below(path, set()))
-        if not found:
+                f"{spec} can't be looked at ({getattr(error, 'strerror', None) or error}).",
+                way_out="Correct the path, or the permissions of its folders.",
+            ) from None
+        if not search.entries:
             raise InputError(
-                f"The folder {path} has no file that ends in {', '.join(SUFFIXES)}.",
-                way_out="Point GHSYNC_EVENTS_PATH at a folder with GH Archive files, or get some with ghsync fetch.",
+                f"{_absolute(spec)} has no file.",
+                way_out="Name a folder with GH Archive files, or get some: ghsync fetch 2015-01-01-15.",
             )
-        return found
-    if path.is_file():
-        return [path]
-    if not glob.has_magic(events_path):
-        raise InputError(
-            f"There is no file or folder {events_path}.",
-            way_out="Correct GHSYNC_EVENTS_PATH, or run `ghsync sample` to write the sample.",
-        )
-    names = glob.glob(str(path), recursive=True)  # noqa: PTH207  Path.glob takes no absolute pattern
-    searched: set[Path] = set()
-    found = sorted(file for name in names for file in _files_at(Path(name), searched))
-    if not found:
-        raise InputError(f"No file matches {events_path}.", way_out="Correct the glob in GHSYNC_EVENTS_PATH.")
+    if not found.sizes:
+        raise _nothing(found)
+    for path in found.sizes:
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{path!a} has a name that is not UTF-8.", way_out="Rename it, then run again.") from None
+    found.sizes = dict(sorted(found.sizes.items()))
     return found
 
 
-def _files_at(path: Path, searched: set[Path]) -> Iterator[Path]:
-    """Yield what a glob matched: the file, or the input files of the folder."""
-    if path.is_dir():
-        if not _is_hidden(path.name):
-            yield from _files_below(path, searched)
-    elif _is_input(path):
-        yield path
+def _absolute(spec: str) -> str:
+    return os.path.abspath(Path(spec).expanduser())  # noqa: PTH100  not through links: the user's own words
 
 
-def _is_broken(path: Path) -> bool:
-    return path.is_symlink() and not path.exists()
+def _nothing(found: Found) -> InputError:
+    where = ", ".join(_absolute(spec) for spec in found.events_paths)
+    named = [name for names in found.left_out.values() for name in names]
+    if set(found.left_out) == {_UNKNOWN} and len(named) == 1:
+        # One of another kind is told by its kind; what can be read needs another name only.
+        look_at(named[0], Path(named[0]).stat().st_size)
+        return InputError(
+            f"{named[0]}: {_UNKNOWN}.", way_out=f"Rename it: mv {shlex.quote(named[0])} {_renamed(named[0])}"
+        )
+    reasons = "; ".join(f"{len(set(names))} left out, {reason}" for reason, names in found.left_out.items())
+    ways = {
+        _UNKNOWN: "rename files of events so",
+        _HIDDEN: "rename files of events so that the name begins with a letter",
+        _EMPTY: "get empty files again (an hour of GH Archive may really be empty)",
+        _OWN: "name another folder: ghsync keeps its state there",
+    }
+    way_out = "; ".join(ways[reason] for reason in found.left_out)
+    return InputError(f"{where} has no file to read ({reasons}).", way_out=f"{way_out[0].upper()}{way_out[1:]}.")
 
 
-def _is_input(path: Path) -> bool:
-    """Tell whether what is no folder is a file; what is neither raises, so that none is left out silently.
+def _renamed(path: str) -> str:
+    with Path(path).open("rb") as raw:
+        packing = packing_of(raw.read(8))
+    ending = {None: "", "gzip": ".gz", "bzip2": ".bz2", "zstd": ".zst"}[packing]
+    return shlex.quote(f"{path}.jsonl{ending}")
 
-    False where a path leads through more links than the system follows, in a circle: a shorter one leads there.
+
+class _Search:
+    """The search below one path; folders that a link leads back to are searched once.
+
+    Args:
+        found: Takes what is found.
+        home: GHSYNC_HOME.
     """
-    if path.is_file():
-        return True
-    if not _is_broken(path):
-        raise InputError(f"{path} is no regular file.", way_out="Remove it, or name the files by a glob.")
+
+    def __init__(self, found: Found, home: Path | None) -> None:
+        self.entries = 0
+        self._found = found
+        self._home = os.path.realpath(home) if home else None
+        self._own: frozenset[str] = frozenset()
+        self._searched: set[str] = set()
+
+    def take(self, spec: str) -> None:
+        """Take what a path, a folder or a glob names."""
+        if scheme := _SCHEME.match(spec):
+            raise _no_path(spec, scheme.group(1).lower())
+        path = _absolute(spec)
+        real = os.path.realpath(path)
+        if os.path.isdir(real):  # noqa: PTH112  a stat less for each of many files
+            self._set_own(real)
+            self._folder(path, real)
+        elif os.path.isfile(real):  # noqa: PTH113
+            self._set_own(real)
+            self._file(path, real)
+        elif glob.has_magic(spec):
+            self._glob(path)
+        else:
+            # Raises where there is one that may not be looked at.
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                os.stat(path)  # noqa: PTH116
+            raise InputError(
+                f"There is no file or folder {path}.",
+                way_out="Correct the path, or run `ghsync sample` to write the sample.",
+            )
+
+    def _set_own(self, root: str) -> None:
+        """Say what is ghsync's own below a root: all of its home, or where the root is in there, what home holds."""
+        if self._home:
+            inside = _is_in(root, (self._home,))
+            self._own = frozenset(f"{self._home}/{name}" for name in OWN_FOLDERS) if inside else frozenset({self._home})
+
+    def _glob(self, pattern: str) -> None:
+        plain = pattern
+        while glob.has_magic(plain):
+            plain = os.path.dirname(plain)  # noqa: PTH120
+        self._set_own(os.path.realpath(plain))
+        matches = glob.glob(pattern, recursive=True, include_hidden=True)  # noqa: PTH207  absolute
+        if not matches:
+            raise InputError(f"No file matches {pattern}.", way_out="Correct the glob.")
+        for path in sorted(matches):
+            above = _hidden_above(path, plain)
+            real = os.path.realpath(path)
+            if above is not None:
+                self._leave_out(_HIDDEN, above)
+            elif os.path.isdir(real):  # noqa: PTH112
+                self._folder(path, real)
+            else:
+                self._entry(path, real)
+
+    def _folder(self, path: str, real: str) -> None:
+        if real in self._searched:
+            return
+        self._searched.add(real)
+        if self._is_own(real):
+            return
+        with os.scandir(path) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                is_link = entry.is_symlink()
+                inner = os.path.realpath(entry.path) if is_link else f"{real}/{entry.name}"
+                if os.path.isdir(inner) if is_link else entry.is_dir():  # noqa: PTH112
+                    if _is_hidden(entry.name):
+                        self._leave_out(_HIDDEN, f"{entry.path}/")
+                    else:
+                        self._folder(entry.path, inner)
+                elif not is_link and entry.is_file():
+                    self._file(entry.path, inner, entry.stat().st_size)
+                else:
+                    self._entry(entry.path, inner)
+
+    def _entry(self, path: str, real: str) -> None:
+        """Take what is no folder; what is no file either raises where its name says events, and is named elsewhere."""
+        name = os.path.basename(path)  # noqa: PTH119
+        if os.path.isfile(real) or _is_hidden(name):  # noqa: PTH113
+            self._file(path, real)
+        elif os.path.islink(path):  # noqa: PTH114
+            # Through more links than the system follows, in a circle: a shorter path leads to the same file.
+            if not _leads_to_something(path):
+                raise InputError(
+                    f"{path} is a link to nothing.", way_out="Mount or correct what it leads to, or remove the link."
+                )
+        elif (reason := _reason(name)) is not None:
+            self._leave_out(reason, path)
+        else:
+            raise InputError(f"{path} is no regular file.", way_out="Remove it, or name the files by a glob.")
+
+    def _file(self, path: str, real: str, size: int | None = None) -> None:
+        if self._is_own(real):
+            return
+        reason = _reason(path.rpartition("/")[2])
+        if reason is None:
+            size = os.stat(real).st_size if size is None else size  # noqa: PTH116
+            reason = None if size else _EMPTY
+        if reason is not None:
+            self._leave_out(reason, path)
+        else:
+            # By links a file may be found more than once.
+            self._found.sizes[real] = size or 0
+            self.entries += 1
+
+    def _is_own(self, real: str) -> bool:
+        """Tell whether something is ghsync's own state, and leave that out, as one folder."""
+        for folder in self._own:
+            if _is_in(real, (folder,)):
+                self._leave_out(_OWN, f"{folder}/")
+                return True
+        return False
+
+    def _leave_out(self, reason: str, path: str) -> None:
+        self._found.left_out[reason].append(path)
+        self.entries += 1
+
+
+def _leads_to_something(path: str) -> bool:
     try:
-        path.resolve(strict=True)
+        Path(path).resolve(strict=True)
     except (OSError, RuntimeError):
-        raise InputError(
-            f"{path} is a link to nothing.", way_out="Mount or mend what it leads to, or remove the link."
-        ) from None
-    return False
+        return False
+    return True
 
 
-def _files_below(folder: Path, searched: set[Path]) -> Iterator[Path]:
-    """Yield the input files of a folder; one that can't be listed raises, so that none is left out silently.
+def _is_in(path: str, folders: Iterable[str]) -> bool:
+    return any(path == folder or path.startswith(f"{folder}/") for folder in folders)
 
-    What is in ``searched`` is left out, and what is yielded added.
-    """
 
-    def fail(error: OSError) -> None:
-        raise error
-
-    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        # A link may lead back up.
-        if (real := Path(parent).resolve()) in searched:
-            folders.clear()
-            continue
-        searched.add(real)
-        folders[:] = [name for name in folders if not _is_hidden(name)]
-        for path in (Path(parent, name) for name in names if not _is_hidden(name)):
-            # A broken link may have led to a folder, whatever its name.
-            if (_has_known_suffix(path) or _is_broken(path)) and _is_input(path):
-                yield path
+def _reason(name: str) -> str | None:
+    """Return why a file of this name is left out."""
+    if _is_hidden(name):
+        return _HIDDEN
+    return None if _KNOWN.fullmatch(name) else _UNKNOWN
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith((".", "_"))
+    """Tell whether Spark takes a name for no data: ``_name=value`` is a partition."""
+    return name.startswith(".") or (name.startswith("_") and ("=" not in name or name in _SPARKS_OWN))
 
 
-def _name_problem(path: Path) -> str | None:
-    """Tell why Spark can't read a file of this name, in words."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        return "has a name that is not UTF-8"
-    if _is_hidden(path.name):
-        return "begins with a dot or an underscore: to Spark such a file is not there"
-    return "has a colon in its name, which Spark can't read" if ":" in path.name else None
+def _hidden_above(path: str, plain: str) -> str | None:
+    """Return the first hidden folder on the way from a glob's plain part to a path, the path itself included."""
+    at = plain.rstrip("/")
+    for part in path[len(at) :].strip("/").split("/"):
+        at = f"{at}/{part}"
+        if _is_hidden(part) and os.path.isdir(at):  # noqa: PTH112
+            return f"{at}/"
+    return None
 
 
-def _has_known_suffix(path: Path) -> bool:
-    return path.name.endswith(SUFFIXES)
+def _no_path(spec: str, scheme: str) -> InputError:
+    ways = {
+        "file": f"Name the path itself: {spec[len('file://') :]}",
+        "http": "Get it first, hours of GH Archive by ghsync fetch 2015-01-01-15, else by curl -fLO URL; name it.",
+        "s3": "Get it first: aws s3 cp --recursive URL FOLDER; then name the folder.",
+        "gs": "Get it first: gcloud storage cp --recursive URL FOLDER; then name the folder.",
+    }
+    way_out = ways.get(scheme.removesuffix("s") if scheme.startswith("http") else scheme.rstrip("an"), "")
+    return InputError(
+        f"{spec} is an address; ghsync reads files of this machine.",
+        way_out=way_out or "Copy the files to a folder of this machine, or mount them; then name the folder.",
+    )
 
 
-def inspect_file(path: Path, block_size: int) -> InputFile:
-    """Read a file through once: is it whole, is it lines of text, and how many lines has it.
+def look_at(path: str, size: int) -> InputFile | None:
+    """Look at the head of a file: how it is packed, how its text is encoded, and what its events stand in.
 
     Args:
         path: The file.
-        block_size: Bytes of a block in which Spark will read an uncompressed file.
+        size: Its bytes on disk.
+
+    Returns:
+        What was seen; None: there is nothing in it.
 
     Raises:
-        InputError: The file is damaged, of another kind, or JSON that is not one object a line.
+        InputError: The file is damaged from its start on, or of a kind that can't be read.
     """
+    head = _head(path, _HEAD)
+    packing = packing_of(head)
     try:
-        with path.open("rb") as raw:
-            head = raw.read(6)
-            compressed = head.startswith(_GZIP)
-            _refuse_other_kinds(path, head, compressed=compressed)
-            raw.seek(0)
-            return _count(path, gzip.GzipFile(fileobj=raw) if compressed else raw, None if compressed else block_size)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(
-            f"{path} is damaged: its gzip data ends early or is broken ({error}).",
-            way_out="Get the file again (ghsync fetch verifies what it gets), or remove it.",
-        ) from None
+        text = _first(head, packing, is_whole=len(head) == size)
+        # A line that is longer, or a block that is packed as one, says nothing yet.
+        if len(head) == _HEAD and (b"\n" not in text if packing is None else not text):
+            head = _head(path, _LONG_HEAD)
+            text = _first(head, packing, is_whole=len(head) == size)
+        utf16 = is_utf16(text)
+        if utf16:
+            text = _drained(as_utf8([text]), is_whole=len(head) == size)
+    except DamagedError as error:
+        raise damaged(path, str(error)) from None
+    if not text and len(head) < size:
+        raise damaged(path, f"its {packing} data holds nothing in {len(head)} bytes")
+    return InputFile(path, size, packing, utf16, has_lines(path, head, text)) if text else None
+
+
+def _head(path: str, size: int) -> bytes:
+    try:
+        # Unbuffered: there may be very many files.
+        with open(path, "rb", buffering=0) as raw:  # noqa: PTH123
+            return raw.read(size) or b""
     except OSError as error:
-        raise InputError(
-            f"{path} can't be read ({error.strerror or error}).", way_out="Check the file's permissions and its disk."
-        ) from None
+        raise unreadable(path, error) from None
 
 
-def _refuse_other_kinds(path: Path, head: bytes, *, compressed: bool) -> None:
-    named_gzip = path.name.endswith(".gz")
-    if compressed and not named_gzip:
-        raise InputError(
-            f"{path} is gzip-compressed but its name does not end in .gz.", way_out=f"Rename it to {path.name}.gz."
-        )
-    if named_gzip and not compressed and head:
-        raise InputError(
-            f"{path} ends in .gz but is not gzip-compressed.", way_out=f"Rename it to {path.name.removesuffix('.gz')}."
-        )
-    kind = next((words for magic, words in _OTHER_KINDS if head.startswith(magic)), None)
-    if kind:
-        raise InputError(f"{path} is {kind}, not JSON lines.", way_out="Convert it to JSON lines in UTF-8.")
+def _first(head: bytes, packing: str | None, *, is_whole: bool) -> bytes:
+    return _drained(unpacked(io.BytesIO(head), packing), is_whole=is_whole) if packing else head
 
 
-def _count(path: Path, stream: io.BufferedIOBase, block_size: int | None) -> InputFile:
-    ends = size = 0
-    block_lines = [0]
-    last = b"\n"
-    for part in _parts(stream, block_size):
-        if size == 0:
-            _refuse_other_json(path, part)
-        ends += part.count(b"\n")
-        size += len(part)
-        last = part[-1:]
-        if block_size is not None and size % block_size == 0:
-            block_lines.append(ends)
-    return InputFile(path, path.stat().st_size, ends + (last != b"\n"), tuple(block_lines))
-
-
-def _parts(stream: io.BufferedIOBase, block_size: int | None) -> Iterator[bytes]:
-    """Yield the content so that every block boundary is a boundary of a part."""
-    wanted = _READ if block_size is None else min(_READ, block_size)
-    while part := stream.read(wanted):
-        yield part
-
-
-def _refuse_other_json(path: Path, head: bytes) -> None:
-    lines = head.split(b"\n")
-    if sum(b"\x00" in line for line in lines) * 2 > len(lines):
-        raise InputError(f"{path} is not text: it is full of NUL bytes.", way_out="Give JSON lines in UTF-8.")
-    text = head.removeprefix(_UTF8_BOM).lstrip()
-    first, _, rest = text.partition(b"\n")
-    second = rest.lstrip().partition(b"\n")[0]
-    if text.startswith(b"[") and _begins_array(first, second):
-        raise InputError(
-            f"{path} is one JSON array, not one event a line.",
-            way_out=f"Convert it: {_reader(path)} | jq -c '.[]' > events.jsonl",
-        )
-    if text.startswith(b"{") and second and not _is_json(first) and _spans_lines(text, second):
-        raise InputError(
-            f"{path} is pretty-printed JSON: an event spans several lines.",
-            way_out=f"Convert it: {_reader(path)} | jq -c . > events.jsonl",
-        )
-
-
-def _begins_array(first: bytes, second: bytes) -> bool:
-    """Tell an array of events from a bad first line: after that the next line stands by itself."""
-    return not second or first.rstrip().endswith((b"[", b",")) or not (_is_json(first) or _is_json(second))
-
-
-def _spans_lines(text: bytes, second: bytes) -> bool:
-    """Tell whether the first JSON object of a text goes on over its line end."""
-    if _KEY.match(second) and not _is_json(second):
-        return True
-    content = text.decode("utf-8", "replace")
+def _drained(parts: Iterator[bytes], *, is_whole: bool) -> bytes:
+    """Return what the head of a file becomes; that it ends there is no damage where the file goes on."""
+    taken: list[bytes] = []
     try:
-        _, end = json.JSONDecoder(parse_int=str).raw_decode(content)
-    except (ValueError, RecursionError):
-        return False
-    return "\n" in content[:end]
+        for part in parts:
+            taken.append(part)  # noqa: PERF402  what came before the end counts
+    except DamagedError as error:
+        if is_whole or (not taken and "early" not in str(error)):
+            raise
+    return b"".join(taken)
 
 
-def _reader(path: Path) -> str:
-    return f"{'gunzip -c' if path.name.endswith('.gz') else 'cat'} {shlex.quote(str(path))}"
+def unreadable(path: str, error: OSError) -> InputError:
+    """Return the error of a file that the system does not give."""
+    return InputError(
+        f"{path} can't be read ({error.strerror or error}).",
+        way_out="Check the file's permissions and its disk; executors of a cluster need the same path.",
+    )
 
 
-def _is_json(line: bytes) -> bool:
-    try:
-        msgspec.json.decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return False
-    return True
+def damaged(path: str, problem: str) -> InputError:
+    """Return the error of a file that is not whole."""
+    return InputError(
+        f"{path} is damaged: {problem}.",
+        way_out="Get the file again (remove it first; ghsync fetch verifies what it gets), or remove it.",
+    )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ghsync_dagster.batch.reports import FlattenReport, count_rows
+from ghsync_dagster.domain.user import USER_FIELDS
 from ghsync_dagster.observability.logging import get_logger
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ log = get_logger("flatten")
 def flatten_users(spark: Callable[[], SparkSession], read: ReadReport, target: Path) -> FlattenReport:
     """Write the newest state of every user in the events to ``target``.
 
-    The newest event is the one with the latest ``created_at``, and among these the highest id.
+    The newest event is the one with the latest ``created_at``, and among these the highest id. Where events of the same
+    time and id differ, the fields themselves decide, so that the order of files never does.
     """
     from pyspark.sql import functions as F  # noqa: N812
 
@@ -39,19 +41,15 @@ def flatten_users(spark: Callable[[], SparkSession], read: ReadReport, target: P
     partitions = max(session.sparkContext.defaultParallelism, read.events // _EVENTS_PER_PARTITION)
     session.conf.set("spark.sql.shuffle.partitions", str(partitions))
     with spark_errors("Flattening users"):
-        version = F.struct(F.col("created_at"), F.col("id").cast("long").alias("event_id"))
+        version = (F.col("created_at"), F.col("id").cast("long").alias("event_id"))
+        fields = (F.col(f"actor.{name}") for name in USER_FIELDS[1:])
         newest = (
             session.read.schema(EVENT_SCHEMA)
             .parquet(read.events_path)
             .groupBy(F.col("actor.id").alias("key"))
-            .agg(F.max_by(F.struct("actor", version.alias("version")), version).alias("newest"))
+            .agg(F.max(F.struct(*version, *fields)).alias("newest"))
         )
-        users = newest.select(
-            F.col("key").cast("string").alias("user_id"),
-            *(F.col(f"newest.actor.{name}") for name in ("login", "gravatar_id", "avatar_url", "url")),
-            F.col("newest.version.created_at"),
-            F.col("newest.version.event_id"),
-        )
+        users = newest.select(F.col("key").cast("string").alias("user_id"), "newest.*")
         users.select(*VERSIONED_USER_SCHEMA.fieldNames()).write.mode("overwrite").parquet(str(target))
     report = FlattenReport(str(target), count_rows(target), round(time.monotonic() - started, 3))
     log.info("flattened", users=report.users, seconds=report.seconds)

@@ -17,7 +17,7 @@ from ghsync_dagster.batch.flatten import check_users, flatten_users
 from ghsync_dagster.batch.load import Step, load_users
 from ghsync_dagster.batch.read import read_events
 from ghsync_dagster.batch.reports import Artifacts, FlattenReport, LoadReport, ReadReport
-from ghsync_dagster.batch.versions import UNKNOWN, InputState, look_at, version_of
+from ghsync_dagster.batch.versions import UNKNOWN, InputState, state_of, version_of
 from ghsync_dagster.folders import ensure_folder
 from ghsync_dagster.observability.logging import bind_run
 from ghsync_dagster.stores.retry import retrying
@@ -45,6 +45,7 @@ class BatchFlow:
         lease_wait_seconds: How long a load waits for another.
         lease_quiet_seconds: How long the server may still be at work on the last command of a load that died.
         code_version: The version of the code, see ``batch.versions``.
+        home: GHSYNC_HOME, which is never input.
     """
 
     artifacts: Artifacts
@@ -56,6 +57,7 @@ class BatchFlow:
     lease_wait_seconds: float
     lease_quiet_seconds: float
     code_version: str = UNKNOWN
+    home: Path | None = None
 
     def look_at_input(self, events_paths: Sequence[str]) -> InputState:
         """Return the state of the files that would be read, none of them opened.
@@ -63,7 +65,7 @@ class BatchFlow:
         Raises:
             InputError: A path can't be read.
         """
-        return look_at({file for path in events_paths for file in find_files(path)})
+        return state_of(find_files(events_paths, self.home).sizes)
 
     def check_first(self) -> None:
         """Find, before any work, what would end a run later on; write nothing to the target.
@@ -80,9 +82,10 @@ class BatchFlow:
     def read(self, events_paths: Sequence[str]) -> ReadReport:
         """Read the files into events and quarantine, and make that the newest data."""
         before = self.look_at_input(events_paths)
-        report = read_events(self.spark.session, events_paths, self.artifacts.new_folder("events"), self.rules)
-        stable = before == look_at(Path(file.path) for file in report.files)
+        target = self.artifacts.new_folder("events")
+        report = read_events(self.spark.session, events_paths, target, self.rules, self.home)
         # What changed while it was read has the state of no moment.
+        stable = before.still_holds({file.path for file in report.files})
         input_version = before.version if stable else version_of(UNKNOWN)
         report = replace(
             report, input_version=input_version, data_version=version_of(self.code_version, "read", input_version)

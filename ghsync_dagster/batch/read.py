@@ -1,24 +1,45 @@
 """Read: every line of the input files becomes a typed event, a quarantined line with its reason, or is blank.
 
-Belongs here: how Spark walks the files, and that lines are conserved. What a task does with its lines is
-``batch.decide``'s, the look at whole files is ``batch.files``'s.
+Belongs here: which task reads what, that lines and bytes are conserved, and how far the work is. What a task does with
+its lines is ``batch.decide``'s, which files there are is ``batch.files``'s.
 """
 
 from __future__ import annotations
 
+import shutil
+import threading
 import time
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, defaultdict
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
-from ghsync_dagster.batch.decide import BLANK, EVENTS, QUARANTINE, REASON, Tally, Task, event_schema, quarantine_schema
-from ghsync_dagster.batch.files import InputFile, find_files, inspect_file
-from ghsync_dagster.batch.reports import FileCount, ReadReport, count_rows
-from ghsync_dagster.domain.errors import PermanentError
+import msgspec
+
+from ghsync_dagster.batch.decide import (
+    BLANK,
+    EVENTS,
+    FAULT,
+    PIECE,
+    QUARANTINE,
+    REASON,
+    Piece,
+    Tally,
+    Task,
+    changed,
+    event_schema,
+    quarantine_schema,
+    write_task,
+)
+from ghsync_dagster.batch.files import InputFile, find_files
+from ghsync_dagster.batch.reports import FileCount, LeftOut, ReadReport, count_rows
+from ghsync_dagster.domain.errors import ConfigError, InputError, PermanentError
+from ghsync_dagster.domain.event import latest_time
 from ghsync_dagster.observability.logging import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     import pyarrow as pa
@@ -27,72 +48,191 @@ if TYPE_CHECKING:
     from ghsync_dagster.domain.user import Rule
 
 _MIB: Final = 1 << 20
+_COST: Final = {None: 1, "gzip": 6, "zstd": 7, "bzip2": 10}
+"""What a byte on disk costs to read, beside a plain one: it unpacks to about as many of JSON lines."""
+_FILE_COST: Final = 1 << 14
+"""What opening a file costs, in plain bytes."""
+_TASKS_A_CORE: Final = 8
+_PROGRESS_SECONDS: Final = 3.0
+_FAULTS_SHOWN: Final = 5
 log = get_logger("read")
 
 
 def read_events(
-    spark: Callable[[], SparkSession], events_paths: Sequence[str], target: Path, rules: Sequence[Rule]
+    spark: Callable[[], SparkSession],
+    events_paths: Sequence[str],
+    target: Path,
+    rules: Sequence[Rule],
+    home: Path | None = None,
 ) -> ReadReport:
     """Read all files under ``events_paths`` into ``target``.
 
     Args:
         spark: Gives the session; asked only after the files have been looked at.
         events_paths: Files, folders or globs; a file that several name is read once.
-        target: Empty folder for the Parquet output.
+        target: Empty folder for the Parquet output, which driver and executors share.
         rules: The user rules that decide between event and quarantine.
+        home: GHSYNC_HOME, which is never input.
 
     Raises:
-        InputError: A path or a whole file can't be read as JSON lines.
+        InputError: A path or a whole file can't be read as JSON lines, or changed meanwhile.
         PermanentError: Lines went missing between the files and the output.
     """
     started = time.monotonic()
-    paths = list(dict.fromkeys(path for spec in events_paths for path in find_files(spec)))
-    log.info("looking at the files", files=len(paths), paths=list(events_paths))
-    block_size = _block_size(paths)
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        files = list(pool.map(lambda path: inspect_file(path, block_size), paths))
+    found = find_files(events_paths, home)
+    total = sum(found.sizes.values())
+    log.info("looking at the files", files=len(found.sizes), megabytes=total // _MIB, paths=list(events_paths))
+    files = found.look()
+    left_out = found.report()
+    for entry in left_out:
+        log.warning("files left out", reason=entry.reason, files=entry.files, names=entry.names)
     asked = time.monotonic()
     session = spark()
     # The report's seconds are those of reading, not of a JVM that is still starting.
     started += time.monotonic() - asked
-    log.info("reading", lines=sum(file.lines for file in files), megabytes=sum(f.size for f in files) // _MIB)
-    tallies = _decide_all(session, files, block_size, rules, target)
-    report = _report(files, tallies, target, started)
+    tasks = plan_tasks(files, session.sparkContext.defaultParallelism)
+    log.info("reading", files=len(files), megabytes=total // _MIB, tasks=len(tasks))
+    tallies = _decide_all(session, files, tasks, rules, target)
+    report = _report(files, left_out, tallies, target, started)
     log.info("read", lines=report.lines, events=report.events, quarantined=report.quarantined, seconds=report.seconds)
     return report
 
 
-def _block_size(paths: Sequence[Path]) -> int:
-    """Return how many bytes of a plain file one task reads: enough tasks for the cores, few enough to be cheap."""
-    total = sum(path.stat().st_size for path in paths)
-    return min(max(total // 16 // _MIB, 2), 64) * _MIB
+def _cost(file: InputFile) -> int:
+    return file.size * _COST[file.packing] + _FILE_COST
+
+
+def _largest_piece(files: Sequence[InputFile], cores: int) -> int:
+    """Return what a task may cost: enough tasks for the cores to end together, few enough to be cheap."""
+    return min(max(sum(map(_cost, files)) // (cores * _TASKS_A_CORE), 4 * _MIB), 64 * _MIB)
+
+
+def plan_tasks(files: Sequence[InputFile], cores: int) -> list[list[Piece]]:
+    """Deal the files out to tasks, the costly ones first.
+
+    A plain file of lines that costs more than a task may is cut, each range a task of its own. A packed one is read
+    whole. Small ones share tasks.
+    """
+    largest = _largest_piece(files, cores)
+    tasks: list[tuple[int, list[Piece]]] = []
+    shared: list[Piece] = []
+    shared_cost = 0
+    for number, file in enumerate(files):
+        cost = _cost(file)
+        if cost > largest and file.packing is None and file.has_lines and not file.is_utf16:
+            count = -(-file.size // largest)
+            bounds = [file.size * part // count for part in range(count + 1)]
+            tasks += [(cost // count, [Piece(number, file, *pair)]) for pair in pairwise(bounds)]
+            continue
+        if shared and shared_cost + cost > largest:
+            tasks.append((shared_cost, shared))
+            shared, shared_cost = [], 0
+        shared.append(Piece(number, file))
+        shared_cost += cost
+    if shared:
+        tasks.append((shared_cost, shared))
+    return [pieces for _, pieces in sorted(tasks, key=lambda task: -task[0])]
 
 
 def _decide_all(
-    session: SparkSession, files: Sequence[InputFile], block_size: int, rules: Sequence[Rule], target: Path
+    session: SparkSession, files: Sequence[InputFile], tasks: Sequence[list[Piece]], rules: Sequence[Rule], target: Path
 ) -> list[Tally]:
-    """Have Spark's workers decide every line; return what they counted, and keep only the parts that they name."""
-    from pyspark.sql import functions as F  # noqa: N812
+    """Have Spark's workers decide every line; return what they counted, and keep only the parts that they name.
 
-    from ghsync_dagster.stores.spark import TALLY_SCHEMA, file_blocks, spark_errors
+    Raises:
+        InputError: A file can't be read.
+    """
+    from ghsync_dagster.stores.spark import TALLY_SCHEMA, pair_of_sums, spark_errors
 
-    for kind in (EVENTS, QUARANTINE):
+    for kind in (EVENTS, QUARANTINE, "tasks"):
         (target / kind).mkdir(parents=True)
-    task = Task(str(target), tuple(rules), block_size, {str(file.path): file.block_lines for file in files})
-    with spark_errors("Reading events"), file_blocks(session, block_size):
-        lines = (
-            session.read.option("lineSep", "\n")
-            .text([_as_uri(file.path) for file in files])
-            .select(
-                F.col("value").cast("binary").alias("value"),
-                F.col("_metadata.file_path").alias("file"),
-                F.col("_metadata.file_block_start").alias("block"),
-            )
-        )
-        tallies = [Tally(*row) for row in lines.mapInArrow(task.run, TALLY_SCHEMA).collect()]
+    for number, pieces in enumerate(tasks):
+        write_task(target, number, pieces)
+    with spark_errors("Reading events"):
+        done = pair_of_sums(session)
+        task = Task(str(target), tuple(rules), latest_time(datetime.now(UTC)), done)
+        numbers = session.range(0, len(tasks), 1, len(tasks))
+        with _progress(lambda: done.value, len(files), sum(file.size for file in files)):
+            rows = numbers.mapInArrow(task.run, TALLY_SCHEMA).toArrow()
+    shutil.rmtree(target / "tasks")
+    tallies = [Tally(**row) for row in rows.to_pylist()]
+    _raise_faults([tally.name for tally in tallies if tally.kind == FAULT])
     for kind, schema in ((EVENTS, event_schema()), (QUARANTINE, quarantine_schema())):
         _keep_parts(target / kind, {tally.name for tally in tallies if tally.kind == kind}, schema)
+    _number_lines(target / QUARANTINE, tasks, tallies)
     return tallies
+
+
+def _number_lines(folder: Path, tasks: Sequence[list[Piece]], tallies: Sequence[Tally]) -> None:
+    """Make the line numbers of ranges those of their files: a worker knows only how many lines its own range has."""
+    lines: defaultdict[int, dict[int, int]] = defaultdict(dict)
+    for tally in tallies:
+        if tally.kind == PIECE:
+            number, start = map(int, tally.name.split())
+            lines[number][start] = tally.rows
+    for tally in tallies:
+        if tally.kind != QUARANTINE:
+            continue
+        first = tasks[int(tally.name.split("-")[1])][0]
+        if first.start:
+            before = sum(count for start, count in lines[first.number].items() if start < first.start)
+            _add_to_lines(folder / tally.name, before)
+
+
+def _add_to_lines(part: Path, before: int) -> None:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    unfinished = part.with_name(f".{part.name}")
+    schema = quarantine_schema()
+    place = schema.get_field_index("line")
+    with pq.ParquetFile(part) as old, pq.ParquetWriter(unfinished, schema) as new:
+        for batch in old.iter_batches():
+            columns = list(batch.columns)
+            columns[place] = pc.add(columns[place], before)
+            new.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
+    unfinished.replace(part)
+
+
+def _raise_faults(faults: Sequence[str]) -> None:
+    """Raise the first fault that workers told of, the others named with it."""
+    if not faults:
+        return
+    told = sorted({tuple(msgspec.json.decode(fault)) for fault in faults})
+    kind, message, way_out = told[0]
+    if len(told) > 1:
+        others = " ".join(other for _, other, _ in told[1:_FAULTS_SHOWN])
+        more = f" And {len(told) - _FAULTS_SHOWN} more." if len(told) > _FAULTS_SHOWN else ""
+        message = f"{len(told)} files can't be read: {message} {others}{more}"
+    raise (ConfigError if kind == ConfigError.__name__ else InputError)(message, way_out=way_out)
+
+
+@contextmanager
+def _progress(done: Callable[[], tuple[int, int]], files: int, size: int) -> Iterator[None]:
+    """Log every few seconds how far the tasks are."""
+    ended = threading.Event()
+    started = time.monotonic()
+
+    def report() -> None:
+        while not ended.wait(_PROGRESS_SECONDS):
+            files_done, bytes_done = done()
+            seconds = time.monotonic() - started
+            left = {"seconds_left": round(seconds * (size - bytes_done) / bytes_done)} if bytes_done else {}
+            log.info(
+                "reading",
+                files=f"{files_done} of {files}",
+                megabytes=f"{bytes_done // _MIB} of {size // _MIB}",
+                **left,
+            )
+
+    reporter = threading.Thread(target=report, name="read-progress", daemon=True)
+    reporter.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        reporter.join()
 
 
 def _keep_parts(folder: Path, names: set[str], schema: pa.Schema) -> None:
@@ -106,35 +246,47 @@ def _keep_parts(folder: Path, names: set[str], schema: pa.Schema) -> None:
         pq.ParquetWriter(folder / "part-empty.parquet", schema).close()
 
 
-def _as_uri(path: Path) -> str:
-    # Spark takes a path for a glob; a backslash keeps its special characters.
-    return "file:" + "".join(f"\\{char}" if char in "{}[]*?\\" else char for char in str(path))
-
-
-def _report(files: Sequence[InputFile], tallies: Sequence[Tally], target: Path, started: float) -> ReadReport:
+def _report(
+    files: Sequence[InputFile],
+    left_out: list[LeftOut],
+    tallies: Sequence[Tally],
+    target: Path,
+    started: float,
+) -> ReadReport:
     """Sum up what the workers counted, and hold it against the files."""
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
+    pieces: defaultdict[int, dict[int, Tally]] = defaultdict(dict)
     for tally in tallies:
         counts[tally.kind] += tally.rows
         if tally.kind == REASON:
             reasons[tally.name] += tally.rows
-    lines = sum(file.lines for file in files)
+        elif tally.kind == PIECE:
+            number, start = map(int, tally.name.split())
+            pieces[number][start] = tally
+    for number, file in enumerate(files):
+        if (size := sum(piece.bytes for piece in pieces[number].values())) != file.size:
+            raise changed(file.path, file.size, size)
     stored = {kind: count_rows(target / kind) for kind in (EVENTS, QUARANTINE)}
-    if lines != sum(stored.values()) + counts[BLANK]:
+    if counts[PIECE] != sum(stored.values()) + counts[BLANK]:
         raise PermanentError(
-            f"{lines} lines went in, but {stored[EVENTS]} events, {stored[QUARANTINE]} quarantined and "
+            f"{counts[PIECE]} lines went in, but {stored[EVENTS]} events, {stored[QUARANTINE]} quarantined and "
             f"{counts[BLANK]} blank lines came out.",
-            way_out="A file changed while it was read: run again on files that are at rest.",
+            way_out="Run again; if it stays, tell us: no file changed meanwhile.",
         )
     return ReadReport(
         events_path=str(target / EVENTS),
         quarantine_path=str(target / QUARANTINE),
-        files=[FileCount(str(file.path), file.lines) for file in files],
-        lines=lines,
+        files=[
+            FileCount(file.path, sum(piece.rows for piece in pieces[number].values()))
+            for number, file in enumerate(files)
+        ],
+        lines=counts[PIECE],
         events=stored[EVENTS],
         quarantined=stored[QUARANTINE],
         blank=counts[BLANK],
         reasons=dict(reasons.most_common()),
         seconds=round(time.monotonic() - started, 3),
+        bytes=sum(file.size for file in files),
+        left_out=left_out,
     )

@@ -32,8 +32,24 @@ class FileCount(msgspec.Struct, frozen=True):
     lines: int
 
 
+class LeftOut(msgspec.Struct, frozen=True):
+    """Files that the input's paths name and that are not read.
+
+    Attributes:
+        reason: Why, in words.
+        files: How many; a folder with all that is in it counts as one, and its name ends in a slash.
+        names: The first of them.
+    """
+
+    reason: str
+    files: int
+    names: list[str]
+
+
 class ReadReport(msgspec.Struct, frozen=True):
     """The outcome of ``read``: every line is an event, quarantined, or blank.
+
+    A line is an event's place in its file: where the file is a JSON array, an object of it.
 
     Attributes:
         events_path: Parquet folder of the events.
@@ -41,6 +57,8 @@ class ReadReport(msgspec.Struct, frozen=True):
         reasons: How often each kind of reason was given, the most frequent first.
         input_version: The version of the files, see ``batch.versions``.
         data_version: The version of what was written.
+        bytes: Bytes of the files on disk.
+        left_out: Files that were not read, by reason.
     """
 
     events_path: str
@@ -54,6 +72,8 @@ class ReadReport(msgspec.Struct, frozen=True):
     seconds: float
     input_version: str = UNKNOWN
     data_version: str = UNKNOWN
+    bytes: int = 0
+    left_out: list[LeftOut] = []
 
     @property
     def quarantined_ratio(self) -> float:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Set
 
 UNKNOWN: Final = ""
 """A version of which nothing is known: equal to none, itself included."""
@@ -65,17 +65,29 @@ class InputState:
         """The version of the input."""
         return version_of(*(repr(file) for file in self.files))
 
+    def still_holds(self, read: Set[str]) -> bool:
+        """Tell whether these files are as they were, and none but these was read.
 
-def look_at(paths: Iterable[Path]) -> InputState:
+        Args:
+            read: The paths that were read.
+        """
+        paths = [file.path for file in self.files]
+        try:
+            return read <= set(paths) and state_of(paths) == self
+        except OSError:
+            return False
+
+
+def state_of(paths: Iterable[str]) -> InputState:
     """Return the state of files.
 
     Raises:
         OSError: One is gone, or its folder can't be searched.
     """
 
-    def state(path: Path) -> FileState:
-        found = path.stat()
-        return FileState(str(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+    def state(path: str) -> FileState:
+        found = Path(path).stat()
+        return FileState(path, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
 
     return InputState(tuple(sorted(map(state, paths))))
 

@@ -6,6 +6,7 @@ Not here: what is printed, and exit codes.
 from __future__ import annotations
 
 import builtins
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,11 +32,11 @@ class BatchOutcome:
     run_id: str
 
 
-def materialize_batch(events_path: str | None = None) -> BatchOutcome:
+def materialize_batch(events_paths: Sequence[str] = ()) -> BatchOutcome:
     """Run ``users_batch_job`` in this process on the instance in ``DAGSTER_HOME``.
 
     Args:
-        events_path: Overrides GHSYNC_EVENTS_PATH.
+        events_paths: Override GHSYNC_EVENTS_PATH.
 
     Raises:
         PermanentError: A step failed on configuration, input or credentials.
@@ -43,7 +44,8 @@ def materialize_batch(events_path: str | None = None) -> BatchOutcome:
         RuntimeError: A step failed by a fault of ghsync itself.
     """
     job = build_defs().resolve_job_def("users_batch_job")
-    config = {"ops": {"read_events": {"config": {"events_path": events_path}}}} if events_path else {}
+    named = {"events_path": json.dumps(list(events_paths))}
+    config = {"ops": {"read_events": {"config": named}}} if events_paths else {}
     with dg.DagsterInstance.get() as instance:
         result = job.execute_in_process(
             run_config={**config, "loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},

@@ -13,8 +13,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from functools import lru_cache
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache, partial
 from types import NoneType
 from typing import Any, Final, get_args
 
@@ -31,6 +31,21 @@ _INT64_MAX: Final = 2**63 - 1
 _INT64_DIGITS: Final = len(str(_INT64_MAX))
 _PLAIN_KEY: Final = re.compile(r"\w{1,60}", re.ASCII)
 _CREATED_AT: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z", re.ASCII)
+_EXPORTED_AT: Final = re.compile(
+    r"(?P<day>[0-9]{4}-[0-9]{2}-[0-9]{2})[Tt ](?P<time>[0-9]{2}:[0-9]{2}:[0-9]{2})(?:[.,][0-9]{1,9})?"
+    r"(?: ?(?:[Zz]|UTC)|(?P<hours>[+-][0-9]{2})(?::?(?P<minutes>[0-9]{2}))?)",
+    re.ASCII,
+)
+_AHEAD: Final = timedelta(days=1)
+"""How far a clock may be behind GitHub's, or a zone be mistaken, before an event is from the future."""
+_ESCAPE: Final = re.compile(
+    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u[dD](?P<half>[89a-fA-F])(?P<rest>[0-9a-fA-F]{2})|.)",
+    re.DOTALL,
+)
+"""A pair of surrogates, a lone one, or any other escape: no backslash stands outside of them in JSON."""
+
+_TIME_WORDS: Final = "created_at must be a time with its zone like 2015-01-01T15:00:00Z"
+_FUTURE_WORDS: Final = "created_at must not be more than a day in the future"
 
 
 class Actor(msgspec.Struct, frozen=True, gc=False):
@@ -87,13 +102,25 @@ _decode_members: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _encode: Final = msgspec.json.Encoder().encode
 
 
-def event_decoder(rules: Sequence[Rule]) -> Callable[[bytes], Event | Refused | None]:
+def latest_time(now: datetime) -> str:
+    """Return the time after which an event is from the future.
+
+    Args:
+        now: The time by the caller's clock, in UTC.
+    """
+    return f"{(now + _AHEAD).replace(tzinfo=None).isoformat(timespec='seconds')}Z"
+
+
+def event_decoder(rules: Sequence[Rule], latest: str) -> Callable[[bytes], Event | Refused | None]:
     """Return the function that decides one line: an event, a refusal, or None for a blank line.
 
-    It raises nothing, whatever the bytes, unless a project's own predicate does (see ``Rule.breaker``).
+    It raises nothing, whatever the bytes, unless a project's own predicate does (see ``Rule.breaker``). Used fields
+    decide: what JSON allows in the others is never a reason to refuse, a lone surrogate neither.
 
     Args:
         rules: The user rules that a file's users must keep.
+        latest: The time after which an event is from the future, as `latest_time` gives it. One such event would keep
+            its user's state for ever, since the newest event wins.
     """
     tests = [
         (place, rule.breaker(), rule) for place, name in enumerate(USER_FIELDS) for rule in rules if rule.field == name
@@ -112,9 +139,19 @@ def event_decoder(rules: Sequence[Rule]) -> Callable[[bytes], Event | Refused | 
                 return None
             if line.startswith(_UTF8_BOM) and not line.startswith(_UTF8_BOM * 2):
                 return decide(line.removeprefix(_UTF8_BOM))
+            if b"\\u" in line and (readable := _with_readable_extras(line)):
+                repeated = _repeated_key(line)
+                return Refused(repeated) if repeated else decide(readable)
             return Refused(_malformed(line, error))
         if reason is not None:
             return Refused(reason)
+        at = _utc(event.created_at)
+        if at is None:
+            return Refused(f"{_TIME_WORDS}, got {_shown(event.created_at)}")
+        if at > latest:
+            return Refused(f"{_FUTURE_WORDS}, got {_shown(event.created_at)} (event_not_in_future)")
+        if at != event.created_at:
+            event = msgspec.structs.replace(event, created_at=at)
         actor = event.actor
         user = (str(actor.id), actor.login, actor.gravatar_id, actor.avatar_url, actor.url)
         for place, broken, rule in tests:
@@ -138,9 +175,28 @@ def _structure_problem(line: bytes, event: Event) -> str | None:
         return f"id must be a string of decimal digits up to {_INT64_MAX}, got {_shown(event.id)}"
     if not event.type:
         return "type must not be empty"
-    if not _is_time(event.created_at):
-        return f"created_at must be a UTC time like 2015-01-01T15:00:00Z, got {_shown(event.created_at)}"
     return None
+
+
+def _with_readable_extras(line: bytes) -> bytes | None:
+    """Return a line with other characters in place of lone surrogates; None where a used field has one.
+
+    JSON allows them, and payloads that were cut within a character have them. What a used field says would depend on
+    the character.
+    """
+    one, two = (_ESCAPE.sub(partial(_replaced, plane), line) for plane in (b"e", b"f"))
+    try:
+        return one if one != line and _decode_event(one) == _decode_event(two) else None
+    except msgspec.ValidationError:
+        return one
+    except (msgspec.DecodeError, RecursionError):
+        return None
+
+
+def _replaced(plane: bytes, found: re.Match[bytes]) -> bytes:
+    """Put a character for private use in place of a lone surrogate, another for each."""
+    half = found["half"]
+    return b"\\u%s%d%s" % (plane, int(half, 16) - 8, found["rest"]) if half else found[0]
 
 
 def _keys_are_unique(line: bytes, event: Event) -> bool:
@@ -172,14 +228,23 @@ def _is_event_id(text: str) -> bool:
 
 # An hour of events has at most 3,600 times.
 @lru_cache(maxsize=4_096)
-def _is_time(text: str) -> bool:
-    if not _CREATED_AT.fullmatch(text):
-        return False
+def _utc(text: str) -> str | None:
+    """Return a time in UTC and whole seconds, as GitHub gives it; None where it is none, or its zone is not told.
+
+    A fraction is dropped, so that an event of an export is the same event as in GH Archive.
+    """
     try:
-        datetime.fromisoformat(text)
-    except ValueError:
-        return False
-    return True
+        if _CREATED_AT.fullmatch(text):
+            datetime.fromisoformat(text)
+            return text
+        if not (parts := _EXPORTED_AT.fullmatch(text)):
+            return None
+        hours, minutes = parts["hours"] or "+00", parts["minutes"] or "00"
+        at = datetime.fromisoformat(f"{parts['day']}T{parts['time']}{hours}:{minutes}").astimezone(UTC)
+    except (ValueError, OverflowError):
+        return None
+    # Not strftime, which does not fill up the year on every system.
+    return f"{at.replace(tzinfo=None).isoformat(timespec='seconds')}Z"
 
 
 def _repeated_key(line: bytes) -> str | None:

@@ -6,7 +6,7 @@ Belongs here: gathering the newest reports into one record, and drawing it. Not 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from ghsync_dagster.batch.reports import FlattenReport, LoadReport, ReadReport
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.batch.checks import Finding
     from ghsync_dagster.batch.reports import Artifacts
 
+_NAMES: Final = 5
 Summary = dict[str, Any]
 
 
@@ -39,6 +40,9 @@ def batch_summary(artifacts: Artifacts, findings: Sequence[Finding], **more: obj
         phases["read"] = read.seconds
         summary |= {"lines": read.lines, "events": read.events, "quarantined": read.quarantined, "blank": read.blank}
         summary |= {"files": [file.path for file in read.files], "reasons": read.reasons}
+        summary["left_out"] = [
+            {"reason": entry.reason, "files": entry.files, "names": entry.names} for entry in read.left_out
+        ]
     if users:
         phases["flatten"] = users.seconds
         summary["users"] = users.users
@@ -70,12 +74,19 @@ def draw(summary: Summary) -> RenderableType:
     return Group(table, "", checks) if summary["checks"] else Group(table)
 
 
+def _left_out(entry: dict[str, Any]) -> str:
+    names = ", ".join(entry["names"][:_NAMES])
+    more = f" and {entry['files'] - _NAMES:,} more" if entry["files"] > _NAMES else ""
+    return f"{entry['files']:,} file(s), {entry['reason']}: {names}{more}"
+
+
 def _lines(summary: Summary) -> list[tuple[str, str]]:
     lines: list[tuple[str, str]] = []
     if "lines" in summary:
         lines += [("lines read", f"{summary['lines']:,} in {len(summary['files'])} file(s)")]
         lines += [("events", f"{summary['events']:,}"), ("quarantined", f"{summary['quarantined']:,}")]
         lines += [("  because", f"{reason}: {count:,}") for reason, count in list(summary["reasons"].items())[:5]]
+        lines += [("left out", _left_out(entry)) for entry in summary["left_out"]]
     if "users" in summary:
         lines.append(("users", f"{summary['users']:,}"))
     if "inserted" in summary:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from py4j.protocol import Py4JError, Py4JJavaError, Py4JNetworkError
+from pyspark.accumulators import Accumulator, AccumulatorParam
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F  # noqa: N812  the name that Spark's own documentation gives it
@@ -68,7 +69,10 @@ _AWAY: Final = re.compile(
 
 
 TALLY_SCHEMA: Final = StructType(
-    [StructField("kind", StringType()), StructField("name", StringType()), StructField("rows", LongType())]
+    [
+        *(StructField(name, StringType()) for name in ("kind", "name")),
+        *(StructField(name, LongType()) for name in ("rows", "bytes")),
+    ]
 )
 """What a reading task returns, as ``batch.decide.Tally`` declares it."""
 
@@ -280,18 +284,20 @@ class SparkHandle:
             stopper.join()
 
 
-@contextmanager
-def file_blocks(session: SparkSession, size: int) -> Iterator[None]:
-    """Make Spark cut plain files at exact multiples of ``size`` bytes, one block a task."""
-    names = ("spark.sql.files.maxPartitionBytes", "spark.sql.files.openCostInBytes")
-    before = [str(session.conf.get(name)) for name in names]
-    for name in names:
-        session.conf.set(name, str(size))
-    try:
-        yield
-    finally:
-        for name, value in zip(names, before, strict=True):
-            session.conf.set(name, value)
+class _Sums(AccumulatorParam[tuple[int, int]]):
+    """Adds pairs up."""
+
+    def zero(self, value: tuple[int, int]) -> tuple[int, int]:
+        del value
+        return 0, 0
+
+    def addInPlace(self, value1: tuple[int, int], value2: tuple[int, int]) -> tuple[int, int]:  # noqa: N802  Spark's
+        return value1[0] + value2[0], value1[1] + value2[1]
+
+
+def pair_of_sums(session: SparkSession) -> Accumulator[tuple[int, int]]:
+    """Return a pair of counts that tasks add to; the driver sees what a task has added once it has ended."""
+    return session.sparkContext.accumulator((0, 0), _Sums())
 
 
 def insert_users(users: DataFrame, store: UserStore) -> None:

@@ -107,24 +107,18 @@ def cut_short(folder: Path, line: str) -> Path:
     return path
 
 
-def unnamed_gzip(folder: Path, line: str) -> Path:
-    path = folder / "events.json"
-    path.write_bytes(gzip.compress(line.encode()))
-    return path
-
-
-def pretty_array(folder: Path, line: str) -> Path:
-    path = folder / "events.json"
-    path.write_text(json.dumps([json.loads(line)] * 3, indent=2))
+def web_page(folder: Path, line: str) -> Path:
+    del line
+    path = folder / "events.json.gz"
+    path.write_bytes(gzip.compress(b"<!doctype html><title>Log in</title>"))
     return path
 
 
 FAULTS: list[tuple[Callable[[Path, str], Path], str]] = [
     (missing, "There is no file or folder {path}."),
-    (empty_folder, "The folder {path} has no file that ends in .json"),
-    (cut_short, "{path} is damaged: its gzip data ends early or is broken"),
-    (unnamed_gzip, "{path} is gzip-compressed but its name does not end in .gz."),
-    (pretty_array, "{path} is one JSON array, not one event a line."),
+    (empty_folder, "{path} has no file."),
+    (cut_short, "{path} is damaged: its gzip data ends early"),
+    (web_page, "{path} is a web page (HTML), not JSON of events."),
 ]
 
 

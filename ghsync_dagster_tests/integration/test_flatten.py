@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -217,6 +218,25 @@ def test_the_newest_event_of_a_user_wins_whatever_the_order_of_lines(
     assert {key: row["login"] for key, row in users.items()} == expected
     assert (users["2"]["created_at"], users["2"]["event_id"]) == ("2015-01-01T15:00:00Z", 10)
     assert users["4"]["event_id"] == 2**63 - 1
+
+
+def test_events_of_one_time_and_id_have_one_winner_whatever_the_order_of_files(
+    flow: BatchFlow, tmp_path: Path, event_line: Callable[..., str]
+) -> None:
+    states = [
+        event_line(1, "a", actor_gravatar_id="z"),
+        event_line(1, "b", actor_gravatar_id=None),
+        event_line(1, "b", actor_gravatar_id="y"),
+    ]
+    paths = [tmp_path / f"{number}.json" for number in range(len(states))]
+    winners = set()
+    for order in permutations(states):
+        for path, state in zip(paths, order, strict=True):
+            path.write_text(state)
+        flow.read([str(path) for path in paths])
+        (row,) = pq.read_table(flow.flatten().users_path).to_pylist()
+        winners.add((row["login"], row["gravatar_id"]))
+    assert winners == {("b", "y")}
 
 
 def test_text_is_kept_as_it_is_and_null_stays_null(

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import io
+import json
 import random
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from odd_lines import GOOD, KINDS
 
 from ghsync_dagster.batch import read
+from ghsync_dagster.batch.reports import ReadReport
 from ghsync_dagster.domain.errors import InputError, PermanentError
 from ghsync_dagster.domain.event import RAW_LIMIT, Event, Refused, event_decoder
 from ghsync_dagster.domain.user import BUILT_IN_RULES, Rule
@@ -21,7 +26,7 @@ from ghsync_dagster.domain.user import BUILT_IN_RULES, Rule
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from ghsync_dagster.batch.reports import ReadReport
+    from ghsync_dagster.batch.flow import BatchFlow
     from ghsync_dagster.stores.spark import SparkHandle
 
 pytestmark = pytest.mark.integration
@@ -43,18 +48,18 @@ def read_files(spark: SparkHandle, tmp_path: Path) -> Callable[..., ReadReport]:
 
 
 @pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read, "_block_size", lambda _: 4096)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read, "_largest_piece", lambda *_: 4096)
 
 
 def plain_python(*paths: Path) -> tuple[Counter[Event], list[Quarantined], int]:
     """Return what reading the files must give: events, quarantined lines, and the number of blank lines."""
-    decide = event_decoder(BUILT_IN_RULES)
+    decide = event_decoder(BUILT_IN_RULES, "2030")
     events: Counter[Event] = Counter()
     quarantined: list[Quarantined] = []
     blank = 0
     for path in paths:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        content = unpack(path.read_bytes())
         lines = content.split(b"\n")
         for number, line in enumerate(lines[: -1 if lines[-1] == b"" else None], start=1):
             outcome = decide(line)
@@ -65,6 +70,20 @@ def plain_python(*paths: Path) -> tuple[Counter[Event], list[Quarantined], int]:
             else:
                 blank += 1
     return events, sorted(quarantined), blank
+
+
+def unpack(content: bytes) -> bytes:
+    if content.startswith(b"\x1f\x8b"):
+        return unpack(gzip.decompress(content))
+    if content.startswith(b"BZh"):
+        return bz2.decompress(content)
+    if content.startswith(b"\x28\xb5\x2f\xfd"):
+        return bytes(pa.CompressedInputStream(pa.py_buffer(content), "zstd").read())
+    return content.decode("utf-16").encode() if content.startswith(b"\xff\xfe") else content
+
+
+def zstd(content: bytes) -> bytes:
+    return bytes(pa.compress(content, "zstd", asbytes=True))
 
 
 def raw_of(line: bytes) -> str:
@@ -133,7 +152,7 @@ def test_every_odd_kind_of_line_has_its_outcome_through_spark(
     assert_as_plain_python(report, path)
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"], ids=["LF", "CRLF"])
 @pytest.mark.parametrize("last", [True, False], ids=["new line at the end", "none"])
 def test_a_file_in_many_blocks_reads_as_in_plain_python(
@@ -146,7 +165,7 @@ def test_a_file_in_many_blocks_reads_as_in_plain_python(
     assert_as_plain_python(read_files(path), path)
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("shift", [-1, 0, 1])
 def test_a_line_that_ends_at_a_block_border_is_read_once(
     tmp_path: Path, read_files: Callable[..., ReadReport], shift: int
@@ -159,32 +178,46 @@ def test_a_line_that_ends_at_a_block_border_is_read_once(
     assert_as_plain_python(report, path)
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_pieces")
 def test_several_files_of_every_form_read_as_in_plain_python(
     tmp_path: Path, event_line: Callable[..., str], read_files: Callable[..., ReadReport]
 ) -> None:
     folder = tmp_path / "in [1] %20"
     folder.mkdir()
-    names = [
-        "a b.json",
-        "[x]{y}*.jsonl",
-        "100%20.json",
-        "ünï🙂.json",
-        "a#b?c.json",
-        "it's \\ odd.json",
-        "packed é.json.gz",
-    ]
-    paths = [folder / name for name in names]
-    for seed, path in enumerate(paths):
-        content = b"\n".join(mixed(event_line, 30, seed=seed))
-        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    packings: dict[str, Callable[[bytes], bytes]] = {
+        "a b.json": bytes,
+        "[x]{y}*.jsonl": bytes,
+        "100%20.NDJSON": bytes,
+        "ünï🙂.json": bytes,
+        "a#b?c.json": bytes,
+        "it's \\ odd:.json": bytes,
+        "packed é.json.gz": gzip.compress,
+        "_day=2015-01-01/part-00000": gzip.compress,
+        "x.json.gzip": bz2.compress,
+        "x.json.ZST": zstd,
+        "two frames.json": lambda content: zstd(content[:5_000]) + zstd(content[5_000:]),
+        "two streams.json.bz2": lambda content: bz2.compress(content[:5_000]) + bz2.compress(content[5_000:]),
+        "many members.json.gz": lambda content: (
+            b"".join(gzip.compress(content[at : at + 100]) for at in range(0, len(content), 100)) + bytes(100_000)
+        ),
+    }
+    paths = [folder / name for name in packings]
+    for seed, (path, pack) in enumerate(zip(paths, packings.values(), strict=True)):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(pack(b"\n".join([GOOD, *mixed(event_line, 30, seed=seed)])))
+    utf16 = "\n".join([event_line(1, "wide", payload="ü🙂"), "bad ü", "", event_line(2)])
+    (folder / "utf16.json").write_bytes(utf16.encode("utf-16"))
+    (folder / "utf16.json.gz").write_bytes(gzip.compress(utf16.encode("utf-16")))
     two = folder / "two members.jsonl.gz"
     two.write_bytes(gzip.compress(b"bad 1\nbad") + gzip.compress(b" 2\n\n" + event_line().encode()))
-    (folder / "empty.json").write_bytes(b"")
-    (folder / "empty.json.gz").write_bytes(b"")
     (folder / "mark.json").write_bytes(b"\xef\xbb\xbf" + event_line().encode() + b"\nbad\n")
-    everything = sorted(folder.iterdir())
+    everything = sorted((path for path in folder.rglob("*") if path.is_file()), key=str)
+    (folder / "empty.json").write_bytes(b"")
+    (folder / "empty.json.gz").write_bytes(gzip.compress(b""))
+    (folder / "notes.txt").write_bytes(b"")
     report = read_files(folder, paths[0])
+    assert {entry.reason.split()[0]: entry.files for entry in report.left_out} == {"empty": 2, "the": 1}
+    assert report.bytes == sum(path.stat().st_size for path in everything)
     assert [file.path for file in report.files] == [str(path) for path in everything]
     marked = folder / "mark.json"
     assert_as_plain_python(report, *everything)
@@ -238,7 +271,72 @@ def test_a_rule_that_fails_is_named(
         read_files(path, rules=[rule])
 
 
-def test_a_damaged_file_is_refused_before_spark_is_asked(tmp_path: Path, event_line: Callable[..., str]) -> None:
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_arrays_and_objects_over_several_lines_are_read(
+    tmp_path: Path,
+    event_line: Callable[..., str],
+    read_files: Callable[..., ReadReport],
+    indent: int | None,
+    pack: Callable[[bytes], bytes],
+) -> None:
+    events = [json.loads(event_line(number, number=number, payload={"x": '}]"\\{'})) for number in range(1, 2_001)]
+    events[500]["actor"]["id"] = "bad"
+    text = json.dumps(events, indent=indent)
+    (tmp_path / "array.json").write_bytes(pack(text.encode()))
+    (tmp_path / "utf16.json").write_bytes(pack(text.encode("utf-16")))
+    (tmp_path / "objects.json").write_bytes(pack("\n".join(json.dumps(e, indent=indent or 2) for e in events).encode()))
+    report = read_files(tmp_path)
+    assert (report.lines, report.events, report.quarantined, report.blank) == (6_000, 5_997, 3, 0)
+    assert [file.lines for file in report.files] == [2_000] * 3
+    assert set(events_in(report).values()) == {3}
+    for path, line, reason, raw in quarantine_in(report):
+        assert reason == "actor.id: expected a whole number, got a string"
+        assert json.loads(raw) == events[500]
+        content = unpack(Path(path).read_bytes())
+        before, found, _ = b"".join(content.splitlines(keepends=True)[line - 1 :]).partition(raw.encode())
+        assert found
+        assert b"\n" not in before
+
+
+BROKEN: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": lambda text: gzip.compress(text)[:-20],
+    "gzip with junk": lambda text: gzip.compress(text) + b"junk",
+    "bzip2": lambda text: bz2.compress(text)[:-20],
+    "bzip2 broken": lambda text: bz2.compress(text)[:-200] + bytes(200),
+    "zstd": lambda text: zstd(text)[:-20],
+    "UTF-16": lambda text: text.decode().encode("utf-16")[:-1],
+    "array": lambda text: b"[" + b",".join(text.splitlines()),
+    "array with junk": lambda text: b"[" + b",".join(text.splitlines()) + b",5]",
+}
+
+
+def test_files_that_are_damaged_beyond_their_heads_are_named_and_nothing_is_published(
+    tmp_path: Path, event_line: Callable[..., str], flow: BatchFlow
+) -> None:
+    draw = random.Random(1)  # noqa: S311  what can't be packed, no secret
+    lines = [event_line(n, number=n, payload=draw.randbytes(300).hex()) for n in range(1, 1_001)]
+    text = "\n".join(lines).encode() + b"\n"
+    (tmp_path / "in").mkdir()
+    good = tmp_path / "in" / "good.json"
+    good.write_bytes(text)
+    before = flow.read([str(good)])
+    for kind, damage in BROKEN.items():
+        (tmp_path / "in" / f"{kind}.json").write_bytes(damage(text))
+        with pytest.raises(InputError, match=f"/in/{kind}.json is damaged: ") as caught:
+            flow.read([str(good), str(tmp_path / "in" / f"{kind}.json")])
+        assert "Get the file again" in caught.value.way_out
+    # The first block of bzip2 is all of it, so that the look sees them.
+    for kind in ("bzip2", "bzip2 broken"):
+        (tmp_path / "in" / f"{kind}.json").unlink()
+    with pytest.raises(InputError, match="6 files can't be read: ") as caught:
+        flow.read([str(tmp_path / "in")])
+    assert caught.value.message.count(" is damaged: ") == 5
+    assert caught.value.message.endswith("And 1 more.")
+    assert flow.artifacts.newest(ReadReport) == before
+
+
+def test_a_damaged_small_file_is_refused_before_spark_is_asked(tmp_path: Path, event_line: Callable[..., str]) -> None:
     good, bad = tmp_path / "a.json", tmp_path / "b.json.gz"
     good.write_text(event_line())
     bad.write_bytes(gzip.compress(event_line().encode() * 50)[:-9])
@@ -250,18 +348,48 @@ def test_a_damaged_file_is_refused_before_spark_is_asked(tmp_path: Path, event_l
         read.read_events(no_session, [str(good), str(bad)], tmp_path / "out", BUILT_IN_RULES)
 
 
-def test_a_file_that_grows_meanwhile_is_noticed(
-    tmp_path: Path, event_line: Callable[..., str], spark: SparkHandle
+@pytest.mark.parametrize("change", ["grows", "shrinks", "goes"])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_file_that_changes_meanwhile_is_one_error_that_names_it(
+    tmp_path: Path, event_line: Callable[..., str], spark: SparkHandle, change: str, pack: Callable[[bytes], bytes]
 ) -> None:
     path, target = tmp_path / "in.json", tmp_path / "out"
-    path.write_text(event_line() + "\n")
+    path.write_bytes(pack(event_line().encode() + b"\n"))
     target.mkdir()
 
-    def grow_and_start() -> Any:
-        with path.open("a") as file:
-            file.write(event_line(2) + "\n")
+    def change_and_start() -> Any:
+        if change == "goes":
+            path.unlink()
+        else:
+            path.write_bytes(pack((event_line(2) + "\n").encode() * (2 if change == "grows" else 0)))
         return spark.session()
 
-    with pytest.raises(PermanentError, match="1 lines went in, but 2 events, 0 quarantined") as caught:
-        read.read_events(grow_and_start, [str(path)], target, BUILT_IN_RULES)
-    assert "at rest" in caught.value.way_out
+    with pytest.raises(
+        InputError, match=r"in\.json (changed while it was read: |can't be read .No such file)"
+    ) as caught:
+        read.read_events(change_and_start, [str(path)], target, BUILT_IN_RULES)
+    assert "at rest" in caught.value.way_out or "executors" in caught.value.way_out
+
+
+def test_progress_is_logged_with_files_megabytes_and_seconds_left(
+    tmp_path: Path,
+    event_line: Callable[..., str],
+    read_files: Callable[..., ReadReport],
+    logged: Callable[..., io.StringIO],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(read, "_PROGRESS_SECONDS", 0.01)
+    monkeypatch.setattr(read, "_largest_piece", lambda *_: 1_000_000)
+    stream = logged(GHSYNC_LOG_FORMAT="json")
+    for number in range(6):
+        (tmp_path / f"{number}.json").write_text((event_line(number + 1) + "\n") * 3_000)
+    report = read_files(tmp_path)
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    progress = [line for line in lines if line["event"] == "reading" and "seconds_left" in line]
+    assert progress
+    size = report.bytes >> 20
+    for line in progress:
+        done, _, total = line["files"].partition(" of ")
+        assert (0 < int(done) <= 6, total) == (True, "6")
+        assert line["megabytes"].endswith(f" of {size}")
+        assert line["seconds_left"] >= 0

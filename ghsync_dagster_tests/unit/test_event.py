@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -13,13 +14,14 @@ from hypothesis import strategies as st
 from odd_lines import ACTOR, EVENT, GOOD, INT64, KINDS, Odd, encoded, line
 
 from ghsync_dagster.domain.errors import ConfigError
-from ghsync_dagster.domain.event import Actor, Event, Refused, Repo, _Pairs, event_decoder
+from ghsync_dagster.domain.event import Actor, Event, Refused, Repo, _Pairs, event_decoder, latest_time
 from ghsync_dagster.domain.user import BUILT_IN_RULES, Rule
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-decide = event_decoder(BUILT_IN_RULES)
+NOW = datetime(2026, 11, 30, 12, tzinfo=UTC)
+decide = event_decoder(BUILT_IN_RULES, latest_time(NOW))
 
 
 @pytest.mark.parametrize("odd", KINDS, ids=lambda odd: odd.name)
@@ -86,13 +88,15 @@ def test_a_repeated_key_of_the_actor_is_refused_however_it_is_spelled(name: str,
 
 def test_a_rule_of_a_project_refuses_with_its_words() -> None:
     rule = Rule("no_octo", "login", "login must not be octo", holds=lambda login: login != "octo")
-    assert event_decoder([*BUILT_IN_RULES, rule])(GOOD) == Refused('login must not be octo, got "octo" (no_octo)')
+    assert event_decoder([*BUILT_IN_RULES, rule], latest_time(NOW))(GOOD) == Refused(
+        'login must not be octo, got "octo" (no_octo)'
+    )
 
 
 def test_a_rule_that_fails_is_named_in_a_clear_error() -> None:
     rule = Rule("first_letter", "login", "login must start with o", holds=lambda login: login[7] == "o")
     with pytest.raises(ConfigError, match=r"Rule first_letter fails on a login of 4 characters .*IndexError"):
-        event_decoder([rule])(GOOD)
+        event_decoder([rule], latest_time(NOW))(GOOD)
 
 
 def test_rules_are_tried_in_the_order_of_fields_and_declaration() -> None:
@@ -101,6 +105,75 @@ def test_rules_are_tried_in_the_order_of_fields_and_declaration() -> None:
     assert outcome.reason.endswith("(user_id_positive)")
     assert isinstance(outcome := decide(line(actor={"login": "ö" * 300})), Refused)
     assert outcome.reason.endswith("(login_format)")
+
+
+@pytest.mark.parametrize(
+    ("text", "utc"),
+    [
+        ("2015-01-01T15:00:00.000Z", "2015-01-01T15:00:00Z"),
+        ("2015-01-01T15:00:00.999999999Z", "2015-01-01T15:00:00Z"),
+        ("2015-01-01T15:00:00,5Z", "2015-01-01T15:00:00Z"),
+        ("2015-01-01T15:00:00z", "2015-01-01T15:00:00Z"),
+        ("2015-01-01T15:00:00+00:00", "2015-01-01T15:00:00Z"),
+        ("2015-01-01T00:30:00+01:00", "2014-12-31T23:30:00Z"),
+        ("2015-01-01T15:00:00-0330", "2015-01-01T18:30:00Z"),
+        ("2015-01-01 15:00:00 UTC", "2015-01-01T15:00:00Z"),
+        ("2015-01-01 15:00:00.123456 UTC", "2015-01-01T15:00:00Z"),
+        ("2015-01-01 15:00:00.123+00", "2015-01-01T15:00:00Z"),
+        ("0999-01-01T15:00:00.1Z", "0999-01-01T15:00:00Z"),
+    ],
+)
+def test_times_as_exports_have_them_are_the_times_of_github(text: str, utc: str) -> None:
+    assert decide(line(created_at=text)) == decide(line(created_at=utc))
+    assert isinstance(outcome := decide(line(created_at=text)), Event)
+    assert outcome.created_at == utc
+
+
+def test_events_of_the_future_are_refused_by_the_callers_clock() -> None:
+    def outcome(at: datetime) -> Event | Refused | None:
+        return decide(line(created_at=at.strftime("%Y-%m-%dT%H:%M:%SZ")))
+
+    assert isinstance(outcome(NOW), Event)
+    assert isinstance(outcome(NOW + timedelta(days=1)), Event)
+    for late in (NOW + timedelta(days=1, seconds=1), datetime(9999, 12, 31, tzinfo=UTC)):
+        assert isinstance(refused := outcome(late), Refused)
+        assert refused.reason.startswith("created_at must not be more than a day in the future, got ")
+        assert refused.reason.endswith("(event_not_in_future)")
+    # The zone counts.
+    assert isinstance(decide(line(created_at="2026-12-01T13:30:00+02:00")), Event)
+    assert isinstance(decide(line(created_at="2026-12-01T11:30:00-02:00")), Refused)
+
+
+LONE = [rb"\ud83d", rb"\uDE00", rb"\ud83d\ud83d\ude00", rb"\\\ud800", rb"\udc00x\ud800"]
+
+
+@pytest.mark.parametrize("lone", LONE)
+@pytest.mark.parametrize(
+    "place", [b'"payload":"%s"', b'"payload":{"a":["%s"]}', b'"extra%s":1', b'"x%s":1,"x\\ue000":2']
+)
+def test_a_lone_surrogate_in_what_nobody_uses_is_no_reason(lone: bytes, place: bytes) -> None:
+    event = {name: value for name, value in EVENT.items() if name != "payload"}
+    assert decide(encoded(event)[:-1] + b"," + place.replace(b"%s", lone) + b"}") == decide(encoded(event))
+
+
+@pytest.mark.parametrize("lone", LONE)
+@pytest.mark.parametrize("name", ["login", "url", "gravatar_id"])
+def test_a_lone_surrogate_in_a_used_field_is_refused(lone: bytes, name: str) -> None:
+    outcome = decide(line(actor={name: "XX"}, payload="YY").replace(b"XX", lone).replace(b"YY", lone))
+    assert isinstance(outcome, Refused)
+    assert outcome.reason.startswith("malformed JSON: ")
+
+
+def test_what_is_wrong_beside_a_lone_surrogate_is_told() -> None:
+    def with_lone(text: bytes) -> str:
+        outcome = decide(text.replace(b"YY", rb"\ud800"))
+        assert isinstance(outcome, Refused)
+        return outcome.reason
+
+    assert with_lone(line(payload="YY", actor={"id": "9"})) == "actor.id: expected a whole number, got a string"
+    assert with_lone(line(payload="YY")[:-1] + b',"id":"2"}') == "key id stands more than once"
+    assert with_lone(line(payload="YY")[:-1] + b',"YY":1,"YY":1}') == r'key "\ud800" stands more than once'
+    assert with_lone(line(payload="YY")[:-3]).startswith("malformed JSON: ")
 
 
 # Times depend on what else the machine does.
@@ -118,7 +191,9 @@ good_events = st.fixed_dictionaries(
     {
         "id": st.integers(0, INT64).map(str),
         "type": st.text(characters, min_size=1),
-        "created_at": st.datetimes().map(lambda at: at.strftime("%Y-%m-%dT%H:%M:%SZ").rjust(20, "0")),
+        "created_at": st.datetimes(max_value=NOW.replace(tzinfo=None)).map(
+            lambda at: at.strftime("%Y-%m-%dT%H:%M:%SZ").rjust(20, "0")
+        ),
         "actor": st.fixed_dictionaries(
             {"id": st.integers(1, INT64), "login": logins, "url": urls, "avatar_url": urls},
             optional={"gravatar_id": st.none() | st.text(characters, max_size=255)},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import multiprocessing
 import os
 from pathlib import Path
@@ -19,12 +20,13 @@ from ghsync_dagster.batch.reports import (
     Artifacts,
     FileCount,
     FlattenReport,
+    LeftOut,
     LoadReport,
     ReadReport,
     count_rows,
 )
 from ghsync_dagster.domain.errors import ConfigError
-from ghsync_dagster.observability.report import draw
+from ghsync_dagster.observability.report import batch_summary, draw
 
 READ = ReadReport(
     events_path="/e",
@@ -199,10 +201,37 @@ def test_rows_are_counted_over_all_parts(tmp_path: Path) -> None:
     assert count_rows(tmp_path) == 7
 
 
+def test_what_is_left_out_is_told_in_the_summary(artifacts: Artifacts) -> None:
+    names = [f"/in/{number}.txt" for number in range(20)]
+    artifacts.publish(msgspec.structs.replace(READ, left_out=[LeftOut("no [b]known[/b] name", 1_234, names)]))
+    summary = batch_summary(artifacts, [], ok=True)
+    assert summary["left_out"] == [{"reason": "no [b]known[/b] name", "files": 1_234, "names": names}]
+    drawn = io.StringIO()
+    Console(file=drawn, width=300).print(draw(summary))
+    shown = "1,234 file(s), no [b]known[/b] name: /in/0.txt, /in/1.txt, /in/2.txt, /in/3.txt, /in/4.txt and 1,229 more"
+    assert shown in drawn.getvalue()
+
+
+def test_a_report_of_an_earlier_version_is_read(artifacts: Artifacts) -> None:
+    artifacts.publish(READ)
+    file = artifacts.root / "read.json"
+    old = {name: value for name, value in json.loads(file.read_text()).items() if name not in ("bytes", "left_out")}
+    file.write_text(json.dumps(old))
+    assert artifacts.newest(ReadReport) == READ
+
+
 def test_what_comes_from_the_input_is_no_markup_in_the_summary() -> None:
     reason = "key [/x] stands more than once, with an optional [bot]"
     check = {"check": "quarantine", "passed": False, "summary": "1 line [/y]", "way_out": "Mend [/z]."}
-    summary = {"checks": [check], "lines": 2, "files": ["a.json"], "events": 1, "quarantined": 1, "phases": {}}
+    summary = {
+        "checks": [check],
+        "lines": 2,
+        "files": ["a.json"],
+        "events": 1,
+        "quarantined": 1,
+        "left_out": [],
+        "phases": {},
+    }
     drawn = io.StringIO()
     Console(file=drawn, width=200).print(draw(summary | {"reasons": {reason: 1}}))
     for words in (f"{reason}: 1", "1 line [/y]", "way out: Mend [/z].", "FAILED"):

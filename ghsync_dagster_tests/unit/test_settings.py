@@ -122,15 +122,38 @@ def test_a_name_that_is_nearly_a_setting_s_is_refused_with_that_one(
 
 
 def test_the_sample_is_for_the_local_mongodb_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert load_settings().events() == "data/sample_data.json"
+    assert load_settings().events() == ["data/sample_data.json"]
     monkeypatch.setenv("MONGODB_URI", SECRET)
     with pytest.raises(ConfigError, match="No events are named") as caught:
         load_settings().events()
     assert "PLANTED" not in repr(caught.value)
-    assert load_settings().events("named") == "named"
+    assert load_settings().events(["named", "more"]) == ["named", "more"]
     monkeypatch.setenv("GHSYNC_EVENTS_PATH", "data/sample_data.json")
-    assert load_settings().events() == "data/sample_data.json"
-    assert load_settings().events("named") == "named"
+    assert load_settings().events() == ["data/sample_data.json"]
+    assert load_settings().events(["named", "more"]) == ["named", "more"]
+
+
+@pytest.mark.parametrize(
+    ("text", "paths"),
+    [
+        ('["a b.json", "more/*.gz"]', ["a b.json", "more/*.gz"]),
+        ('["[12].json"]', ["[12].json"]),
+        ("[12].json", ["[12].json"]),
+        ("[12]", ["[12]"]),
+        ("[a-c]*.json", ["[a-c]*.json"]),
+        ("[]", ["[]"]),
+        ('["a.json", 1]', ['["a.json", 1]']),
+        ('"a.json"', ['"a.json"']),
+        ("a.json:b,c;d e.json", ["a.json:b,c;d e.json"]),
+        ("a\nb.json", ["a\nb.json"]),
+    ],
+)
+def test_several_paths_are_a_json_list_and_all_else_is_one_path(
+    monkeypatch: pytest.MonkeyPatch, text: str, paths: list[str]
+) -> None:
+    monkeypatch.setenv("GHSYNC_EVENTS_PATH", text)
+    assert load_settings().events() == paths
+    assert load_settings().events(["x", text]) == ["x", *paths]
 
 
 def test_a_name_like_nothing_of_ours_has_no_suggestion(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,10 @@ import pytest
 
 from ghsync_dagster.batch import versions
 from ghsync_dagster.batch.reports import Artifacts, FlattenReport, ReadReport
-from ghsync_dagster.batch.versions import UNKNOWN, code_version, look_at, version_of
+from ghsync_dagster.batch.versions import UNKNOWN, InputState, code_version, state_of, version_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
 
@@ -26,6 +26,11 @@ def files(tmp_path: Path) -> list[Path]:
     for file in found:
         file.write_text("one\n")
     return found
+
+
+def of(files: Sequence[Path]) -> InputState:
+    """Return the state of files."""
+    return state_of(map(str, files))
 
 
 def same_length_and_time(file: Path) -> None:
@@ -55,18 +60,27 @@ def longer(file: Path) -> None:
 
 
 def test_files_that_nobody_touched_have_one_version_in_any_order(files: list[Path]) -> None:
-    assert look_at(files).version == look_at(reversed(files)).version
+    assert of(files).version == of(files[::-1]).version
 
 
 @pytest.mark.parametrize("change", [same_length_and_time, replaced, renamed, longer])
 def test_any_change_of_a_file_makes_another_version(files: list[Path], change: Callable[[Path], None]) -> None:
-    before = look_at(files).version
+    before = of(files).version
     change(files[1])
-    assert look_at(sorted(files[0].parent.iterdir())).version != before
+    assert of(sorted(files[0].parent.iterdir())).version != before
 
 
 def test_a_file_more_or_less_makes_another_version(files: list[Path]) -> None:
-    assert len({look_at(files[:count]).version for count in range(3)}) == 3
+    assert len({of(files[:count]).version for count in range(3)}) == 3
+
+
+def test_a_state_holds_for_its_own_files_alone(files: list[Path]) -> None:
+    before, read = of(files), {str(file) for file in files}
+    assert before.still_holds(read)
+    assert before.still_holds({str(files[0])})
+    assert not before.still_holds(read | {str(files[0].with_name("new.json"))})
+    files[1].unlink()
+    assert not before.still_holds(read)
 
 
 def test_parts_do_not_run_into_each_other() -> None:

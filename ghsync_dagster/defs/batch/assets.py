@@ -63,7 +63,7 @@ class ReadConfig(dg.Config):
     """What the launchpad may set for ``raw_events``."""
 
     events_path: str | None = None
-    """File, folder or glob of events; empty: GHSYNC_EVENTS_PATH."""
+    """File, folder or glob of events, several as a JSON list; empty: GHSYNC_EVENTS_PATH."""
 
 
 with without_beta_notices():
@@ -86,7 +86,7 @@ with without_beta_notices():
     def event_files(batch: BatchResource) -> Iterator[dg.ObserveResult]:
         """Look at the input files."""
         with as_failure():
-            state = batch.flow.look_at_input([batch.settings().events()])
+            state = batch.flow.look_at_input(batch.settings().events())
         yield dg.ObserveResult(
             EVENT_FILES, data_version=dg.DataVersion(state.version), metadata=metadata.of_input(state)
         )
@@ -124,16 +124,16 @@ def read_events(
 ) -> Iterator[dg.MaterializeResult[None]]:
     """Read the input files; every line becomes an event, a quarantined line, or is blank."""
     with as_failure():
-        events = batch.settings().events(config.events_path)
+        events = batch.settings().events([config.events_path] if config.events_path else ())
         # Without it the run has no target.
         if context.job_def.has_node_named("mongo_users"):
             batch.flow.check_first()
         batch.flow.spark.warm_up()
-        report = batch.flow.read([events])
+        report = batch.flow.read(events)
     context.log_event(
         dg.AssetObservation(
             EVENT_FILES,
-            metadata={"files": len(report.files), "lines": report.lines, "path": dg.MetadataValue.path(events)},
+            metadata={"files": len(report.files), "lines": report.lines, "paths": metadata.of_paths(events)},
             tags={"dagster/data_version": report.input_version},
         )
     )

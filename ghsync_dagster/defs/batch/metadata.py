@@ -44,6 +44,11 @@ def of_input(state: InputState) -> Metadata:
     }
 
 
+def of_paths(events_paths: Sequence[str]) -> dg.MetadataValue[Any]:
+    """Return paths, folders or globs as the UI shows them: one as a path, several as a list."""
+    return dg.MetadataValue.path(events_paths[0]) if len(events_paths) == 1 else dg.MetadataValue.json([*events_paths])
+
+
 def of_events(report: ReadReport) -> Metadata:
     """Return the metadata of ``raw_events``."""
     from ghsync_dagster.observability.plots import events_over_time
@@ -55,6 +60,14 @@ def of_events(report: ReadReport) -> Metadata:
         "quarantined": report.quarantined,
         "blank": report.blank,
         "files": len(report.files),
+        "files_left_out": sum(entry.files for entry in report.left_out),
+        "left_out": _table(
+            {"reason": "string", "files": "integer", "first": "string"},
+            (
+                {"reason": entry.reason, "files": entry.files, "first": ", ".join(entry.names)}
+                for entry in report.left_out
+            ),
+        ),
         **_speed(report.events, report.seconds),
         "location": dg.MetadataValue.path(report.events_path),
         "input": _table(

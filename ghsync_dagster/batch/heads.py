@@ -1,0 +1,215 @@
+"""What the head of a file says about its kind: events that can be read, or something else and the way to make it that.
+
+Belongs here: the judgement of a head's bytes. Not here: opening files, or the judgement of single lines: where any line
+of the head is an event's, what else is in there is left to these.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import json
+import re
+import shlex
+from pathlib import PurePath
+from typing import Any, Final
+
+import msgspec
+
+from ghsync_dagster.domain.errors import InputError
+
+_KEY: Final = re.compile(rb'"(?:[^"\\]|\\.)*"\s*:')
+_HOUR: Final = re.compile(r"\d{4}-\d{2}-\d{2}-\d{1,2}")
+_TAR: Final = slice(257, 262)
+_FEW_NULS: Final = 100
+_CSV_MARKS: Final = ",;\t"
+_CSV_FIELDS: Final = 3
+_CSV_HEAD: Final = 1 << 16
+_CSV_WORDS: Final = frozenset(
+    {"id", "type", "created_at", "actor", "actor_id", "login", "repo", "repo_name", "user_id"}
+)
+_FROM_PARQUET: Final = (
+    "import sys, pandas; pandas.read_parquet(sys.argv[1]).to_json(sys.argv[2], orient='records', lines=True, "
+    "date_format='iso')"
+)
+_UNPACK: Final = (
+    (b"PK\x03\x04", "a zip archive", "python3 -m zipfile -e {path} {folder}"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z x {path} -o{folder}"),
+    (b"\xfd7zXZ", "compressed with xz", "xz -dc {path} > {plain}"),
+    (b"\x04\x22\x4d\x18", "compressed with lz4", "lz4 -dc {path} > {plain}"),
+    (b"\x1f\x9d", "compressed with compress", "gunzip -c {path} > {plain}"),
+    (b"\x1f\x8b", "compressed twice", "gunzip -c {path} > {plain}.gz"),
+    (b"PAR1", "a Parquet file", f'.venv/bin/python -c "{_FROM_PARQUET}" {{path}} {{plain}}'),
+    (b"ORC", "an ORC file", ""),
+    (b"Obj\x01", "an Avro file", ""),
+    (b"SQLite format 3", "an SQLite database", ""),
+    (b"%PDF", "a PDF document", ""),
+    (codecs.BOM_UTF32_LE, "UTF-32 text", "iconv -f UTF-32 -t UTF-8 {path} > {plain}"),
+    (codecs.BOM_UTF32_BE, "UTF-32 text", "iconv -f UTF-32 -t UTF-8 {path} > {plain}"),
+)
+
+
+class _Parts(msgspec.Struct):
+    actor: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+_decode_parts: Final = msgspec.json.Decoder(_Parts).decode
+
+
+def has_lines(path: str, raw: bytes, text: bytes) -> bool:
+    """Tell whether a file holds an event a line; else it holds a JSON array, or objects one after the other.
+
+    Args:
+        path: The file, for the error.
+        raw: The head of the file.
+        text: What it unpacks to, in UTF-8; the last line may be cut.
+
+    Raises:
+        InputError: It is of another kind; the way out makes it one that can be read.
+    """
+    if _is_event(text.partition(b"\n")[0]) and text.count(b"\0") < _FEW_NULS:
+        return True
+    for content in (raw, text) if text is not raw else (raw,):
+        _refuse_other_kinds(path, content, packed=content is raw and text is not raw)
+    lines = text.split(b"\n")
+    if sum(b"\x00" in line for line in lines) * 2 > len(lines):
+        raise _not_text(path, text)
+    content = text.removeprefix(codecs.BOM_UTF8).lstrip()
+    first, _, rest = content.partition(b"\n")
+    second = rest.lstrip().partition(b"\n")[0]
+    shaped = (content.startswith(b"[") and _begins_array(first, second)) or (
+        content.startswith(b"{") and bool(second) and not _is_json(first) and _spans_lines(content, second)
+    )
+    if shaped or not any(_is_object(line) for line in lines):
+        _refuse_other_text(path, content)
+    _refuse_payloads(path, content if shaped else first)
+    return not shaped
+
+
+def _is_event(line: bytes) -> bool:
+    """Tell at little cost whether a line is an event in all likelihood: most files are of nothing else."""
+    try:
+        return _decode_parts(line).actor is not msgspec.UNSET
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+
+
+def _refuse_other_kinds(path: str, head: bytes, *, packed: bool) -> None:
+    if head[_TAR] == b"ustar":
+        raise _other(path, "a tar archive", "mkdir -p {folder} && tar -xf {path} -C {folder}", "then name the folder")
+    if packed:
+        return
+    for magic, words, command in _UNPACK:
+        if head.startswith(magic):
+            then = "then name the folder" if "{folder}" in command else "then name the new file"
+            raise _other(path, words, command, then)
+
+
+def _other(path: str, words: str, command: str, then: str) -> InputError:
+    """Return the error of a file of another kind, with the command that makes it one that can be read."""
+    stem = str(PurePath(path).with_name(PurePath(path).name.split(".")[0] or "events"))
+    names = {"path": path, "folder": f"{stem}-unpacked", "plain": f"{stem}-events.jsonl"}
+    quoted = {name: shlex.quote(value) for name, value in names.items()}
+    way_out = (
+        f"{command.format(**quoted)} ; {then}." if command else "Export the events as JSON lines; then name these."
+    )
+    return InputError(f"{path} is {words}, not JSON of events.", way_out=way_out)
+
+
+def _not_text(path: str, text: bytes) -> InputError:
+    even, odd = text[::2].count(b"\0"), text[1::2].count(b"\0")
+    if (even == 0) != (odd == 0):
+        order = "LE" if even == 0 else "BE"
+        command = f"iconv -f UTF-16{order} -t UTF-8 {{path}} > {{plain}}"
+        return _other(path, "UTF-16 text without a byte order mark", command, "then name the new file")
+    return InputError(
+        f"{path} is not text: it is full of NUL bytes.",
+        way_out="Get the file again: what was written into it did not reach the disk.",
+    )
+
+
+def _refuse_other_text(path: str, content: bytes) -> None:
+    """Refuse text that is certainly no JSON."""
+    start = content[:4096].lower()
+    hour = _HOUR.match(PurePath(path).name)
+    again = (
+        f"rm {shlex.quote(path)} ; ghsync fetch {hour.group()} --target {shlex.quote(str(PurePath(path).parent))}"
+        if hour
+        else "Get the file again from where it comes from, with a login if that asks for one"
+    )
+    if start.startswith((b"<!doctype html", b"<html")):
+        raise InputError(f"{path} is a web page (HTML), not JSON of events.", way_out=f"{again}, or remove it.")
+    if start.startswith(b"<"):
+        raise InputError(
+            f"{path} is XML, as a server's error message is, not JSON of events.", way_out=f"{again}, or remove it."
+        )
+    if _is_csv(content):
+        raise InputError(
+            f"{path} is a table with separators (CSV), not JSON of events.",
+            way_out="Export the events as JSON lines (newline-delimited JSON), as BigQuery and ClickHouse can; "
+            "then name the new file.",
+        )
+
+
+def _is_csv(content: bytes) -> bool:
+    lines = content[:_CSV_HEAD].decode("utf-8", "replace").splitlines()[:2]
+    for mark in _CSV_MARKS:
+        rows = list(csv.reader(lines, delimiter=mark))
+        if rows and len(rows[0]) >= _CSV_FIELDS and len({len(row) for row in rows}) == 1:
+            return bool(_CSV_WORDS & {cell.strip().lower().replace(".", "_") for cell in rows[0]})
+    return False
+
+
+def _refuse_payloads(path: str, text: bytes) -> None:
+    """Refuse what GitHub sends to a webhook: it has no id, type and time of an event."""
+    value = _first_value(text)
+    if not isinstance(value, dict):
+        return
+    value = value.get("payload", value) if "actor" not in value else value
+    if isinstance(value, dict) and "actor" not in value and "sender" in value:
+        raise InputError(
+            f"{path} holds payloads of a webhook (sender, no actor), not GitHub events.",
+            way_out="Get the events themselves: gh api repos/OWNER/REPOSITORY/events > events.json, or ghsync fetch "
+            "2015-01-01-15 for an hour of all; then name the new file.",
+        )
+
+
+def _first_value(text: bytes) -> Any:  # noqa: ANN401  any JSON
+    start = text.lstrip(b"[ \t\r\n").decode("utf-8", "replace")
+    try:
+        # As text, because Python refuses to make an int of very many digits.
+        return json.JSONDecoder(parse_int=str).raw_decode(start)[0]
+    except (ValueError, RecursionError):
+        return None
+
+
+def _begins_array(first: bytes, second: bytes) -> bool:
+    """Tell an array of events from a bad first line: after that the next line stands by itself."""
+    inner = first.strip()[1:].lstrip()[:1]
+    return inner in (b"", b"{", b"]") and (
+        not second or first.rstrip().endswith((b"[", b",")) or not (_is_json(first) or _is_json(second))
+    )
+
+
+def _spans_lines(text: bytes, second: bytes) -> bool:
+    """Tell whether the first JSON object of a text goes on over its line end."""
+    if _KEY.match(second) and not _is_json(second):
+        return True
+    content = text.decode("utf-8", "replace")
+    try:
+        _, end = json.JSONDecoder(parse_int=str).raw_decode(content)
+    except (ValueError, RecursionError):
+        return False
+    return "\n" in content[:end]
+
+
+def _is_object(line: bytes) -> bool:
+    return line.lstrip()[:1] == b"{" and _is_json(line)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        msgspec.json.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return True
