@@ -341,7 +341,7 @@ def fetch_jars(stamps: Stamps) -> None:
     """Have the installed project fetch its jars into the cache."""
     if not stamps.pending(JARS_LOCK):
         return
-    with phase("jars", "some 260 MB are fetched the first time"):
+    with phase("jars"):
         run([".venv/bin/python", "-m", "ghsync_dagster.local.jars"], "Jars could not be fetched", "see above")
         stamps.mark(JARS_LOCK)
 
