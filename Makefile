@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 BOOTSTRAP := $(PYTHON) ghsync_dagster/local/bootstrap.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev ready packages run cdc test dev check bench bench-batch bench-cdc bench-supervised bench-audit faults lock clean
+.PHONY: help setup setup-dev ready packages run cdc test dev check bench bench-batch bench-cdc bench-supervised bench-audit bench-files faults lock clean
 
 help: ## show these commands
 	@$(PYTHON) -c 'import re; [print("make {:<17}{}".format(*m)) for m in re.findall(r"(?m)^([a-z-]+):.*?## (.+)", open("Makefile").read())]'
@@ -44,7 +44,7 @@ check: packages ## lint, format, types, import rules
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: bench-batch bench-cdc bench-supervised bench-audit ## run all benchmarks against their peers
+bench: bench-batch bench-files bench-cdc bench-supervised bench-audit ## run all benchmarks against their peers
 
 bench-batch: setup-dev ## the batch benchmark
 	@$(BIN)/python -m benchmarks.batch
@@ -57,6 +57,9 @@ bench-supervised: setup-dev ## the benchmark of hand-overs and kills under the s
 
 bench-audit: setup-dev ## the benchmark of the audit against an earlier build
 	@$(BIN)/python -m benchmarks.audit
+
+bench-files: setup-dev ## the benchmark of many files beside one, against an earlier build and Spark's own reader
+	@$(BIN)/python -m benchmarks.files
 
 faults: setup-dev ## the long campaign of kills and races
 	@TEST_FAULT_ROUNDS=30 $(BIN)/python -m pytest -m faults

@@ -363,6 +363,24 @@ def busy_seconds() -> float:
     return float(times.user + times.nice + times.system + times.irq + times.softirq)
 
 
+def earlier_build(commit: str, folder: Path) -> Path:
+    """Unpack a commit's package into a folder.
+
+    Raises:
+        BenchmarkError: The commit is not in this repository.
+    """
+    command = ["git", "archive", commit, "ghsync_dagster"]
+    done = subprocess.run(command, capture_output=True, cwd=PROJECT, check=False, timeout=60)
+    if done.returncode != 0:
+        raise BenchmarkError(
+            f"There is no commit {commit} here: {done.stderr.decode(errors='replace').strip()}. "
+            "Way out: fetch it, or name a folder that holds the earlier ghsync_dagster by --before."
+        )
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
 def tail(path: Path, lines: int = 30) -> str:
     """Return the last lines of a file."""
     return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])

@@ -55,6 +55,7 @@ _SHARING = {
         *("test_kill", "test_load_against_stream", "test_two_loads"),
         *(
             "test_batch_versions",
+            "test_bench_files_short",
             "test_checks_fire",
             "test_flatten",
             "test_lease",
