@@ -8,6 +8,7 @@ Spark and its Python workers are warm when the clock starts: a read of few event
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from contextlib import suppress
@@ -56,6 +57,9 @@ def main() -> None:
     from ghsync_dagster.settings import load_settings
     from ghsync_dagster.wiring import spark_handle
 
+    build = Path(ghsync_dagster.__file__).parent.parent
+    # Spark's Python workers look for packages in the working folder first.
+    os.chdir(build)
     reader, files, scratch = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     read: Callable[[SparkSession, str, Path], int] = {"ours": read_ours, "spark": read_spark}[reader]
     handle = spark_handle(load_settings(GHSYNC_HOME=scratch / "home"))
@@ -68,7 +72,7 @@ def main() -> None:
     events = read(session, files, scratch / "out")
     seconds = time.perf_counter() - began
     taken = {
-        "build": str(Path(ghsync_dagster.__file__).parent.parent),
+        "build": str(build),
         "seconds": round(seconds, 3),
         "cpu_seconds": round(tree_seconds() - cpu, 2),
         "events": events,

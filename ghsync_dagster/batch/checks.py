@@ -81,8 +81,10 @@ def quarantined_ratio(read: ReadReport, max_ratio: float) -> Finding:
         },
         passed=read.events > 0 and read.quarantined_ratio <= max_ratio,
         offenders=offenders,
-        way_out="Look at quarantined_events (file, line, reason); mend the source, point GHSYNC_EVENTS_PATH at other "
-        "files, or raise GHSYNC_MAX_QUARANTINED_RATIO if these lines may be left out.",
+        way_out="Look at quarantined_events (file, line, reason); correct the source, or name other files of GitHub "
+        "events by GHSYNC_EVENTS_PATH"
+        # Without any event no ratio is high enough.
+        + (", or raise GHSYNC_MAX_QUARANTINED_RATIO if these lines may be left out." if read.events else "."),
     )
 
 

@@ -39,7 +39,6 @@ _HIDDEN: Final = "hidden: the name begins with a dot or an underscore"
 _UNKNOWN: Final = f"the name is not of the kind {KNOWN_NAMES}"
 _OWN: Final = "ghsync's own state"
 _EMPTY: Final = "empty"
-_SPARKS_OWN: Final = ("_metadata", "_common_metadata")
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,7 +314,7 @@ def _reason(name: str) -> str | None:
 
 def _is_hidden(name: str) -> bool:
     """Tell whether Spark takes a name for no data: ``_name=value`` is a partition."""
-    return name.startswith(".") or (name.startswith("_") and ("=" not in name or name in _SPARKS_OWN))
+    return name.startswith(".") or (name.startswith("_") and "=" not in name)
 
 
 def _hidden_above(path: str, plain: str) -> str | None:

@@ -156,7 +156,9 @@ def test_a_wrong_file_fails_the_job_with_the_same_message(
     commands: Commands, tmp_path: Path, event_line: Callable[..., str], store: UserStore
 ) -> None:
     path = cut_short(tmp_path, event_line())
-    result = commands.run(*GHSYNC, "run", "--events", str(path))
+    good = tmp_path / "good.json"
+    good.write_text(event_line())
+    result = commands.run(*GHSYNC, "run", "--events", str(good), "--events", str(path))
     assert result.returncode == 2
     messages = [line for line in result.stderr.splitlines() if not line.startswith("{")]
     assert any("error: read_events: InputError: " in line and str(path) in line for line in messages)

@@ -8,6 +8,7 @@ import io
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,13 @@ import pytest
 from odd_lines import GOOD, KINDS
 
 from ghsync_dagster.batch import read
-from ghsync_dagster.batch.reports import ReadReport
+from ghsync_dagster.batch.reports import LeftOut, ReadReport
+from ghsync_dagster.defs.batch import metadata
 from ghsync_dagster.domain.errors import InputError, PermanentError
 from ghsync_dagster.domain.event import RAW_LIMIT, Event, Refused, event_decoder
 from ghsync_dagster.domain.user import BUILT_IN_RULES, Rule
+from ghsync_dagster.settings import load_settings
+from ghsync_dagster.wiring import batch_flow
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -217,6 +221,8 @@ def test_several_files_of_every_form_read_as_in_plain_python(
     (folder / "notes.txt").write_bytes(b"")
     report = read_files(folder, paths[0])
     assert {entry.reason.split()[0]: entry.files for entry in report.left_out} == {"empty": 2, "the": 1}
+    assert metadata.of_events(report)["files_left_out"] == 3
+    assert "notes.txt" in metadata.of_events(report)["left_out"].value
     assert report.bytes == sum(path.stat().st_size for path in everything)
     assert [file.path for file in report.files] == [str(path) for path in everything]
     marked = folder / "mark.json"
@@ -334,6 +340,18 @@ def test_files_that_are_damaged_beyond_their_heads_are_named_and_nothing_is_publ
     assert caught.value.message.count(" is damaged: ") == 5
     assert caught.value.message.endswith("And 1 more.")
     assert flow.artifacts.newest(ReadReport) == before
+
+
+def test_what_a_run_keeps_is_no_input_of_the_next_one(
+    tmp_path: Path, event_line: Callable[..., str], flow: BatchFlow
+) -> None:
+    (tmp_path / "a.json").write_text(event_line())
+    at_home = replace(flow, home=tmp_path)
+    for _ in range(2):
+        report = at_home.read([str(tmp_path)])
+        assert [file.path for file in report.files] == [str(tmp_path / "a.json")]
+    assert report.left_out == [LeftOut("ghsync's own state", 1, [f"{tmp_path}/batch/"])]
+    assert batch_flow(load_settings(GHSYNC_HOME=tmp_path)).home == tmp_path
 
 
 def test_a_damaged_small_file_is_refused_before_spark_is_asked(tmp_path: Path, event_line: Callable[..., str]) -> None:
