@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -15,12 +16,14 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import psutil
 import pytest
 from cdc_parts import free_port
 from playwright.sync_api import BrowserContext, Locator, Page, Response, expect, sync_playwright
 
+from ghsync_dagster.defs.batch.columns import OF_USERS
 from ghsync_dagster.local import stack
 from ghsync_dagster.settings import load_settings
 
@@ -31,6 +34,7 @@ pytestmark = [pytest.mark.ui, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 LINES = 2_000
+REPOSITORY = "https://github.com/example/ghsync"
 CHECKS = {
     "raw_events": ["quarantined_ratio"],
     "users": ["users_valid"],
@@ -42,6 +46,11 @@ CHECKS = {
         "unique_user_id_index",
         "users_complete",
     ],
+}
+GROUPS = {
+    "batch": ["event_files", "raw_events", "quarantined_events", "users"],
+    "cdc": ["mysql_users", "users_changes", "dead_letters"],
+    "target": ["mongo_users"],
 }
 CHROMIUM_FLAGS = [
     "--headless",
@@ -61,6 +70,12 @@ PAGE_SECONDS = 60
 END_SECONDS = 30
 
 
+def sample_lines() -> list[str]:
+    """The first lines of the sample."""
+    with (ROOT / "data" / "sample_data.json").open(encoding="utf-8") as sample:
+        return list(itertools.islice(sample, LINES))
+
+
 @pytest.fixture(scope="module")
 def chromium() -> str:
     """The browser's program."""
@@ -77,12 +92,12 @@ def ui(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
     folder = tmp_path_factory.mktemp("ui")
     settings = load_settings(GHSYNC_HOME=folder / "home")
     events = folder / "events.json"
-    with (ROOT / "data" / "sample_data.json").open(encoding="utf-8") as sample:
-        events.write_text("".join(line for line, _ in zip(sample, range(LINES), strict=False)), encoding="utf-8")
+    events.write_text("".join(sample_lines()), encoding="utf-8")
     environment = {
         **os.environ,
         "GHSYNC_HOME": str(settings.home_dir),
         "GHSYNC_EVENTS_PATH": str(events),
+        "GHSYNC_GIT_URL": REPOSITORY,
     }
     port = free_port()
     command = [sys.executable, "-m", "ghsync_dagster.cli", "dev", "--port", str(port)]
@@ -152,13 +167,18 @@ def processes_on(folder: Path) -> list[str]:
     return [" ".join(arguments) for arguments in found if any(str(folder) in argument for argument in arguments)]
 
 
-def materialize_all(page: Page, ui: str) -> str:
-    """Materialize every asset of the batch flow by the button on its lineage; return the run's id."""
-    page.goto(f"{ui}/locations/ghsync_dagster.definitions/asset-groups/batch/lineage")
-    for asset in (*CHECKS, "quarantined_events"):
+def open_the_graph(page: Page, ui: str) -> None:
+    """See every asset of both halves, in the groups that lead to the collection."""
+    page.goto(f"{ui}/asset-groups?expanded={quote(','.join(f'global@global:{group}' for group in GROUPS))}")
+    for asset in itertools.chain(*GROUPS.values()):
         expect(page.get_by_text(asset, exact=True).first).to_be_visible()
+
+
+def materialize_all(page: Page, ui: str) -> str:
+    """Materialize every asset of both halves by the button on their lineage; return the run's id."""
+    open_the_graph(page, ui)
     with page.expect_response(is_launch) as launch:
-        page.get_by_role("button", name="Materialize all").click()
+        page.get_by_role("button", name="Materialize all (5)").click()
     launched = launch.value.json()["data"]["launchPipelineExecution"]
     assert launched["__typename"] == "LaunchRunSuccess", launched
     return str(launched["run"]["id"])
@@ -202,12 +222,36 @@ def see_green_checks(page: Page, ui: str, asset: str, names: list[str]) -> None:
         expect(entry.first.get_by_role("img", name="check_circle")).to_be_visible()
 
 
-def see_the_lineage(page: Page, ui: str) -> None:
-    """See every asset materialized, and its checks counted as passed, in the graph of the group."""
-    page.goto(f"{ui}/locations/ghsync_dagster.definitions/asset-groups/batch/lineage")
+def see_the_graph(page: Page, ui: str) -> None:
+    """See every asset materialized or observed and in sync, and its checks counted as passed."""
+    open_the_graph(page, ui)
     expect(page.get_by_text("6 / 6 Passed")).to_be_visible()
     expect(page.get_by_text("1 / 1 Passed")).to_have_count(2)
-    expect(page.get_by_text("Materialized", exact=True)).to_have_count(len(CHECKS) + 1)
+    expect(page.get_by_text("Materialized", exact=True)).to_have_count(5)
+    expect(page.get_by_text("Observed", exact=True)).to_have_count(1)
+    expect(page.get_by_text(re.compile("unsynced|upstream changed|code version", re.IGNORECASE))).to_have_count(0)
+
+
+def see_the_collection(page: Page, ui: str) -> None:
+    """See the collection's count, columns with words, what the load did, the freshness and the code."""
+    page.goto(f"{ui}/assets/mongo_users")
+    users = len({json.loads(line)["actor"]["id"] for line in sample_lines()})
+    expect(page.get_by_text(f"{users:,}", exact=True)).to_be_visible()
+    for text in (*OF_USERS.values(), "users_in_files", "inserted", "left_by_reason", "settle"):
+        expect(page.get_by_text(text, exact=True).first).to_be_visible()
+    expect(page.get_by_text("Fails if more than 7 days since last materialization")).to_be_visible()
+    for place in ("blob/main/docs/batch.md", "tree/main/ghsync_dagster/defs/batch/assets.py#L"):
+        expect(page.locator(f"a[href^='{REPOSITORY}/{place}']").first).to_be_visible()
+
+
+def see_the_preset(page: Page, ui: str) -> None:
+    """See a job's launchpad open with its config, complete and without errors."""
+    page.goto(f"{ui}/locations/ghsync_dagster.definitions/jobs/users_sample_job/playground")
+    for text in ("events_path", "max_quarantined_ratio"):
+        expect(page.locator(".CodeMirror-code").get_by_text(text).first).to_be_visible()
+    expect(page.locator(".CodeMirror-code").get_by_text("data/sample_data.json")).to_be_visible()
+    expect(page.get_by_text("No errors")).to_be_visible()
+    expect(page.get_by_role("button", name="Launch Run")).to_be_enabled()
 
 
 def see_the_plot(page: Page, ui: str) -> Locator:
@@ -234,8 +278,12 @@ def test_a_person_materializes_all_and_sees_every_check_pass(
     page.set_viewport_size({"width": 1440, "height": 800})
     for asset, names in CHECKS.items():
         see_green_checks(page, ui, asset, names)
-    page.screenshot(path=screenshots / "mongo_users_checks.png")
     see_the_plot(page, ui).screenshot(path=screenshots / "events_over_time.png")
-    page.set_viewport_size({"width": 1440, "height": 640})
-    see_the_lineage(page, ui)
+    see_the_preset(page, ui)
+    page.screenshot(path=screenshots / "launchpad.png")
+    page.set_viewport_size({"width": 1440, "height": 1920})
+    see_the_collection(page, ui)
+    page.screenshot(path=screenshots / "mongo_users.png")
+    page.set_viewport_size({"width": 1800, "height": 900})
+    see_the_graph(page, ui)
     page.screenshot(path=screenshots / "asset_graph.png")
