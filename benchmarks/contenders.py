@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from benchmarks.harness import Store
 
 EARLIER = "302b9a1"
-"""The build before files were read by executors alone."""
+"""The last build in which the driver read every file, and Spark again."""
 COLLECTION = "Users"
 FIELDS = ("user_id", "login", "gravatar_id", "avatar_url", "url")
 PEERS = Path(__file__).with_name("peers")

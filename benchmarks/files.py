@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import harness
-from benchmarks.contenders import inherited_environment
+from benchmarks.contenders import EARLIER, inherited_environment
 from benchmarks.harness import BenchmarkError
 from benchmarks.results import Ratio, at_most, ratio_table
 
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).with_name("results")
 ROOM_BYTES = 4 * 1024**3
-EARLIER = "6ae1608"
-"""The last build in which the driver read every file, and Spark again."""
 DAY, HOURS = 686_000, 24
 PIECES, SMALL = 80_000, 50_000
 PIECE_FILES = 200

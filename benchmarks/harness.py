@@ -374,7 +374,7 @@ def earlier_build(commit: str, folder: Path) -> Path:
     if done.returncode != 0:
         raise BenchmarkError(
             f"There is no commit {commit} here: {done.stderr.decode(errors='replace').strip()}. "
-            "Way out: fetch it, or name a folder that holds the earlier ghsync_dagster by --before."
+            "Way out: fetch it: git fetch --unshallow."
         )
     with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
         archive.extractall(folder, filter="data")
@@ -554,21 +554,3 @@ def _is_installed(package: str) -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
-
-
-def earlier_build(commit: str, folder: Path) -> Path:
-    """Unpack a commit's package into a folder.
-
-    Raises:
-        BenchmarkError: The commit is not in this repository.
-    """
-    command = ["git", "archive", commit, "ghsync_dagster"]
-    done = subprocess.run(command, capture_output=True, cwd=PROJECT, check=False, timeout=60)
-    if done.returncode != 0:
-        raise BenchmarkError(
-            f"There is no commit {commit} here: {done.stderr.decode(errors='replace').strip()}. "
-            "Way out: fetch it: git fetch --unshallow."
-        )
-    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
-        archive.extractall(folder, filter="data")
-    return folder
