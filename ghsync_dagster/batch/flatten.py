@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ghsync_dagster.batch.reports import FlattenReport, count_rows
 from ghsync_dagster.domain.user import USER_FIELDS
 from ghsync_dagster.observability.logging import get_logger
+from ghsync_dagster.observability.progress import telling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,7 +41,7 @@ def flatten_users(spark: Callable[[], SparkSession], read: ReadReport, target: P
     session = spark()
     partitions = max(session.sparkContext.defaultParallelism, read.events // _EVENTS_PER_PARTITION)
     session.conf.set("spark.sql.shuffle.partitions", str(partitions))
-    with spark_errors("Flattening users"):
+    with telling("flattening"), spark_errors("Flattening users"):
         version = (F.col("created_at"), F.col("id").cast("long").alias("event_id"))
         fields = (F.col(f"actor.{name}") for name in USER_FIELDS[1:])
         newest = (

@@ -7,10 +7,8 @@ its lines is ``batch.decide``'s, which files there are is ``batch.files``'s.
 from __future__ import annotations
 
 import shutil
-import threading
 import time
 from collections import Counter, defaultdict
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
@@ -37,9 +35,10 @@ from ghsync_dagster.batch.reports import FileCount, LeftOut, ReadReport, count_r
 from ghsync_dagster.domain.errors import ConfigError, InputError, PermanentError
 from ghsync_dagster.domain.event import latest_time
 from ghsync_dagster.observability.logging import get_logger
+from ghsync_dagster.observability.progress import telling
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     import pyarrow as pa
@@ -152,7 +151,8 @@ def _decide_all(
         done = pair_of_sums(session)
         task = Task(str(target), tuple(rules), latest_time(datetime.now(UTC)), done)
         numbers = session.range(0, len(tasks), 1, len(tasks))
-        with _progress(lambda: done.value, len(files), sum(file.size for file in files)):
+        size, began = sum(file.size for file in files), time.monotonic()
+        with telling("reading", lambda: _reading(done.value, len(files), size, began), every=_PROGRESS_SECONDS):
             rows = numbers.mapInArrow(task.run, TALLY_SCHEMA).toArrow()
     shutil.rmtree(target / "tasks")
     tallies = [Tally(**row) for row in rows.to_pylist()]
@@ -208,31 +208,13 @@ def _raise_faults(faults: Sequence[str]) -> None:
     raise (ConfigError if kind == ConfigError.__name__ else InputError)(message, way_out=way_out)
 
 
-@contextmanager
-def _progress(done: Callable[[], tuple[int, int]], files: int, size: int) -> Iterator[None]:
-    """Log every few seconds how far the tasks are."""
-    ended = threading.Event()
-    started = time.monotonic()
-
-    def report() -> None:
-        while not ended.wait(_PROGRESS_SECONDS):
-            files_done, bytes_done = done()
-            seconds = time.monotonic() - started
-            left = {"seconds_left": round(seconds * (size - bytes_done) / bytes_done)} if bytes_done else {}
-            log.info(
-                "reading",
-                files=f"{files_done} of {files}",
-                megabytes=f"{bytes_done // _MIB} of {size // _MIB}",
-                **left,
-            )
-
-    reporter = threading.Thread(target=report, name="read-progress", daemon=True)
-    reporter.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        reporter.join()
+def _reading(done: tuple[int, int], files: int, size: int, started: float) -> dict[str, object]:
+    """Return how far the tasks are, in words."""
+    files_done, bytes_done = done
+    seconds = time.monotonic() - started
+    left = {"seconds_left": round(seconds * (size - bytes_done) / bytes_done)} if bytes_done else {}
+    megabytes = f"{bytes_done // _MIB} of {size // _MIB}"
+    return {"files": f"{files_done} of {files}", "megabytes": megabytes, **left}
 
 
 def _keep_parts(folder: Path, names: set[str], schema: pa.Schema) -> None:

@@ -403,7 +403,7 @@ def test_progress_is_logged_with_files_megabytes_and_seconds_left(
         (tmp_path / f"{number}.json").write_text((event_line(number + 1) + "\n") * 3_000)
     report = read_files(tmp_path)
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
-    progress = [line for line in lines if line["event"] == "reading" and "seconds_left" in line]
+    progress = [line for line in lines if line["event"] == "still reading" and "seconds_left" in line]
     assert progress
     size = report.bytes >> 20
     for line in progress:
