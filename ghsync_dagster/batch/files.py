@@ -34,6 +34,7 @@ _KNOWN: Final = re.compile(
     r".*\.(json|jsonl|ndjson)(\.(gz|gzip|bz2|zst))?|part-[\w-]+(\.c\d+)?(\.txt)?(\.(gz|gzip|bz2|zst))?",
     re.IGNORECASE | re.DOTALL,
 )
+_HOUR: Final = re.compile(r"//data\.gharchive\.org/([0-9-]+)\.json\.gz$")
 _SCHEME: Final = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _HIDDEN: Final = "hidden: the name begins with a dot or an underscore"
 _UNKNOWN: Final = f"the name is not of the kind {KNOWN_NAMES}"
@@ -328,9 +329,10 @@ def _hidden_above(path: str, plain: str) -> str | None:
 
 
 def _no_path(spec: str, scheme: str) -> InputError:
+    hour = _HOUR.search(spec)
     ways = {
         "file": f"Name the path itself: {spec[len('file://') :]}",
-        "http": "Get it first, hours of GH Archive by ghsync fetch 2015-01-01-15, else by curl -fLO URL; name it.",
+        "http": f"Get it first: {f'ghsync fetch {hour.group(1)}' if hour else 'curl -fLO URL'}; then name the file.",
         "s3": "Get it first: aws s3 cp --recursive URL FOLDER; then name the folder.",
         "gs": "Get it first: gcloud storage cp --recursive URL FOLDER; then name the folder.",
     }

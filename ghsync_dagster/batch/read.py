@@ -81,10 +81,13 @@ def read_events(
     found = find_files(events_paths, home)
     total = sum(found.sizes.values())
     log.info("looking at the files", files=len(found.sizes), megabytes=total // _MIB, paths=list(events_paths))
-    files = found.look()
-    left_out = found.report()
-    for entry in left_out:
-        log.warning("files left out", reason=entry.reason, files=entry.files, names=entry.names)
+    try:
+        files = found.look()
+    finally:
+        # Told beside a refusal too.
+        left_out = found.report()
+        for entry in left_out:
+            log.warning("files left out", reason=entry.reason, files=entry.files, names=entry.names)
     asked = time.monotonic()
     session = spark()
     # The report's seconds are those of reading, not of a JVM that is still starting.

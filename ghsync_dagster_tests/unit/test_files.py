@@ -275,7 +275,7 @@ def test_what_packs_nothing_is_empty(tmp_path: Path, content: bytes) -> None:
 @pytest.mark.parametrize(
     ("address", "way_out"),
     [
-        ("https://data.gharchive.org/2015-01-01-15.json.gz", "ghsync fetch"),
+        ("https://data.gharchive.org/2015-01-01-15.json.gz", "ghsync fetch 2015-01-01-15;"),
         ("http://example.org/a.json", "curl"),
         ("s3://bucket/events/", "aws s3 cp"),
         ("s3a://bucket/events/", "aws s3 cp"),

@@ -1,0 +1,142 @@
+"""Bytes of files: however they come in blocks, nothing is lost, doubled or joined, and what is not whole is told."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ghsync_dagster.batch import unpack
+from ghsync_dagster.batch.unpack import DamagedError, lines_of, packing_of, range_of_lines, unpacked, values_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# Times depend on what else the machine does.
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+texts = st.lists(st.binary(max_size=30).filter(lambda line: b"\n" not in line), max_size=40).map(b"\n".join)
+
+
+def in_blocks(content: bytes, size: int) -> list[bytes]:
+    return [content[at : at + size] for at in range(0, len(content), size)]
+
+
+@patient
+@given(texts, st.integers(1, 50))
+def test_lines_are_those_of_the_whole_text(text: bytes, size: int) -> None:
+    lines = text.split(b"\n")
+    found = [line for some in lines_of(in_blocks(text, size)) for line in some]
+    assert found == (lines[:-1] if lines[-1] == b"" else lines)
+
+
+@patient
+@given(texts, st.integers(1, 60), st.integers(1, 8))
+def test_ranges_side_by_side_give_each_line_to_the_one_it_begins_in(text: bytes, size: int, block: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unpack, "BLOCK", block)
+        patch.setattr(unpack, "_PACKED_BLOCK", block)
+        begins = [0, *(at + 1 for at, byte in enumerate(text) if byte == 10)]
+        for start in range(0, len(text), size):
+            end = min(start + size, len(text))
+            found = b"".join(range_of_lines(io.BytesIO(text), start, end))
+            mine = [begin for begin in begins if start <= begin < end]
+            after = [begin for begin in begins if begin >= end]
+            assert found == (text[mine[0] : after[0] if after else len(text)] if mine else b"")
+
+
+values = st.recursive(
+    st.none() | st.integers() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+objects = st.lists(st.dictionaries(st.text(), values, max_size=3), min_size=1, max_size=6)
+
+
+@patient
+@given(objects, st.sampled_from([None, 0, 2]), st.booleans(), st.booleans(), st.integers(1, 40))
+def test_values_are_the_objects_of_an_array_or_of_a_row(
+    wanted: list[Any], indent: int | None, is_array: bool, ascii_only: bool, size: int
+) -> None:
+    if is_array:
+        text = json.dumps(wanted, indent=indent, ensure_ascii=ascii_only)
+    else:
+        text = "\n".join(json.dumps(value, indent=indent, ensure_ascii=ascii_only) for value in wanted)
+    content = text.encode("utf-8", "surrogatepass")
+    found = list(values_of(in_blocks(content, size)))
+    assert [json.loads(value) for _, value in found] == wanted
+    lines = content.split(b"\n")
+    for line, value in found:
+        assert value.split(b"\n")[0] in lines[line - 1]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'[{"a":1}',
+        b'[{"a":1},',
+        b'[{"a":1},5]',
+        b'["a"]',
+        b'{"a":1} x',
+        b'[{"a":"x',
+        b'[{"a":1}] {"b":2}',
+        b'[{"a":1}]]',
+        b"[",
+    ],
+)
+def test_values_that_do_not_end_or_are_no_objects_are_damage(content: bytes) -> None:
+    for size in (1, 3, 100):
+        with pytest.raises(DamagedError, match="its JSON"):
+            list(values_of(in_blocks(content, size)))
+
+
+def test_an_object_that_never_ends_is_told_without_looking_at_it_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unpack, "_LONGEST_VALUE", 1_000)
+    blocks = iter([b'[{"a":1},{"b":"', *[b"x" * 100] * 1_000])
+    with pytest.raises(DamagedError, match="line 1 is not closed"):
+        list(values_of(blocks))
+    assert len(list(blocks)) > 900
+
+
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": gzip.compress,
+    "bzip2": bz2.compress,
+    "zstd": lambda content: bytes(pa.compress(content, "zstd", asbytes=True)),
+}
+
+
+@pytest.mark.parametrize("packing", PACK)
+@patient
+@given(content=st.binary(min_size=1, max_size=3_000), cuts=st.lists(st.integers(1, 3_000), max_size=4))
+def test_any_number_of_members_unpacks_to_their_content(packing: str, content: bytes, cuts: list[int]) -> None:
+    bounds = sorted({0, *(cut for cut in cuts if cut < len(content)), len(content)})
+    packed = b"".join(PACK[packing](content[a:b]) for a, b in pairwise(bounds))
+    assert packing_of(packed) == packing
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unpack, "_PACKED_BLOCK", 50)
+        raw = io.BytesIO(packed)
+        assert b"".join(unpacked(raw, packing)) == content
+        assert (raw.closed, raw.tell()) == (False, len(packed))
+
+
+@pytest.mark.parametrize("packing", ["gzip", "bzip2"])
+@pytest.mark.parametrize("zeros", [1, 511, 200_000])
+def test_padding_with_zeros_is_no_damage(packing: str, zeros: int) -> None:
+    packed = PACK[packing](b"a") + bytes(zeros) + PACK[packing](b"b") + bytes(zeros)
+    assert b"".join(unpacked(io.BytesIO(packed), packing)) == b"ab"
+
+
+@pytest.mark.parametrize("packing", PACK)
+@patient
+@given(content=st.binary(min_size=1, max_size=300), kept=st.floats(0.0, 0.99))
+def test_what_is_cut_anywhere_is_damage(packing: str, content: bytes, kept: float) -> None:
+    packed = PACK[packing](content)
+    with pytest.raises(DamagedError, match=f"its {packing} data"):
+        list(unpacked(io.BytesIO(packed[: max(1, int(len(packed) * kept))]), packing))
