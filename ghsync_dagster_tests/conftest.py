@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pymysql
 import pytest
 import structlog
@@ -137,6 +138,10 @@ class _BySharing(LoadFileScheduling):  # type: ignore[misc]  # the library comes
         file = super()._split_scope(nodeid)
         return _sharing(Path(file)) or file
 
+
+# A deadline of milliseconds is for a machine of one's own: pytest's time-out ends what hangs.
+hypothesis.settings.register_profile("shared-machine", deadline=None)
+hypothesis.settings.load_profile("shared-machine")
 
 # A test process that another one starts may ignore Ctrl-C, and what it starts would then ignore it too.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -102,7 +102,7 @@ SEQUENCES = st.sampled_from([ONE, TWO, f"{ONE}:tag", f"{TWO}:other_1"])
 INTERVALS = st.tuples(SEQUENCES, st.integers(1, 30), st.integers(0, 8))
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.lists(INTERVALS, min_size=1, max_size=12))
 def test_a_set_of_mysql_contains_exactly_what_its_intervals_list(
     intervals: list[tuple[str, int, int]],
@@ -118,7 +118,7 @@ def test_a_set_of_mysql_contains_exactly_what_its_intervals_list(
             assert told is ((sequence, number) in listed)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.dictionaries(st.integers(0, 3), st.tuples(st.integers(1, 9), st.integers(1, 20)), min_size=1))
 def test_a_position_of_mariadb_contains_all_of_a_domain_up_to_its_last(last: dict[int, tuple[int, int]]) -> None:
     found = GtidSet.parse(",".join(f"{domain}-{server}-{number}" for domain, (server, number) in last.items()))
@@ -128,7 +128,7 @@ def test_a_position_of_mariadb_contains_all_of_a_domain_up_to_its_last(last: dic
             assert found.contains(f"{domain}-5-{number}") is contained
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.text(alphabet="0123456789abcdef-:, \n{}tag_", max_size=60), st.text(alphabet="0123456789abcdef-:g", max_size=50)
 )
@@ -199,7 +199,7 @@ POSITIONS = st.builds(
 )
 
 
-@settings(max_examples=2_000, deadline=None)
+@settings(max_examples=2_000)
 @given(POSITIONS, POSITIONS, POSITIONS)
 def test_comparing_is_a_partial_order(one: Position, other: Position, third: Position) -> None:
     order = one.compare(other)

@@ -187,7 +187,7 @@ def in_chunks(records: Sequence[Record], low: int, size: int) -> int | str | Non
         return error.message
 
 
-@settings(max_examples=1_000, deadline=None)
+@settings(max_examples=1_000)
 @given(partitions(), st.integers(0, 2), st.integers(1, 3), st.integers(1, 7))
 @example([1, "incremental", 9], 0, 3, 2)
 @example([1, "tombstone", 9], 0, 3, 1)

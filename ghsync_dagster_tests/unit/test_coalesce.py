@@ -189,7 +189,7 @@ CHANGES = (
 )
 
 
-@settings(max_examples=1_000, deadline=None)
+@settings(max_examples=1_000)
 @given(st.lists(CHANGES, max_size=6), st.lists(CHANGES, max_size=14), st.booleans())
 def test_coalescing_equals_one_by_one(before: list[Change], batch: list[Change], backwards: bool) -> None:
     start = Store().one_by_one(before)
@@ -197,7 +197,7 @@ def test_coalescing_equals_one_by_one(before: list[Change], batch: list[Change],
     assert start.at_once(coalesce(batch), backwards=backwards) == expected
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.lists(CHANGES, max_size=14))
 def test_coalescing_twice_changes_nothing(batch: list[Change]) -> None:
     segments = coalesce(batch)
@@ -205,7 +205,7 @@ def test_coalescing_twice_changes_nothing(batch: list[Change]) -> None:
     assert coalesce(again) == segments
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.lists(CHANGES, max_size=14))
 def test_segments_hold_one_applicable_operation_a_key(batch: list[Change]) -> None:
     segments = coalesce(batch)

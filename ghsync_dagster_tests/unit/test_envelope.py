@@ -649,7 +649,7 @@ def encoded(draw: st.DrawFn, change: Change) -> tuple[bytes | None, bytes | None
     return its_key, envelope(change.what, before, columns, wrap=wrap, source=its_source)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.data())
 def test_decoding_what_was_encoded_gives_the_change_again(data: st.DataObject) -> None:
     decoder = ChangeDecoder()
@@ -704,7 +704,7 @@ def odd_records(draw: st.DrawFn) -> tuple[bytes | None, bytes | None]:
     return its_key, value
 
 
-@settings(max_examples=1_000, deadline=None)
+@settings(max_examples=1_000)
 @given(st.lists(odd_records(), min_size=1, max_size=4))
 def test_decoding_is_total_and_depends_on_nothing_but_the_record(
     records: list[tuple[bytes | None, bytes | None]],
@@ -716,14 +716,14 @@ def test_decoding_is_total_and_depends_on_nothing_but_the_record(
         assert found == outcome(Unhurried(), *record)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.none() | st.binary(max_size=40), st.none() | st.binary(max_size=60))
 def test_any_bytes_are_a_change_or_refused(its_key: bytes | None, value: bytes | None) -> None:
     found = outcome(ChangeDecoder(), its_key, value)
     assert isinstance(found, Change) or found[0] in {refusal.kind for refusal in Refusal}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(changes(), st.data())
 def test_every_upsert_keeps_the_contract(change: Change, data: st.DataObject) -> None:
     found = decode(*data.draw(encoded(change)))

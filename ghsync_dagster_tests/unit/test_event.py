@@ -177,7 +177,7 @@ def test_what_is_wrong_beside_a_lone_surrogate_is_told() -> None:
 
 
 # Times depend on what else the machine does.
-patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+patient = settings(suppress_health_check=[HealthCheck.too_slow])
 characters = st.characters(exclude_categories=["Cs"])
 texts = st.text(characters)
 values: st.SearchStrategy[Any] = st.recursive(

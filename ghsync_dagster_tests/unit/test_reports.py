@@ -12,7 +12,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -185,7 +185,6 @@ def test_steps_have_folders_of_their_own(artifacts: Artifacts) -> None:
     assert all(folder.is_dir() for folder in folders)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 1_000), st.integers(0, 1_000), st.integers(0, 1_000))
 def test_the_ratio_is_among_the_lines_that_are_not_blank(events: int, quarantined: int, blank: int) -> None:
     report = msgspec.structs.replace(READ, events=events, quarantined=quarantined, blank=blank)

@@ -241,7 +241,7 @@ BORN = Do("insert", text="a")
 HIDDEN = Do("update", text="b", fields=("login",), told=False)
 
 
-@settings(max_examples=2_500, deadline=None)
+@settings(max_examples=2_500)
 @given(st.lists(ACTS, max_size=12), st.lists(TURNS, max_size=8), st.sampled_from([1, 1, 2, 3]))
 @example([BORN, HIDDEN, Do("delete"), BORN], [Turn((1,)), Turn((2,), "die")], 1)
 @example([BORN, HIDDEN], [Turn((1,)), Turn((1,)), Turn((0,), "go back", 4)], 1)

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ghsync_dagster.batch.rules import load_rules
@@ -84,7 +84,6 @@ def test_every_built_in_rule_has_a_name_of_its_own_and_runs_in_spark_itself() ->
     assert {rule.field for rule in BUILT_IN_RULES} == set(USER_FIELDS)
 
 
-@settings(deadline=None)
 @given(st.text(max_size=300) | st.none(), st.sampled_from(BUILT_IN_RULES))
 def test_the_compiled_test_and_the_single_question_agree(value: str | None, rule: Rule) -> None:
     assert rule.breaker()(value) is rule.is_broken_by(value)
