@@ -2,7 +2,7 @@
 
 Belongs here: what runs on any build of ghsync, which is the one on PYTHONPATH. Not here: anything of this build alone.
 
-Spark and its Python workers are warm when the clock starts: a read of few events came before.
+Spark and its Python workers, one a core, are warm when the clock starts: a read of few events came before.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 import psutil
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
+    import pyarrow as pa
     from pyspark.sql import SparkSession
 
 
@@ -51,6 +52,16 @@ def read_spark(session: SparkSession, files: str, target: Path) -> int:
     return count_rows(target)
 
 
+def warm(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Have a worker import what it will need, long enough for every core to get one."""
+    import pyarrow.parquet  # noqa: F401
+
+    import ghsync_dagster.batch.decide  # noqa: F401
+
+    time.sleep(1)
+    yield from batches
+
+
 def main() -> None:
     """Read once and print seconds, CPU seconds and events."""
     import ghsync_dagster
@@ -68,6 +79,8 @@ def main() -> None:
     with first.open("wb") as few, next(iter(_plain_files(Path(files)))).open("rb") as many:
         few.writelines(line for _, line in zip(range(500), many, strict=False))
     read(session, str(first), scratch / "first")
+    cores = session.sparkContext.defaultParallelism
+    session.range(0, cores, 1, cores).mapInArrow(warm, "id long").collect()
     cpu, began = tree_seconds(), time.perf_counter()
     events = read(session, files, scratch / "out")
     seconds = time.perf_counter() - began

@@ -28,6 +28,7 @@ OWN_FOLDERS: Final = ("batch", "connect", "dagster", "kafka", "mongo", "mysql", 
 """What GHSYNC_HOME holds, where the events are in it too."""
 
 _NAMED: Final = 20
+_PATHS_SHOWN: Final = 5
 _HEAD: Final = 1 << 16
 _LONG_HEAD: Final = 1 << 21
 _KNOWN: Final = re.compile(
@@ -143,7 +144,8 @@ def _absolute(spec: str) -> str:
 
 
 def _nothing(found: Found) -> InputError:
-    where = ", ".join(_absolute(spec) for spec in found.events_paths)
+    where = ", ".join(_absolute(spec) for spec in found.events_paths[:_PATHS_SHOWN])
+    where += ", ..." if len(found.events_paths) > _PATHS_SHOWN else ""
     named = [name for names in found.left_out.values() for name in names]
     if set(found.left_out) == {_UNKNOWN} and len(named) == 1:
         # One of another kind is told by its kind; what can be read needs another name only.

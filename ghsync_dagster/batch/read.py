@@ -51,9 +51,12 @@ _COST: Final = {None: 1, "gzip": 6, "zstd": 7, "bzip2": 10}
 """What a byte on disk costs to read, beside a plain one: it unpacks to about as many of JSON lines."""
 _FILE_COST: Final = 1 << 14
 """What opening a file costs, in plain bytes."""
-_TASKS_A_CORE: Final = 8
+_TASKS_A_CORE: Final = 4
+_LEAST_PIECE: Final = 8 * _MIB
+"""A task costs its worker about as much as deciding some megabytes of lines."""
 _PROGRESS_SECONDS: Final = 3.0
 _FAULTS_SHOWN: Final = 5
+_PATHS_SHOWN: Final = 5
 log = get_logger("read")
 
 
@@ -80,7 +83,9 @@ def read_events(
     started = time.monotonic()
     found = find_files(events_paths, home)
     total = sum(found.sizes.values())
-    log.info("looking at the files", files=len(found.sizes), megabytes=total // _MIB, paths=list(events_paths))
+    # A shell may have made very many of one glob.
+    paths = list(events_paths[:_PATHS_SHOWN])
+    log.info("looking at the files", files=len(found.sizes), megabytes=total // _MIB, paths=paths)
     try:
         files = found.look()
     finally:
@@ -106,7 +111,7 @@ def _cost(file: InputFile) -> int:
 
 def _largest_piece(files: Sequence[InputFile], cores: int) -> int:
     """Return what a task may cost: enough tasks for the cores to end together, few enough to be cheap."""
-    return min(max(sum(map(_cost, files)) // (cores * _TASKS_A_CORE), 4 * _MIB), 64 * _MIB)
+    return min(max(sum(map(_cost, files)) // (cores * _TASKS_A_CORE), _LEAST_PIECE), 64 * _MIB)
 
 
 def plan_tasks(files: Sequence[InputFile], cores: int) -> list[list[Piece]]:

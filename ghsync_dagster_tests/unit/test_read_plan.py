@@ -61,10 +61,10 @@ def test_no_task_costs_more_than_allowed_but_for_one_file_that_is_read_whole(
 @pytest.mark.parametrize(
     ("sizes", "packing", "tasks"),
     [
-        ([14 * MIB], None, 4),
-        ([170_000] * 200, "gzip", 16),
+        ([14 * MIB], None, 2),
+        ([170_000] * 200, "gzip", 8),
         ([8 * MIB] * 24, "gzip", 24),
-        ([500] * 50_000, None, 16),
+        ([500] * 50_000, None, 13),
         ([2_000 * MIB], None, 32),
     ],
 )
