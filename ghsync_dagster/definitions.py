@@ -36,7 +36,7 @@ def build_defs(resource_overrides: Mapping[str, Any] | None = None) -> dg.Defini
         "changes": ChangesResource.of_environment(),
     }
     return dg.Definitions(
-        assets=with_code([*batch_assets.ASSETS, *cdc_assets.ASSETS]),
+        assets=with_code([*batch_assets.assets(), *cdc_assets.ASSETS]),
         asset_checks=[*batch_checks.CHECKS, *cdc_checks.CHECKS],
         jobs=[*batch_jobs.JOBS, *cdc_jobs.JOBS, *cdc_jobs.ASSET_JOBS, *cdc_repair.JOBS],
         schedules=cdc_jobs.SCHEDULES,

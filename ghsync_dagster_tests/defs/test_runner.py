@@ -36,7 +36,8 @@ def test_a_failed_step_is_told_in_the_words_of_its_error(
     class Failing(BatchResource):
         def build(self, run_id: str | None = None) -> BatchFlow:
             del run_id
-            return cast("BatchFlow", SimpleNamespace(read=read, spark=SimpleNamespace(warm_up=lambda: None)))
+            spark = SimpleNamespace(warm_up=lambda: None)
+            return cast("BatchFlow", SimpleNamespace(read=read, spark=spark, check_first=lambda: None))
 
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
     failing = definitions.build_defs({"batch": Failing(spark=SparkResource())})

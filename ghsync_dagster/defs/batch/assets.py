@@ -24,7 +24,8 @@ from ghsync_dagster.defs.errors import as_failure
 from ghsync_dagster.defs.links import guide, without_beta_notices
 from ghsync_dagster.defs.resources import BatchResource
 from ghsync_dagster.domain.errors import ConfigError
-from ghsync_dagster.settings import load_settings
+from ghsync_dagster.observability.logging import redact
+from ghsync_dagster.settings import Settings, load_settings
 
 GROUP = "batch"
 TARGET = "target"
@@ -34,15 +35,11 @@ FRESHNESS = dg.FreshnessPolicy.time_window(fail_window=timedelta(days=7), warn_w
 _GUIDE = guide("docs/batch.md")
 
 
-def _code_version() -> str:
-    try:
-        return code_version(load_settings().rules_module)
-    except ConfigError:
-        # A run tells what is wrong with the settings.
-        return version_of(UNKNOWN)
-
-
-_CODE_VERSION = _code_version()
+def _of_load(code: str, settings: Settings) -> str:
+    """Return the version of the code that loads, for one target: what is in another one was not loaded there."""
+    uri = settings.mongodb_uri
+    server = str(settings.home_dir) if uri is None else redact(uri.get_secret_value())
+    return version_of(code, server, settings.mongodb_database, settings.mongodb_collection)
 
 
 def _made_from(code: str, **inputs: str) -> dict[str, str]:
@@ -101,7 +98,6 @@ with without_beta_notices():
             group_name=GROUP,
             owners=OWNERS,
             kinds={"spark", "parquet"},
-            code_version=_CODE_VERSION,
             freshness_policy=FRESHNESS,
             description="Typed GitHub events of the input files, one row a good line.",
             metadata={**TABLES[RAW_EVENTS].metadata(), **_GUIDE},
@@ -112,7 +108,6 @@ with without_beta_notices():
             group_name=GROUP,
             owners=OWNERS,
             kinds={"spark", "parquet"},
-            code_version=_CODE_VERSION,
             freshness_policy=FRESHNESS,
             description="Lines that are no usable event: file, line number, reason in words, raw text (capped).",
             metadata={**TABLES[QUARANTINED_EVENTS].metadata(), **_GUIDE},
@@ -151,7 +146,6 @@ def read_events(
     group_name=GROUP,
     owners=OWNERS,
     kinds={"spark", "parquet"},
-    code_version=_CODE_VERSION,
     freshness_policy=FRESHNESS,
     description="The newest state of every user in the events: the five fields, and the event they came from.",
     metadata={**TABLES[USERS].metadata(), **_GUIDE},
@@ -175,7 +169,6 @@ def users(batch: BatchResource) -> dg.MaterializeResult[None]:
     owners=OWNERS,
     kinds={"spark", "mongodb"},
     pool="mongo_users",
-    code_version=_CODE_VERSION,
     freshness_policy=FRESHNESS,
     description="The MongoDB collection new_data.Users after the load: new users inserted, older states replaced, "
     "everything else left, verified by exceptAll, no marker.",
@@ -190,8 +183,21 @@ def mongo_users(context: dg.AssetExecutionContext, batch: BatchResource) -> dg.M
         metadata=metadata.of_load(report, batch.settings(), stored),
         # Each load leaves another state: the stream may have changed the collection since the last one.
         data_version=dg.DataVersion(report.load_id),
-        tags=_made_from(batch.flow.code_version, **{USERS: report.input_version}),
+        tags=_made_from(_of_load(batch.flow.code_version, batch.settings()), **{USERS: report.input_version}),
     )
 
 
-ASSETS = [event_files, read_events, users, mongo_users]
+def assets() -> list[dg.AssetsDefinition]:
+    """Return the assets, with the versions of the code and of the target that the settings name now."""
+    try:
+        settings = load_settings()
+        code = code_version(settings.rules_module)
+        of_load = _of_load(code, settings)
+    except ConfigError:
+        # A run tells what is wrong with the settings.
+        code = of_load = version_of(UNKNOWN)
+
+    def versioned(spec: dg.AssetSpec) -> dg.AssetSpec:
+        return spec.replace_attributes(code_version=of_load if spec.key == dg.AssetKey(MONGO_USERS) else code)
+
+    return [event_files, *dg.map_asset_specs(versioned, [read_events, users, mongo_users])]
