@@ -72,6 +72,20 @@ def test_definitions_load_in_a_fresh_interpreter_without_heavy_libraries(tmp_pat
     assert not loaded & HEAVY
 
 
+def test_a_flow_of_the_command_line_is_wired_without_dagster(tmp_path: Path) -> None:
+    program = """
+import sys, ghsync_dagster.cli
+from ghsync_dagster.settings import load_settings
+from ghsync_dagster.stores.spark import session_of
+from ghsync_dagster.wiring import batch_flow
+assert batch_flow(load_settings()).spark.get is session_of
+print([name for name in sys.modules if name.startswith("dagster")])
+"""
+    result = run_python("-c", program, home=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"
+
+
 def test_definitions_cost_less_to_load_than_dagster_itself(tmp_path: Path) -> None:
     seconds: dict[str, list[float]] = {"dagster": [], "ghsync_dagster.definitions": []}
     for module in [*seconds, *seconds]:
