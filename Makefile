@@ -21,8 +21,10 @@ setup-dev: ## the same, and what tests and checks need
 ready:
 	@$(BOOTSTRAP) --no-archive
 
+# By the shell, as a list of paths has quotes in it.
+export EVENTS
 run: ready ## take EVENTS (the sample) to MongoDB with all checks, and print a summary
-	@$(BIN)/ghsync run $(if $(EVENTS),--events "$(EVENTS)")
+	@$(BIN)/ghsync run $${EVENTS:+--events "$$EVENTS"}
 	@$(BOOTSTRAP)
 
 cdc: ready ## try the change path on local servers: workload, sync, latency, audit

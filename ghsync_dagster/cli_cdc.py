@@ -187,7 +187,8 @@ def rehearse(
             typer.echo(f"{verdict:18} {limit.name}: {limit.words}")
         typer.echo(f"\nverdict: {'passed' if found.ok else 'failed'}")
         typer.echo(
-            f"Its rows, documents and topics stay in {settings.home_dir}. To remove them: ghsync down, then\n"
+            f"Its rows, documents and topics stay in {settings.home_dir}. To remove them, with all\n"
+            "else that the local servers hold: ghsync down, then\n"
             f"rm -r {' '.join(shlex.quote(str(settings.home_dir / name)) for name in SERVICES)}"
         )
     if not found.ok:

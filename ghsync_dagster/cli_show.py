@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.cdc.known_user import KnownUser
 
 NOT_KNOWN: Final = 1
+AWAY: Final = 3
 
 
 def show(
@@ -27,7 +28,7 @@ def show(
 ) -> None:
     """Show what is known of a user: what is stored and from where, deletions, repairs, dead letters, MySQL's row.
 
-    Writes nothing. Exit code 1 where nothing is known of one.
+    Writes nothing. Exit code 1 where nothing is known of one, 3 where MySQL, which may know more, does not answer.
     """
     from ghsync_dagster.cdc.known_user import known_user
     from ghsync_dagster.local import mysql
@@ -45,8 +46,9 @@ def show(
             for name, text in _lines(user):
                 typer.echo(f"{name:13} {text}")
             typer.echo("")
-    if not all(user.is_known for user in found):
-        raise typer.Exit(NOT_KNOWN)
+    unknown = [user for user in found if not user.is_known]
+    if unknown:
+        raise typer.Exit(AWAY if any(user.is_mysql_away for user in unknown) else NOT_KNOWN)
 
 
 def _lines(user: KnownUser) -> Iterator[tuple[str, str]]:

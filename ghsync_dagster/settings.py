@@ -417,12 +417,21 @@ class Settings(BaseSettings):
         Raises:
             ConfigError: Only the sample is left, whose users do not belong into the MongoDB that MONGODB_URI names.
         """
-        if not named and self.mongodb_uri is not None and "events_path" not in self.model_fields_set:
+        if not named and "events_path" not in self.model_fields_set:
+            self.refuse_sample()
+        return [path for text in named or [self.events_path] for path in _paths_in(text)]
+
+    def refuse_sample(self) -> None:
+        """Refuse the sample where its users do not belong.
+
+        Raises:
+            ConfigError: MONGODB_URI names a MongoDB.
+        """
+        if self.mongodb_uri is not None:
             raise ConfigError(
                 "No events are named, and the sample is for the local MongoDB only: MONGODB_URI names another.",
                 way_out="Set GHSYNC_EVENTS_PATH, or name the events: ghsync run --events PATH.",
             )
-        return [path for text in named or [self.events_path] for path in _paths_in(text)]
 
     @cached_property
     def home_dir(self) -> Path:

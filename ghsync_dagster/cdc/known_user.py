@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from ghsync_dagster.stores.mysql import MySqlStore
 
 NO_ROW = "no row"
+NO_MYSQL = "not asked: there is no MySQL here"
 EQUAL = "equal"
+_AWAY = "no answer: "
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ class KnownUser:
         deleted: Whether the stream's deletion is on record, so that no file brings the user back.
         repair: The newest repair: its state, outcome, problem and time; None where none was asked for.
         open_letters: Ids of the user's open dead letters.
-        mysql: ``equal``, ``no row``, the fields that differ, or why MySQL was not asked.
+        mysql: ``equal``, ``no row``, the fields that differ, or why there is no answer.
     """
 
     user_id: str
@@ -51,9 +53,13 @@ class KnownUser:
     @property
     def is_known(self) -> bool:
         """Whether anything is known of the user on either side."""
-        return bool(self.stored or self.deleted or self.repair or self.open_letters) or not (
-            self.mysql == NO_ROW or self.mysql.startswith("not asked")
-        )
+        here = self.stored or self.deleted or self.repair or self.open_letters
+        return bool(here) or not (self.mysql in (NO_ROW, NO_MYSQL) or self.is_mysql_away)
+
+    @property
+    def is_mysql_away(self) -> bool:
+        """Whether MySQL was asked and did not answer."""
+        return self.mysql.startswith(_AWAY)
 
     def as_json(self) -> dict[str, Any]:
         """Return all of it for a program."""
@@ -87,14 +93,14 @@ def known_user(store: UserStore, topic: str, user_id: str, open_mysql: Callable[
 
 def _compared(user_id: str, stored: Document | None, open_mysql: Callable[[], MySqlStore] | None) -> str:
     if open_mysql is None:
-        return "not asked: there is no MySQL here"
+        return NO_MYSQL
     if not is_key(user_id):
         return NO_ROW
     try:
         with open_mysql() as mysql:
             row = mysql.rows_by_id([user_id]).get(user_id)
     except GhsyncError as error:
-        return f"not asked: {error.message}"
+        return f"{_AWAY}{error.message}"
     if row is None:
         return NO_ROW
     found = stored or {}

@@ -5,9 +5,7 @@ Belongs here: links into the repository where GHSYNC_GIT_URL names it, else path
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,14 +18,6 @@ if TYPE_CHECKING:
     from ghsync_dagster.settings import Settings
 
 _PACKAGE: Final = Path(__file__).parents[1]
-
-
-@contextmanager
-def without_beta_notices() -> Iterator[None]:
-    """Keep Dagster's notices on beta functions from a reader who can do nothing about them."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", dg.BetaWarning)
-        yield
 
 
 def repository() -> Settings | None:
@@ -58,17 +48,16 @@ def with_code(assets: Sequence[Any]) -> list[Any]:
     Args:
         assets: Definitions; specs have no code.
     """
-    with without_beta_notices():
-        found = list(dg.with_source_code_references(assets))
-        settings = repository()
-        if settings is None or settings.git_url is None:
-            return found
-        mapping = dg.AnchorBasedFilePathMapping(_PACKAGE / "__init__.py", f"{_PACKAGE.name}/__init__.py")
-        return list(
-            dg.link_code_references_to_git(
-                found, settings.git_url, settings.git_revision, mapping, platform=_platform(settings)
-            )
+    found = list(dg.with_source_code_references(assets))
+    settings = repository()
+    if settings is None or settings.git_url is None:
+        return found
+    mapping = dg.AnchorBasedFilePathMapping(_PACKAGE / "__init__.py", f"{_PACKAGE.name}/__init__.py")
+    return list(
+        dg.link_code_references_to_git(
+            found, settings.git_url, settings.git_revision, mapping, platform=_platform(settings)
         )
+    )
 
 
 def _platform(settings: Settings) -> Any:  # noqa: ANN401  a literal of Dagster's own

@@ -13,7 +13,7 @@ import pymongo
 from pymongo.errors import CollectionInvalid, OperationFailure
 
 from ghsync_dagster.domain.errors import RefusedError
-from ghsync_dagster.domain.user import json_schema
+from ghsync_dagster.domain.user import USER_FIELDS, json_schema
 from ghsync_dagster.stores.mongo_errors import mongo_errors
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class _Index:
     name: str
     keys: tuple[tuple[str, Any], ...]
     unique: bool
+    sparse: bool
     partial: bool
     collation: str | None
 
@@ -47,20 +48,24 @@ class _Index:
             name=listed["name"],
             keys=tuple(listed["key"].items()),
             unique=listed.get("unique", False),
-            partial=listed.get("sparse", False) or "partialFilterExpression" in listed,
+            sparse=listed.get("sparse", False),
+            partial="partialFilterExpression" in listed,
             collation=listed.get("collation", {}).get("locale"),
         )
 
     @property
     def keeps_users_apart(self) -> bool:
         """Whether it lets in one document a ``user_id``, over every document, and serves look-ups by it."""
-        return self.unique and self.keys == (("user_id", 1),) and not self.partial and self.collation is None
+        return self.unique and self.keys == (("user_id", 1),) and not (self.sparse or self.partial or self.collation)
 
     @property
     def refuses_users(self) -> bool:
         """Whether it may refuse a user whose ``user_id`` is new."""
-        # Beside the _id of each document, whose index is not said to be unique.
-        return self.unique and ("user_id" not in dict(self.keys) or self.collation is not None)
+        fields = dict(self.keys).keys()
+        # No user has other fields than these, and a sparse index passes over who has none of its own.
+        covers_some = not self.sparse or not fields.isdisjoint(USER_FIELDS)
+        # An _id is new for each document. Only a clustered collection says that its index is unique.
+        return self.unique and fields != {"_id"} and covers_some and ("user_id" not in fields or bool(self.collation))
 
 
 class UsersCollection:
@@ -233,7 +238,11 @@ def _refuse_indexes(name: str, indexes: Sequence[_Index], *, empty: bool) -> Non
     if empty or any(index.keeps_users_apart for index in indexes):
         return
     near = next((index for index in indexes if index.unique and dict(index.keys).keys() == {"user_id"}), None)
-    why = "" if near is None else f": {near.name} " + ("leaves documents out" if near.partial else "is not ascending")
+    why = (
+        ""
+        if near is None
+        else f": {near.name} " + ("leaves documents out" if (near.partial or near.sparse) else "is not ascending")
+    )
     raise RefusedError(
         f"{name} holds documents and has no unique index on user_id{why}.",
         way_out="Remove duplicate users, then create a unique index: "

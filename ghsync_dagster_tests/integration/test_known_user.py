@@ -84,9 +84,14 @@ def test_mysql_away_is_told_and_ends_nothing(sides: tuple[UserStore, MySqlStore]
     away = f"mysql://root:s3cret@127.0.0.1:{free_port()}/new_data"
     found = known_user(store, TOPIC, "7", lambda: MySqlStore(away, timeout_seconds=1))
     assert found.stored == USER
-    assert found.mysql.startswith("not asked: ")
+    assert found.mysql.startswith("no answer: ")
     assert "s3cret" not in found.mysql
+    assert found.is_known
+    assert found.is_mysql_away
     assert known_user(store, TOPIC, "7", None).mysql == "not asked: there is no MySQL here"
+    nobody = known_user(store, TOPIC, "8", lambda: MySqlStore(away, timeout_seconds=1))
+    assert nobody.is_mysql_away
+    assert not nobody.is_known
 
 
 def test_the_command_shows_it_and_ends_with_1_where_nobody_is_known(

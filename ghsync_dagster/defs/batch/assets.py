@@ -21,7 +21,7 @@ from ghsync_dagster.defs.batch.columns import (
     USERS_CHANGES,
 )
 from ghsync_dagster.defs.errors import as_failure
-from ghsync_dagster.defs.links import guide, without_beta_notices
+from ghsync_dagster.defs.links import guide
 from ghsync_dagster.defs.resources import BatchResource
 from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.observability.logging import redact
@@ -56,6 +56,10 @@ def _made_from(code: str, **inputs: str) -> dict[str, str]:
     return {tag: version or version_of(UNKNOWN) for tag, version in {"dagster/code_version": code, **versions}.items()}
 
 
+SAMPLE_TAG = "ghsync/sample"
+"""Tag of runs that load the sample, which no MongoDB but the local one gets."""
+
+
 class ReadConfig(dg.Config):
     """What the launchpad may set for ``raw_events``."""
 
@@ -63,30 +67,26 @@ class ReadConfig(dg.Config):
     """File, folder or glob of events, several as a JSON list; empty: GHSYNC_EVENTS_PATH."""
 
 
-with without_beta_notices():
-
-    @dg.multi_observable_source_asset(  # type: ignore[untyped-decorator]  # it names no type
-        name=EVENT_FILES,
-        specs=[
-            dg.AssetSpec(
-                EVENT_FILES,
-                group_name=GROUP,
-                owners=OWNERS,
-                kinds={"file", "json"},
-                description="The files that GHSYNC_EVENTS_PATH names, from outside. Observing looks at them without "
-                "opening any: raw_events is in sync as long as no path, size, time or inode has changed. Each read "
-                "observes what it has read.",
-                metadata={**TABLES[EVENT_FILES].metadata(), **_GUIDE},
-            )
-        ],
-    )
-    def event_files(batch: BatchResource) -> Iterator[dg.ObserveResult]:
-        """Look at the input files."""
-        with as_failure():
-            state = batch.flow.look_at_input(batch.settings().events())
-        yield dg.ObserveResult(
-            EVENT_FILES, data_version=dg.DataVersion(state.version), metadata=metadata.of_input(state)
+@dg.multi_observable_source_asset(  # type: ignore[untyped-decorator]  # it names no type
+    name=EVENT_FILES,
+    specs=[
+        dg.AssetSpec(
+            EVENT_FILES,
+            group_name=GROUP,
+            owners=OWNERS,
+            kinds={"file", "json"},
+            description="The files that GHSYNC_EVENTS_PATH names, from outside. Observing looks at them without "
+            "opening any: raw_events is in sync as long as no path, size, time or inode has changed. Each read "
+            "observes what it has read.",
+            metadata={**TABLES[EVENT_FILES].metadata(), **_GUIDE},
         )
+    ],
+)
+def event_files(batch: BatchResource) -> Iterator[dg.ObserveResult]:
+    """Look at the input files."""
+    with as_failure():
+        state = batch.flow.look_at_input(batch.settings().events())
+    yield dg.ObserveResult(EVENT_FILES, data_version=dg.DataVersion(state.version), metadata=metadata.of_input(state))
 
 
 @dg.multi_asset(
@@ -119,6 +119,8 @@ def read_events(
 ) -> Iterator[dg.MaterializeResult[None]]:
     """Read the input files; every line becomes an event, a quarantined line, or is blank."""
     with as_failure():
+        if SAMPLE_TAG in context.run.tags:
+            batch.settings().refuse_sample()
         events = batch.settings().events([config.events_path] if config.events_path else ())
         # Without it the run has no target.
         if context.job_def.has_node_named("mongo_users"):

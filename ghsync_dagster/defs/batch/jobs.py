@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import dagster as dg
 
-from ghsync_dagster.defs.batch.assets import mongo_users, read_events, users
+from ghsync_dagster.defs.batch.assets import SAMPLE_TAG, mongo_users, read_events, users
 from ghsync_dagster.defs.batch.checks import CHECKS
 from ghsync_dagster.settings import Settings
 
@@ -41,8 +41,8 @@ users_sample_job = dg.define_asset_job(
     "users_sample_job",
     selection=_BATCH,
     config=_config(events_path=_SAMPLE),
-    description="Preset of users_batch_job: the sample, whatever GHSYNC_EVENTS_PATH names.",
-    tags={"ghsync/flow": "batch"},
+    description="Preset of users_batch_job: the sample, whatever GHSYNC_EVENTS_PATH names. For the local MongoDB only.",
+    tags={"ghsync/flow": "batch", SAMPLE_TAG: "true"},
 )
 
 users_strict_job = dg.define_asset_job(

@@ -27,7 +27,7 @@ from ghsync_dagster.defs.cdc import metadata
 from ghsync_dagster.defs.cdc.slice import USERS_CHANGES
 from ghsync_dagster.defs.errors import as_failure
 from ghsync_dagster.defs.resources import ChangesResource
-from ghsync_dagster.domain.errors import GhsyncError
+from ghsync_dagster.domain.errors import UnavailableError
 from ghsync_dagster.settings import Settings
 from ghsync_dagster.stores.retry import retrying
 
@@ -194,7 +194,7 @@ def in_step_with_mysql(
             return _compared(config, changes, changes.settings().retry_attempts)
         try:
             return _compared(config, changes, attempts=1)
-        except GhsyncError as error:
+        except UnavailableError as error:
             # A load of files needs none of the stream's servers; the checks of the change flow tell what is away.
             return as_result(checks.nothing_to_compare(error.message, error.way_out))
 
