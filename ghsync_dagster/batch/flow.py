@@ -18,6 +18,7 @@ from ghsync_dagster.batch.load import Step, load_users
 from ghsync_dagster.batch.read import read_events
 from ghsync_dagster.batch.reports import Artifacts, FlattenReport, LoadReport, ReadReport
 from ghsync_dagster.batch.versions import UNKNOWN, InputState, state_of, version_of
+from ghsync_dagster.domain.errors import TransientError
 from ghsync_dagster.folders import ensure_folder
 from ghsync_dagster.observability.logging import bind_run
 from ghsync_dagster.stores.retry import retrying
@@ -126,14 +127,13 @@ class BatchFlow:
         self.artifacts.publish(report)
         return report
 
-    def count_users(self) -> int:
-        """Return how many users are stored, whoever wrote them."""
-
-        def attempt() -> int:
+    def count_users(self) -> int | None:
+        """Return how many users are stored by the server's own count; None where it does not answer, as all is done."""
+        try:
             with self.open_store() as store:
-                return store.count()
-
-        return retrying("count", attempt, attempts=self.attempts)
+                return store.estimated_count()
+        except TransientError:
+            return None
 
     def check_read(self, max_ratio: float | None = None) -> Finding:
         """Judge the newest events."""

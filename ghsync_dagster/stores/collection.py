@@ -5,19 +5,18 @@ Belongs here: what is compared before a load, reading only, and what is created 
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import pymongo
-from pymongo.errors import CollectionInvalid, OperationFailure
+from pymongo.errors import CollectionInvalid, ConnectionFailure, OperationFailure, PyMongoError
 
-from ghsync_dagster.domain.errors import RefusedError
+from ghsync_dagster.domain.errors import RefusedError, UnavailableError
 from ghsync_dagster.domain.user import USER_FIELDS, json_schema
 from ghsync_dagster.stores.mongo_errors import mongo_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from pymongo.collection import Collection
     from pymongo.database import Database
@@ -28,6 +27,7 @@ UNIQUE_INDEX: Final = "user_id_unique"
 _NAMESPACE_EXISTS: Final = 48
 _LOOK_SECONDS: Final = 4.0
 """How long the look before a run may take: whoever mistyped an address wants to hear of it at once."""
+_ACTIONS: Final = frozenset({"find", "insert", "update", "remove"})
 _OTHER_COLLECTION: Final = "name another collection (MONGODB_COLLECTION)"
 
 
@@ -93,25 +93,66 @@ class UsersCollection:
             RefusedError: The server refuses the account.
             ConfigError: The URI is malformed.
         """
-        with self._at_once():
-            self.database.command("ping")
+        self._at_once(lambda: self.database.command("ping"))
 
     def check_collection(self) -> None:
         """Find within seconds what stands in the way of storing users, reading only.
 
         Raises:
-            UnavailableError: The server can't be reached.
-            RefusedError: The server refuses the account, or the collection can't hold users as it is set up.
+            UnavailableError: The server can't be reached, or is no primary.
+            RefusedError: The server refuses the account, the account may not write, or the collection can't hold users
+                as it is set up.
             ConfigError: The URI is malformed.
         """
-        with self._at_once():
-            self._look()
 
-    @contextmanager
-    def _at_once(self) -> Iterator[None]:
-        seconds = min(_LOOK_SECONDS, self.timeout_ms / 1000)
-        with mongo_errors("Looking at MongoDB before any work"), pymongo.timeout(seconds):
-            yield
+        def look() -> None:
+            self._look()
+            self._refuse_rights()
+
+        self._at_once(look)
+
+    def _at_once(self, look: Callable[[], object]) -> None:
+        """Look with little patience, as an address may be wrong; where a member answers, await an election's end."""
+        seconds = self.timeout_ms / 1000
+        with mongo_errors("Looking at MongoDB before any work"):
+            try:
+                with pymongo.timeout(min(_LOOK_SECONDS, seconds)):
+                    look()
+            except PyMongoError as error:
+                members = self.database.client.topology_description.server_descriptions().values()
+                is_known = any(member.is_server_type_known for member in members)
+                if not isinstance(error, ConnectionFailure) or not is_known:
+                    raise
+                with pymongo.timeout(seconds):
+                    look()
+
+    def _refuse_rights(self) -> None:
+        """Raise where the server is no primary, or says that the account may not write."""
+        client = self.database.client
+        answer = client.admin.command("hello")
+        if not answer.get("isWritablePrimary", answer.get("ismaster", True)):
+            raise UnavailableError(
+                f"MongoDB at {answer.get('me', 'the address given')} is no primary: nothing can be written there.",
+                way_out="Name the replica set in MONGODB_URI, without directConnection.",
+            )
+        account = client.admin.command({"connectionStatus": 1, "showPrivileges": True}).get("authInfo", {})
+        users, privileges = account.get("authenticatedUsers"), account.get("authenticatedUserPrivileges")
+        # Without authentication everybody may; some servers of the wire protocol do not tell.
+        if users and privileges:
+            covering = (given["actions"] for given in privileges if self._is_covered(given["resource"]))
+            if missing := sorted(_ACTIONS.difference(*covering)):
+                raise RefusedError(
+                    f"MongoDB's account {users[0].get('user')} may not {', '.join(missing)} in {self.users.full_name}.",
+                    way_out=f"Grant it the role readWrite on {self.database.name}, or name another in MONGODB_URI.",
+                )
+
+    def _is_covered(self, resource: Mapping[str, Any]) -> bool:
+        """Tell whether a privilege's resource covers the collection."""
+        if resource.get("anyResource"):
+            return True
+        # An empty text stands for any.
+        databases, collections = ("", self.database.name), ("", self.users.name)
+        return resource.get("db") in databases and resource.get("collection") in collections
 
     def ensure_collection(self) -> None:
         """Create the collection with its validator and unique index, or compare what is there.

@@ -219,11 +219,6 @@ class UserStore(UsersCollection):
             for found in cursor:
                 yield found.get("user_id")
 
-    def count(self) -> int:
-        """Return how many users are stored, counted one by one."""
-        with mongo_errors("Counting users"):
-            return self.users.count_documents({})
-
     def estimated_count(self) -> int:
         """Return about how many documents there are."""
         with mongo_errors("Counting users"):

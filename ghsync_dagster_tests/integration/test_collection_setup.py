@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from cdc_parts import free_port
 from pymongo import MongoClient, WriteConcern
-from pymongo.errors import DuplicateKeyError, WriteError
+from pymongo.database import Database
+from pymongo.errors import AutoReconnect, DuplicateKeyError, WriteError
 from pymongo.monitoring import CommandFailedEvent, CommandListener, CommandStartedEvent, CommandSucceededEvent
 
 from ghsync_dagster.cdc.apply import apply
 from ghsync_dagster.domain.coalesce import Segment
-from ghsync_dagster.domain.errors import RefusedError
+from ghsync_dagster.domain.errors import RefusedError, UnavailableError
 from ghsync_dagster.domain.user import json_schema
-from ghsync_dagster.stores import mongo
+from ghsync_dagster.stores import collection, mongo
 from ghsync_dagster.stores.mongo import UserStore
 from ghsync_dagster.stores.stream import StreamStore
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 pytestmark = pytest.mark.integration
 
@@ -129,6 +135,11 @@ def test_an_empty_collection_without_a_validator_is_brought_in_order(store: User
         store.users.insert_one(USER | {"extra": 1})
 
 
+HARMLESS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "more than user_id": ([("user_id", 1), ("login", 1)], {}),
+    "sparse on a field that no user has": ("email", {"sparse": True}),
+    "not unique": ("login", {"unique": False}),
+}
 INDEXED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "login": ("login", {}, "has a unique index on login, login_1: it refuses users that differ in user_id"),
     "a name of somebody's": ([("url", 1), ("login", -1)], {"name": "mine"}, "a unique index on url, login, mine: it"),
@@ -179,10 +190,93 @@ def test_a_descending_index_is_told_apart_from_none(store: UserStore) -> None:
     refused(store, "has no unique index on user_id: user_id_-1 is not ascending")
 
 
-def test_a_unique_index_on_more_than_user_id_refuses_nobody_and_is_left(store: UserStore) -> None:
+@pytest.mark.parametrize("kind", HARMLESS)
+def test_an_index_that_refuses_no_user_is_left(store: UserStore, kind: str) -> None:
+    keys, options = HARMLESS[kind]
     store.ensure_collection()
-    store.users.create_index([("user_id", 1), ("login", 1)], unique=True)
+    store.users.create_index(keys, **{"unique": True, **options})
     store.check_collection()
+
+
+def test_the_index_of_a_clustered_collection_refuses_no_user(store: UserStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.ensure_collection()
+    own = list(store.users.list_indexes())
+    # As MongoDB lists it; the embedded server has none.
+    clustered = {"v": 2, "key": {"_id": 1}, "name": "by_id", "unique": True, "clustered": True}
+    monkeypatch.setattr(store.users, "list_indexes", lambda: [clustered, *own], raising=False)
+    store.check_collection()
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
+    """Answers to commands by name, in place of the server's: the embedded one has no replicas and tells no rights."""
+    given: dict[str, dict[str, Any]] = {}
+    real = Database.command
+
+    def command(database: Any, command: Any, *arguments: Any, **more: Any) -> Any:
+        name = command if isinstance(command, str) else next(iter(command))
+        return given[name] if name in given else real(database, command, *arguments, **more)
+
+    monkeypatch.setattr(Database, "command", command)
+    return given
+
+
+def rights(database: str, collection: str, *actions: str) -> dict[str, Any]:
+    """Return what a server tells of an account with one privilege."""
+    privilege = {"resource": {"db": database, "collection": collection}, "actions": list(actions)}
+    return {"authInfo": {"authenticatedUsers": [{"user": "app"}], "authenticatedUserPrivileges": [privilege]}}
+
+
+ALL = ("find", "insert", "remove", "update")
+
+
+def test_an_account_that_may_only_read_is_refused(store: UserStore, answers: dict[str, dict[str, Any]]) -> None:
+    own = store.database.name
+    for database, named, actions, missing in (
+        (own, "", ("find",), "insert, remove, update"),
+        (own, "Users", ("find", "insert"), "remove, update"),
+        ("elsewhere", "", ALL, "find, insert, remove, update"),
+        (own, "Others", ALL, "find, insert, remove, update"),
+    ):
+        answers["connectionStatus"] = rights(database, named, *actions)
+        with pytest.raises(RefusedError) as caught:
+            store.check_collection()
+        assert caught.value.message == f"MongoDB's account app may not {missing} in {store.users.full_name}."
+        assert "readWrite" in caught.value.way_out
+    for database, named in ((own, ""), (own, "Users"), ("", ""), ("", "Users")):
+        answers["connectionStatus"] = rights(database, named, *ALL)
+        store.check_collection()
+    answers["connectionStatus"]["authInfo"]["authenticatedUserPrivileges"][0]["resource"] = {"anyResource": True}
+    store.check_collection()
+
+
+def test_a_member_that_is_no_primary_is_refused(store: UserStore, answers: dict[str, dict[str, Any]]) -> None:
+    answers["hello"] = {"isWritablePrimary": False, "me": "db2:27017"}
+    with pytest.raises(UnavailableError, match="MongoDB at db2:27017 is no primary") as caught:
+        store.check_collection()
+    assert "directConnection" in caught.value.way_out
+
+
+def test_an_election_is_awaited_and_a_dead_address_is_not(store: UserStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    patience: list[float] = []
+
+    @contextmanager
+    def timeout(seconds: float) -> Iterator[None]:
+        patience.append(seconds)
+        if len(patience) == 1:
+            raise AutoReconnect("no primary yet")
+        yield
+
+    monkeypatch.setattr(collection.pymongo, "timeout", timeout)
+    store.timeout_ms = 9_000
+    # The store has answered before, so that one member is known.
+    store.is_empty()
+    store.check_collection()
+    assert patience == [4.0, 9.0]
+    patience.clear()
+    with UserStore(f"mongodb://127.0.0.1:{free_port()}", "x", "Users") as away, pytest.raises(UnavailableError):
+        away.check_collection()
+    assert patience == [4.0]
 
 
 def test_a_look_at_a_collection_that_is_not_there_makes_none(store: UserStore) -> None:

@@ -107,17 +107,17 @@ def of_users(report: FlattenReport) -> Metadata:
     }
 
 
-def of_load(report: LoadReport, settings: Settings, stored: int) -> Metadata:
+def of_load(report: LoadReport, settings: Settings, stored: int | None) -> Metadata:
     """Return the metadata of ``mongo_users``.
 
     Args:
         report: What the load did.
         settings: Where it went.
-        stored: How many users the collection holds after it, whoever wrote them.
+        stored: How many users the collection holds after it, whoever wrote them; None where that is not known.
     """
     return {
         **TABLES[MONGO_USERS].metadata(),
-        "dagster/row_count": stored,
+        **({} if stored is None else {"dagster/row_count": stored}),
         "dagster/table_name": f"{settings.mongodb_database}.{settings.mongodb_collection}",
         "users_in_files": report.users,
         "inserted": report.inserted,
