@@ -17,7 +17,7 @@ from ghsync_dagster.defs.cdc import repair as cdc_repair
 from ghsync_dagster.defs.cdc import sensors as cdc_sensors
 from ghsync_dagster.defs.links import with_code
 from ghsync_dagster.defs.ops import alerts
-from ghsync_dagster.defs.resources import BatchResource, ChangesResource, SparkResource
+from ghsync_dagster.defs.resources import resources_of_environment
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,12 +29,6 @@ def build_defs(resource_overrides: Mapping[str, Any] | None = None) -> dg.Defini
     Args:
         resource_overrides: Resources by name that replace the real ones, for tests.
     """
-    spark = SparkResource.of_environment()
-    resources = {
-        "spark": spark,
-        "batch": BatchResource.of_environment(spark=spark),
-        "changes": ChangesResource.of_environment(),
-    }
     return dg.Definitions(
         assets=with_code([*batch_assets.assets(), *cdc_assets.ASSETS]),
         asset_checks=[*batch_checks.CHECKS, *cdc_checks.CHECKS],
@@ -47,7 +41,7 @@ def build_defs(resource_overrides: Mapping[str, Any] | None = None) -> dg.Defini
             *cdc_repair.SENSORS,
             *source_watch.SENSORS,
         ],
-        resources={**resources, **(resource_overrides or {})},
+        resources={**resources_of_environment(), **(resource_overrides or {})},
         # One process, because the steps share one Spark session.
         executor=dg.in_process_executor,
     )

@@ -4,12 +4,11 @@ Belongs here: how Dagster's resource life cycle meets the flows' wiring, and whi
 launchpad may set. Not here: any wiring of its own.
 """
 
-from __future__ import annotations
-
+# No annotations from __future__: Dagster wants the type of a resource that another one needs, not its name.
 import os
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final
 
 import dagster as dg
 from pydantic import Field, PrivateAttr, SecretStr
@@ -54,8 +53,10 @@ class SettingsResource(dg.ConfigurableResource["SettingsResource"]):
     """A resource whose fields are settings: the UI shows them, and the launchpad may give others for one run."""
 
     @classmethod
-    def of_environment(cls, **more: Any) -> Self:  # noqa: ANN401  other resources
+    def of_environment(cls, **more: Any) -> Any:  # noqa: ANN401  other resources, and a part of one
         """Return the resource as the UI is to show it: variables by name, other settings by value, secrets by neither.
+
+        The launchpad may give others for one run.
 
         Args:
             more: The resources that it needs.
@@ -72,11 +73,26 @@ class SettingsResource(dg.ConfigurableResource["SettingsResource"]):
                 shown[name] = dg.EnvVar(variable)
             elif settings and not _is_secret(value := getattr(settings, name)):
                 shown[name] = value
-        return cls(**shown, **more)
+        return cls.configure_at_launch(**shown, **more)
 
     @classmethod
     def _names(cls) -> list[str]:
         return [name for name in cls.model_fields if name in Settings.model_fields]
+
+    def refuse_typed_secrets(self, context: dg.InitResourceContext) -> None:
+        """Refuse a secret that was typed into the launchpad: the run's config is kept and shown to all.
+
+        Raises:
+            ConfigError: There is one.
+        """
+        resources = dict[str, Any](context.run.run_config if context.run else {}).get("resources", {})
+        for name, part in resources.items():
+            for setting, value in part.get("config", {}).items():
+                if _is_secret(value):
+                    raise ConfigError(
+                        f"The run's config holds a secret in resources.{name}.config.{setting}, for all to see.",
+                        way_out="Change that secret. Set it in the environment and name the variable: {env: NAME}.",
+                    )
 
     def given(self) -> Mapping[str, object]:
         """Return the settings that this resource gives, by environment variable."""
@@ -100,7 +116,7 @@ class SparkResource(SettingsResource):
     spark_driver_java_options: str | None = _setting("spark_driver_java_options")
     spark_jars_packages: str | None = _setting("spark_jars_packages")
 
-    def handle(self, settings: Settings) -> SparkHandle:
+    def handle(self, settings: Settings) -> "SparkHandle":
         """Return a handle on the session, not started yet.
 
         Args:
@@ -121,7 +137,7 @@ def _session_of(configuration: Mapping[str, str]) -> Any:  # noqa: ANN401  as da
 class BatchResource(SettingsResource):
     """The batch flow; the Spark session begins to start with the run."""
 
-    spark: SparkResource
+    spark: dg.ResourceDependency[SparkResource]
     mongodb_uri: str | None = _setting("mongodb_uri")
     mongodb_database: str | None = _setting("mongodb_database")
     mongodb_collection: str | None = _setting("mongodb_collection")
@@ -131,6 +147,7 @@ class BatchResource(SettingsResource):
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
         """Wire the flow for one run."""
+        self.refuse_typed_secrets(context)
         configure_logging(self.settings())
         run_id = context.run.run_id if context.run else None
         bind_run(run_id)
@@ -174,6 +191,7 @@ class ChangesResource(SettingsResource):
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
         """Bind the run to the log."""
+        self.refuse_typed_secrets(context)
         configure_logging(self.settings())
         bind_run(context.run.run_id if context.run else None)
 
@@ -182,7 +200,7 @@ class ChangesResource(SettingsResource):
         del context
         bind_run(None)
 
-    def kafka(self) -> KafkaSettings:
+    def kafka(self) -> "KafkaSettings":
         """Return the topic, the group and the way to the brokers.
 
         Raises:
@@ -192,7 +210,7 @@ class ChangesResource(SettingsResource):
 
         return existing_kafka(self.settings())
 
-    def consumer(self, listener: ChangeListener) -> ChangeConsumer:
+    def consumer(self, listener: "ChangeListener") -> "ChangeConsumer":
         """Return a consumer of the changes.
 
         Raises:
@@ -217,13 +235,13 @@ class ChangesResource(SettingsResource):
 
         return None if mysql.was_set_up(self.settings()) else _words("MySQL", "MYSQL_URL")
 
-    def open_store(self) -> UserStore:
+    def open_store(self) -> "UserStore":
         """Open the users' collection."""
         from ghsync_dagster.wiring import store_opener
 
         return store_opener(self.settings())()
 
-    def open_mysql(self) -> MySqlStore:
+    def open_mysql(self) -> "MySqlStore":
         """Open the table of users.
 
         Raises:
@@ -233,7 +251,7 @@ class ChangesResource(SettingsResource):
 
         return open_mysql(self.settings())
 
-    def source(self, hours: float | None = None) -> Finding | None:
+    def source(self, hours: float | None = None) -> "Finding | None":
         """Look at MySQL's table and settings; None where there is no MySQL here.
 
         Args:
@@ -248,24 +266,34 @@ class ChangesResource(SettingsResource):
             return None
         return look_at_source(self.settings(), hours=STATEMENT_HOURS if hours is None else hours)
 
-    def close_statements(self, began: datetime) -> None:
+    def close_statements(self, began: "datetime") -> None:
         """Remember that both sides were equal in a comparison that began then."""
         from ghsync_dagster.wiring import close_statements
 
         close_statements(self.settings(), began)
 
-    def connector(self) -> ConnectorProbe | None:
+    def connector(self) -> "ConnectorProbe | None":
         """Return what asks for the connector; None where no worker is known."""
         from ghsync_dagster.wiring import connector_probe
 
         return connector_probe(self.settings())
 
-    def dead_letters(self) -> OpenLetters:
+    def dead_letters(self) -> "OpenLetters":
         """Return the open dead letters."""
         from ghsync_dagster.cdc.dead_letters import open_letters
 
         with self.open_store() as store:
             return open_letters(self.kafka(), store)
+
+
+def resources_of_environment() -> dict[str, Any]:
+    """Return all resources by name, as the environment configures them."""
+    spark = SparkResource.of_environment()
+    return {
+        "spark": spark,
+        "batch": BatchResource.of_environment(spark=spark),
+        "changes": ChangesResource.of_environment(),
+    }
 
 
 def _words(server: str, variable: str) -> str:

@@ -23,7 +23,7 @@ from ghsync_dagster.definitions import build_defs, defs
 from ghsync_dagster.defs.batch.columns import TABLES
 from ghsync_dagster.defs.cdc.checks import CDC_CHECKS
 from ghsync_dagster.defs.links import guide
-from ghsync_dagster.defs.resources import BatchResource, SparkResource
+from ghsync_dagster.defs.resources import BatchResource, SparkResource, resources_of_environment
 from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.domain.user import USER_FIELDS, json_schema
 from ghsync_dagster.settings import Settings, load_settings
@@ -250,16 +250,44 @@ def test_the_resources_show_their_settings_and_no_secret(
     assert "hidden" not in serialize_value(RepositorySnap.from_def(definitions.get_repository_def())) + caplog.text
 
 
+def settings_of_a_run(resources: dict[str, Any]) -> Settings:
+    """Return the settings that a run with this config of resources has."""
+    found: list[Settings] = []
+
+    @dg.op
+    def look(batch: BatchResource) -> None:
+        found.append(batch.settings())
+
+    @dg.job
+    def looks() -> None:
+        look()
+
+    resolved = dg.Definitions(jobs=[looks], resources=resources_of_environment()).resolve_job_def("looks")
+    assert resolved.execute_in_process(run_config={"resources": resources}).success
+    return found[0]
+
+
 def test_what_the_launchpad_gives_a_resource_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARK_MASTER", "spark://elsewhere:7077")
     monkeypatch.setenv("MONGODB_DATABASE", "one")
-    spark = SparkResource(spark_master="local[1]")
-    settings = BatchResource(spark=spark, mongodb_collection="People").settings()
-    assert (settings.spark_master, settings.mongodb_database, settings.mongodb_collection) == (
-        "local[1]",
-        "one",
-        "People",
-    )
+    given = {
+        "spark": {"config": {"spark_master": "local[1]"}},
+        "batch": {"config": {"mongodb_collection": "People"}},
+    }
+    settings = settings_of_a_run(given)
+    assert (settings.spark_master, settings.mongodb_collection) == ("local[1]", "People")
+    assert (settings.mongodb_database, settings_of_a_run({}).spark_master) == ("one", "spark://elsewhere:7077")
+
+
+@pytest.mark.parametrize("setting", ["mongodb_uri", "rules_module"])
+def test_a_secret_that_is_typed_into_the_launchpad_is_refused(monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
+    secret = "mongodb://app:hunter2@127.0.0.1:1"
+    with pytest.raises(dg.DagsterResourceFunctionError) as caught:
+        settings_of_a_run({"batch": {"config": {setting: secret}}})
+    assert "resources.batch.config." in str(caught.value.__cause__)
+    assert "hunter2" not in str(caught.value.__cause__)
+    monkeypatch.setenv("OTHER_MONGODB", secret)
+    assert settings_of_a_run({"batch": {"config": {"mongodb_uri": {"env": "OTHER_MONGODB"}}}}).mongodb_uri
 
 
 def test_wrong_settings_leave_the_code_location_there(monkeypatch: pytest.MonkeyPatch) -> None:

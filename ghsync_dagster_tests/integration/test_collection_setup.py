@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import pymongo
 import pytest
 from cdc_parts import free_port
 from pymongo import MongoClient, WriteConcern
@@ -18,7 +19,7 @@ from ghsync_dagster.cdc.apply import apply
 from ghsync_dagster.domain.coalesce import Segment
 from ghsync_dagster.domain.errors import RefusedError, UnavailableError
 from ghsync_dagster.domain.user import json_schema
-from ghsync_dagster.stores import collection, mongo
+from ghsync_dagster.stores import mongo
 from ghsync_dagster.stores.mongo import UserStore
 from ghsync_dagster.stores.stream import StreamStore
 
@@ -267,7 +268,7 @@ def test_an_election_is_awaited_and_a_dead_address_is_not(store: UserStore, monk
             raise AutoReconnect("no primary yet")
         yield
 
-    monkeypatch.setattr(collection.pymongo, "timeout", timeout)
+    monkeypatch.setattr(pymongo, "timeout", timeout)
     store.timeout_ms = 9_000
     # The store has answered before, so that one member is known.
     store.is_empty()
