@@ -21,7 +21,7 @@ from typing import Final
 from ghsync_dagster.batch.heads import has_lines
 from ghsync_dagster.batch.reports import LeftOut
 from ghsync_dagster.batch.unpack import DamagedError, as_utf8, is_utf16, packing_of, unpacked
-from ghsync_dagster.domain.errors import InputError
+from ghsync_dagster.domain.errors import InputError, shown
 
 KNOWN_NAMES: Final = "NAME.json, .jsonl or .ndjson, with or without .gz, .gzip, .bz2 or .zst, or part-*"
 OWN_FOLDERS: Final = ("batch", "connect", "dagster", "kafka", "mongo", "mysql", "spark")
@@ -95,7 +95,8 @@ class Found:
     def report(self) -> list[LeftOut]:
         """Return what is left out: for each reason how many, and the first names."""
         return [
-            LeftOut(reason, len(set(names)), sorted(set(names))[:_NAMED]) for reason, names in self.left_out.items()
+            LeftOut(reason, len(set(names)), [shown(name) for name in sorted(set(names))[:_NAMED]])
+            for reason, names in self.left_out.items()
         ]
 
 
@@ -117,8 +118,8 @@ def find_files(events_paths: Sequence[str], home: Path | None = None) -> Found:
         search = _Search(found, home)
         try:
             search.take(spec)
-        except (OSError, RuntimeError) as error:
-            # RuntimeError: the home folder of ~user is not known.
+        except (OSError, RuntimeError, ValueError) as error:
+            # RuntimeError: the home folder of ~user is not known. ValueError: a name that no file can have.
             raise InputError(
                 f"{spec} can't be looked at ({getattr(error, 'strerror', None) or error}).",
                 way_out="Correct the path, or the permissions of its folders.",
@@ -131,10 +132,8 @@ def find_files(events_paths: Sequence[str], home: Path | None = None) -> Found:
     if not found.sizes:
         raise _nothing(found)
     for path in found.sizes:
-        try:
-            path.encode()
-        except UnicodeEncodeError:
-            raise InputError(f"{path!a} has a name that is not UTF-8.", way_out="Rename it, then run again.") from None
+        if path != shown(path):
+            raise InputError(f"{path} has a name that is not UTF-8.", way_out="Rename it, then run again.")
     found.sizes = dict(sorted(found.sizes.items()))
     return found
 
@@ -147,7 +146,7 @@ def _nothing(found: Found) -> InputError:
     where = ", ".join(_absolute(spec) for spec in found.events_paths[:_PATHS_SHOWN])
     where += ", ..." if len(found.events_paths) > _PATHS_SHOWN else ""
     named = [name for names in found.left_out.values() for name in names]
-    if set(found.left_out) == {_UNKNOWN} and len(named) == 1:
+    if set(found.left_out) == {_UNKNOWN} and named == [shown(name) for name in named[:1]]:
         # One of another kind is told by its kind; what can be read needs another name only.
         look_at(named[0], Path(named[0]).stat().st_size)
         return InputError(

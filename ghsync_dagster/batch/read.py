@@ -32,7 +32,7 @@ from ghsync_dagster.batch.decide import (
 )
 from ghsync_dagster.batch.files import InputFile, find_files
 from ghsync_dagster.batch.reports import FileCount, LeftOut, ReadReport, count_rows
-from ghsync_dagster.domain.errors import ConfigError, InputError, PermanentError
+from ghsync_dagster.domain.errors import ConfigError, InputError, PermanentError, shown
 from ghsync_dagster.domain.event import latest_time
 from ghsync_dagster.observability.logging import get_logger
 from ghsync_dagster.observability.progress import telling
@@ -84,7 +84,7 @@ def read_events(
     found = find_files(events_paths, home)
     total = sum(found.sizes.values())
     # A shell may have made very many of one glob.
-    paths = list(events_paths[:_PATHS_SHOWN])
+    paths = [shown(path) for path in events_paths[:_PATHS_SHOWN]]
     log.info("looking at the files", files=len(found.sizes), megabytes=total // _MIB, paths=paths)
     try:
         files = found.look()

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 WAY_OUT: Final = " Way out: "
 """What stands between an error's message and its way out, where both are one text."""
 
 
+_BYTE: Final = re.compile("[\udc80-\udcff]")
+"""What Python makes of a byte of a file's name that is not UTF-8."""
+
+
+def shown(text: str) -> str:
+    r"""Return text that any encoder takes: of a file's name, a byte that is not UTF-8 as ``\xff``."""
+    plain = _BYTE.sub(lambda byte: f"\\x{ord(byte.group()) - 0xDC00:02x}", text)
+    return plain.encode("utf-8", "backslashreplace").decode()
+
+
 class GhsyncError(Exception):
-    """A failure that ghsync understands.
+    """A failure that ghsync understands. Its texts can be shown and logged whatever a file's name is.
 
     Args:
         message: What went wrong, and where.
@@ -17,9 +28,9 @@ class GhsyncError(Exception):
     """
 
     def __init__(self, message: str, *, way_out: str) -> None:
-        super().__init__(message, way_out)
-        self.message = message
-        self.way_out = way_out
+        self.message = shown(message)
+        self.way_out = shown(way_out)
+        super().__init__(self.message, self.way_out)
 
     def __str__(self) -> str:
         return f"{self.message}{WAY_OUT}{self.way_out}"

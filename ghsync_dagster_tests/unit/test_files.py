@@ -18,6 +18,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -305,9 +306,36 @@ def test_an_unknown_users_home_is_one_clear_error() -> None:
 def test_a_name_that_is_not_utf8_is_one_clear_error(tmp_path: Path) -> None:
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.json"))
     write(path, LINES)
-    with pytest.raises(InputError, match="has a name that is not UTF-8") as caught:
+    with pytest.raises(InputError, match=r"/\\xff\.json has a name that is not UTF-8"):
         find_files([str(tmp_path)])
-    caught.value.message.encode()
+
+
+@pytest.mark.parametrize("name", [b"\xff.txt", b"\xff.json", b".\xff", b"\xff/a.json", b"link \xff.json", b"\xff*"])
+def test_a_name_that_is_not_utf8_can_be_told_whatever_becomes_of_the_file(tmp_path: Path, name: bytes) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/in/" + name))
+    if name.startswith(b"link"):
+        path.parent.mkdir()
+        path.symlink_to(tmp_path / "gone")
+    else:
+        write(path, b"" if path.suffix == ".json" and path.parent.name == "in" else LINES)
+    for specs in ([str(path)], [str(path.parent)], [str(path.parent), str(write(tmp_path / "a.json", LINES))]):
+        told = ""
+        try:
+            for entry in find_files(specs).report():
+                assert entry.files == 1
+                told += msgspec.json.encode(entry).decode()
+        except InputError as error:
+            told += str(error)
+        told.encode()
+        # Where nothing is left, only what was given is named.
+        assert "\\xff" in told or specs == [str(path.parent)]
+
+
+@pytest.mark.parametrize("name", ["a\0b.json", "\ud800.json"])
+def test_a_name_that_no_file_can_have_is_one_clear_error(name: str) -> None:
+    with pytest.raises(InputError, match=r"There is no file or folder|can't be looked at") as caught:
+        find_files([f"/{name}"])
+    str(caught.value).encode()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
