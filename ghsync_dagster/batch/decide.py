@@ -10,9 +10,11 @@ together. A part has a name of its own for each try of a task, and only those th
 from __future__ import annotations
 
 import os
+import platform
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -20,6 +22,7 @@ import msgspec
 
 from ghsync_dagster.batch.files import InputFile, damaged, unreadable
 from ghsync_dagster.batch.unpack import DamagedError, as_utf8, lines_of, range_of_lines, unpacked, values_of
+from ghsync_dagster.batch.versions import FileState, state_of
 from ghsync_dagster.domain.errors import GhsyncError, InputError
 from ghsync_dagster.domain.event import RAW_LIMIT, Event, Refused, event_decoder, event_shape
 
@@ -80,12 +83,14 @@ class Task(NamedTuple):
         target: Folder with a sub-folder for events, one for the quarantine, and one for the tasks.
         rules: The user rules.
         latest: The time after which an event is from the future.
+        host: The machine that looked at the files.
         done: A Spark accumulator of files and bytes that are read.
     """
 
     target: str
     rules: tuple[Rule, ...]
     latest: str
+    host: str
     done: Any = None
 
     def run(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -105,7 +110,8 @@ class Task(NamedTuple):
             _Part(Path(self.target) / EVENTS / name, event_schema(), _event_columns) as events,
             _Part(Path(self.target) / QUARANTINE / name, quarantine_schema(), _quarantine_columns) as quarantine,
         ):
-            sorter = _Sorter(event_decoder(self.rules, self.latest), events, quarantine)
+            is_here = self.host == platform.node()
+            sorter = _Sorter(event_decoder(self.rules, self.latest), events, quarantine, is_here=is_here)
             for piece in pieces:
                 try:
                     tallies.append(sorter.take(piece))
@@ -143,12 +149,15 @@ class _Sorter:
         reasons: How often each kind of reason was given.
     """
 
-    def __init__(self, decide: Callable[[bytes], Event | Refused | None], events: _Part, quarantine: _Part) -> None:
+    def __init__(
+        self, decide: Callable[[bytes], Event | Refused | None], events: _Part, quarantine: _Part, *, is_here: bool
+    ) -> None:
         self.blank = 0
         self.reasons: Counter[str] = Counter()
         self._decide = decide
         self._events = events
         self._quarantine = quarantine
+        self._is_here = is_here
 
     def take(self, piece: Piece) -> Tally:
         """Read a piece; return how many lines and bytes it has.
@@ -159,10 +168,10 @@ class _Sorter:
         file = piece.file
         try:
             with open(file.path, "rb") as raw:  # noqa: PTH123  there may be very many files
-                _hold_size(raw, file)
+                before = _hold(raw, file.state, is_here=self._is_here)
                 counted = _Counted(raw, piece)
                 lines = self._lines(file.path, counted) if file.has_lines else self._values(file.path, counted)
-                _hold_size(raw, file)
+                _hold(raw, before)
         except DamagedError as error:
             raise damaged(file.path, str(error)) from None
         except OSError as error:
@@ -233,17 +242,26 @@ class _Counted:
             self.bytes = self._raw.tell()
 
 
-def _hold_size(raw: IO[bytes], file: InputFile) -> None:
-    size = os.fstat(raw.fileno()).st_size
-    if size != file.size:
-        raise changed(file.path, file.size, size)
+def _hold(raw: IO[bytes], state: FileState, *, is_here: bool = True) -> FileState:
+    """Return the state that an open file has, which must be the given one.
+
+    Args:
+        raw: The file.
+        state: What it was.
+        is_here: Whether it was seen on this machine: others may see another inode, and change of attributes.
+    """
+    now = state_of(state.path, os.fstat(raw.fileno()))
+    if now != (state if is_here else replace(state, changed_ns=now.changed_ns, inode=now.inode)):
+        raise changed(state.path, state.size, now.size)
+    return now
 
 
 def changed(path: str, before: int, after: int) -> InputError:
-    """Return the error of a file that has not the bytes that it had."""
+    """Return the error of a file that is not as it was when it was looked at."""
+    how = f"{before} bytes when it was looked at, {after} when it was read" if before != after else "its time or inode"
     return InputError(
-        f"{path} changed while it was read: {before} bytes when it was looked at, {after} when it was read.",
-        way_out="Run again on files that are at rest.",
+        f"{path} changed while it was read: {how}.",
+        way_out="Run again on files that are at rest; executors of a cluster need the very same files.",
     )
 
 

@@ -21,6 +21,7 @@ from typing import Final
 from ghsync_dagster.batch.heads import has_lines
 from ghsync_dagster.batch.reports import LeftOut
 from ghsync_dagster.batch.unpack import DamagedError, as_utf8, is_utf16, packing_of, unpacked
+from ghsync_dagster.batch.versions import FileState, InputState, state_of
 from ghsync_dagster.domain.errors import InputError, shown
 
 KNOWN_NAMES: Final = "NAME.json, .jsonl or .ndjson, with or without .gz, .gzip, .bz2 or .zst, or part-*"
@@ -48,18 +49,26 @@ class InputFile:
     """A file that has been looked at.
 
     Attributes:
-        path: Absolute path.
-        size: Bytes on disk.
+        state: What tells its content, from before the look.
         packing: ``gzip``, ``bzip2``, ``zstd``, or None for a plain file.
         is_utf16: Whether its text is UTF-16, by its byte order mark.
         has_lines: Whether an event is a line; else it is an object of a JSON array, or of objects one after the other.
     """
 
-    path: str
-    size: int
+    state: FileState
     packing: str | None = None
     is_utf16: bool = False
     has_lines: bool = True
+
+    @property
+    def path(self) -> str:
+        """Absolute path."""
+        return self.state.path
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return self.state.size
 
 
 @dataclass(slots=True)
@@ -68,13 +77,18 @@ class Found:
 
     Attributes:
         events_paths: The paths, as they were given.
-        sizes: Bytes on disk of each file to read, by absolute path, sorted.
+        files: What tells the content of each file to read, by absolute path, sorted.
         left_out: Every other file that the paths name, by reason.
     """
 
     events_paths: Sequence[str] = ()
-    sizes: dict[str, int] = field(default_factory=dict)
+    files: dict[str, FileState] = field(default_factory=dict)
     left_out: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    @property
+    def state(self) -> InputState:
+        """The state of all files to read."""
+        return InputState(tuple(self.files.values()))
 
     def look(self) -> list[InputFile]:
         """Look at the head of each file to read; those whose packing holds nothing are left out as empty.
@@ -83,8 +97,8 @@ class Found:
             InputError: A file is of another kind, damaged from its start on, or unreadable; or none is left.
         """
         files = []
-        for path, size in self.sizes.items():
-            if (file := look_at(path, size)) is not None:
+        for path, state in self.files.items():
+            if (file := look_at(state)) is not None:
                 files.append(file)
             else:
                 self.left_out[_EMPTY].append(path)
@@ -129,12 +143,12 @@ def find_files(events_paths: Sequence[str], home: Path | None = None) -> Found:
                 f"{_absolute(spec)} has no file.",
                 way_out="Name a folder with GH Archive files, or get some: ghsync fetch 2015-01-01-15.",
             )
-    if not found.sizes:
+    if not found.files:
         raise _nothing(found)
-    for path in found.sizes:
+    for path in found.files:
         if path != shown(path):
             raise InputError(f"{path} has a name that is not UTF-8.", way_out="Rename it, then run again.")
-    found.sizes = dict(sorted(found.sizes.items()))
+    found.files = dict(sorted(found.files.items()))
     return found
 
 
@@ -148,7 +162,7 @@ def _nothing(found: Found) -> InputError:
     named = [name for names in found.left_out.values() for name in names]
     if set(found.left_out) == {_UNKNOWN} and named == [shown(name) for name in named[:1]]:
         # One of another kind is told by its kind; what can be read needs another name only.
-        look_at(named[0], Path(named[0]).stat().st_size)
+        look_at(state_of(named[0], Path(named[0]).stat()))
         return InputError(
             f"{named[0]}: {_UNKNOWN}.", way_out=f"Rename it: mv {shlex.quote(named[0])} {_renamed(named[0])}"
         )
@@ -248,7 +262,7 @@ class _Search:
                     else:
                         self._folder(entry.path, inner)
                 elif not is_link and entry.is_file():
-                    self._file(entry.path, inner, entry.stat().st_size)
+                    self._file(entry.path, inner, entry.stat())
                 else:
                     self._entry(entry.path, inner)
 
@@ -268,19 +282,19 @@ class _Search:
         else:
             raise InputError(f"{path} is no regular file.", way_out="Remove it, or name the files by a glob.")
 
-    def _file(self, path: str, real: str, size: int | None = None) -> None:
+    def _file(self, path: str, real: str, stat: os.stat_result | None = None) -> None:
         if self._is_own(real):
             return
         reason = _reason(path.rpartition("/")[2])
         if reason is None:
-            size = os.stat(real).st_size if size is None else size  # noqa: PTH116
-            reason = None if size else _EMPTY
-        if reason is not None:
-            self._leave_out(reason, path)
-        else:
-            # By links a file may be found more than once.
-            self._found.sizes[real] = size or 0
-            self.entries += 1
+            stat = stat or os.stat(real)  # noqa: PTH116
+            if stat.st_size:
+                # By links a file may be found more than once.
+                self._found.files[real] = state_of(real, stat)
+                self.entries += 1
+                return
+            reason = _EMPTY
+        self._leave_out(reason, path)
 
     def _is_own(self, real: str) -> bool:
         """Tell whether something is ghsync's own state, and leave that out, as one folder."""
@@ -344,12 +358,11 @@ def _no_path(spec: str, scheme: str) -> InputError:
     )
 
 
-def look_at(path: str, size: int) -> InputFile | None:
+def look_at(state: FileState) -> InputFile | None:
     """Look at the head of a file: how it is packed, how its text is encoded, and what its events stand in.
 
     Args:
-        path: The file.
-        size: Its bytes on disk.
+        state: The file, as it was found.
 
     Returns:
         What was seen; None: there is nothing in it.
@@ -357,6 +370,7 @@ def look_at(path: str, size: int) -> InputFile | None:
     Raises:
         InputError: The file is damaged from its start on, or of a kind that can't be read.
     """
+    path, size = state.path, state.size
     head = _head(path, _HEAD)
     packing = packing_of(head)
     try:
@@ -372,7 +386,7 @@ def look_at(path: str, size: int) -> InputFile | None:
         raise damaged(path, str(error)) from None
     if not text and len(head) < size:
         raise damaged(path, f"its {packing} data holds nothing in {len(head)} bytes")
-    return InputFile(path, size, packing, utf16, has_lines(path, head, text)) if text else None
+    return InputFile(state, packing, utf16, has_lines(path, head, text)) if text else None
 
 
 def _head(path: str, size: int) -> bytes:

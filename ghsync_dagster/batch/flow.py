@@ -17,7 +17,7 @@ from ghsync_dagster.batch.flatten import check_users, flatten_users
 from ghsync_dagster.batch.load import Step, load_users
 from ghsync_dagster.batch.read import read_events
 from ghsync_dagster.batch.reports import Artifacts, FlattenReport, LoadReport, ReadReport
-from ghsync_dagster.batch.versions import UNKNOWN, InputState, state_of, version_of
+from ghsync_dagster.batch.versions import UNKNOWN, InputState, version_of
 from ghsync_dagster.domain.errors import TransientError
 from ghsync_dagster.folders import ensure_folder
 from ghsync_dagster.observability.logging import bind_run
@@ -66,7 +66,7 @@ class BatchFlow:
         Raises:
             InputError: A path can't be read.
         """
-        return state_of(find_files(events_paths, self.home).sizes)
+        return find_files(events_paths, self.home).state
 
     def check_first(self) -> None:
         """Find, before any work, what would end a run later on; write nothing to the target.
@@ -82,15 +82,9 @@ class BatchFlow:
 
     def read(self, events_paths: Sequence[str]) -> ReadReport:
         """Read the files into events and quarantine, and make that the newest data."""
-        before = self.look_at_input(events_paths)
         target = self.artifacts.new_folder("events")
         report = read_events(self.spark.session, events_paths, target, self.rules, self.home)
-        # What changed while it was read has the state of no moment.
-        stable = before.still_holds({file.path for file in report.files})
-        input_version = before.version if stable else version_of(UNKNOWN)
-        report = replace(
-            report, input_version=input_version, data_version=version_of(self.code_version, "read", input_version)
-        )
+        report = replace(report, data_version=version_of(self.code_version, "read", report.input_version))
         self.artifacts.publish(report)
         return report
 

@@ -6,6 +6,7 @@ its lines is ``batch.decide``'s, which files there are is ``batch.files``'s.
 
 from __future__ import annotations
 
+import platform
 import shutil
 import time
 from collections import Counter, defaultdict
@@ -14,6 +15,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 import msgspec
+from msgspec.structs import replace
 
 from ghsync_dagster.batch.decide import (
     BLANK,
@@ -82,10 +84,10 @@ def read_events(
     """
     started = time.monotonic()
     found = find_files(events_paths, home)
-    total = sum(found.sizes.values())
+    state = found.state
     # A shell may have made very many of one glob.
     paths = [shown(path) for path in events_paths[:_PATHS_SHOWN]]
-    log.info("looking at the files", files=len(found.sizes), megabytes=total // _MIB, paths=paths)
+    log.info("looking at the files", files=len(state.files), megabytes=state.size // _MIB, paths=paths)
     try:
         files = found.look()
     finally:
@@ -98,9 +100,9 @@ def read_events(
     # The report's seconds are those of reading, not of a JVM that is still starting.
     started += time.monotonic() - asked
     tasks = plan_tasks(files, session.sparkContext.defaultParallelism)
-    log.info("reading", files=len(files), megabytes=total // _MIB, tasks=len(tasks))
+    log.info("reading", files=len(files), megabytes=state.size // _MIB, tasks=len(tasks))
     tallies = _decide_all(session, files, tasks, rules, target)
-    report = _report(files, left_out, tallies, target, started)
+    report = replace(_report(files, left_out, tallies, target, started), input_version=state.version)
     log.info("read", lines=report.lines, events=report.events, quarantined=report.quarantined, seconds=report.seconds)
     return report
 
@@ -157,7 +159,7 @@ def _decide_all(
         write_task(target, number, pieces)
     with spark_errors("Reading events"):
         done = pair_of_sums(session)
-        task = Task(str(target), tuple(rules), latest_time(datetime.now(UTC)), done)
+        task = Task(str(target), tuple(rules), latest_time(datetime.now(UTC)), platform.node(), done)
         numbers = session.range(0, len(tasks), 1, len(tasks))
         size, began = sum(file.size for file in files), time.monotonic()
         with telling("reading", lambda: _reading(done.value, len(files), size, began), every=_PROGRESS_SECONDS):

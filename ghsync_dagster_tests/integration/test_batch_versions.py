@@ -9,7 +9,6 @@ import pytest
 from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleStatus
 from dagster._core.loader import LoadingContextForTest
 
-from ghsync_dagster.batch.read import read_events
 from ghsync_dagster.batch.versions import code_version
 from ghsync_dagster.definitions import build_defs
 from ghsync_dagster.defs.resources import BatchResource, SparkResource
@@ -143,21 +142,6 @@ def test_what_dagster_does_not_know_of_is_never_shown_as_in_sync(
     assert platform.stale() == set()
     platform.materialize("event_files")
     assert platform.stale() == {"raw_events", "quarantined_events"}
-
-
-def test_files_that_change_while_they_are_read_give_a_version_of_no_other_read(
-    platform: Platform, events: Path, event_line: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def changing(*arguments: Any) -> Any:
-        report = read_events(*arguments)
-        events.write_text(event_line(1, "changed", number=99))
-        return report
-
-    monkeypatch.setattr("ghsync_dagster.batch.flow.read_events", changing)
-    flow = platform.flow()
-    versions = {flow.read([str(events)]).input_version for _ in range(2)}
-    assert len(versions) == 2
-    assert flow.look_at_input([str(events)]).version not in versions
 
 
 def test_the_counts_are_of_what_their_names_say_and_of_one_target(

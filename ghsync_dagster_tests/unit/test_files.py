@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ghsync_dagster.batch.files import InputFile, find_files, look_at
+from ghsync_dagster.batch.versions import FileState, state_of
 from ghsync_dagster.domain.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def write(path: Path, content: bytes) -> Path:
 
 def found_in(folder: Path, *specs: str, home: Path | None = None) -> list[str]:
     """Return the files that are read, relative to a folder."""
-    return [os.path.relpath(path, folder) for path in find_files(specs, home).sizes]
+    return [os.path.relpath(path, folder) for path in find_files(specs, home).files]
 
 
 def left_out_of(folder: Path, *specs: str, home: Path | None = None) -> dict[str, list[str]]:
@@ -64,7 +65,7 @@ def left_out_of(folder: Path, *specs: str, home: Path | None = None) -> dict[str
 
 
 def look(path: Path) -> InputFile:
-    seen = look_at(str(path), path.stat().st_size)
+    seen = look_at(state_of(str(path), path.stat()))
     assert seen is not None
     return seen
 
@@ -73,9 +74,9 @@ def look(path: Path) -> InputFile:
 
 
 def test_a_file_is_found_as_an_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path / "a.json", LINES)
+    path = write(tmp_path / "a.json", LINES)
     monkeypatch.chdir(tmp_path)
-    assert find_files(["a.json"]).sizes == {str(tmp_path / "a.json"): len(LINES)}
+    assert find_files(["a.json"]).state.files == (state_of(str(path), path.stat()),)
 
 
 READ = ["_day=1/i.json", "a.json", "b.ndjson", "c.JSON", "d.json.gzip", "d/e/f/g.jsonl.GZ", "f.json.zst", "k.json.bz2"]
@@ -196,14 +197,14 @@ def test_what_is_no_file_is_told_and_not_left_out(tmp_path: Path, path: str) -> 
 )
 def test_odd_names_are_found_as_files_and_by_their_folder(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / "in [1]" / name, LINES)
-    assert list(find_files([str(path)]).sizes) == [str(path)]
-    assert list(find_files([str(path.parent)]).sizes) == [str(path)]
+    assert list(find_files([str(path)]).files) == [str(path)]
+    assert list(find_files([str(path.parent)]).files) == [str(path)]
 
 
 def test_the_home_folder_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     path = write(tmp_path / "a.json", LINES)
-    assert list(find_files(["~/a.json"]).sizes) == [str(path)]
+    assert list(find_files(["~/a.json"]).files) == [str(path)]
 
 
 @pytest.mark.parametrize("path", ["", "/*", "/**"])
@@ -295,7 +296,7 @@ def test_the_way_out_of_a_file_address_is_its_path(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", LINES)
     with pytest.raises(InputError, match="is an address") as caught:
         find_files([f"file://{path}"])
-    assert list(find_files([caught.value.way_out.partition(": ")[2]]).sizes) == [str(path)]
+    assert list(find_files([caught.value.way_out.partition(": ")[2]]).files) == [str(path)]
 
 
 def test_an_unknown_users_home_is_one_clear_error() -> None:
@@ -355,7 +356,7 @@ def test_what_may_not_be_read_is_one_clear_error(tmp_path: Path) -> None:
 
 def test_a_file_that_is_gone_by_now_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a.json can't be read .*No such file"):
-        look_at(str(tmp_path / "a.json"), 5)
+        look_at(FileState(str(tmp_path / "a.json"), 5, 0, 0, 1))
 
 
 # What is in them
@@ -581,7 +582,7 @@ def test_a_file_of_lines_is_never_refused_for_a_bad_one_or_its_suffix(
     tmp_path: Path, name: str, content: bytes, packing: str | None
 ) -> None:
     path = write(tmp_path / name, content)
-    assert look(path) == InputFile(str(path), len(content), packing)
+    assert look(path) == InputFile(state_of(str(path), path.stat()), packing)
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
@@ -591,4 +592,4 @@ def test_utf16_is_read_where_its_mark_says_so(tmp_path: Path, encoding: str, pac
     content = pack(text if encoding == "utf-16" else b"\xfe\xff" + text)
     path = write(tmp_path / "a.json", content)
     packing = "gzip" if pack is gzipped else None
-    assert look(path) == InputFile(str(path), len(content), packing, is_utf16=True)
+    assert look(path) == InputFile(state_of(str(path), path.stat()), packing, is_utf16=True)

@@ -10,14 +10,20 @@ from hypothesis import strategies as st
 
 from ghsync_dagster.batch.files import InputFile
 from ghsync_dagster.batch.read import _cost, _largest_piece, plan_tasks
+from ghsync_dagster.batch.versions import FileState
 
 # Times depend on what else the machine does.
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 MIB = 1 << 20
 
+
+def file_of(size: int, packing: str | None = None, *, path: str = "/in/a.json", **kind: bool) -> InputFile:
+    """Return a file of a size."""
+    return InputFile(FileState(path, size, 0, 0, 1), packing, **kind)
+
+
 files = st.builds(
-    InputFile,
-    path=st.just("/in/a.json"),
+    file_of,
     size=st.integers(1, 300 * MIB),
     packing=st.sampled_from([None, None, "gzip", "bzip2", "zstd"]),
     is_utf16=st.booleans(),
@@ -71,12 +77,12 @@ def test_no_task_costs_more_than_allowed_but_for_one_file_that_is_read_whole(
 def test_two_cores_have_enough_tasks_to_share_and_not_too_many(
     sizes: list[int], packing: str | None, tasks: int
 ) -> None:
-    planned = plan_tasks([InputFile(f"/in/{n}", size, packing) for n, size in enumerate(sizes)], cores=2)
+    planned = plan_tasks([file_of(size, packing, path=f"/in/{n}") for n, size in enumerate(sizes)], cores=2)
     assert tasks <= len(planned) <= tasks * 1.3
 
 
 def test_the_costly_ones_come_first() -> None:
-    inputs = [InputFile("a", MIB), InputFile("b", 200 * MIB, "gzip"), InputFile("c", 30 * MIB)]
+    inputs = [file_of(MIB), file_of(200 * MIB, "gzip"), file_of(30 * MIB)]
     order = [pieces[0].number for pieces in plan_tasks(inputs, cores=2)]
     assert order[0] == 1
     assert order[-1] == 0

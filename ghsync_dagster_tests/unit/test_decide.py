@@ -1,0 +1,109 @@
+"""What a worker does with one task's files, without Spark: what it holds a file for, and what it tells."""
+
+from __future__ import annotations
+
+import os
+import platform
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pyarrow as pa
+import pytest
+
+from ghsync_dagster.batch.decide import EVENTS, FAULT, QUARANTINE, Piece, Task, write_task
+from ghsync_dagster.batch.files import find_files
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    """The folder that tasks write to."""
+    for name in (EVENTS, QUARANTINE, "tasks"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+    return tmp_path / "out"
+
+
+def told_by(target: Path, number: int, *, host: str | None = None) -> dict[str, list[Any]]:
+    """Run a task that has been written; return the names of its tallies by kind."""
+    task = Task(str(target), (), "2030", host or platform.node())
+    told: dict[str, list[Any]] = {}
+    for batch in task.run(iter([pa.record_batch({"id": [number]})])):
+        for row in batch.to_pylist():
+            told.setdefault(row["kind"], []).append(row["name"])
+    told[FAULT] = [msgspec.json.decode(fault) for fault in told.get(FAULT, [])]
+    return told
+
+
+def in_ranges(path: Path, target: Path, cuts: Sequence[int]) -> None:
+    """Write a task for each range of a file."""
+    (file,) = find_files([str(path)]).look()
+    for number, (start, end) in enumerate(pairwise([0, *cuts, file.size])):
+        write_task(target, number, [Piece(0, file, start, end)])
+
+
+def rewrite(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b"octo", b"moby"))
+
+
+def replaced(path: Path) -> None:
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes().replace(b"octo", b"moby"))
+    os.utime(other, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+    other.replace(path)
+
+
+@pytest.mark.parametrize("change", [rewrite, replaced, os.utime])
+def test_a_file_that_is_changed_at_the_same_size_between_two_ranges_is_one_error(
+    tmp_path: Path, target: Path, event_line: Callable[..., str], change: Callable[[Path], None]
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("".join(event_line(number, "octo") + "\n" for number in range(1, 101)))
+    # Of another time than now, whatever the ticks of the file system's clock.
+    os.utime(path, ns=(10**18, 10**18))
+    in_ranges(path, target, [path.stat().st_size // 2])
+    assert told_by(target, 0)[FAULT] == []
+    change(path)
+    told = told_by(target, 1)
+    assert EVENTS not in told
+    ((kind, message, way_out),) = told[FAULT]
+    assert (kind, str(path) in message, "changed while it was read" in message) == ("InputError", True, True)
+    assert "at rest" in way_out
+
+
+def test_a_file_that_is_changed_at_the_same_size_while_it_is_read_is_one_error(
+    tmp_path: Path, target: Path, event_line: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("".join(event_line(number, "octo") + "\n" for number in range(1, 101)))
+    os.utime(path, ns=(10**18, 10**18))
+    in_ranges(path, target, [])
+
+    def changing(parts: Any) -> Any:
+        yield next(iter(parts)).split(b"\n")
+        rewrite(path)
+
+    monkeypatch.setattr("ghsync_dagster.batch.decide.lines_of", changing)
+    ((_, message, _),) = told_by(target, 0)[FAULT]
+    assert "changed while it was read" in message
+
+
+def test_another_machine_need_not_agree_on_inode_and_change_of_attributes(
+    tmp_path: Path, target: Path, event_line: Callable[..., str]
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(event_line(1) + "\n")
+    os.utime(path, ns=(10**18, 10**18))
+    in_ranges(path, target, [])
+    path.chmod(0o600)
+    copy = path.with_name("copy")
+    copy.write_bytes(path.read_bytes())
+    os.utime(copy, ns=(10**18, 10**18))
+    copy.replace(path)
+    assert len(told_by(target, 0)[FAULT]) == 1
+    assert told_by(target, 0, host="another")[FAULT] == []
+    rewrite(path)
+    assert len(told_by(target, 0, host="another")[FAULT]) == 1
