@@ -21,9 +21,9 @@ from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 import msgspec
 
 from ghsync_dagster.batch.files import InputFile, damaged, unreadable
-from ghsync_dagster.batch.unpack import DamagedError, as_utf8, lines_of, range_of_lines, unpacked, values_of
+from ghsync_dagster.batch.unpack import DamagedError, as_utf8, lines_of, range_of_lines, unpacked, values_of, weight_of
 from ghsync_dagster.batch.versions import FileState, state_of
-from ghsync_dagster.domain.errors import GhsyncError, InputError
+from ghsync_dagster.domain.errors import GhsyncError, InputError, PermanentError
 from ghsync_dagster.domain.event import RAW_LIMIT, Event, Refused, event_decoder, event_shape
 
 if TYPE_CHECKING:
@@ -192,14 +192,27 @@ class _Sorter:
         return content.lines
 
     def _values(self, path: str, content: _Counted) -> int:
-        values = 0
-        for line, value in values_of(content):
+        values = weight = read = 0
+
+        def weighed() -> Iterator[bytes]:
+            nonlocal read
+            for part in content:
+                read += weight_of(part)
+                yield part
+
+        for line, value in values_of(weighed()):
             values += 1
+            weight += weight_of(value)
             outcome = self._decide(value)
             if isinstance(outcome, Event):
                 self._events.add(outcome)
             else:
                 self._other(path, line, value, outcome)
+        if weight != read:
+            raise PermanentError(
+                f"{path}: {read} bytes of JSON went in, but values of {weight} came out.",
+                way_out="Run again; if it stays, tell us: the file did not change meanwhile.",
+            )
         return values
 
     def _other(self, path: str, number: int, line: bytes, outcome: Refused | None) -> None:

@@ -11,6 +11,7 @@ import codecs
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import IO, Any, Final
 
 GZIP: Final = "gzip"
@@ -26,6 +27,10 @@ _UTF16_MARKS: Final = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _UTF32_MARKS: Final = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 _STRUCTURE: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+("?)|[][{}]', re.DOTALL)
 _GAP: Final = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r\n,]*")
+_STRING: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_WORD: Final = re.compile(rb'\0++|[^ \t\r\n,"{}\[\]\0]++')
+"""A number, true, false, null, or what is no JSON: it ends where something else begins."""
+_BETWEEN: Final = b" \t\r\n,[]\xef\xbb\xbf"
 _LONGEST_VALUE: Final = 16 * BLOCK
 """Of an array: what does not end would otherwise be looked at again with every block."""
 
@@ -165,14 +170,18 @@ def lines_of(parts: Iterable[bytes]) -> Iterator[list[bytes]]:
 
 
 def values_of(parts: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Yield the objects of a JSON array, or those that follow each other, each with the number of its first line.
+    """Yield the values of JSON arrays, or those that follow each other, each with the number of its first line.
+
+    What is no object is a value too where its end is certain: a string, a number, an array in an array, a bracket too
+    many, a row of NUL bytes.
 
     Raises:
-        DamagedError: Something else stands between them, or the last one or the array does not end.
+        DamagedError: The last value or array does not end.
     """
-    text, line, in_array, closed = b"", 1, False, False
-    for part in parts:
-        text += part
+    text, line, in_array = b"", 1, False
+    # None: there is no more.
+    for part in chain(parts, [None]):
+        text += part or b""
         at = 0
         while True:
             gap = _GAP.match(text, at)
@@ -180,27 +189,37 @@ def values_of(parts: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
             line += text.count(b"\n", at, gap.end())
             at = gap.end()
             head = text[at : at + 1]
-            if head == b"{" and not closed:
-                if (end := _object_end(text, at)) is None:
-                    break
-                yield line, text[at:end]
-                line += text.count(b"\n", at, end)
-                at = end
-            elif head == b"[" and not in_array:
-                in_array = True
+            if (head == b"[" and not in_array) or (head == b"]" and in_array):
+                in_array = not in_array
                 at += 1
-            elif head == b"]" and in_array and not closed:
-                closed = True
-                at += 1
-            elif head:
-                raise DamagedError(f"its JSON has something other than objects at line {line}")
-            else:
+                continue
+            if not head or (end := _value_end(text, at, is_all=part is None)) is None:
                 break
+            yield line, text[at:end]
+            line += text.count(b"\n", at, end)
+            at = end
         text = text[at:]
-        if len(text) > _LONGEST_VALUE:
+        if len(text) > _LONGEST_VALUE and text[:1] in b'{["':
             break
-    if text or (in_array and not closed):
+    if text or in_array:
         raise DamagedError(f"its JSON does not end: what is open at line {line} is not closed")
+
+
+def _value_end(text: bytes, start: int, *, is_all: bool) -> int | None:
+    """Return where the value that begins at a place ends; None where that is not to be seen yet."""
+    head = text[start : start + 1]
+    if head in b"{[":
+        return _object_end(text, start)
+    if head in b"]}":
+        return start + 1
+    found = (_STRING if head == b'"' else _WORD).match(text, start)
+    is_open = found is None or (head != b'"' and found.end() == len(text) and not is_all)
+    return None if found is None or is_open else found.end()
+
+
+def weight_of(part: bytes) -> int:
+    """Return how many bytes could not stand between values: all that is read has as many as its values."""
+    return len(part.translate(None, _BETWEEN))
 
 
 def _object_end(text: bytes, start: int) -> int | None:

@@ -313,7 +313,7 @@ BROKEN: dict[str, Callable[[bytes], bytes]] = {
     "zstd": lambda text: zstd(text)[:-20],
     "UTF-16": lambda text: text.decode().encode("utf-16")[:-1],
     "array": lambda text: b"[" + b",".join(text.splitlines()),
-    "array with junk": lambda text: b"[" + b",".join(text.splitlines()) + b",5]",
+    "second array": lambda text: b"[" + b",".join(text.splitlines()) + b"][",
 }
 
 

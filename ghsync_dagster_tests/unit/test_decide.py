@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ghsync_dagster.batch.decide import EVENTS, FAULT, QUARANTINE, Piece, Task, write_task
 from ghsync_dagster.batch.files import find_files
+from ghsync_dagster.batch.unpack import values_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -107,3 +109,20 @@ def test_another_machine_need_not_agree_on_inode_and_change_of_attributes(
     assert told_by(target, 0, host="another")[FAULT] == []
     rewrite(path)
     assert len(told_by(target, 0, host="another")[FAULT]) == 1
+
+
+def test_a_bad_value_of_an_array_is_quarantined_and_a_lost_one_is_an_error(
+    tmp_path: Path, target: Path, event_line: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(f"[{event_line(1)}, null,\n5, {event_line(2)}][{event_line(3)}]\0\0")
+    (file,) = find_files([str(path)]).look()
+    write_task(target, 0, [Piece(0, file)])
+    told = told_by(target, 0)
+    assert pq.read_table(target / EVENTS / told[EVENTS][0]).num_rows == 3
+    rows = pq.read_table(target / QUARANTINE / told[QUARANTINE][0]).to_pylist()
+    assert [(row["line"], row["raw"]) for row in rows] == [(1, "null"), (2, "5"), (2, "\\x00\\x00")]
+
+    monkeypatch.setattr("ghsync_dagster.batch.decide.values_of", lambda parts: list(values_of(parts))[1:])
+    ((kind, message, _),) = told_by(target, 0)[FAULT]
+    assert (kind, "bytes of JSON went in" in message) == ("PermanentError", True)

@@ -15,7 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ghsync_dagster.batch import unpack
-from ghsync_dagster.batch.unpack import DamagedError, lines_of, packing_of, range_of_lines, unpacked, values_of
+from ghsync_dagster.batch.unpack import (
+    DamagedError,
+    lines_of,
+    packing_of,
+    range_of_lines,
+    unpacked,
+    values_of,
+    weight_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,24 +85,57 @@ def test_values_are_the_objects_of_an_array_or_of_a_row(
         assert value.split(b"\n")[0] in lines[line - 1]
 
 
+@patient
+@given(st.lists(values, max_size=6), st.sampled_from([None, 0, 2]), st.booleans(), st.integers(1, 40))
+def test_values_that_are_no_objects_are_values_too(
+    wanted: list[Any], indent: int | None, in_arrays: bool, size: int
+) -> None:
+    text = "".join(json.dumps([value], indent=indent) for value in wanted) if in_arrays else json.dumps(wanted)
+    found = list(values_of(in_blocks(text.encode(), size)))
+    assert [json.loads(value) for _, value in found] == wanted
+    assert sum(map(weight_of, (value for _, value in found))) == weight_of(text.encode())
+
+
+E1, E2 = b'{"a":1}', b'{"b":[2]}'
+
+
 @pytest.mark.parametrize(
-    "content",
+    ("content", "wanted"),
     [
-        b'[{"a":1}',
-        b'[{"a":1},',
-        b'[{"a":1},5]',
-        b'["a"]',
-        b'{"a":1} x',
-        b'[{"a":"x',
-        b'[{"a":1}] {"b":2}',
-        b'[{"a":1}]]',
-        b"[",
+        (b'[{"a":1},null,{"b":[2]}]', [E1, b"null", E2]),
+        (b'[{"a":1},5.0,-1e3 ,"x,]{",{"b":[2]},true]', [E1, b"5.0", b"-1e3", b'"x,]{"', E2, b"true"]),
+        (b'[{"a":1}]\n[{"b":[2]}]', [E1, E2]),
+        (b'[{"a":1}][{"b":[2]}]', [E1, E2]),
+        (b'[{"a":1},[{"c":3},"]"],{"b":[2]}]', [E1, b'[{"c":3},"]"]', E2]),
+        (b'[{"a":1},,{"b":[2]},]', [E1, E2]),
+        (b'[{"a":1}]{"b":[2]}', [E1, E2]),
+        (b'[{"a":1}]]{"b":[2]}', [E1, b"]", E2]),
+        (b'{"a":1}}{"b":[2]}', [E1, b"}", E2]),
+        (b'{"a":1} x y: {"b":[2]}', [E1, b"x", b"y:", E2]),
+        (b'[{"a":1},{"b":[2]}]' + bytes(50), [E1, E2, bytes(50)]),
+        (b'[{"a":1},{"b":[2]}]\n' + bytes(50) + b"\n", [E1, E2, bytes(50)]),
+        (b'{"a":1}' + bytes(3) + b'x{"b":[2]}5', [E1, bytes(3), b"x", E2, b"5"]),
     ],
 )
-def test_values_that_do_not_end_or_are_no_objects_are_damage(content: bytes) -> None:
+def test_a_bad_value_stops_no_good_one(content: bytes, wanted: list[bytes]) -> None:
     for size in (1, 3, 100):
-        with pytest.raises(DamagedError, match="its JSON"):
+        found = [value for _, value in values_of(in_blocks(content, size))]
+        assert found == wanted
+
+
+@pytest.mark.parametrize(
+    "content", [b'[{"a":1}', b'[{"a":1},', b'[{"a":"x', b"[", b'[{"a":1}][', b'{"a":', b'[{"a":1}, "x', b'["a"', b"[[]"]
+)
+def test_what_does_not_end_is_damage(content: bytes) -> None:
+    for size in (1, 3, 100):
+        with pytest.raises(DamagedError, match="its JSON does not end"):
             list(values_of(in_blocks(content, size)))
+
+
+def test_a_row_of_zeros_of_any_length_is_one_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unpack, "_LONGEST_VALUE", 1_000)
+    content = b'[{"a":1}]' + bytes(5_000)
+    assert [len(value) for _, value in values_of(in_blocks(content, 100))] == [7, 5_000]
 
 
 def test_an_object_that_never_ends_is_told_without_looking_at_it_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
