@@ -7,16 +7,18 @@ beyond the head, which the workers read (``batch.decide``), nor how bytes are un
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import io
 import os
 import re
 import shlex
+import stat
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 from ghsync_dagster.batch.heads import has_lines
 from ghsync_dagster.batch.reports import LeftOut
@@ -29,6 +31,7 @@ OWN_FOLDERS: Final = ("batch", "connect", "dagster", "kafka", "mongo", "mysql", 
 """What GHSYNC_HOME holds, where the events are in it too."""
 
 _NAMED: Final = 20
+_FAULTS_SHOWN: Final = 5
 _PATHS_SHOWN: Final = 5
 _HEAD: Final = 1 << 16
 _LONG_HEAD: Final = 1 << 21
@@ -79,11 +82,13 @@ class Found:
         events_paths: The paths, as they were given.
         files: What tells the content of each file to read, by absolute path, sorted.
         left_out: Every other file that the paths name, by reason.
+        looked: How many files have been looked at so far.
     """
 
     events_paths: Sequence[str] = ()
     files: dict[str, FileState] = field(default_factory=dict)
     left_out: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    looked: int = 0
 
     @property
     def state(self) -> InputState:
@@ -94,14 +99,23 @@ class Found:
         """Look at the head of each file to read; those whose packing holds nothing are left out as empty.
 
         Raises:
-            InputError: A file is of another kind, damaged from its start on, or unreadable; or none is left.
+            InputError: Files are of another kind, damaged from their start on, or unreadable; or none is left.
         """
-        files = []
+        files: list[InputFile] = []
+        refused: list[InputError] = []
         for path, state in self.files.items():
-            if (file := look_at(state)) is not None:
-                files.append(file)
+            try:
+                file = look_at(state)
+            except InputError as error:
+                refused.append(error)
             else:
-                self.left_out[_EMPTY].append(path)
+                if file is not None:
+                    files.append(file)
+                else:
+                    self.left_out[_EMPTY].append(path)
+            self.looked += 1
+        if refused:
+            raise together(refused)
         if not files:
             raise _nothing(self)
         return files
@@ -145,9 +159,12 @@ def find_files(events_paths: Sequence[str], home: Path | None = None) -> Found:
             )
     if not found.files:
         raise _nothing(found)
-    for path in found.files:
-        if path != shown(path):
-            raise InputError(f"{path} has a name that is not UTF-8.", way_out="Rename it, then run again.")
+    if refused := [
+        InputError(f"{path} has a name that is not UTF-8.", way_out="Rename it, then run again.")
+        for path in found.files
+        if path != shown(path)
+    ]:
+        raise together(refused)
     found.files = dict(sorted(found.files.items()))
     return found
 
@@ -160,7 +177,8 @@ def _nothing(found: Found) -> InputError:
     where = ", ".join(_absolute(spec) for spec in found.events_paths[:_PATHS_SHOWN])
     where += ", ..." if len(found.events_paths) > _PATHS_SHOWN else ""
     named = [name for names in found.left_out.values() for name in names]
-    if set(found.left_out) == {_UNKNOWN} and named == [shown(name) for name in named[:1]]:
+    one = len(named) == 1 and named[0] == shown(named[0]) and Path(named[0]).is_file()
+    if one and set(found.left_out) == {_UNKNOWN}:
         # One of another kind is told by its kind; what can be read needs another name only.
         look_at(state_of(named[0], Path(named[0]).stat()))
         return InputError(
@@ -178,8 +196,7 @@ def _nothing(found: Found) -> InputError:
 
 
 def _renamed(path: str) -> str:
-    with Path(path).open("rb") as raw:
-        packing = packing_of(raw.read(8))
+    packing = packing_of(_head(path, 8))
     ending = {None: "", "gzip": ".gz", "bzip2": ".bz2", "zstd": ".zst"}[packing]
     return shlex.quote(f"{path}.jsonl{ending}")
 
@@ -282,15 +299,15 @@ class _Search:
         else:
             raise InputError(f"{path} is no regular file.", way_out="Remove it, or name the files by a glob.")
 
-    def _file(self, path: str, real: str, stat: os.stat_result | None = None) -> None:
+    def _file(self, path: str, real: str, seen: os.stat_result | None = None) -> None:
         if self._is_own(real):
             return
         reason = _reason(path.rpartition("/")[2])
         if reason is None:
-            stat = stat or os.stat(real)  # noqa: PTH116
-            if stat.st_size:
+            seen = seen or os.stat(real)  # noqa: PTH116
+            if seen.st_size:
                 # By links a file may be found more than once.
-                self._found.files[real] = state_of(real, stat)
+                self._found.files[real] = state_of(real, seen)
                 self.entries += 1
                 return
             reason = _EMPTY
@@ -389,10 +406,27 @@ def look_at(state: FileState) -> InputFile | None:
     return InputFile(state, packing, utf16, has_lines(path, head, text)) if text else None
 
 
+def open_file(path: str, buffering: int = -1) -> IO[bytes]:
+    """Open a regular file for reading; never wait for one that is none, such as a pipe that nobody writes to.
+
+    Raises:
+        OSError: It can't be opened, or is no regular file.
+    """
+    return open(path, "rb", buffering, opener=_open_regular)
+
+
+def _open_regular(path: str, flags: int) -> int:
+    number = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(errno.EINVAL, "no regular file")
+    return number
+
+
 def _head(path: str, size: int) -> bytes:
     try:
         # Unbuffered: there may be very many files.
-        with open(path, "rb", buffering=0) as raw:  # noqa: PTH123
+        with open_file(path, buffering=0) as raw:
             return raw.read(size) or b""
     except OSError as error:
         raise unreadable(path, error) from None
@@ -412,6 +446,17 @@ def _drained(parts: Iterator[bytes], *, is_whole: bool) -> bytes:
         if is_whole or (not taken and "early" not in str(error)):
             raise
     return b"".join(taken)
+
+
+def together(errors: Sequence[InputError]) -> InputError:
+    """Return one error for all files that can't be read, the first of them with their ways out."""
+    if len(errors) == 1:
+        return errors[0]
+    first = errors[:_FAULTS_SHOWN]
+    more = [f"And {len(errors) - len(first)} more."] if len(errors) > len(first) else []
+    told = " ".join([*(error.message for error in first), *more])
+    ways = dict.fromkeys(error.way_out for error in first)
+    return InputError(f"{len(errors)} files can't be read: {told}", way_out=" ".join(ways))
 
 
 def unreadable(path: str, error: OSError) -> InputError:

@@ -292,6 +292,45 @@ def test_addresses_are_refused_with_the_way_to_get_the_files(address: str, way_o
     assert way_out in caught.value.way_out
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "data", "_x", "\udcff.txt"])
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_pipe_of_another_name_is_left_out_and_never_opened(tmp_path: Path, name: str, *, beside: bool) -> None:
+    os.mkfifo(tmp_path / name)
+    if beside:
+        write(tmp_path / "a.json", LINES)
+        assert found_in(tmp_path, str(tmp_path)) == ["a.json"]
+    else:
+        with pytest.raises(InputError, match="1 left out, "):
+            find_files([str(tmp_path)])
+
+
+def test_what_has_become_a_pipe_is_told_and_not_waited_for(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", LINES)
+    found = find_files([str(path)])
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(InputError, match=r"a\.json can't be read \(no regular file\)"):
+        found.look()
+
+
+def test_all_refused_files_are_told_at_once_with_their_ways_out(tmp_path: Path) -> None:
+    write(tmp_path / "a.json", GZIP[:-20])
+    write(tmp_path / "b.json", b"%PDF-1.4")
+    write(tmp_path / "c.json", LINES)
+    for number in range(5):
+        write(tmp_path / f"d{number}.json", b"ORC\x01\x02\x03")
+    with pytest.raises(InputError, match=r"^7 files can't be read: .*a\.json is damaged: .*b\.json is a PDF") as caught:
+        find_files([str(tmp_path)]).look()
+    assert caught.value.message.endswith("And 2 more.")
+    assert "Get the file again" in caught.value.way_out
+    assert caught.value.way_out.count("JSON lines") == 1
+    (tmp_path / "b.json").unlink()
+    for path in [*tmp_path.glob("d*"), tmp_path / "c.json"]:
+        path.unlink()
+    with pytest.raises(InputError, match=r"^/.*a\.json is damaged: "):
+        find_files([str(tmp_path)]).look()
+
+
 def test_the_way_out_of_a_file_address_is_its_path(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", LINES)
     with pytest.raises(InputError, match="is an address") as caught:
