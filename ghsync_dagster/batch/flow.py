@@ -19,6 +19,7 @@ from ghsync_dagster.batch.read import read_events
 from ghsync_dagster.batch.reports import Artifacts, FlattenReport, LoadReport, ReadReport
 from ghsync_dagster.batch.versions import UNKNOWN, InputState, version_of
 from ghsync_dagster.domain.errors import TransientError
+from ghsync_dagster.domain.event import FUTURE_WORDS
 from ghsync_dagster.folders import ensure_folder
 from ghsync_dagster.observability.logging import bind_run
 from ghsync_dagster.stores.retry import retrying
@@ -84,7 +85,9 @@ class BatchFlow:
         """Read the files into events and quarantine, and make that the newest data."""
         target = self.artifacts.new_folder("events")
         report = read_events(self.spark.session, events_paths, target, self.rules, self.home)
-        report = replace(report, data_version=version_of(self.code_version, "read", report.input_version))
+        # What is in the future today is none another day.
+        clock = UNKNOWN if FUTURE_WORDS in report.reasons else "any"
+        report = replace(report, data_version=version_of(self.code_version, "read", report.input_version, clock))
         self.artifacts.publish(report)
         return report
 

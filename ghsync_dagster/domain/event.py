@@ -45,7 +45,8 @@ _ESCAPE: Final = re.compile(
 """A pair of surrogates, a lone one, or any other escape: no backslash stands outside of them in JSON."""
 
 _TIME_WORDS: Final = "created_at must be a time with its zone like 2015-01-01T15:00:00Z"
-_FUTURE_WORDS: Final = "created_at must not be more than a day in the future"
+FUTURE_WORDS: Final = "created_at must not be more than a day in the future"
+"""Why an event is refused by the clock and not by what it says."""
 
 
 class Actor(msgspec.Struct, frozen=True, gc=False):
@@ -149,7 +150,7 @@ def event_decoder(rules: Sequence[Rule], latest: str) -> Callable[[bytes], Event
         if at is None:
             return Refused(f"{_TIME_WORDS}, got {_shown(event.created_at)}")
         if at > latest:
-            return Refused(f"{_FUTURE_WORDS}, got {_shown(event.created_at)} (event_not_in_future)")
+            return Refused(f"{FUTURE_WORDS}, got {_shown(event.created_at)} (event_not_in_future)")
         if at != event.created_at:
             event = msgspec.structs.replace(event, created_at=at)
         actor = event.actor

@@ -123,6 +123,18 @@ def test_unchanged_files_are_in_sync_and_a_change_of_any_kind_is_not(
     assert platform.stale() == {"raw_events", "quarantined_events"}
 
 
+def test_what_the_clock_refuses_is_of_another_version_with_each_read(
+    platform: Platform, events: Path, event_line: Callable[..., str]
+) -> None:
+    flow = platform.flow()
+    assert flow.read([str(events)]).data_version == flow.read([str(events)]).data_version
+    with events.open("a") as end:
+        end.write(f"\n{event_line(11, 'later', number=11, created_at='2999-01-01T00:00:00Z')}")
+    first, second = flow.read([str(events)]), flow.read([str(events)])
+    assert first.input_version == second.input_version
+    assert first.data_version != second.data_version
+
+
 def test_what_dagster_does_not_know_of_is_never_shown_as_in_sync(
     platform: Platform, tmp_path: Path, event_line: Callable[..., str]
 ) -> None:
