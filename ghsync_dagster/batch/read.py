@@ -36,6 +36,7 @@ from ghsync_dagster.batch.files import InputFile, find_files
 from ghsync_dagster.batch.reports import FileCount, LeftOut, ReadReport, count_rows
 from ghsync_dagster.domain.errors import ConfigError, InputError, PermanentError, shown
 from ghsync_dagster.domain.event import latest_time
+from ghsync_dagster.folders import ROOM, ensure_folder
 from ghsync_dagster.observability.logging import get_logger
 from ghsync_dagster.observability.progress import telling
 
@@ -80,6 +81,7 @@ def read_events(
 
     Raises:
         InputError: A path or a whole file can't be read as JSON lines, or changed meanwhile.
+        ConfigError: There is no room for what the files become.
         PermanentError: Lines went missing between the files and the output.
     """
     started = time.monotonic()
@@ -95,6 +97,7 @@ def read_events(
         left_out = found.report()
         for entry in left_out:
             log.warning("files left out", reason=entry.reason, files=entry.files, names=entry.names)
+    ensure_folder(target, "GHSYNC_HOME", needed=ROOM + sum(map(_output, files)))
     asked = time.monotonic()
     session = spark()
     # The report's seconds are those of reading, not of a JVM that is still starting.
@@ -105,6 +108,11 @@ def read_events(
     report = replace(_report(files, left_out, tallies, target, started), input_version=state.version)
     log.info("read", lines=report.lines, events=report.events, quarantined=report.quarantined, seconds=report.seconds)
     return report
+
+
+def _output(file: InputFile) -> int:
+    """Return how many bytes a run may write for a file: the used fields of its events, by each of its steps."""
+    return file.size // 2 if file.packing is None else file.size * 2
 
 
 def _cost(file: InputFile) -> int:

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import random
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +19,11 @@ import pyarrow.parquet as pq
 import pytest
 from odd_lines import GOOD, KINDS
 
+from ghsync_dagster import folders
 from ghsync_dagster.batch import read
 from ghsync_dagster.batch.reports import LeftOut, ReadReport
 from ghsync_dagster.defs.batch import metadata
-from ghsync_dagster.domain.errors import InputError, PermanentError
+from ghsync_dagster.domain.errors import ConfigError, InputError, PermanentError
 from ghsync_dagster.domain.event import RAW_LIMIT, Event, Refused, event_decoder
 from ghsync_dagster.domain.user import BUILT_IN_RULES, Rule
 from ghsync_dagster.settings import load_settings
@@ -387,6 +389,18 @@ def test_a_file_that_changes_meanwhile_is_one_error_that_names_it(
     ) as caught:
         read.read_events(change_and_start, [str(path)], target, BUILT_IN_RULES)
     assert "at rest" in caught.value.way_out or "executors" in caught.value.way_out
+
+
+def test_a_disk_without_room_for_the_files_is_told_before_spark_starts(
+    tmp_path: Path, event_line: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "in.json"
+    path.write_text(f"{event_line()}\n" * 9_000)
+    # A disk of the right size can't be had without root.
+    usage = shutil.disk_usage(tmp_path)._replace(free=folders.ROOM + path.stat().st_size // 2 - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ConfigError, match="MiB free, and at least"):
+        read.read_events(lambda: pytest.fail("Spark was asked for"), [str(path)], tmp_path / "out", BUILT_IN_RULES)
 
 
 def test_progress_is_logged_with_files_megabytes_and_seconds_left(
