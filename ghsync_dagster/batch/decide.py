@@ -14,16 +14,17 @@ import platform
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 
-from ghsync_dagster.batch.files import InputFile, damaged, unreadable
+from ghsync_dagster.batch.files import InputFile, damaged, open_file, unreadable
 from ghsync_dagster.batch.unpack import DamagedError, as_utf8, lines_of, range_of_lines, unpacked, values_of, weight_of
 from ghsync_dagster.batch.versions import FileState, state_of
-from ghsync_dagster.domain.errors import GhsyncError, InputError, PermanentError
+from ghsync_dagster.domain.errors import ConfigError, GhsyncError, InputError, PermanentError
 from ghsync_dagster.domain.event import RAW_LIMIT, Event, Refused, event_decoder, event_shape
 
 if TYPE_CHECKING:
@@ -104,6 +105,12 @@ class Task(NamedTuple):
 
         context = TaskContext.get()
         name = f"part-{number:05d}-{context.taskAttemptId() if context else 0}.parquet"
+        try:
+            return self._decide(number, name)
+        except GhsyncError as error:
+            return [_fault(error)]
+
+    def _decide(self, number: int, name: str) -> list[Tally]:
         pieces = read_task(Path(self.target), number)
         tallies: list[Tally] = []
         with (
@@ -115,10 +122,9 @@ class Task(NamedTuple):
             for piece in pieces:
                 try:
                     tallies.append(sorter.take(piece))
-                except GhsyncError as error:
+                except InputError as error:
                     # Each file that can't be read is told, not the first one only.
-                    fault = (type(error).__name__, error.message, error.way_out)
-                    tallies.append(Tally(FAULT, msgspec.json.encode(fault).decode(), 1))
+                    tallies.append(_fault(error))
         if self.done is not None:
             whole = sum(piece.start == 0 for piece in pieces)
             self.done.add((whole, sum(tally.bytes for tally in tallies if tally.kind == PIECE)))
@@ -127,14 +133,37 @@ class Task(NamedTuple):
         return [*tallies, *(tally for tally in counted if tally.rows)]
 
 
+def _fault(error: GhsyncError) -> Tally:
+    return Tally(FAULT, msgspec.json.encode((type(error).__name__, error.message, error.way_out)).decode(), 1)
+
+
+@contextmanager
+def keeping(folder: Path) -> Iterator[None]:
+    """Keep what a run writes and reads back in a folder of GHSYNC_HOME.
+
+    Raises:
+        ConfigError: The folder can't be used: it is full, say, or this executor does not have it.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} can't be used ({os.strerror(error.errno) if error.errno else error}).",
+            way_out="Free room on its disk, or set GHSYNC_HOME to a folder with more; executors of a cluster need the "
+            "same folder under the same path.",
+        ) from None
+
+
 def write_task(target: Path, number: int, pieces: Sequence[Piece]) -> None:
     """Write what a task reads to where its worker looks."""
-    _task_file(target, number).write_bytes(msgspec.json.encode(pieces))
+    with keeping(target):
+        _task_file(target, number).write_bytes(msgspec.json.encode(pieces))
 
 
 def read_task(target: Path, number: int) -> list[Piece]:
     """Return what a task reads."""
-    return msgspec.json.decode(_task_file(target, number).read_bytes(), type=list[Piece])
+    with keeping(target):
+        return msgspec.json.decode(_task_file(target, number).read_bytes(), type=list[Piece])
 
 
 def _task_file(target: Path, number: int) -> Path:
@@ -167,7 +196,7 @@ class _Sorter:
         """
         file = piece.file
         try:
-            with open(file.path, "rb") as raw:  # noqa: PTH123  there may be very many files
+            with open_file(file.path) as raw:
                 before = _hold(raw, file.state, is_here=self._is_here)
                 counted = _Counted(raw, piece)
                 lines = self._lines(file.path, counted) if file.has_lines else self._values(file.path, counted)
@@ -303,21 +332,32 @@ class _Part:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        if self._writer is None:
-            self._writer = pq.ParquetWriter(self._unfinished, self._schema)
-        self._writer.write_batch(pa.RecordBatch.from_arrays(self._columns(self._pending), schema=self._schema))
+        batch = pa.RecordBatch.from_arrays(self._columns(self._pending), schema=self._schema)
+        with keeping(self._path.parent):
+            if self._writer is None:
+                self._writer = pq.ParquetWriter(self._unfinished, self._schema)
+            self._writer.write_batch(batch)
         self.rows += len(self._pending)
         self._pending = []
 
     def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
-        if self._pending and failed is None:
+        try:
+            if failed is None:
+                self._finish()
+        finally:
+            # Where it is not finished, or could not be.
+            if self._writer is not None:
+                with suppress(OSError):
+                    self._writer.close()
+                    self._unfinished.unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        if self._pending:
             self._flush()
         if self._writer is not None:
-            self._writer.close()
-            if failed is None:
+            with keeping(self._path.parent):
+                self._writer.close()
                 self._unfinished.replace(self._path)
-            else:
-                self._unfinished.unlink(missing_ok=True)
 
 
 def _raw_text(line: bytes) -> str:

@@ -22,6 +22,7 @@ from ghsync_dagster.domain.errors import TransientError
 from ghsync_dagster.domain.event import FUTURE_WORDS
 from ghsync_dagster.folders import ensure_folder
 from ghsync_dagster.observability.logging import bind_run
+from ghsync_dagster.observability.progress import telling
 from ghsync_dagster.stores.retry import retrying
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ class BatchFlow:
         Raises:
             InputError: A path can't be read.
         """
-        return find_files(events_paths, self.home).state
+        with telling("looking for files"):
+            return find_files(events_paths, self.home).state
 
     def check_first(self) -> None:
         """Find, before any work, what would end a run later on; write nothing to the target.

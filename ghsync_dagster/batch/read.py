@@ -29,10 +29,11 @@ from ghsync_dagster.batch.decide import (
     Task,
     changed,
     event_schema,
+    keeping,
     quarantine_schema,
     write_task,
 )
-from ghsync_dagster.batch.files import InputFile, find_files
+from ghsync_dagster.batch.files import InputFile, find_files, together
 from ghsync_dagster.batch.reports import FileCount, LeftOut, ReadReport, count_rows
 from ghsync_dagster.domain.errors import ConfigError, InputError, PermanentError, shown
 from ghsync_dagster.domain.event import latest_time
@@ -58,7 +59,6 @@ _TASKS_A_CORE: Final = 4
 _LEAST_PIECE: Final = 8 * _MIB
 """A task costs its worker about as much as deciding some megabytes of lines."""
 _PROGRESS_SECONDS: Final = 3.0
-_FAULTS_SHOWN: Final = 5
 _PATHS_SHOWN: Final = 5
 log = get_logger("read")
 
@@ -85,13 +85,15 @@ def read_events(
         PermanentError: Lines went missing between the files and the output.
     """
     started = time.monotonic()
-    found = find_files(events_paths, home)
+    with telling("looking for files", every=_PROGRESS_SECONDS):
+        found = find_files(events_paths, home)
     state = found.state
     # A shell may have made very many of one glob.
     paths = [shown(path) for path in events_paths[:_PATHS_SHOWN]]
     log.info("looking at the files", files=len(state.files), megabytes=state.size // _MIB, paths=paths)
     try:
-        files = found.look()
+        with telling("looking at the files", lambda: {"files": found.looked}, every=_PROGRESS_SECONDS):
+            files = found.look()
     finally:
         # Told beside a refusal too.
         left_out = found.report()
@@ -161,8 +163,9 @@ def _decide_all(
     """
     from ghsync_dagster.stores.spark import TALLY_SCHEMA, pair_of_sums, spark_errors
 
-    for kind in (EVENTS, QUARANTINE, "tasks"):
-        (target / kind).mkdir(parents=True)
+    with keeping(target):
+        for kind in (EVENTS, QUARANTINE, "tasks"):
+            (target / kind).mkdir(parents=True)
     for number, pieces in enumerate(tasks):
         write_task(target, number, pieces)
     with spark_errors("Reading events"):
@@ -175,9 +178,10 @@ def _decide_all(
     shutil.rmtree(target / "tasks")
     tallies = [Tally(**row) for row in rows.to_pylist()]
     _raise_faults([tally.name for tally in tallies if tally.kind == FAULT])
-    for kind, schema in ((EVENTS, event_schema()), (QUARANTINE, quarantine_schema())):
-        _keep_parts(target / kind, {tally.name for tally in tallies if tally.kind == kind}, schema)
-    _number_lines(target / QUARANTINE, tasks, tallies)
+    with keeping(target):
+        for kind, schema in ((EVENTS, event_schema()), (QUARANTINE, quarantine_schema())):
+            _keep_parts(target / kind, {tally.name for tally in tallies if tally.kind == kind}, schema)
+        _number_lines(target / QUARANTINE, tasks, tallies)
     return tallies
 
 
@@ -214,16 +218,13 @@ def _add_to_lines(part: Path, before: int) -> None:
 
 
 def _raise_faults(faults: Sequence[str]) -> None:
-    """Raise the first fault that workers told of, the others named with it."""
-    if not faults:
-        return
-    told = sorted({tuple(msgspec.json.decode(fault)) for fault in faults})
-    kind, message, way_out = told[0]
-    if len(told) > 1:
-        others = " ".join(other for _, other, _ in told[1:_FAULTS_SHOWN])
-        more = f" And {len(told) - _FAULTS_SHOWN} more." if len(told) > _FAULTS_SHOWN else ""
-        message = f"{len(told)} files can't be read: {message} {others}{more}"
-    raise (ConfigError if kind == ConfigError.__name__ else InputError)(message, way_out=way_out)
+    """Raise what workers told of: what concerns no file alone, such as a full disk, or all files that can't be read."""
+    told = [msgspec.json.decode(fault) for fault in sorted(set(faults))]
+    for kind, message, way_out in told:
+        if kind != InputError.__name__:
+            raise (ConfigError if kind == ConfigError.__name__ else PermanentError)(message, way_out=way_out)
+    if told:
+        raise together([InputError(message, way_out=way_out) for _, message, way_out in told])
 
 
 def _reading(done: tuple[int, int], files: int, size: int, started: float) -> dict[str, object]:

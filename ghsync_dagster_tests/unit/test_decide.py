@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import shutil
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ghsync_dagster.batch import files, read
 from ghsync_dagster.batch.decide import EVENTS, FAULT, QUARANTINE, Piece, Task, write_task
 from ghsync_dagster.batch.files import find_files
 from ghsync_dagster.batch.unpack import values_of
+from ghsync_dagster.domain.errors import ConfigError
 
 if TYPE_CHECKING:
+    import io
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
@@ -126,3 +131,79 @@ def test_a_bad_value_of_an_array_is_quarantined_and_a_lost_one_is_an_error(
     monkeypatch.setattr("ghsync_dagster.batch.decide.values_of", lambda parts: list(values_of(parts))[1:])
     ((kind, message, _),) = told_by(target, 0)[FAULT]
     assert (kind, "bytes of JSON went in" in message) == ("PermanentError", True)
+
+
+def full_part(target: Path) -> None:
+    """Have the part of events lie on a device that is full."""
+    (target / EVENTS / ".part-00000-0.parquet").symlink_to("/dev/full")
+
+
+def no_folder(target: Path) -> None:
+    shutil.rmtree(target / EVENTS)
+
+
+def no_task(target: Path) -> None:
+    """Be an executor that does not share the home."""
+    (target / "tasks" / "00000.json").unlink()
+
+
+@pytest.mark.parametrize("rows", [1, 50])
+@pytest.mark.parametrize("fault", [full_part, no_folder, no_task])
+def test_a_home_that_can_not_be_used_is_no_fault_of_an_input_file(
+    tmp_path: Path,
+    target: Path,
+    event_line: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    rows: int,
+    fault: Callable[[Path], None],
+) -> None:
+    # In the midst of a file, or at the end of the part.
+    monkeypatch.setattr("ghsync_dagster.batch.decide._ROW_GROUP", rows)
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path in paths:
+        path.write_text("".join(event_line(number) + "\n" for number in range(1, 10)))
+    found = find_files([str(path) for path in paths]).look()
+    write_task(target, 0, [Piece(number, file) for number, file in enumerate(found)])
+    fault(target)
+    ((kind, message, way_out),) = told_by(target, 0)[FAULT]
+    assert kind == "ConfigError"
+    assert message.startswith(f"{target}")
+    assert "can't be used (No " in message
+    assert "GHSYNC_HOME" in way_out
+    assert "Detail" not in message
+    with pytest.raises(ConfigError, match="can't be used"):
+        read._raise_faults([msgspec.json.encode(told).decode() for told in told_by(target, 0)[FAULT]])
+
+
+def test_a_task_that_can_not_be_written_is_the_same_error(target: Path) -> None:
+    (target / "tasks" / "00000.json").symlink_to("/dev/full")
+    with pytest.raises(ConfigError, match=r"can't be used \(No space left on device\)"):
+        write_task(target, 0, [])
+
+
+def test_a_long_search_and_a_long_look_are_told(
+    tmp_path: Path, event_line: Callable[..., str], logged: Callable[..., io.StringIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = logged(GHSYNC_LOG_FORMAT="json")
+    (tmp_path / "a.json").write_text(event_line(1))
+    monkeypatch.setattr(read, "_PROGRESS_SECONDS", 0.001)
+
+    def told(what: str) -> list[dict[str, Any]]:
+        return [line for line in map(json.loads, stream.getvalue().splitlines()) if line["event"] == f"still {what}"]
+
+    def slow(what: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            while not told(what):
+                os.sched_yield()
+            return work(*arguments)
+
+        return run
+
+    def no_session() -> Any:
+        raise InterruptedError
+
+    monkeypatch.setattr(read, "find_files", slow("looking for files", find_files))
+    monkeypatch.setattr(files, "look_at", slow("looking at the files", files.look_at))
+    with pytest.raises(InterruptedError):
+        read.read_events(no_session, [str(tmp_path)], tmp_path / "out", ())
+    assert told("looking at the files")[0]["files"] == 0
