@@ -17,8 +17,9 @@ import stat
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Final
+from urllib.parse import unquote, urlsplit
 
 from ghsync_dagster.batch.heads import has_lines
 from ghsync_dagster.batch.reports import LeftOut
@@ -39,7 +40,9 @@ _KNOWN: Final = re.compile(
     r".*\.(json|jsonl|ndjson)(\.(gz|gzip|bz2|zst))?|part-[\w-]+(\.c\d+)?(\.txt)?(\.(gz|gzip|bz2|zst))?",
     re.IGNORECASE | re.DOTALL,
 )
-_HOUR: Final = re.compile(r"//data\.gharchive\.org/([0-9-]+)\.json\.gz$")
+_HOUR: Final = re.compile(r"//data\.gharchive\.org/([0-9-]+(?:\{[0-9]+\.\.[0-9]+\})?)\.json\.gz$")
+_STORES: Final = {"s3": "s3", "s3a": "s3", "s3n": "s3", "gs": "gs"}
+_MAGIC: Final = re.compile(r"[*?[]")
 _SCHEME: Final = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _HIDDEN: Final = "hidden: the name begins with a dot or an underscore"
 _UNKNOWN: Final = f"the name is not of the kind {KNOWN_NAMES}"
@@ -361,18 +364,37 @@ def _hidden_above(path: str, plain: str) -> str | None:
 
 
 def _no_path(spec: str, scheme: str) -> InputError:
-    hour = _HOUR.search(spec)
-    ways = {
-        "file": f"Name the path itself: {spec[len('file://') :]}",
-        "http": f"Get it first: {f'ghsync fetch {hour.group(1)}' if hour else 'curl -fLO URL'}; then name the file.",
-        "s3": "Get it first: aws s3 cp --recursive URL FOLDER; then name the folder.",
-        "gs": "Get it first: gcloud storage cp --recursive URL FOLDER; then name the folder.",
-    }
-    way_out = ways.get(scheme.removesuffix("s") if scheme.startswith("http") else scheme.rstrip("an"), "")
-    return InputError(
-        f"{spec} is an address; ghsync reads files of this machine.",
-        way_out=way_out or "Copy the files to a folder of this machine, or mount them; then name the folder.",
-    )
+    if scheme == "file":
+        way_out = f"Name the path itself: {unquote(urlsplit(spec).path)}"
+    elif hour := _HOUR.search(spec):
+        way_out = f"Get it first: ghsync fetch {hour.group(1)} ; then name the file."
+    elif scheme in ("http", "https"):
+        name = PurePosixPath(unquote(urlsplit(spec).path)).name
+        name = name if _KNOWN.fullmatch(name) else "events.json"
+        way_out = f"Get it first: curl -gfLo {shlex.quote(name)} {shlex.quote(spec)} ; then name the file."
+    elif (store := _STORES.get(scheme)) is not None:
+        way_out = f"Get it first: mkdir -p events && {_copy(store, spec)} ; then name the folder events."
+    else:
+        way_out = "Copy the files to a folder of this machine, or mount them; then name the folder."
+    return InputError(f"{spec} is an address; ghsync reads files of this machine.", way_out=way_out)
+
+
+def _copy(store: str, spec: str) -> str:
+    """Return the command that copies one file, what matches a glob, or a folder from a store to the folder events."""
+    rest = spec.partition("://")[2].rstrip("/")
+    has_magic = glob.has_magic(rest)
+    one = "/" in rest and not has_magic and _KNOWN.fullmatch(rest.rpartition("/")[2])
+    url = shlex.quote(f"{store}://{rest}")
+    if store == "gs":
+        return f"gcloud storage cp {'' if one or has_magic else '--recursive '}{url} events/"
+    if one:
+        return f"aws s3 cp {url} events/"
+    if not has_magic:
+        return f"aws s3 cp --recursive {url} events/"
+    # aws knows globs as filters alone.
+    folder = _MAGIC.split(rest)[0].rpartition("/")[0]
+    pattern = shlex.quote(rest[len(folder) + 1 :])
+    return f"aws s3 cp --recursive {shlex.quote(f's3://{folder}/')} events/ --exclude '*' --include {pattern}"
 
 
 def look_at(state: FileState) -> InputFile | None:

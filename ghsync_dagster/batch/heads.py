@@ -31,8 +31,14 @@ _CSV_WORDS: Final = frozenset(
     {"id", "type", "created_at", "actor", "actor_id", "login", "repo", "repo_name", "user_id"}
 )
 _FROM_PARQUET: Final = (
-    "import sys, pandas; pandas.read_parquet(sys.argv[1]).to_json(sys.argv[2], orient='records', lines=True, "
-    "date_format='iso')"
+    "import sys, json, pyarrow.parquet as pq; open(sys.argv[2], 'w').writelines(json.dumps(dict(row, "
+    "id=str(row['id'])), default=lambda t: t.isoformat() + 'Z' * (not t.tzinfo)) + '\\n' "
+    "for rows in pq.ParquetFile(sys.argv[1]).iter_batches() for row in rows.to_pylist())"
+)
+_EXPORT: Final = "Export the events as JSON lines; then name the new file."
+_SHAPE: Final = (
+    "GH Archive's shape is needed: id a string, created_at with its zone (Z), actor an object whose id is a number. "
+    "Hours in that shape: ghsync fetch 2015-01-01-15."
 )
 _UNPACK: Final = (
     (b"PK\x03\x04", "a zip archive", "python3 -m zipfile -e {path} {folder}"),
@@ -106,17 +112,15 @@ def _refuse_other_kinds(path: str, head: bytes, *, packed: bool) -> None:
     for magic, words, command in _UNPACK:
         if head.startswith(magic):
             then = "then name the folder" if "{folder}" in command else "then name the new file"
-            raise _other(path, words, command, then)
+            raise _other(path, words, command, f"{then}. {_SHAPE[:-1]}" if _FROM_PARQUET in command else then)
 
 
 def _other(path: str, words: str, command: str, then: str) -> InputError:
     """Return the error of a file of another kind, with the command that makes it one that can be read."""
-    stem = str(PurePath(path).with_name(PurePath(path).name.split(".")[0] or "events"))
-    names = {"path": path, "folder": f"{stem}-unpacked", "plain": f"{stem}-events.jsonl"}
+    # The whole name: files that differ in their suffixes alone must not become one.
+    names = {"path": path, "folder": f"{path}-unpacked", "plain": f"{path}-events.jsonl"}
     quoted = {name: shlex.quote(value) for name, value in names.items()}
-    way_out = (
-        f"{command.format(**quoted)} ; {then}." if command else "Export the events as JSON lines; then name these."
-    )
+    way_out = f"{command.format(**quoted)} ; {then}." if command else f"{_EXPORT} {_SHAPE}"
     return InputError(f"{path} is {words}, not JSON of events.", way_out=way_out)
 
 
@@ -139,19 +143,18 @@ def _refuse_other_text(path: str, content: bytes) -> None:
     again = (
         f"rm {shlex.quote(path)} ; ghsync fetch {hour.group()} --target {shlex.quote(str(PurePath(path).parent))}"
         if hour
-        else "Get the file again from where it comes from, with a login if that asks for one"
+        else f"Get the file again from where it comes from, with a login if that asks for one. {_SHAPE[:-1]}"
     )
     if start.startswith((b"<!doctype html", b"<html")):
-        raise InputError(f"{path} is a web page (HTML), not JSON of events.", way_out=f"{again}, or remove it.")
+        raise InputError(f"{path} is a web page (HTML), not JSON of events.", way_out=f"{again} ; or remove it.")
     if start.startswith(b"<"):
         raise InputError(
-            f"{path} is XML, as a server's error message is, not JSON of events.", way_out=f"{again}, or remove it."
+            f"{path} is XML, as a server's error message is, not JSON of events.", way_out=f"{again} ; or remove it."
         )
     if _is_csv(content):
         raise InputError(
             f"{path} is a table with separators (CSV), not JSON of events.",
-            way_out="Export the events as JSON lines (newline-delimited JSON), as BigQuery and ClickHouse can; "
-            "then name the new file.",
+            way_out=f"{_EXPORT} {_SHAPE}",
         )
 
 

@@ -17,7 +17,13 @@ from typing import IO, Any, Final
 GZIP: Final = "gzip"
 BZIP2: Final = "bzip2"
 ZSTD: Final = "zstd"
-PACKINGS: Final = ((b"\x1f\x8b", GZIP), (b"BZh", BZIP2), (b"\x28\xb5\x2f\xfd", ZSTD))
+PACKINGS: Final = (
+    (b"\x1f\x8b", GZIP),
+    (b"BZh", BZIP2),
+    (b"\x28\xb5\x2f\xfd", ZSTD),
+    # Frames to be skipped, as pzstd writes one first.
+    *((bytes([byte, 0x2A, 0x4D, 0x18]), ZSTD) for byte in range(0x50, 0x60)),
+)
 """How a packed file begins, and the name of its packing."""
 
 BLOCK: Final = 1 << 20
@@ -33,6 +39,12 @@ _WORD: Final = re.compile(rb'\0++|[^ \t\r\n,"{}\[\]\0]++')
 _BETWEEN: Final = b" \t\r\n,[]\xef\xbb\xbf"
 _LONGEST_VALUE: Final = 16 * BLOCK
 """Of an array: what does not end would otherwise be looked at again with every block."""
+
+
+_ZSTD_ERRORS: Final = {
+    "Truncated": "ends early",
+    "Unknown frame": "goes on with something else, such as zeros, which zstd does not skip",
+}
 
 
 class DamagedError(Exception):
@@ -110,8 +122,8 @@ def _frames(raw: IO[bytes]) -> Iterator[bytes]:
     except OSError as error:
         if error.errno is not None:
             raise
-        early = "ends early" if "Truncated" in str(error) else "is broken"
-        raise DamagedError(f"its zstd data {early} ({error})") from None
+        words = next((words for sign, words in _ZSTD_ERRORS.items() if sign in str(error)), "is broken")
+        raise DamagedError(f"its zstd data {words} ({error})") from None
 
 
 def as_utf8(parts: Iterable[bytes]) -> Iterator[bytes]:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,8 @@ import pytest
 from ghsync_dagster.batch.files import InputFile, find_files, look_at
 from ghsync_dagster.batch.versions import FileState, state_of
 from ghsync_dagster.domain.errors import InputError
+from ghsync_dagster.domain.event import Event, event_decoder
+from ghsync_dagster.domain.user import BUILT_IN_RULES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -277,11 +280,25 @@ def test_what_packs_nothing_is_empty(tmp_path: Path, content: bytes) -> None:
 @pytest.mark.parametrize(
     ("address", "way_out"),
     [
-        ("https://data.gharchive.org/2015-01-01-15.json.gz", "ghsync fetch 2015-01-01-15;"),
-        ("http://example.org/a.json", "curl"),
-        ("s3://bucket/events/", "aws s3 cp"),
-        ("s3a://bucket/events/", "aws s3 cp"),
-        ("gs://bucket/*.json.gz", "gcloud storage cp"),
+        ("https://data.gharchive.org/2015-01-01-15.json.gz", "ghsync fetch 2015-01-01-15 ;"),
+        ("https://data.gharchive.org/2015-01-01-{0..23}.json.gz", "ghsync fetch 2015-01-01-{0..23} ;"),
+        ("http://example.org/a.json", "curl -gfLo a.json http://example.org/a.json ;"),
+        ("https://example.org/a%20b.json?x=1&y", "curl -gfLo 'a b.json' 'https://example.org/a%20b.json?x=1&y' ;"),
+        ("https://api.github.com/events", "curl -gfLo events.json https://api.github.com/events ;"),
+        ("s3://bucket/events/", "aws s3 cp --recursive s3://bucket/events events/ ;"),
+        ("s3a://bucket/events", "aws s3 cp --recursive s3://bucket/events events/ ;"),
+        ("s3://bucket", "aws s3 cp --recursive s3://bucket events/ ;"),
+        ("s3n://bucket/a b.json.gz", "aws s3 cp 's3://bucket/a b.json.gz' events/ ;"),
+        (
+            "s3://bucket/day/*.gz",
+            "aws s3 cp --recursive s3://bucket/day/ events/ --exclude '*' --include '*.gz' ;",
+        ),
+        (
+            "s3://b/*/x.json",
+            "aws s3 cp --recursive s3://b/ events/ --exclude '*' --include '*/x.json' ;",
+        ),
+        ("gs://bucket/*.json.gz", "gcloud storage cp 'gs://bucket/*.json.gz' events/ ;"),
+        ("gs://bucket/day", "gcloud storage cp --recursive gs://bucket/day events/ ;"),
         ("hdfs://name/events", "Copy the files"),
         ("abfss://c@a.dfs.core.windows.net/x", "Copy the files"),
     ],
@@ -331,10 +348,12 @@ def test_all_refused_files_are_told_at_once_with_their_ways_out(tmp_path: Path) 
         find_files([str(tmp_path)]).look()
 
 
-def test_the_way_out_of_a_file_address_is_its_path(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.json", LINES)
+@pytest.mark.parametrize("name", ["a.json", "a[1]/x.json", "100%25 ü.json", "a?b#c.json"])
+@pytest.mark.parametrize("host", ["", "localhost"])
+def test_the_way_out_of_a_file_address_is_its_path(tmp_path: Path, name: str, host: str) -> None:
+    path = write(tmp_path / name, LINES)
     with pytest.raises(InputError, match="is an address") as caught:
-        find_files([f"file://{path}"])
+        find_files([path.as_uri().replace("file://", f"file://{host}")])
     assert list(find_files([caught.value.way_out.partition(": ")[2]]).files) == [str(path)]
 
 
@@ -424,24 +443,24 @@ def parquet() -> bytes:
 
 
 CONVERTED: dict[str, tuple[str, Callable[[], bytes], str, str]] = {
-    "zip": ("a.json", zipped, "is a zip archive", "a-unpacked"),
-    "tar": ("a.json", lambda: tarred("w"), "is a tar archive", "a-unpacked"),
-    "tar.gz": ("2015.json.gz", lambda: tarred("w:gz"), "is a tar archive", "2015-unpacked"),
-    "parquet": ("a b.json", parquet, "is a Parquet file", "a b-events.jsonl"),
-    "xz": ("a.json", lambda: lzma.compress(LINES), "is compressed with xz", "a-events.jsonl"),
-    "gzip twice": ("a.json.gz", lambda: gzipped(gzipped(LINES)), "is compressed twice", "a-events.jsonl.gz"),
-    "UTF-32": ("a.json", lambda: LINES.decode().encode("utf-32"), "is UTF-32 text", "a-events.jsonl"),
+    "zip": ("a.json", zipped, "is a zip archive", "a.json-unpacked"),
+    "tar": ("a.json", lambda: tarred("w"), "is a tar archive", "a.json-unpacked"),
+    "tar.gz": ("2015.json.gz", lambda: tarred("w:gz"), "is a tar archive", "2015.json.gz-unpacked"),
+    "parquet": ("a b.json", parquet, "is a Parquet file", "a b.json-events.jsonl"),
+    "xz": ("a.json", lambda: lzma.compress(LINES), "is compressed with xz", "a.json-events.jsonl"),
+    "gzip twice": ("a.json.gz", lambda: gzipped(gzipped(LINES)), "is compressed twice", "a.json.gz-events.jsonl.gz"),
+    "UTF-32": ("a.json", lambda: LINES.decode().encode("utf-32"), "is UTF-32 text", "a.json-events.jsonl"),
     "UTF-16 without a mark": (
         "a.json",
         lambda: LINES.decode().encode("utf-16-le"),
         "is UTF-16 text without a byte order mark",
-        "a-events.jsonl",
+        "a.json-events.jsonl",
     ),
     "UTF-16 without a mark, big end first": (
         "a.json",
         lambda: LINES.decode().encode("utf-16-be"),
         "is UTF-16 text without a byte order mark",
-        "a-events.jsonl",
+        "a.json-events.jsonl",
     ),
     "another name": ("a.txt", lambda: LINES, "the name is not of the kind", "a.txt.jsonl"),
     "another name, packed": ("a.txt", lambda: GZIP, "the name is not of the kind", "a.txt.jsonl.gz"),
@@ -466,6 +485,55 @@ def test_the_way_out_of_another_kind_makes_it_one_that_is_read(tmp_path: Path, k
     with Path(file.path).open("rb") as raw:
         text = gzip.decompress(raw.read()) if file.packing else raw.read()
     assert [json.loads(line)["actor"]["login"] for line in text.splitlines()][:2] == ["octo", "octo"]
+
+
+@pytest.mark.parametrize("zone", ["UTC", None, "Asia/Tokyo"])
+@pytest.mark.parametrize("number", [pa.string(), pa.int64()])
+def test_the_way_out_of_a_parquet_file_of_events_gives_events(
+    tmp_path: Path, zone: str | None, number: pa.DataType
+) -> None:
+    texts = [("login", pa.string()), ("gravatar_id", pa.string()), ("avatar_url", pa.string()), ("url", pa.string())]
+    actor = pa.struct([("id", pa.int64()), *texts])
+    repo = pa.struct([("id", pa.int64()), ("name", pa.string()), ("url", pa.string())])
+    octo = {"id": 2**53 + 1, "login": "octo", "gravatar_id": "", "avatar_url": "https://a", "url": "https://u"}
+    times = pa.array([datetime(2015, 1, 1, 15, 0, second, tzinfo=UTC) for second in (1, 2)], pa.timestamp("us", zone))
+    # As BigQuery's githubarchive has them.
+    table = {
+        "type": ["PushEvent"] * 2,
+        "public": [True] * 2,
+        "payload": ["{}"] * 2,
+        "repo": pa.array([{"id": 7, "name": "a/b", "url": "https://r"}, None], repo),
+        "actor": pa.array([octo] * 2, actor),
+        "org": pa.array([None, octo], actor),
+        "created_at": times,
+        "id": pa.array([1, 2]).cast(number),
+    }
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table(table), path)
+    with pytest.raises(InputError, match="is a Parquet file") as caught:
+        find_files([str(path)])
+    command = re.sub(r"^\.venv/bin/python", shlex.quote(sys.executable), caught.value.way_out.partition(" ; then")[0])
+    assert "ghsync fetch" in caught.value.way_out
+    subprocess.run(["bash", "-ec", command], check=True, timeout=60)
+    (file,) = find_files([f"{path}-events.jsonl"]).look()
+    decide = event_decoder(BUILT_IN_RULES, "2030")
+    found = [decide(line) for line in Path(file.path).read_bytes().splitlines()]
+    assert [event.actor.id for event in found if isinstance(event, Event)] == [2**53 + 1] * 2
+    assert [event.created_at for event in found if isinstance(event, Event)] == [
+        "2015-01-01T15:00:01Z",
+        "2015-01-01T15:00:02Z",
+    ]
+
+
+@pytest.mark.parametrize("content", [zipped, lambda: tarred("w"), lambda: lzma.compress(LINES)])
+def test_no_two_files_become_one(tmp_path: Path, content: Callable[[], bytes]) -> None:
+    commands = set()
+    for name in ("x.json", "x.jsonl", "x.2015.json", "x.2016.json", "x.json.gz", "X.json"):
+        path = write(tmp_path / name, content())
+        with pytest.raises(InputError) as caught:
+            look(path)
+        commands.add(caught.value.way_out.replace(shlex.quote(str(path)), "", 1))
+    assert len(commands) == 6
 
 
 XML = b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>NoSuchKey</Code></Error>\n'
@@ -523,10 +591,20 @@ FAULTS: dict[str, tuple[str, Callable[[], bytes], str, str]] = {
         "rm .* ; ghsync fetch 2015-01-01-3 --target",
     ),
     "XML in gzip": ("a.json.gz", lambda: gzipped(XML), "is XML, as a server's error message is", "Get the file again"),
-    "HTML": ("a.json", lambda: b"\n<!DOCTYPE html>\n<html><body>Log in</body>", "is a web page", "Get the file again"),
-    "CSV": ("a.json", lambda: b"id,type,login\n1,PushEvent,octo\n", "is a table with separators", "JSON lines"),
+    "HTML": (
+        "a.json",
+        lambda: b"\n<!DOCTYPE html>\n<html><body>Log in</body>",
+        "is a web page",
+        "Get the file again.* zone .*fetch",
+    ),
+    "CSV": (
+        "a.json",
+        lambda: b"id,type,login\n1,PushEvent,octo\n",
+        "is a table with separators",
+        "lines.* zone .*fetch",
+    ),
     "TSV in gzip": ("a.json.gz", lambda: gzipped(b"id\ttype\tactor.login\n1\tP\to\n"), "is a table with", "JSON lines"),
-    "ORC": ("a.json", lambda: b"ORC\x01\x02\x03", "is an ORC file", "Export the events as JSON lines"),
+    "ORC": ("a.json", lambda: b"ORC\x01\x02\x03", "is an ORC file", "JSON lines.* zone .*: ghsync fetch"),
     "payload of a webhook": ("a.json", lambda: json.dumps(PAYLOAD).encode(), "holds payloads of a webhook", "gh api"),
     "payloads, a line each": (
         "a.json",

@@ -174,6 +174,20 @@ def test_padding_with_zeros_is_no_damage(packing: str, zeros: int) -> None:
     assert b"".join(unpacked(io.BytesIO(packed), packing)) == b"ab"
 
 
+@pytest.mark.parametrize("kind", [0x50, 0x5F])
+def test_frames_to_be_skipped_are_no_content_wherever_they_stand(kind: int) -> None:
+    skipped = bytes([kind, 0x2A, 0x4D, 0x18, 4, 0, 0, 0]) + b"\0size"[:4]
+    packed = skipped + PACK["zstd"](b"a") + skipped + PACK["zstd"](b"b") + skipped
+    assert packing_of(packed) == "zstd"
+    assert b"".join(unpacked(io.BytesIO(packed), "zstd")) == b"ab"
+
+
+@pytest.mark.parametrize("tail", [bytes(512), b"junk" * 10])
+def test_what_zstd_does_not_skip_is_told_as_that(tail: bytes) -> None:
+    with pytest.raises(DamagedError, match="its zstd data goes on with something else, such as zeros"):
+        list(unpacked(io.BytesIO(PACK["zstd"](b"a") + tail), "zstd"))
+
+
 @pytest.mark.parametrize("packing", PACK)
 @patient
 @given(content=st.binary(min_size=1, max_size=300), kept=st.floats(0.0, 0.99))
