@@ -348,8 +348,9 @@ class _Part:
             # Where it is not finished, or could not be.
             if self._writer is not None:
                 with suppress(OSError):
+                    self._unfinished.unlink()
+                with suppress(OSError):
                     self._writer.close()
-                    self._unfinished.unlink(missing_ok=True)
 
     def _finish(self) -> None:
         if self._pending:

@@ -38,7 +38,7 @@ _WORD: Final = re.compile(rb'\0++|[^ \t\r\n,"{}\[\]\0]++')
 """A number, true, false, null, or what is no JSON: it ends where something else begins."""
 _BETWEEN: Final = b" \t\r\n,[]\xef\xbb\xbf"
 _LONGEST_VALUE: Final = 16 * BLOCK
-"""Of an array: what does not end would otherwise be looked at again with every block."""
+"""Of an array: what does not end would otherwise be looked at again with every block. A longer word is cut."""
 
 
 _ZSTD_ERRORS: Final = {
@@ -205,13 +205,14 @@ def values_of(parts: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
                 in_array = not in_array
                 at += 1
                 continue
-            if not head or (end := _value_end(text, at, is_all=part is None)) is None:
+            is_all = part is None or len(text) - at > _LONGEST_VALUE
+            if not head or (end := _value_end(text, at, is_all=is_all)) is None:
                 break
             yield line, text[at:end]
             line += text.count(b"\n", at, end)
             at = end
         text = text[at:]
-        if len(text) > _LONGEST_VALUE and text[:1] in b'{["':
+        if len(text) > _LONGEST_VALUE:
             break
     if text or in_array:
         raise DamagedError(f"its JSON does not end: what is open at line {line} is not closed")

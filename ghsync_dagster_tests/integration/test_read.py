@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import json
+import os
 import random
 import shutil
 from collections import Counter
@@ -368,18 +369,24 @@ def test_a_damaged_small_file_is_refused_before_spark_is_asked(tmp_path: Path, e
         read.read_events(no_session, [str(good), str(bad)], tmp_path / "out", BUILT_IN_RULES)
 
 
-@pytest.mark.parametrize("change", ["grows", "shrinks", "goes"])
+@pytest.mark.parametrize("change", ["grows", "shrinks", "goes", "is rewritten"])
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 def test_a_file_that_changes_meanwhile_is_one_error_that_names_it(
     tmp_path: Path, event_line: Callable[..., str], spark: SparkHandle, change: str, pack: Callable[[bytes], bytes]
 ) -> None:
     path, target = tmp_path / "in.json", tmp_path / "out"
-    path.write_bytes(pack(event_line().encode() + b"\n"))
+    path.write_bytes(pack(event_line(1).encode() + b"\n"))
+    # Of another time than now, whatever the ticks of the file system's clock.
+    os.utime(path, ns=(10**18, 10**18))
     target.mkdir()
 
     def change_and_start() -> Any:
         if change == "goes":
             path.unlink()
+        elif change == "is rewritten":
+            size = path.stat().st_size
+            path.write_bytes(path.read_bytes())
+            assert path.stat().st_size == size
         else:
             path.write_bytes(pack((event_line(2) + "\n").encode() * (2 if change == "grows" else 0)))
         return spark.session()

@@ -132,10 +132,14 @@ def test_what_does_not_end_is_damage(content: bytes) -> None:
             list(values_of(in_blocks(content, size)))
 
 
-def test_a_row_of_zeros_of_any_length_is_one_value(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_of_zeros_of_any_length_takes_no_more_memory_than_the_longest_value(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(unpack, "_LONGEST_VALUE", 1_000)
-    content = b'[{"a":1}]' + bytes(5_000)
-    assert [len(value) for _, value in values_of(in_blocks(content, 100))] == [7, 5_000]
+    content = b'[{"a":1}]' + bytes(5_000) + b"[5]"
+    lengths = [len(value) for _, value in values_of(in_blocks(content, 100))]
+    assert (lengths[0], sum(lengths[1:-1]), lengths[-1]) == (7, 5_000, 1)
+    assert max(lengths) <= 1_100
 
 
 def test_an_object_that_never_ends_is_told_without_looking_at_it_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
