@@ -225,7 +225,7 @@ def test_several_files_of_every_form_read_as_in_plain_python(
     report = read_files(folder, paths[0])
     assert {entry.reason.split()[0]: entry.files for entry in report.left_out} == {"empty": 2, "the": 1}
     assert metadata.of_events(report)["files_left_out"] == 3
-    assert "notes.txt" in metadata.of_events(report)["left_out"].value
+    assert "notes.txt" in str(metadata.of_events(report)["left_out"].records)
     assert report.bytes == sum(path.stat().st_size for path in everything)
     assert [file.path for file in report.files] == [str(path) for path in everything]
     marked = folder / "mark.json"
