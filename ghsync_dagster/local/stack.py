@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from ghsync_dagster.domain.errors import ConfigError, GhsyncError
-from ghsync_dagster.folders import ensure_folder
 from ghsync_dagster.local import connect, kafka, mongo, mysql
 from ghsync_dagster.local.supervisor import ServiceStatus
 
@@ -56,9 +55,7 @@ def up(
         UnavailableError: One did not start; holds the end of its log.
         ConfigError: A name is unknown, or a server can't run on this machine.
     """
-    wanted = _named(services)
-    ensure_folder(settings.home_dir, "GHSYNC_HOME")
-    return {name: service.up(settings, progress) for name, service in wanted.items()}
+    return {name: service.up(settings, progress) for name, service in _named(services).items()}
 
 
 def down(

@@ -20,6 +20,7 @@ import msgspec
 import psutil
 
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
+from ghsync_dagster.folders import ensure_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -177,6 +178,7 @@ class Supervisor:
                 folder left could not be ended.
             ConfigError: The folder can't be used, or ``choose`` found no server.
         """
+        ensure_folder(self._folder, "GHSYNC_HOME")
         with self._locked():
             record = self._read()
             process = self._find(record) if record else None

@@ -90,7 +90,7 @@ def test_a_rehearsal_that_meets_a_dead_letter_ends_with_one(rehearse: Rehearse, 
     done = rehearse("--seconds", "1", "--no-load")
     output, _ = done.communicate(timeout=120)
     assert done.returncode == 1
-    lines = dict(line.split(maxsplit=1) for line in output.replace("dead letters", "dead_letters").splitlines())
+    lines = dict(line.split(maxsplit=1) for line in output.replace("dead letters", "dead_letters").splitlines() if line)
     assert lines["dead_letters"].startswith("1 ")
     assert lines["audit"].startswith("equal: ")
     assert lines["missed"] == "dead_letters: 1, none wanted"
