@@ -25,7 +25,7 @@ Document = dict[str, Any]
 
 UNIQUE_INDEX: Final = "user_id_unique"
 _NAMESPACE_EXISTS: Final = 48
-_LOOK_SECONDS: Final = 4.0
+_LOOK_SECONDS: Final = 2.5
 """How long the look before a run may take: whoever mistyped an address wants to hear of it at once."""
 _ACTIONS: Final = frozenset({"find", "insert", "update", "remove"})
 _OTHER_COLLECTION: Final = "name another collection (MONGODB_COLLECTION)"

@@ -273,11 +273,11 @@ def test_an_election_is_awaited_and_a_dead_address_is_not(store: UserStore, monk
     # The store has answered before, so that one member is known.
     store.is_empty()
     store.check_collection()
-    assert patience == [4.0, 9.0]
+    assert patience == [2.5, 9.0]
     patience.clear()
     with UserStore(f"mongodb://127.0.0.1:{free_port()}", "x", "Users") as away, pytest.raises(UnavailableError):
         away.check_collection()
-    assert patience == [4.0]
+    assert patience == [2.5]
 
 
 def test_a_look_at_a_collection_that_is_not_there_makes_none(store: UserStore) -> None:
