@@ -298,7 +298,7 @@ def install_packages(uv: Path, stamps: Stamps, locks: Sequence[str]) -> None:
     pending = stamps.pending(*locks)
     if not pending:
         return
-    with phase("packages", "some 700 MB are fetched and unpacked the first time"):
+    with phase("packages", "up to 1 GB is fetched and unpacked the first time"):
         try:
             pip_install(uv, pending)
         except SetupError as error:
