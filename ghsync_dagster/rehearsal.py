@@ -22,6 +22,7 @@ from ghsync_dagster.cdc.workload import KEY_CHANGE, Workload
 from ghsync_dagster.domain.errors import ConfigError, PermanentError, UnavailableError
 from ghsync_dagster.local import stack
 from ghsync_dagster.observability.metrics import ChangeMetrics, Percentiles, percentiles
+from ghsync_dagster.observability.progress import repeating
 from ghsync_dagster.settings import load_settings
 from ghsync_dagster.stopping import uninterrupted
 
@@ -214,7 +215,7 @@ def rehearse(
         clock.begin()
         workload = Workload(mysql, rate=rate, seed=time.time_ns() % 2**31, on_commit=clock.committed)
         began = time.monotonic()
-        stop = around.enter_context(_telling(lambda: _line(workload, metrics, clock), tell))
+        stop = around.enter_context(repeating(lambda: tell(_line(workload, metrics, clock)), _TELL_SECONDS))
         report = workload.run(seconds=seconds, stop=consumer.failed)
         tell(f"workload done: {report.total:,} changes; waiting for the consumer")
 
@@ -357,24 +358,6 @@ def _loading(settings: Settings, events: Sequence[str]) -> Iterator[subprocess.P
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-@contextmanager
-def _telling(line: Callable[[], str], tell: Callable[[str], None]) -> Iterator[threading.Event]:
-    """Tell a line every second until the event is set, or the end."""
-    stop = threading.Event()
-
-    def run() -> None:
-        while not stop.wait(_TELL_SECONDS):
-            tell(line())
-
-    thread = threading.Thread(target=run, name="rehearsal-progress", daemon=True)
-    thread.start()
-    try:
-        yield stop
-    finally:
-        stop.set()
-        thread.join()
 
 
 def _line(workload: Workload, metrics: ChangeMetrics, clock: CommitClock) -> str:

@@ -33,16 +33,33 @@ def telling(
         known: Gives what else is known by then, for the same line.
         every: Seconds between two lines; the first comes after as many.
     """
-    log, done, began = get_logger("progress"), threading.Event(), time.monotonic()
+    log, began = get_logger("progress"), time.monotonic()
+
+    def tell() -> None:
+        log.info(f"still {what}", seconds=round(time.monotonic() - began), **known())
+
+    with repeating(tell, every):
+        yield
+
+
+@contextmanager
+def repeating(tell: Callable[[], None], every: float) -> Iterator[threading.Event]:
+    """Tell every few seconds, in a thread of its own, until the event that is yielded is set, or the end.
+
+    Args:
+        tell: Tells it.
+        every: Seconds between two times; the first comes after as many.
+    """
+    done = threading.Event()
 
     def run() -> None:
         while not done.wait(every):
-            log.info(f"still {what}", seconds=round(time.monotonic() - began), **known())
+            tell()
 
     thread = threading.Thread(target=run, name="progress", daemon=True)
     thread.start()
     try:
-        yield
+        yield done
     finally:
         done.set()
         thread.join()
