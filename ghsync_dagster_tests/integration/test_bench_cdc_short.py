@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import signal
 import subprocess
 import sys
-import time
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import pytest
 from long_campaign import WHOLE_COMMANDS
+from process_parts import is_java, left_by_a_signal
 
 from benchmarks import cdc, cdc_results, harness, results
 from benchmarks.cdc_contenders import OURS, RAW, SINK, Bench
@@ -118,28 +116,14 @@ def test_a_contender_that_fails_is_told_with_its_last_words(bench: Bench) -> Non
     assert "MongoSinkConnector" in failures[0]
 
 
-def is_java(process: psutil.Process) -> bool:
-    """Tell whether a process is at work and Java's; one may end at any time."""
-    try:
-        return bool(process.name() == "java")
-    except psutil.NoSuchProcess:
-        return False
-
-
 def test_a_signal_ends_everything_that_was_started(tmp_path: Path) -> None:
     options = ("--sizes", "100000", "--contenders", SINK, "--rates", "", "--out", str(tmp_path))
-    with subprocess.Popen(bench_command(*options), cwd=harness.PROJECT, stdout=subprocess.PIPE, text=True) as running:
-        deadline = time.monotonic() + 120
-        family: dict[int, psutil.Process] = {}
-        # The broker's and the worker's.
-        while sum(is_java(process) for process in family.values()) < 2:
-            assert time.monotonic() < deadline, "the worker never came up"
-            family |= {each.pid: each for each in psutil.Process(running.pid).children(recursive=True)}
-            time.sleep(0.05)
-        running.send_signal(signal.SIGTERM)
-        output, _ = running.communicate(timeout=120)
-        assert running.returncode == 130, output
-    assert [process for process in family.values() if process.is_running()] == []
+    # The broker's and the worker's.
+    code, output, left = left_by_a_signal(
+        bench_command(*options), harness.PROJECT, lambda family: sum(map(is_java, family)) == 2, 120
+    )
+    assert code == 130, output
+    assert left == []
     assert list(tmp_path.iterdir()) == []
 
 

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 from long_campaign import ROUNDS, WHOLE_COMMANDS
+from process_parts import children_of, is_java, left_by_a_signal, words
 
 from benchmarks import contenders, harness, results
 
@@ -31,10 +29,6 @@ NAMES = (
 
 def bench_command(*options: str) -> list[str]:
     return [sys.executable, "-m", "benchmarks.batch", *options]
-
-
-def children_of(pid: int) -> list[psutil.Process]:
-    return list(psutil.Process(pid).children(recursive=True))
 
 
 @pytest.mark.faults
@@ -65,17 +59,10 @@ def test_every_contender_ends_in_the_state_that_is_due(tmp_path: Path) -> None:
 
 def test_a_signal_ends_everything_that_was_started(tmp_path: Path) -> None:
     options = ("--sizes", "28600", "--contenders", "plain", "--out", str(tmp_path))
-    with subprocess.Popen(bench_command(*options), cwd=harness.PROJECT, stdout=subprocess.PIPE, text=True) as bench:
-        deadline = time.monotonic() + 120
-        family: dict[int, psutil.Process] = {}
-        while not any(process.name() == "java" for process in family.values() if process.is_running()):
-            assert time.monotonic() < deadline, "the contender's JVM never came up"
-            family |= {process.pid: process for process in children_of(bench.pid)}
-            time.sleep(0.05)
-        bench.send_signal(signal.SIGTERM)
-        output, _ = bench.communicate(timeout=90)
-        assert bench.returncode == 130, output
-    left = [process for process in family.values() if process.is_running()]
+    code, output, left = left_by_a_signal(
+        bench_command(*options), harness.PROJECT, lambda family: any(map(is_java, family)), 120
+    )
+    assert code == 130, output
     assert left == []
     assert list(tmp_path.iterdir()) == []
 
@@ -84,8 +71,7 @@ def test_a_run_that_takes_too_long_is_ended_with_its_children(tmp_path: Path) ->
     script = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
     with pytest.raises(harness.BenchmarkError, match="slow did not end within 1 s"):
         harness.run_watched([sys.executable, "-c", script], os.environ, tmp_path, name="slow", timeout_seconds=1)
-    alive = [child for child in children_of(os.getpid()) if child.status() != psutil.STATUS_ZOMBIE]
-    assert not any("time.sleep(600)" in " ".join(process.cmdline()) for process in alive)
+    assert not any("time.sleep(600)" in " ".join(words(process)) for process in children_of(os.getpid()))
 
 
 def test_a_failed_contender_is_an_error_that_carries_its_last_lines(tmp_path: Path) -> None:

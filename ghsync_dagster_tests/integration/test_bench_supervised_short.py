@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
-import time
 from typing import TYPE_CHECKING
 
-import psutil
 import pytest
 from long_campaign import LONG
+from process_parts import left_by_a_signal, words
 
 from benchmarks import cdc_probes, harness
 from benchmarks.cdc_probes import FIRST_KEY, paired
@@ -81,25 +79,10 @@ def test_a_hand_over_and_a_kill_are_measured(tmp_path: Path) -> None:
 @LONG
 def test_a_signal_ends_servers_dagster_and_slices(tmp_path: Path) -> None:
     command = bench_command("--rate", "100", "--out", str(tmp_path))
-    with subprocess.Popen(command, cwd=harness.PROJECT, stdout=subprocess.PIPE, text=True) as running:
-        deadline = time.monotonic() + 180
-        family: dict[int, psutil.Process] = {}
-        # The workload begins once a slice is at work.
-        while not any("change" in words(process) for process in family.values()):
-            assert time.monotonic() < deadline, "the workload never began"
-            family |= {each.pid: each for each in psutil.Process(running.pid).children(recursive=True)}
-            time.sleep(0.1)
-        running.send_signal(signal.SIGTERM)
-        output, _ = running.communicate(timeout=180)
-        assert running.returncode == 130, output
-    psutil.wait_procs(list(family.values()), timeout=10)
-    assert [words(process) for process in family.values() if process.is_running()] == []
+    # The workload begins once a slice is at work.
+    code, output, left = left_by_a_signal(
+        command, harness.PROJECT, lambda family: any("change" in words(process) for process in family), 180
+    )
+    assert code == 130, output
+    assert left == []
     assert list(tmp_path.iterdir()) == []
-
-
-def words(process: psutil.Process) -> list[str]:
-    """The command line of a process, empty where it has ended."""
-    try:
-        return list(process.cmdline())
-    except psutil.NoSuchProcess:
-        return []

@@ -22,6 +22,7 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from dagster._core.storage.tags import SENSOR_NAME_TAG
 from long_campaign import LONG
+from process_parts import children_of, kill_family, words
 
 from ghsync_dagster.cdc.backlog import read_backlog
 from ghsync_dagster.cdc.consume import ChangeConsumer, ConsumerReport
@@ -514,7 +515,6 @@ def test_the_supervisor_hands_over_and_replaces_a_killed_slice(stack: Stack, ins
     environment = stack.environment(GHSYNC_CDC_SLICE_SECONDS="40")
     with (stack.home / "out").open("wb") as out:
         dev = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True)
-    family = psutil.Process(dev.pid)
     try:
         first = wait_for(lambda: _running(instance), "the first slice", 60)
         assert first.tags[SENSOR_NAME_TAG] == "cdc_supervisor"
@@ -545,16 +545,14 @@ def test_the_supervisor_hands_over_and_replaces_a_killed_slice(stack: Stack, ins
         stack.insert(inserted)
         wait_for(lambda: len(stack.stored()) == inserted, "all rows")
         wait_for(lambda: any(one["records"] for one in observations(instance, third.run_id)), "the third at work")
-        workers = family.children(recursive=True)
+        workers = children_of(dev.pid)
         os.killpg(dev.pid, signal.SIGINT)
         dev.wait(60)
         psutil.wait_procs(workers, timeout=30)
-        assert [worker.cmdline() for worker in workers if worker.is_running()] == []
+        assert [words(worker) for worker in workers if worker.is_running()] == []
         assert stack.members() == 0
     finally:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for child in [*family.children(recursive=True), family]:
-                child.kill()
+        kill_family(dev.pid)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(dev.pid, signal.SIGKILL)
 

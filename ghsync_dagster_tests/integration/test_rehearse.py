@@ -15,6 +15,7 @@ import psutil
 import pytest
 from cdc_parts import until
 from confluent_kafka import Producer
+from process_parts import children_of, kill_family, words
 
 from ghsync_dagster.local import stack
 
@@ -52,8 +53,7 @@ def rehearse(stack_settings: Settings, tmp_path: Path) -> Iterator[Rehearse]:
     yield start
     for process in started:
         if process.poll() is None:
-            for each in [*psutil.Process(process.pid).children(recursive=True), process]:
-                each.kill()
+            kill_family(process.pid)
         process.wait()
     assert {name: status.pid for name, status in stack.status(stack_settings).items()} == before
 
@@ -105,8 +105,8 @@ def test_a_rehearsal_that_is_asked_to_stop_ends_the_load_beside_it_too(
     events.write_text(event_line() + "\n")
     running = rehearse("--seconds", "600", GHSYNC_EVENTS_PATH=str(events))
     until(lambda: "changes at " in (tmp_path / "err").read_text(), 60)
-    family = psutil.Process(running.pid).children(recursive=True)
-    assert any("batch" in each.cmdline() for each in family)
+    family = children_of(running.pid)
+    assert any("batch" in words(each) for each in family)
     running.send_signal(signal.SIGTERM)
     assert running.wait(60) == SIGTERM_CODE, (tmp_path / "err").read_text()
     assert not psutil.wait_procs(family, 30)[1]
