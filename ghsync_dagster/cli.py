@@ -118,12 +118,11 @@ def run(
     settings = _settings()
     # Told here in their own words; inside it would be a run that failed before its first step.
     paths = settings.events(events or ())
-    batch_flow(settings).check_first()
     use_dagster_home(settings)
+    batch_flow(settings).check_first(paths)
     from ghsync_dagster.defs.runner import materialize_batch
 
-    with _status("materializing", quiet=as_json):
-        outcome = materialize_batch(paths)
+    outcome = materialize_batch(paths)
     seconds = round(time.monotonic() - started, 3)
     _finish(settings, outcome.findings, ok=outcome.success, as_json=as_json, run_id=outcome.run_id, seconds=seconds)
 
@@ -342,15 +341,6 @@ def _progress() -> Progress:
     from rich.progress import Progress
 
     return Progress(console=Console(stderr=True), transient=True)
-
-
-def _status(words: str, *, quiet: bool) -> Any:  # noqa: ANN401
-    from contextlib import nullcontext
-
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    return console.status(words) if console.is_terminal and not quiet else nullcontext()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from ghsync_dagster.batch.versions import UNKNOWN, InputState, version_of
 from ghsync_dagster.domain.errors import TransientError
 from ghsync_dagster.domain.event import FUTURE_WORDS
 from ghsync_dagster.folders import ensure_folder
-from ghsync_dagster.observability.logging import bind_run
+from ghsync_dagster.observability.logging import bind_run, get_logger
 from ghsync_dagster.observability.progress import telling
 from ghsync_dagster.stores.retry import retrying
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from ghsync_dagster.domain.user import Rule
     from ghsync_dagster.stores.mongo import UserStore
     from ghsync_dagster.stores.spark import SparkHandle
+
+log = get_logger("batch")
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class BatchFlow:
     code_version: str = UNKNOWN
     home: Path | None = None
 
-    def look_at_input(self, events_paths: Sequence[str]) -> InputState:
+    def find_input(self, events_paths: Sequence[str]) -> InputState:
         """Return the state of the files that would be read, none of them opened.
 
         Raises:
@@ -71,17 +73,25 @@ class BatchFlow:
         with telling("looking for files"):
             return find_files(events_paths, self.home).state
 
-    def check_first(self) -> None:
+    def check_first(self, events_paths: Sequence[str], *, has_target: bool = True) -> None:
         """Find, before any work, what would end a run later on; write nothing to the target.
 
+        Args:
+            events_paths: What the run reads.
+            has_target: Whether it loads.
+
         Raises:
+            InputError: A path can't be read.
             ConfigError: There is no room for the run's data, or the target's address is malformed.
             RefusedError: The target refuses the account, or can't hold users as it is set up.
             UnavailableError: The target can't be reached.
         """
+        log.info("checking paths, folders and the target")
+        self.find_input(events_paths)
         ensure_folder(self.artifacts.root, "GHSYNC_HOME")
-        with self.open_store() as store:
-            store.check_collection()
+        if has_target:
+            with self.open_store() as store:
+                store.check_collection()
 
     def read(self, events_paths: Sequence[str]) -> ReadReport:
         """Read the files into events and quarantine, and make that the newest data."""
@@ -200,8 +210,7 @@ class BatchRun:
             bind_run(None)
 
     def _steps(self) -> Iterator[Finding]:
-        self.flow.check_first()
-        self.flow.spark.warm_up()
+        self.flow.check_first(self.events_paths)
         for finding in self._findings():
             self.findings.append(finding)
             yield finding

@@ -100,8 +100,8 @@ def _step_error(result: dg.ExecuteInProcessResult) -> PermanentError | Transient
             tag = failure.metadata.get("kind")
             transient = tag is not None and tag.value == "infrastructure"
             message, _, way_out = words.partition(WAY_OUT)
+            kind = failure.metadata.get("error")
+            message = message.removeprefix(f"{kind.value}: ") if kind else message
             error_type = TransientError if transient else PermanentError
-            return error_type(
-                f"{event.step_key}: {message}", way_out=way_out or "See the run in the Dagster UI: make dev."
-            )
+            return error_type(message, way_out=way_out or "See the run in the Dagster UI: make dev.")
     return PermanentError("The run failed before its first step.", way_out="See the run in the Dagster UI: make dev.")

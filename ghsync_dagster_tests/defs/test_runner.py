@@ -36,8 +36,7 @@ def test_a_failed_step_is_told_in_the_words_of_its_error(
     class Failing(BatchResource):
         def build(self, run_id: str | None = None) -> BatchFlow:
             del run_id
-            spark = SimpleNamespace(warm_up=lambda: None)
-            return cast("BatchFlow", SimpleNamespace(read=read, spark=spark, check_first=lambda: None))
+            return cast("BatchFlow", SimpleNamespace(read=read, check_first=lambda *_, **__: None))
 
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
     failing = definitions.build_defs({"batch": Failing(spark=SparkResource())})

@@ -33,7 +33,7 @@ class World:
     environment: dict[str, str] = field(default_factory=dict)
 
     def refused(self, command: str, code: int) -> str:
-        """Run a command that ends with ``code`` before Spark starts; return its words."""
+        """Run a command that ends with ``code`` before Spark and the local MongoDB start; return its words."""
         arguments = {"batch": ["batch", str(self.events)], "run": ["run", "--events", str(self.events)]}[command]
         # A Java that does not exist would be told by another message.
         given = {**os.environ, **self.environment, "JAVA_HOME": "/there/is/no/java"}
@@ -45,6 +45,7 @@ class World:
         lines = [line for line in ended.stderr.splitlines() if not line.startswith("{")]
         assert [line.partition(":")[0] for line in lines] == ["error", "way out"]
         assert "s3cret" not in ended.stderr
+        assert not (Path(self.environment["GHSYNC_HOME"]) / "mongo").exists()
         return lines[0]
 
 
@@ -77,3 +78,17 @@ def test_a_server_that_is_away(world: World, command: str) -> None:
 def test_a_home_that_can_t_be_written_to(world: World, command: str) -> None:
     world.environment["GHSYNC_HOME"] = "/proc/home"
     assert "Nothing can be written to /proc/" in world.refused(command, 2)
+
+
+@pytest.mark.parametrize("command", ["batch", "run"])
+def test_a_path_that_leads_nowhere(world: World, command: str) -> None:
+    world.events = world.events.with_name("nope.json")
+    del world.environment["MONGODB_URI"]
+    assert f"There is no file or folder {world.events}" in world.refused(command, 2)
+    assert not (Path(world.environment["GHSYNC_HOME"]) / "dagster" / "history").exists()
+
+
+@pytest.mark.parametrize("command", ["batch", "run"])
+def test_a_file_of_another_kind(world: World, command: str) -> None:
+    world.events.write_text("id,login,url\n1,octocat,u\n2,hubot,v\n")
+    assert f"{world.events} is " in world.refused(command, 2)

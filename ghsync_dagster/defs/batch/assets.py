@@ -85,7 +85,7 @@ class ReadConfig(dg.Config):
 def event_files(batch: BatchResource) -> Iterator[dg.ObserveResult]:
     """Look at the input files."""
     with as_failure():
-        state = batch.flow.look_at_input(batch.settings().events())
+        state = batch.flow.find_input(batch.settings().events())
     yield dg.ObserveResult(EVENT_FILES, data_version=dg.DataVersion(state.version), metadata=metadata.of_input(state))
 
 
@@ -122,10 +122,7 @@ def read_events(
         if SAMPLE_TAG in context.run.tags:
             batch.settings().refuse_sample()
         events = batch.settings().events([config.events_path] if config.events_path else ())
-        # Without it the run has no target.
-        if context.job_def.has_node_named("mongo_users"):
-            batch.flow.check_first()
-        batch.flow.spark.warm_up()
+        batch.flow.check_first(events, has_target=context.job_def.has_node_named("mongo_users"))
         report = batch.flow.read(events)
     context.log_event(
         dg.AssetObservation(
