@@ -9,7 +9,7 @@ import logging
 import re
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import stamina.instrumentation
 import structlog
@@ -73,7 +73,7 @@ def configure_logging(settings: Settings) -> None:
         cache_logger_on_first_use=True,
     )
     renderer: list[Any] = [structlog.processors.JSONRenderer()] if as_json else [_for_a_terminal, _console_renderer()]
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StandardError()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
@@ -86,6 +86,18 @@ def configure_logging(settings: Settings) -> None:
     root.propagate = False
     # Who tries again says so itself, in these lines.
     stamina.instrumentation.set_on_retry_hooks([])
+
+
+class _StandardError(logging.StreamHandler[TextIO]):
+    """Writes each line to what standard error is by then: a progress bar takes its place, to stay below the lines."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]  # the base sets it once
+        """Standard error."""
+        return sys.stderr
 
 
 def _for_a_terminal(_logger: object, _name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

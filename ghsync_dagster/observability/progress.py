@@ -15,7 +15,7 @@ from ghsync_dagster.observability.logging import get_logger
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-EVERY_SECONDS: Final = 8.0
+EVERY_SECONDS: Final = 5.0
 
 
 def _nothing() -> dict[str, object]:

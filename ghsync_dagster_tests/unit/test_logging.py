@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import re
+import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,16 @@ def test_a_line_is_for_people_on_a_terminal(logged: Callable[..., io.StringIO]) 
     get_logger("load").info("loaded", inserted=3)
     assert "loaded" in stream.getvalue()
     assert not stream.getvalue().startswith("{")
+
+
+def test_a_line_goes_to_what_is_standard_error_by_then(
+    logged: Callable[..., io.StringIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream, of_a_progress_bar = logged(), io.StringIO()
+    monkeypatch.setattr(sys, "stderr", of_a_progress_bar)
+    get_logger("fetch").warning("tried again")
+    assert stream.getvalue() == ""
+    assert "tried again" in of_a_progress_bar.getvalue()
 
 
 def test_a_terminal_s_lines_fit_it(logged: Callable[..., io.StringIO]) -> None:
