@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -40,6 +41,7 @@ REASON: Final = "reason"
 PIECE: Final = "piece"
 FAULT: Final = "fault"
 
+_DONE: Final = struct.Struct("<QQ")
 _ROW_GROUP: Final = 50_000
 _DETAIL: Final = re.compile(r", got .*| \(byte \d+\)|\".*\" follows", re.DOTALL)
 
@@ -85,14 +87,12 @@ class Task(NamedTuple):
         rules: The user rules.
         latest: The time after which an event is from the future.
         host: The machine that looked at the files.
-        done: A Spark accumulator of files and bytes that are read.
     """
 
     target: str
     rules: tuple[Rule, ...]
     latest: str
     host: str
-    done: Any = None
 
     def run(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Read the task whose number comes; yield its tallies."""
@@ -116,18 +116,16 @@ class Task(NamedTuple):
         with (
             _Part(Path(self.target) / EVENTS / name, event_schema(), _event_columns) as events,
             _Part(Path(self.target) / QUARANTINE / name, quarantine_schema(), _quarantine_columns) as quarantine,
+            _Done(Path(self.target), number) as done,
         ):
             is_here = self.host == platform.node()
             sorter = _Sorter(event_decoder(self.rules, self.latest), events, quarantine, is_here=is_here)
             for piece in pieces:
                 try:
-                    tallies.append(sorter.take(piece))
+                    tallies.append(sorter.take(piece, done))
                 except InputError as error:
                     # Each file that can't be read is told, not the first one only.
                     tallies.append(_fault(error))
-        if self.done is not None:
-            whole = sum(piece.start == 0 for piece in pieces)
-            self.done.add((whole, sum(tally.bytes for tally in tallies if tally.kind == PIECE)))
         counted = [Tally(EVENTS, name, events.rows), Tally(QUARANTINE, name, quarantine.rows)]
         counted += [Tally(BLANK, "", sorter.blank), *(Tally(REASON, *item) for item in sorter.reasons.items())]
         return [*tallies, *(tally for tally in counted if tally.rows)]
@@ -170,6 +168,48 @@ def _task_file(target: Path, number: int) -> Path:
     return target / "tasks" / f"{number:05d}.json"
 
 
+class _Done:
+    """How far a task is, in a file beside what it reads: a large file is one task, which ends late."""
+
+    def __init__(self, target: Path, number: int) -> None:
+        self._path = _done_file(target, number)
+        self._files = self._bytes = 0
+
+    def __enter__(self) -> _Done:
+        with keeping(self._path.parent):
+            self._file = self._path.open("wb", buffering=0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def tell(self, more: int) -> None:
+        """Tell that so many bytes of the piece at hand are read."""
+        # Nobody but a reader of progress misses it.
+        with suppress(OSError):
+            os.pwrite(self._file.fileno(), _DONE.pack(self._files, self._bytes + more), 0)
+
+    def piece(self, size: int, *, is_first: bool) -> None:
+        """Take a piece as read; a file is counted by its first one."""
+        self._files += is_first
+        self._bytes += size
+        self.tell(0)
+
+
+def read_done(target: Path) -> tuple[int, int]:
+    """Return how many files and bytes all tasks have read so far."""
+    files = size = 0
+    for path in (target / "tasks").glob("*.done"):
+        with suppress(OSError, struct.error):
+            more = _DONE.unpack(path.read_bytes())
+            files, size = files + more[0], size + more[1]
+    return files, size
+
+
+def _done_file(target: Path, number: int) -> Path:
+    return target / "tasks" / f"{number:05d}.done"
+
+
 class _Sorter:
     """Decides the lines of files, and hands each to the part that it belongs to.
 
@@ -188,8 +228,8 @@ class _Sorter:
         self._quarantine = quarantine
         self._is_here = is_here
 
-    def take(self, piece: Piece) -> Tally:
-        """Read a piece; return how many lines and bytes it has.
+    def take(self, piece: Piece, done: _Done) -> Tally:
+        """Read a piece, telling how far that is; return how many lines and bytes it has.
 
         Raises:
             InputError: The file is damaged, can't be read, or is not as it was when it was looked at.
@@ -198,13 +238,14 @@ class _Sorter:
         try:
             with open_file(file.path) as raw:
                 before = _hold(raw, file.state, is_here=self._is_here)
-                counted = _Counted(raw, piece)
+                counted = _Counted(raw, piece, done)
                 lines = self._lines(file.path, counted) if file.has_lines else self._values(file.path, counted)
                 _hold(raw, before)
         except DamagedError as error:
             raise damaged(file.path, str(error)) from None
         except OSError as error:
             raise unreadable(file.path, error) from None
+        done.piece(counted.bytes, is_first=piece.start == 0)
         return Tally(PIECE, f"{piece.number} {piece.start}", lines, counted.bytes)
 
     def _lines(self, path: str, content: _Counted) -> int:
@@ -260,9 +301,10 @@ class _Counted:
         bytes: Bytes read from the disk, once all of it has passed.
     """
 
-    def __init__(self, raw: IO[bytes], piece: Piece) -> None:
+    def __init__(self, raw: IO[bytes], piece: Piece, done: _Done) -> None:
         self.bytes = 0
         self._raw = raw
+        self._done = done
         self._piece = piece
         self._ends = 0
         self._last = b"\n"
@@ -279,6 +321,7 @@ class _Counted:
                 self._ends += part.count(b"\n")
                 self._last = part[-1:]
                 self.bytes += len(part)
+                self._done.tell(self.bytes if file.packing is None else self._raw.tell())
                 yield part
         if end is None:
             self.bytes = self._raw.tell()

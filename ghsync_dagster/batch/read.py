@@ -31,6 +31,7 @@ from ghsync_dagster.batch.decide import (
     event_schema,
     keeping,
     quarantine_schema,
+    read_done,
     write_task,
 )
 from ghsync_dagster.batch.files import InputFile, find_files, together
@@ -161,7 +162,7 @@ def _decide_all(
     Raises:
         InputError: A file can't be read.
     """
-    from ghsync_dagster.stores.spark import TALLY_SCHEMA, pair_of_sums, spark_errors
+    from ghsync_dagster.stores.spark import TALLY_SCHEMA, spark_errors, to_arrow
 
     with keeping(target):
         for kind in (EVENTS, QUARANTINE, "tasks"):
@@ -169,12 +170,11 @@ def _decide_all(
     for number, pieces in enumerate(tasks):
         write_task(target, number, pieces)
     with spark_errors("Reading events"):
-        done = pair_of_sums(session)
-        task = Task(str(target), tuple(rules), latest_time(datetime.now(UTC)), platform.node(), done)
+        task = Task(str(target), tuple(rules), latest_time(datetime.now(UTC)), platform.node())
         numbers = session.range(0, len(tasks), 1, len(tasks))
         size, began = sum(file.size for file in files), time.monotonic()
-        with telling("reading", lambda: _reading(done.value, len(files), size, began), every=_PROGRESS_SECONDS):
-            rows = numbers.mapInArrow(task.run, TALLY_SCHEMA).toArrow()
+        with telling("reading", lambda: _reading(read_done(target), len(files), size, began), every=_PROGRESS_SECONDS):
+            rows = to_arrow(numbers.mapInArrow(task.run, TALLY_SCHEMA))
     shutil.rmtree(target / "tasks")
     tallies = [Tally(**row) for row in rows.to_pylist()]
     _raise_faults([tally.name for tally in tallies if tally.kind == FAULT])

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from py4j.protocol import Py4JError, Py4JJavaError, Py4JNetworkError
-from pyspark.accumulators import Accumulator, AccumulatorParam
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F  # noqa: N812  the name that Spark's own documentation gives it
@@ -33,6 +32,7 @@ from ghsync_dagster.stores.mongo import CONFIRM_MS
 from ghsync_dagster.stores.spark_jvm import launch_jvm
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from pyspark.sql import DataFrame
 
     from ghsync_dagster.stores.mongo import UserStore
@@ -55,6 +55,7 @@ VERSIONED_USER_SCHEMA: Final = StructType(
 )
 """A user with the event that gave the fields."""
 
+_CANCEL_SECONDS: Final = 10.0
 _CONNECTOR: Final = "mongodb"
 _BATCH_SIZE: Final = "5000"
 _OF_SECONDARIES: Final = ("readpreferencetags", "maxstalenessseconds")
@@ -222,10 +223,12 @@ def _configuration(options: SparkOptions, log4j: str) -> dict[str, str]:
 
 @dataclass
 class SparkHandle:
-    """A session that starts in the background, so that other work goes on while the JVM comes up.
+    """A session that starts when it is first asked for, in a thread of its own.
+
+    Started in the main thread, Spark would take the handler of Ctrl-C from whoever has set one.
 
     Attributes:
-        options: Called once, in the background, since finding Java and jars may take time too.
+        options: Called once, before the start.
         get: Gives the session.
         waited_seconds: How long callers have waited for it so far.
     """
@@ -233,18 +236,10 @@ class SparkHandle:
     options: Callable[[], SparkOptions]
     get: SessionOf = session_of
     waited_seconds: float = 0.0
-    _asked: bool = False
     _session: SparkSession | None = None
     _error: BaseException | None = None
     _thread: threading.Thread | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def warm_up(self) -> None:
-        """Begin to start the session; return at once."""
-        with self._lock:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._start, name="spark-start", daemon=True)
-                self._thread.start()
 
     def _start(self) -> None:
         try:
@@ -258,10 +253,11 @@ class SparkHandle:
         Raises:
             GhsyncError: Java, jars or the session could not be had.
         """
-        self._asked = True
-        self.warm_up()
-        assert self._thread is not None  # noqa: S101  warm_up has set it
         asked = time.monotonic()
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._start, name="spark-start", daemon=True)
+                self._thread.start()
         with telling("starting Spark"):
             self._thread.join()
         self.waited_seconds += time.monotonic() - asked
@@ -271,11 +267,8 @@ class SparkHandle:
         return self._session
 
     def stop(self) -> None:
-        """Stop the session where there is one; do not wait for one that still starts and that nobody asked for.
-
-        Its JVM ends with this process, so that a wrong path is told at once.
-        """
-        if self._thread is not None and self._asked:
+        """Stop the session where there is one."""
+        if self._thread is not None:
             self._thread.join()
         if self._session is not None:
             # In a thread of its own: this one's connection to the JVM may hold an answer that Ctrl-C did not wait for.
@@ -284,20 +277,28 @@ class SparkHandle:
             stopper.join()
 
 
-class _Sums(AccumulatorParam[tuple[int, int]]):
-    """Adds pairs up."""
+def to_arrow(frame: DataFrame) -> pa.Table:
+    """Collect rows; where a signal ends the wait, cancel the job, as Spark would first wait for its end."""
+    collected: list[pa.Table] = []
+    failed: list[BaseException] = []
 
-    def zero(self, value: tuple[int, int]) -> tuple[int, int]:
-        del value
-        return 0, 0
+    def collect() -> None:
+        try:
+            collected.append(frame.toArrow())
+        except BaseException as error:  # noqa: BLE001  it is raised again in the thread that waits
+            failed.append(error)
 
-    def addInPlace(self, value1: tuple[int, int], value2: tuple[int, int]) -> tuple[int, int]:  # noqa: N802  Spark's
-        return value1[0] + value2[0], value1[1] + value2[1]
-
-
-def pair_of_sums(session: SparkSession) -> Accumulator[tuple[int, int]]:
-    """Return a pair of counts that tasks add to; the driver sees what a task has added once it has ended."""
-    return session.sparkContext.accumulator((0, 0), _Sums())
+    thread = threading.Thread(target=collect, name="spark-collect", daemon=True)
+    thread.start()
+    try:
+        thread.join()
+    except BaseException:
+        frame.sparkSession.sparkContext.cancelAllJobs()
+        thread.join(_CANCEL_SECONDS)
+        raise
+    if failed:
+        raise failed[0]
+    return collected[0]
 
 
 def insert_users(users: DataFrame, store: UserStore) -> None:

@@ -23,6 +23,7 @@ from pymongo.errors import AutoReconnect, OperationFailure
 
 from ghsync_dagster import clock, rehearsal
 from ghsync_dagster.cdc import consume, write
+from ghsync_dagster.cdc.apply import apply
 from ghsync_dagster.cdc.backlog import read_backlog
 from ghsync_dagster.cdc.batch import RecordDecoder
 from ghsync_dagster.cdc.checks import kafka_lag
@@ -1029,7 +1030,6 @@ def test_a_note_is_left_though_the_store_comes_back_only_after_the_end_or_the_ru
 
     # That the batch meets the store that is away: an acknowledgement may meet it before.
     met = threading.Event()
-    apply = write.apply
 
     def tell(*arguments: Any) -> Any:
         try:

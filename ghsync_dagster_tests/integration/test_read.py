@@ -9,6 +9,9 @@ import json
 import os
 import random
 import shutil
+import signal
+import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +21,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from cdc_parts import until
 from odd_lines import GOOD, KINDS
 
 from ghsync_dagster import folders
@@ -28,10 +32,11 @@ from ghsync_dagster.domain.errors import ConfigError, InputError, PermanentError
 from ghsync_dagster.domain.event import RAW_LIMIT, Event, Refused, event_decoder
 from ghsync_dagster.domain.user import BUILT_IN_RULES, Rule
 from ghsync_dagster.settings import load_settings
+from ghsync_dagster.stores.spark import to_arrow
 from ghsync_dagster.wiring import batch_flow
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from ghsync_dagster.batch.flow import BatchFlow
     from ghsync_dagster.stores.spark import SparkHandle
@@ -429,6 +434,36 @@ def test_progress_is_logged_with_files_megabytes_and_seconds_left(
     size = report.bytes >> 20
     for line in progress:
         done, _, total = line["files"].partition(" of ")
-        assert (0 < int(done) <= 6, total) == (True, "6")
+        assert (0 <= int(done) <= 6, total) == (True, "6")
         assert line["megabytes"].endswith(f" of {size}")
         assert line["seconds_left"] >= 0
+
+
+def test_a_signal_cancels_the_job_that_is_waited_for(spark: SparkHandle) -> None:
+    session = spark.session()
+    tracker = session.sparkContext.statusTracker()
+
+    def ask_to_end() -> None:
+        until(lambda: bool(tracker.getActiveJobsIds()), 60)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    def end(*_: object) -> None:
+        raise SystemExit(143)
+
+    def for_ever(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            time.sleep(600)
+            yield batch
+
+    frame = session.range(1).mapInArrow(for_ever, "id long")
+    before = signal.signal(signal.SIGUSR1, end)
+    asking = threading.Thread(target=ask_to_end)
+    asking.start()
+    try:
+        with pytest.raises(SystemExit):
+            to_arrow(frame)
+    finally:
+        asking.join()
+        signal.signal(signal.SIGUSR1, before)
+    # Spark's own list of jobs comes after.
+    until(lambda: not tracker.getActiveJobsIds(), 30)

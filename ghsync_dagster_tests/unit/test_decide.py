@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import platform
@@ -14,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ghsync_dagster.batch import files, read
-from ghsync_dagster.batch.decide import EVENTS, FAULT, QUARANTINE, Piece, Task, write_task
+from ghsync_dagster.batch import decide, files, read
+from ghsync_dagster.batch.decide import EVENTS, FAULT, QUARANTINE, Piece, Task, _Done, read_done, write_task
 from ghsync_dagster.batch.files import find_files
 from ghsync_dagster.batch.unpack import values_of
 from ghsync_dagster.domain.errors import ConfigError
@@ -131,6 +132,34 @@ def test_a_bad_value_of_an_array_is_quarantined_and_a_lost_one_is_an_error(
     monkeypatch.setattr("ghsync_dagster.batch.decide.values_of", lambda parts: list(values_of(parts))[1:])
     ((kind, message, _),) = told_by(target, 0)[FAULT]
     assert (kind, "bytes of JSON went in" in message) == ("PermanentError", True)
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_how_far_a_task_is_can_be_read_before_it_ends(
+    tmp_path: Path, target: Path, event_line: Callable[..., str], pack: Callable[[bytes], bytes]
+) -> None:
+    path = tmp_path / "a.json"
+    # Bodies that do not pack, so that both forms come in several parts.
+    path.write_bytes(pack(b"".join(b"%s\n" % os.urandom(2_000).hex().encode() for _ in range(2_000))))
+    other = tmp_path / "b.json"
+    other.write_text(event_line(1))
+    found = find_files([str(path), str(other)]).look()
+    write_task(target, 0, [Piece(number, file) for number, file in enumerate(found)])
+    seen: list[tuple[int, int]] = []
+
+    class Watching(_Done):
+        def tell(self, more: int) -> None:
+            super().tell(more)
+            seen.append(read_done(target))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(decide, "_Done", Watching)
+        told_by(target, 0)
+    sizes = [file.size for file in found]
+    assert seen == sorted(seen)
+    assert any(files == 0 and 0 < size < sizes[0] for files, size in seen)
+    assert (1, sizes[0]) in seen
+    assert seen[-1] == (2, sum(sizes))
 
 
 def full_part(target: Path) -> None:
