@@ -13,10 +13,10 @@ import sys
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from dotenv import dotenv_values
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from ghsync_dagster.domain.errors import ConfigError
@@ -30,6 +30,24 @@ _OURS = "GHSYNC_"
 _SHARED = ("MONGO", "KAFKA_", "SPARK_", "MYSQL_", "CONNECT_")
 """How names begin that other programs have too: only one that is nearly a setting's is taken for it."""
 _NEAR = 0.87
+_USUAL = {
+    "MONGODB_URI": "MONGO_URI MONGO_URL MONGODB_URL MONGO_DSN MONGODB_DSN MONGO_HOST MONGODB_HOST "
+    "MONGO_CONNECTION_STRING MONGODB_CONNECTION_STRING",
+    "MONGODB_DATABASE": "MONGO_DATABASE MONGO_DB MONGODB_DB MONGO_DBNAME MONGODB_DBNAME MONGO_DB_NAME MONGODB_DB_NAME "
+    "MONGO_NAME MONGODB_NAME",
+    "MONGODB_COLLECTION": "MONGO_COLLECTION MONGO_COLLECTION_NAME MONGODB_COLLECTION_NAME",
+    "KAFKA_BOOTSTRAP_SERVERS": "KAFKA_BOOTSTRAP KAFKA_BROKER KAFKA_BROKERS KAFKA_BROKER_LIST KAFKA_BROKER_URL "
+    "KAFKA_SERVERS KAFKA_HOSTS KAFKA_URL",
+    "KAFKA_TOPIC": "KAFKA_TOPIC_NAME",
+    "KAFKA_GROUP_ID": "KAFKA_GROUP KAFKA_CONSUMER_GROUP KAFKA_CONSUMER_GROUP_ID",
+    "MYSQL_URL": "MYSQL_URI MYSQL_DSN MYSQL_CONNECTION_STRING",
+    "CONNECT_URL": "KAFKA_CONNECT_URL",
+    "SPARK_MASTER": "SPARK_MASTER_URL",
+    "SPARK_DRIVER_MEMORY": "SPARK_MEMORY SPARK_MEM SPARK_DRIVER_MEM",
+    "GHSYNC_EVENTS_PATH": "EVENTS_PATH",
+}
+"""What others call what a setting names: unset, the local server or the default would count without a word."""
+_OF_MAKE = "EVENTS"
 _DATABASE_BYTES = 63
 _COLLECTION_BYTES = 170
 """MongoDB allows 255 with the database; the platform's own collections have longer names."""
@@ -40,6 +58,21 @@ _MASTER = re.compile(
 )
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,245}")
 """What Kafka allows, with room for .dlq."""
+
+
+def _form(pattern: str, words: str) -> AfterValidator:
+    """Return the check that a value has a form, which the error tells in words."""
+
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(words)
+        return value
+
+    return AfterValidator(check)
+
+
+_Upper = BeforeValidator(lambda value: value.upper() if isinstance(value, str) else value)
+_Lower = BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)
 
 
 class FileSource(PydanticBaseSettingsSource):
@@ -144,28 +177,33 @@ class Settings(BaseSettings):
         validation_alias="GHSYNC_ALERT_WEBHOOK_URL",
         description="URL that gets a JSON POST for each failed asset check and run. Unset: they are only logged.",
     )
-    git_url: str | None = Field(
+    git_url: (
+        Annotated[
+            str,
+            _form(
+                r"https://[^/\s@]*git(hub|lab)[^/\s@]*/[^\s@]*[^/\s@]",
+                "it is an address without credentials and without / at its end, such as https://github.com/OWNER/REPO",
+            ),
+        ]
+        | None
+    ) = Field(
         default=None,
-        pattern=r"^https://[^/\s@]*git(hub|lab)[^/\s@]*/[^\s@]*[^/\s@]$",
         validation_alias="GHSYNC_GIT_URL",
         description="Repository of this code, as https://github.com/OWNER/REPO (GitHub or GitLab). Dagster's UI then "
         "links to it. Unset: it names files of this machine.",
     )
-    git_revision: str = Field(
+    git_revision: Annotated[str, _form(r"\S+", "it has no spaces: a branch, tag or commit, such as main")] = Field(
         default="main",
-        pattern=r"^\S+$",
         validation_alias="GHSYNC_GIT_REVISION",
         description="Branch, tag or commit that those links lead to.",
     )
-    log_level: str = Field(
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], _Upper] = Field(
         default="INFO",
-        pattern="^(DEBUG|INFO|WARNING|ERROR)$",
         validation_alias="GHSYNC_LOG_LEVEL",
-        description="DEBUG, INFO, WARNING or ERROR.",
+        description="DEBUG, INFO, WARNING or ERROR, in any case.",
     )
-    log_format: str = Field(
+    log_format: Annotated[Literal["auto", "json", "console"], _Lower] = Field(
         default="auto",
-        pattern="^(auto|json|console)$",
         validation_alias="GHSYNC_LOG_FORMAT",
         description="json, console, or auto: json where standard error is not a terminal.",
     )
@@ -191,11 +229,12 @@ class Settings(BaseSettings):
         validation_alias="SPARK_MASTER",
         description="Spark master URL: local[*] or spark://host:port.",
     )
-    spark_driver_memory: str = Field(
+    spark_driver_memory: Annotated[
+        str, _form("[1-9][0-9]*[mg]", "it is a whole number and m or g, such as 512m or 2g"), _Lower
+    ] = Field(
         default="1g",
-        pattern=r"^[0-9]+[mg]$",
         validation_alias="SPARK_DRIVER_MEMORY",
-        description="Heap of the Spark driver, such as 1g.",
+        description="Heap of the Spark driver, such as 512m or 2g.",
     )
     spark_driver_java_options: str = Field(
         default="",
@@ -225,15 +264,13 @@ class Settings(BaseSettings):
         validation_alias="KAFKA_GROUP_ID",
         description="Consumer group whose committed offsets say what has been applied.",
     )
-    kafka_security_protocol: str = Field(
+    kafka_security_protocol: Annotated[Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"], _Upper] = Field(
         default="PLAINTEXT",
-        pattern="^(PLAINTEXT|SSL|SASL_PLAINTEXT|SASL_SSL)$",
         validation_alias="KAFKA_SECURITY_PROTOCOL",
         description="PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL.",
     )
-    kafka_sasl_mechanism: str | None = Field(
+    kafka_sasl_mechanism: Annotated[Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None, _Upper] = Field(
         default=None,
-        pattern="^(PLAIN|SCRAM-SHA-256|SCRAM-SHA-512)$",
         validation_alias="KAFKA_SASL_MECHANISM",
         description="PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512.",
     )
@@ -415,10 +452,17 @@ class Settings(BaseSettings):
         A JSON list of texts, wherever one path may stand, is several paths: no file needs such a name.
 
         Raises:
-            ConfigError: Only the sample is left, whose users do not belong into the MongoDB that MONGODB_URI names.
+            ConfigError: Only the sample is left, whose users do not belong into the MongoDB that MONGODB_URI names; or
+                EVENTS in the environment says that others are meant.
         """
         if not named and "events_path" not in self.model_fields_set:
             self.refuse_sample()
+            # make run EVENTS=... has it in the environment too, and names the events.
+            if os.environ.get(_OF_MAKE):
+                raise ConfigError(
+                    f"{_OF_MAKE} in the environment is read by make run alone, and no other events are named.",
+                    way_out="Set GHSYNC_EVENTS_PATH, or name the events: ghsync run --events PATH; or unset it.",
+                )
         return [path for text in named or [self.events_path] for path in _paths_in(text)]
 
     def refuse_sample(self) -> None:
@@ -490,27 +534,40 @@ def _refuse_unknown_names() -> None:
     ours = [name.removeprefix(_OURS) for name in known if name.startswith(_OURS)]
     file = Path(str(Settings.model_config.get("env_file")))
     # dagster dev puts the file's names into the environment too: they are told as the file's.
-    given = {name.upper(): "the environment" for name, value in os.environ.items() if value}
-    given |= {name.upper(): str(file.resolve()) for name, value in dotenv_values(file).items() if value}
+    in_file = {name.upper() for name, value in dotenv_values(file).items() if value}
+    given = {name.upper() for name, value in os.environ.items() if value} | in_file
     problems, meant = [], []
-    for name in given.keys() - known:
+    for name in given - set(known):
         if name.startswith(_OURS):
             near = [_OURS + end for end in get_close_matches(name.removeprefix(_OURS), ours, n=1)]
-        elif name.startswith(_SHARED):
-            near = get_close_matches(name, known, n=1, cutoff=_NEAR)
-            # Beside the setting itself it is somebody else's.
-            if not near or near[0] in given:
-                continue
         else:
-            continue
-        problems.append(f"{name} in {given[name]} is no setting of ghsync")
+            near = [usual] if (usual := _usually(name, in_file=name in in_file)) else []
+            if not near and name.startswith(_SHARED):
+                near = get_close_matches(name, known, n=1, cutoff=_NEAR)
+            # Beside the setting itself it is somebody else's.
+            if not near or given & {plain := near[0].removesuffix("_FILE"), f"{plain}_FILE"}:
+                continue
+        where = str(file.resolve()) if name in in_file else "the environment"
+        problems.append(f"{name} in {where} is no setting of ghsync")
         meant += near
     if problems:
         raise ConfigError(
             f"{'; '.join(sorted(problems))}.",
-            way_out=(f"Did you mean {' and '.join(sorted(meant))}? " if meant else "")
+            way_out=(f"Did you mean {' and '.join(sorted(set(meant)))}? " if meant else "")
             + "Correct or remove it; .env.example has all names.",
         )
+
+
+def _usually(name: str, *, in_file: bool) -> str | None:
+    """Return the setting that others call by a name; in ``.env`` also one that lacks its GHSYNC_."""
+    plain = name.removesuffix("_FILE")
+    meant = next((ours for ours, usual in _USUAL.items() if plain in usual.split()), None)
+    if meant is None and in_file:
+        fields = [str(field.validation_alias) for field in Settings.model_fields.values()]
+        # HOME is everybody's.
+        without = {alias.removeprefix(_OURS): alias for alias in fields if alias.startswith(_OURS)} | {"HOME": None}
+        meant = "GHSYNC_EVENTS_PATH" if plain == _OF_MAKE else without.get(plain)
+    return meant and meant + name[len(plain) :]
 
 
 def example_env() -> str:

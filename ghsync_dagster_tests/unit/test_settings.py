@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from ghsync_dagster import settings
 from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.observability.metrics import LONGEST_WINDOW_SECONDS
 from ghsync_dagster.settings import Settings, load_settings
@@ -85,7 +86,11 @@ def test_a_connect_url_may_have_credentials_and_a_path(url: str) -> None:
 
 def test_names_of_other_programs_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ".env").write_text("POSTGRES_PASSWORD=x\nDAGSTER_HOME=/y\nKAFKA_HEAP_OPTS=-Xmx1g\nMONGODB_VERSION=8\n")
-    for name in ("SPARK_HOME", "SPARK_MASTER_HOST", "MYSQL_PWD", "MYSQL_USER", "CONNECT_REST_PORT", "KAFKA_OPTS"):
+    for name in (
+        *("SPARK_HOME", "SPARK_MASTER_HOST", "SPARK_WORKER_MEMORY", "SPARK_LOCAL_IP", "MYSQL_PWD", "MYSQL_USER"),
+        *("MYSQL_HOST", "MYSQL_DATABASE", "CONNECT_REST_PORT", "KAFKA_OPTS", "KAFKA_HEAP_OPTS", "KAFKA_BROKER_ID"),
+        *("MONGO_INITDB_DATABASE", "EVENTS", "LOG_LEVEL"),
+    ):
         monkeypatch.setenv(name, "z")
     assert load_settings().mongodb_database == "new_data"
 
@@ -102,6 +107,19 @@ def test_names_of_other_programs_are_left_alone(tmp_path: Path, monkeypatch: pyt
         ("MYSQL_URI", "MYSQL_URL"),
         ("KAFKA_BOOTSTRAP_SERVER", "KAFKA_BOOTSTRAP_SERVERS"),
         ("CONNECT_URI", "CONNECT_URL"),
+        ("MONGO_URL", "MONGODB_URI"),
+        ("MONGO_URL_FILE", "MONGODB_URI_FILE"),
+        ("mongodb_connection_string", "MONGODB_URI"),
+        ("MONGO_DB", "MONGODB_DATABASE"),
+        ("MONGODB_DB", "MONGODB_DATABASE"),
+        ("MONGODB_NAME", "MONGODB_DATABASE"),
+        ("MONGODB_COLLECTION_NAME", "MONGODB_COLLECTION"),
+        ("KAFKA_BROKERS", "KAFKA_BOOTSTRAP_SERVERS"),
+        ("KAFKA_BOOTSTRAP", "KAFKA_BOOTSTRAP_SERVERS"),
+        ("KAFKA_CONSUMER_GROUP", "KAFKA_GROUP_ID"),
+        ("MYSQL_DSN", "MYSQL_URL"),
+        ("SPARK_MEMORY", "SPARK_DRIVER_MEMORY"),
+        ("EVENTS_PATH", "GHSYNC_EVENTS_PATH"),
     ],
 )
 def test_a_name_that_is_nearly_a_setting_s_is_refused_with_that_one(
@@ -119,6 +137,54 @@ def test_a_name_that_is_nearly_a_setting_s_is_refused_with_that_one(
     assert "s3cret" not in repr(caught.value)
     (tmp_path / ".env").write_text(f"{name}=\n")
     load_settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("EVENTS", "GHSYNC_EVENTS_PATH"),
+        ("EVENTS_PATH", "GHSYNC_EVENTS_PATH"),
+        ("LOG_LEVEL", "GHSYNC_LOG_LEVEL"),
+        ("METRICS_PORT", "GHSYNC_METRICS_PORT"),
+        ("REPAIR_MAX_USERS_FILE", "GHSYNC_REPAIR_MAX_USERS_FILE"),
+    ],
+)
+def test_in_the_file_env_a_name_without_its_prefix_is_refused_with_it(tmp_path: Path, name: str, meant: str) -> None:
+    (tmp_path / ".env").write_text(f"{name}=1\n")
+    with pytest.raises(ConfigError, match=f"{name} in {tmp_path / '.env'} is no setting of ghsync") as caught:
+        load_settings()
+    assert f"Did you mean {meant}?" in caught.value.way_out
+    (tmp_path / ".env").write_text(f"{name}=1\n{meant}={tmp_path / 'value'}\n")
+    (tmp_path / "value").write_text("1")
+    if meant.endswith("_FILE"):
+        assert load_settings().repair_max_users == 1
+
+
+def test_every_usual_name_leads_to_a_setting_and_is_none_itself() -> None:
+    usual = [name for names in settings._USUAL.values() for name in names.split()]
+    assert set(settings._USUAL) <= set(VARIABLES)
+    assert not set(usual) & set(VARIABLES)
+    assert len(usual) == len(set(usual))
+
+
+def test_beside_the_file_of_a_setting_a_usual_name_is_somebody_else_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "secret").write_text(SECRET)
+    monkeypatch.setenv("MONGODB_URI_FILE", str(tmp_path / "secret"))
+    monkeypatch.setenv("MONGO_URL", "mongodb://elsewhere")
+    assert uri(load_settings()) == SECRET
+
+
+def test_events_of_make_are_not_left_for_the_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVENTS", "/data")
+    with pytest.raises(ConfigError, match="EVENTS in the environment is read by make run alone") as caught:
+        load_settings().events()
+    assert "GHSYNC_EVENTS_PATH" in caught.value.way_out
+    # As the Makefile does.
+    assert load_settings().events(["/data"]) == ["/data"]
+    monkeypatch.setenv("GHSYNC_EVENTS_PATH", "/other")
+    assert load_settings().events() == ["/other"]
 
 
 def test_the_sample_is_for_the_local_mongodb_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,6 +233,50 @@ def test_beside_the_setting_itself_a_like_name_is_somebody_else_s(monkeypatch: p
     monkeypatch.setenv("MONGODB_URL", "mongodb://elsewhere")
     monkeypatch.setenv("MONGODB_URI", SECRET)
     assert uri(load_settings()) == SECRET
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("GHSYNC_LOG_LEVEL", "LOUD", "'DEBUG', 'INFO', 'WARNING' or 'ERROR'"),
+        ("GHSYNC_LOG_FORMAT", "xml", "'auto', 'json' or 'console'"),
+        ("KAFKA_SECURITY_PROTOCOL", "TLS", "'SASL_PLAINTEXT' or 'SASL_SSL'"),
+        ("KAFKA_SASL_MECHANISM", "SCRAM", "'SCRAM-SHA-256' or 'SCRAM-SHA-512'"),
+        *(("SPARK_DRIVER_MEMORY", value, "such as 512m or 2g") for value in ("2GBs", "2gb", "0g", "1.5g", "2", "2g\n")),
+        ("GHSYNC_GIT_URL", "git@github.com:a/b", "such as https://github.com/OWNER/REPO"),
+        ("GHSYNC_GIT_REVISION", "my branch", "such as main"),
+    ],
+)
+def test_the_error_of_a_form_tells_it_in_words(name: str, value: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=f"Settings are wrong: {name}: ") as caught:
+        load_settings(**{name: value})
+    assert words in caught.value.message
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_no_error_of_a_setting_shows_a_pattern(name: str) -> None:
+    message = ""
+    try:
+        load_settings(**{name: "\x00 ?"})
+    except ConfigError as error:
+        message = error.message
+    assert "pattern" not in message
+    assert not set(message) & set("^|")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "taken"),
+    [
+        ("GHSYNC_LOG_LEVEL", "info", "INFO"),
+        ("GHSYNC_LOG_FORMAT", "JSON", "json"),
+        ("KAFKA_SECURITY_PROTOCOL", "sasl_ssl", "SASL_SSL"),
+        ("KAFKA_SASL_MECHANISM", "scram-sha-256", "SCRAM-SHA-256"),
+        ("SPARK_DRIVER_MEMORY", "2G", "2g"),
+    ],
+)
+def test_the_case_of_a_word_does_not_matter(name: str, value: str, taken: str) -> None:
+    field = next(field for field, info in Settings.model_fields.items() if info.validation_alias == name)
+    assert getattr(load_settings(**{name: value}), field) == taken
 
 
 @pytest.mark.parametrize(
