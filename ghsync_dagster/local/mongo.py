@@ -171,6 +171,8 @@ def _answers(uri: str, seconds: float) -> bool:
     from pymongo import MongoClient
     from pymongo.errors import ConfigurationError, InvalidURI, OperationFailure, PyMongoError
 
+    from ghsync_dagster.stores.mongo_errors import is_unresolved
+
     milliseconds = int(seconds * 1000)
     try:
         with MongoClient[dict[str, object]](
@@ -183,8 +185,10 @@ def _answers(uri: str, seconds: float) -> bool:
     except OperationFailure:
         return True
     except (InvalidURI, ConfigurationError, ValueError) as error:
+        if is_unresolved(error):
+            return False
         raise ConfigError(
-            f"MONGODB_URI is malformed or its hosts can't be looked up ({type(error).__name__}).",
+            f"MONGODB_URI is malformed ({type(error).__name__}).",
             way_out="Correct it; see MongoDB's description of connection strings.",
         ) from None
     except PyMongoError:

@@ -39,7 +39,7 @@ def mongo_errors(what: str) -> Iterator[None]:
     """Translate the driver's failures to ours, credentials masked.
 
     Raises:
-        UnavailableError: The server can't be reached, is electing, timed out, or did not confirm a write.
+        UnavailableError: The server can't be looked up or reached, is electing, timed out, or did not confirm a write.
         RefusedError: The server answered and refused.
         ConfigError: The URI is malformed.
     """
@@ -47,8 +47,14 @@ def mongo_errors(what: str) -> Iterator[None]:
         yield
     except (InvalidURI, ConfigurationError) as error:
         # The driver's own words may hold a part of the password.
+        if is_unresolved(error):
+            raise UnavailableError(
+                f"{what}: the host of MONGODB_URI can't be looked up in DNS ({type(error.__cause__).__name__}).",
+                way_out="Check the host's name and the network. mongodb+srv:// needs the DNS record "
+                "_mongodb._tcp.HOST; where there is none, write mongodb://HOST:PORT.",
+            ) from None
         raise ConfigError(
-            f"MONGODB_URI is malformed, or its hosts can't be looked up ({type(error).__name__}).",
+            f"MONGODB_URI is malformed ({type(error).__name__}).",
             way_out="Correct MONGODB_URI; percent-encode special characters of user and password.",
         ) from None
     except (ConnectionFailure, ExecutionTimeout) as error:
@@ -73,6 +79,12 @@ def mongo_errors(what: str) -> Iterator[None]:
         ) from None
     except PyMongoError as error:
         raise UnavailableError(f"{what}: {_first_line(error)}.", way_out="Run again.") from None
+
+
+def is_unresolved(error: Exception) -> bool:
+    """Tell whether the driver failed as DNS gives no record for a host of mongodb+srv://, which may pass."""
+    # The driver says ConfigurationError of this too; what DNS said is its cause.
+    return type(error.__cause__).__module__.partition(".")[0] == "dns"
 
 
 def _codes(error: OperationFailure) -> set[int | None]:

@@ -75,6 +75,12 @@ def test_a_server_that_is_away(world: World, command: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["batch", "run"])
+def test_a_host_that_dns_does_not_know(world: World, command: str) -> None:
+    world.environment["MONGODB_URI"] = "mongodb+srv://app:s3cret@db.example.invalid/?connectTimeoutMS=2000"
+    assert "the host of MONGODB_URI can't be looked up in DNS" in world.refused(command, 3)
+
+
+@pytest.mark.parametrize("command", ["batch", "run"])
 def test_a_home_that_can_t_be_written_to(world: World, command: str) -> None:
     world.environment["GHSYNC_HOME"] = "/proc/home"
     assert "Nothing can be written to /proc/" in world.refused(command, 2)

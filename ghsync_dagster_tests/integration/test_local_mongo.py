@@ -446,6 +446,12 @@ def test_no_part_of_a_password_is_shown(uri: str) -> None:
     assert not any(secret in shown for secret in ("app", "ss", "rd", "u:p", "?", "="))
 
 
+def test_a_server_whose_host_dns_does_not_know_is_down(tmp_path: Path) -> None:
+    uri = "mongodb+srv://app:s3cret@db.example.invalid/?connectTimeoutMS=2000"
+    found = mongo.status(load_settings(GHSYNC_HOME=str(tmp_path), MONGODB_URI=uri))
+    assert (found.state, found.uri) == ("down", "mongodb+srv://db.example.invalid")
+
+
 def test_a_malformed_uri_is_a_clear_error_without_the_secret(tmp_path: Path) -> None:
     named = load_settings(GHSYNC_HOME=tmp_path, MONGODB_URI="mongodb://app:s3c/ret@host:port")
     with pytest.raises(ConfigError, match="MONGODB_URI is malformed") as caught:

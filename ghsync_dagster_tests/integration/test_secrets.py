@@ -21,7 +21,7 @@ import pytest
 from long_campaign import ONLY_LONG, WHOLE_COMMANDS
 from process_parts import children_of, words
 
-from ghsync_dagster.domain.errors import ConfigError, RefusedError
+from ghsync_dagster.domain.errors import ConfigError, RefusedError, UnavailableError
 from ghsync_dagster.stores.mongo import UserStore
 
 if TYPE_CHECKING:
@@ -240,7 +240,6 @@ MALFORMED = [
     f"mongodb://app:{SECRET}/x@127.0.0.1:1/",
     f"mongodb://app:x/{SECRET}@127.0.0.1:1/new_data",
     f"mongodb://app:{SECRET}@a@127.0.0.1:1/",
-    f"mongodb+srv://app:{SECRET}@no-such-host.invalid/",
     f"mongo://app:{SECRET}@127.0.0.1:1/",
     f"app:{SECRET}@127.0.0.1:1",
 ]
@@ -252,6 +251,13 @@ def test_a_malformed_uri_opens_no_store_and_its_password_is_not_told(uri: str) -
         UserStore(uri, "new_data", "Users")
     assert "PLANTED" not in f"{caught.value!r}"
     assert caught.value.way_out == "Correct MONGODB_URI; percent-encode special characters of user and password."
+
+
+def test_a_host_that_dns_does_not_know_opens_no_store_and_the_password_is_not_told() -> None:
+    with pytest.raises(UnavailableError, match="the host of MONGODB_URI can't be looked up in DNS") as caught:
+        UserStore(f"mongodb+srv://app:{SECRET}@no-such-host.invalid/?connectTimeoutMS=2000", "new_data", "Users")
+    assert "PLANTED" not in f"{caught.value!r}"
+    assert "mongodb://HOST:PORT" in caught.value.way_out
 
 
 @pytest.mark.parametrize(("uri", "command"), list(zip(MALFORMED, cycle(["status", "up"]), strict=False)))
