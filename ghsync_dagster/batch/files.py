@@ -43,6 +43,9 @@ _KNOWN: Final = re.compile(
 _HOUR: Final = re.compile(r"//data\.gharchive\.org/([0-9-]+(?:\{[0-9]+\.\.[0-9]+\})?)\.json\.gz$")
 _STORES: Final = {"s3": "s3", "s3a": "s3", "s3n": "s3", "gs": "gs"}
 _MAGIC: Final = re.compile(r"[*?[]")
+_BRACES: Final = re.compile(r"\{[^{}]*(,|\.\.)[^{}]*\}")
+_SEVERAL: Final = re.compile(r"[,;:\s]")
+_A_LIST: Final = 'a JSON list, ["a.json", "b.json"].'
 _SCHEME: Final = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _HIDDEN: Final = "hidden: the name begins with a dot or an underscore"
 _UNKNOWN: Final = f"the name is not of the kind {KNOWN_NAMES}"
@@ -232,14 +235,14 @@ class _Search:
             self._set_own(real)
             self._file(path, real)
         elif glob.has_magic(spec):
-            self._glob(path)
+            self._glob(path, spec)
         else:
             # Raises where there is one that may not be looked at.
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 os.stat(path)  # noqa: PTH116
             raise InputError(
                 f"There is no file or folder {path}.",
-                way_out="Correct the path, or run `ghsync sample` to write the sample.",
+                way_out=_meant(spec) or "Correct the path, or run `ghsync sample` to write the sample.",
             )
 
     def _set_own(self, root: str) -> None:
@@ -248,14 +251,14 @@ class _Search:
             inside = _is_in(root, (self._home,))
             self._own = frozenset(f"{self._home}/{name}" for name in OWN_FOLDERS) if inside else frozenset({self._home})
 
-    def _glob(self, pattern: str) -> None:
+    def _glob(self, pattern: str, spec: str) -> None:
         plain = pattern
         while glob.has_magic(plain):
             plain = os.path.dirname(plain)  # noqa: PTH120
         self._set_own(os.path.realpath(plain))
         matches = glob.glob(pattern, recursive=True, include_hidden=True)  # noqa: PTH207  absolute
         if not matches:
-            raise InputError(f"No file matches {pattern}.", way_out="Correct the glob.")
+            raise InputError(f"No file matches {pattern}.", way_out=_meant(spec) or "Correct the glob.")
         for path in sorted(matches):
             above = _hidden_above(path, plain)
             real = os.path.realpath(path)
@@ -327,6 +330,15 @@ class _Search:
     def _leave_out(self, reason: str, path: str) -> None:
         self._found.left_out[reason].append(path)
         self.entries += 1
+
+
+def _meant(spec: str) -> str | None:
+    """Return the way out of what shells and lists would be and no path is; None where it looks like one path."""
+    if _BRACES.search(spec):
+        return "Braces are for `ghsync fetch`: name the folder, a glob as hours/2015-03-01-*.json.gz, or " + _A_LIST
+    if spec.lstrip().startswith("[") or _SEVERAL.search(spec):
+        return "Correct the path; for several, name the folder, a glob or " + _A_LIST
+    return None
 
 
 def _leads_to_something(path: str) -> bool:

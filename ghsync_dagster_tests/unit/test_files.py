@@ -232,6 +232,39 @@ def test_events_inside_the_home_are_input_and_what_it_keeps_is_not(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
+    ("path", "way_out"),
+    [
+        *(
+            (path, "for several, name the folder, a glob or a JSON list")
+            for path in ('["a",', "['a', 'b']", "[a.json, b.json]", '["a", 1]', "[]")
+        ),
+        *(
+            (path, "for several, name the folder, a glob or a JSON list")
+            for path in ("a.json,b.json", "a.json b.json", "a:b", "a;b", "a\nb")
+        ),
+        ("2015-03-01-{3..4}.json.gz", "Braces are for `ghsync fetch`"),
+        ("{a,b}.json", "Braces are for `ghsync fetch`"),
+        ("{a,b}*.json", "Braces are for `ghsync fetch`"),
+        ("{a}.json", "Correct the path, or run"),
+        ("a[12].json", "Correct the glob"),
+    ],
+)
+def test_what_looks_like_several_paths_is_told_how_to_name_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, way_out: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"There is no file or folder|No file matches") as caught:
+        find_files([path])
+    assert way_out in caught.value.way_out
+
+
+@pytest.mark.parametrize("name", ["a,b c.json", "{a,b}.json", '["a", .json'])
+def test_a_file_whose_name_looks_like_several_is_read(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name, LINES)
+    assert found_in(tmp_path, f"{tmp_path}/{name}") == [name]
+
+
+@pytest.mark.parametrize(
     ("path", "words", "way_out"),
     [
         ("nowhere.json", "There is no file or folder .*nowhere.json", "Correct the path"),
