@@ -28,17 +28,21 @@ def show(
 ) -> None:
     """Show what is known of a user: what is stored and from where, deletions, repairs, dead letters, MySQL's row.
 
-    Writes nothing. Exit code 1 where nothing is known of one, 3 where MySQL, which may know more, does not answer.
+    Writes nothing. Exit code 1 where nothing is known of one, 2 where an id is no whole number, 3 where MySQL, which
+    may know more, does not answer.
     """
     from ghsync_dagster.cdc.known_user import known_user
+    from ghsync_dagster.cdc.repair_requests import user_ids as checked
     from ghsync_dagster.local import mysql
     from ghsync_dagster.wiring import open_mysql, store_opener
 
     settings = load_settings()
     configure_logging(settings)
+    # Before a server is looked for: a login is no id, and to say that nobody has it would mislead.
+    asked = checked(user_ids)
     opener = (lambda: open_mysql(settings)) if mysql.was_set_up(settings) else None
     with store_opener(settings)() as store:
-        found = [known_user(store, settings.kafka_topic, user_id, opener) for user_id in dict.fromkeys(user_ids)]
+        found = [known_user(store, settings.kafka_topic, user_id, opener) for user_id in asked]
     if as_json:
         print_json([user.as_json() for user in found])
     else:

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from ghsync_dagster.stores.mysql import MySqlStore
 
 NO_ROW = "no row"
-NO_MYSQL = "not asked: there is no MySQL here"
+_NOT_ASKED = "not asked: "
+NO_MYSQL = f"{_NOT_ASKED}there is no MySQL here"
+NO_KEY = f"{_NOT_ASKED}no row can have this user_id"
 EQUAL = "equal"
 _AWAY = "no answer: "
 
@@ -39,7 +41,7 @@ class KnownUser:
         deleted: Whether the stream's deletion is on record, so that no file brings the user back.
         repair: The newest repair: its state, outcome, problem and time; None where none was asked for.
         open_letters: Ids of the user's open dead letters.
-        mysql: ``equal``, ``no row``, the fields that differ, or why there is no answer.
+        mysql: ``equal``, ``no row``, the fields that differ, or why it was not asked or gave no answer.
     """
 
     user_id: str
@@ -54,7 +56,7 @@ class KnownUser:
     def is_known(self) -> bool:
         """Whether anything is known of the user on either side."""
         here = self.stored or self.deleted or self.repair or self.open_letters
-        return bool(here) or not (self.mysql in (NO_ROW, NO_MYSQL) or self.is_mysql_away)
+        return bool(here) or not (self.mysql == NO_ROW or self.mysql.startswith(_NOT_ASKED) or self.is_mysql_away)
 
     @property
     def is_mysql_away(self) -> bool:
@@ -95,7 +97,7 @@ def _compared(user_id: str, stored: Document | None, open_mysql: Callable[[], My
     if open_mysql is None:
         return NO_MYSQL
     if not is_key(user_id):
-        return NO_ROW
+        return NO_KEY
     try:
         with open_mysql() as mysql:
             row = mysql.rows_by_id([user_id]).get(user_id)

@@ -10,7 +10,7 @@ from cdc_parts import free_port
 from typer.testing import CliRunner
 
 from ghsync_dagster import cli
-from ghsync_dagster.cdc.known_user import EQUAL, NO_ROW, KnownUser, known_user
+from ghsync_dagster.cdc.known_user import EQUAL, NO_KEY, NO_ROW, KnownUser, known_user
 from ghsync_dagster.domain.letters import Letter
 from ghsync_dagster.stores.dead_letters import LetterIndex
 from ghsync_dagster.stores.mysql import MySqlStore
@@ -42,10 +42,10 @@ def look(sides: tuple[UserStore, MySqlStore], user_id: str = "7") -> KnownUser:
 
 
 def test_of_nobody_nothing_is_known(sides: tuple[UserStore, MySqlStore]) -> None:
-    for user_id in ("7", "octo", ""):
+    for user_id, told in {"7": NO_ROW, "007": NO_KEY, "9" * 20: NO_KEY}.items():
         found = look(sides, user_id)
         assert not found.is_known
-        assert found == KnownUser(user_id, None, None, False, None, [], NO_ROW)
+        assert found == KnownUser(user_id, None, None, False, None, [], told)
 
 
 def test_a_user_of_a_file_is_told_with_its_event_and_what_mysql_has_otherwise(
@@ -113,3 +113,16 @@ def test_the_command_shows_it_and_ends_with_1_where_nobody_is_known(
     both = CliRunner().invoke(cli.app, ["show", "7", "8", "--json"])
     assert both.exit_code == 1
     assert [user["mysql"] for user in json.loads(both.stdout)] == [EQUAL, NO_ROW]
+
+
+@pytest.mark.parametrize("user_id", ["octocat", "", "1.5", "0x7", "7 ", "+7", "\u0667"])
+def test_what_is_no_id_is_one_clear_error_before_any_server_is_asked(
+    monkeypatch: pytest.MonkeyPatch, user_id: str
+) -> None:
+    monkeypatch.setenv("MONGODB_URI", f"mongodb://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("MYSQL_URL", f"mysql://root@127.0.0.1:{free_port()}/new_data")
+    refused = CliRunner().invoke(cli.app, ["show", "7", user_id])
+    assert refused.exit_code == 2
+    assert refused.stdout == ""
+    assert [line.partition(":")[0] for line in refused.stderr.splitlines()] == ["error", "way out"]
+    assert f"No user id: {user_id!r}" in refused.stderr
