@@ -1,7 +1,7 @@
 """Resources: what assets, checks and jobs are given. The one seam that tests replace.
 
 Belongs here: how Dagster's resource life cycle meets the flows' wiring, and which settings the UI shows and the
-launchpad may set. Not here: any wiring of its own.
+launchpad may set. The docstring of a resource is its description in the UI. Not here: any wiring of its own.
 """
 
 # No annotations from __future__: Dagster wants the type of a resource that another one needs, not its name.
@@ -105,11 +105,7 @@ class SettingsResource(dg.ConfigurableResource["SettingsResource"]):
 
 
 class SparkResource(SettingsResource):
-    """The Spark session: made by dagster-pyspark's ``LazyPySparkResource``, one a process, and kept for its next run.
-
-    Java, the connector's jar and the class archive are looked for when a session is asked for, so that resource gets
-    its configuration then, in place of a fixed one; see docs/decisions/015-spark-by-dagster-pyspark.md.
-    """
+    """The Spark session: one a process, made by dagster-pyspark, and kept for the next run of the process."""
 
     spark_master: str | None = _setting("spark_master")
     spark_driver_memory: str | None = _setting("spark_driver_memory")
@@ -128,6 +124,11 @@ class SparkResource(SettingsResource):
 
 
 def _session_of(configuration: Mapping[str, str]) -> Any:  # noqa: ANN401  as dagster-pyspark declares it
+    """Return the session of dagster-pyspark's resource.
+
+    Java, the connector's jar and the class archive are looked for when a session is asked for, so that resource gets
+    its configuration then, in place of a fixed one; see docs/decisions/015-spark-by-dagster-pyspark.md.
+    """
     # It imports pyspark, which the code location does without.
     from dagster_pyspark import LazyPySparkResource
 

@@ -333,6 +333,33 @@ def test_the_launchpad_opens_with_what_may_be_set(name: str) -> None:
     )
 
 
+def config_type(node: Any) -> object:
+    return node.definition.config_schema.config_type
+
+
+@pytest.mark.parametrize("job", [job.name for job in defs.resolve_all_job_defs() if not job.name.startswith("__")])
+def test_every_launchpad_opens_with_all_that_the_ops_of_its_job_may_be_given(job: str) -> None:
+    resolved = defs.resolve_job_def(job)
+    (preset,) = active_presets_from_job_def(resolved)
+    fields = {node.name: getattr(config_type(node), "fields", {}) for node in resolved.nodes}
+    given = {name: part["config"] for name, part in dict[str, Any](preset.run_config)["ops"].items()}
+    assert {name: set(config) for name, config in given.items()} == {
+        name: set(found) for name, found in fields.items() if found
+    }
+    # With nothing changed it is a run that Dagster takes.
+    assert dg.validate_run_config(resolved, preset.run_config)
+
+
+def test_what_the_ui_tells_of_resources_and_config_is_plain_text() -> None:
+    resources = RepositorySnap.from_def(defs.get_repository_def()).resources or ()
+    told = {resource.name: resource.resource_snapshot.description for resource in resources}
+    for job in defs.resolve_all_job_defs():
+        for node in job.nodes:
+            told[node.name] = getattr(config_type(node), "description", None) or "it takes no config"
+    assert {"spark", "batch", "changes", "read_events", "repair_users"} <= set(told)
+    assert {name: text for name, text in told.items() if not text or set(text) & set("`\n")} == {}
+
+
 def test_the_audit_job_runs_every_check_and_materializes_nothing() -> None:
     job = defs.resolve_job_def("users_audit_job")
     assert job.asset_layer.selected_asset_keys == set()

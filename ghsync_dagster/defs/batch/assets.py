@@ -61,7 +61,7 @@ SAMPLE_TAG = "ghsync/sample"
 
 
 class ReadConfig(dg.Config):
-    """What the launchpad may set for ``raw_events``."""
+    """What the launchpad may set for raw_events."""
 
     events_path: str | None = None
     """File, folder or glob of events, several as a JSON list; empty: GHSYNC_EVENTS_PATH."""

@@ -15,7 +15,7 @@ from ghsync_dagster.defs.resources import BatchResource
 
 
 class QuarantineConfig(dg.Config):
-    """What the launchpad may set for ``quarantined_ratio``."""
+    """What the launchpad may set for quarantined_ratio."""
 
     max_quarantined_ratio: float | None = None
     """Bearable share of bad lines, 0 to 1; empty: GHSYNC_MAX_QUARANTINED_RATIO."""

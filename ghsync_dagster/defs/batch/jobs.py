@@ -9,8 +9,9 @@ from typing import Any, Final
 
 import dagster as dg
 
-from ghsync_dagster.defs.batch.assets import SAMPLE_TAG, mongo_users, read_events, users
-from ghsync_dagster.defs.batch.checks import CHECKS
+from ghsync_dagster.defs.batch.assets import SAMPLE_TAG, ReadConfig, mongo_users, read_events, users
+from ghsync_dagster.defs.batch.checks import CHECKS, QuarantineConfig
+from ghsync_dagster.defs.presets import preset
 from ghsync_dagster.settings import Settings
 
 # Without the checks of the change flow, which need Kafka and MySQL.
@@ -20,13 +21,11 @@ _SAMPLE: Final = Settings.model_fields["events_path"].default
 
 
 def _config(*, events_path: str | None = None, max_quarantined_ratio: float | None = None) -> dict[str, Any]:
-    """Return a run's config with everything in it that the launchpad may set; None: as the settings say."""
-    return {
-        "ops": {
-            "read_events": {"config": {"events_path": events_path}},
-            "raw_events_quarantined_ratio": {"config": {"max_quarantined_ratio": max_quarantined_ratio}},
-        }
-    }
+    """Return the config of a load; None: as the settings say."""
+    return preset(
+        read_events=ReadConfig(events_path=events_path),
+        raw_events_quarantined_ratio=QuarantineConfig(max_quarantined_ratio=max_quarantined_ratio),
+    )
 
 
 users_batch_job = dg.define_asset_job(
@@ -56,6 +55,7 @@ users_strict_job = dg.define_asset_job(
 users_audit_job = dg.define_asset_job(
     "users_audit_job",
     selection=_CHECKS,
+    config=preset(raw_events_quarantined_ratio=QuarantineConfig()),
     description="Every check of the batch assets on what is there now. Writes nothing.",
     tags={"ghsync/flow": "audit"},
 )

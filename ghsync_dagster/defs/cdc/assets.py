@@ -46,8 +46,8 @@ mysql_users = dg.AssetSpec(
     group_name=GROUP,
     owners=OWNERS,
     kinds={"mysql"},
-    description="MySQL's table of users, the source of the changes. Debezium follows its binlog; ghsync reads it only "
-    "in the check in_step_with_mysql.",
+    description="MySQL's table of users, the source of the changes. Debezium follows its binlog; ghsync asks it for "
+    "rows in the check in_step_with_mysql and in repairs, and for its settings in source_settings.",
     metadata={
         "dagster/table_name": f"{DATABASE}.{TABLE}",
         "server": "MYSQL_URL, or the local server of ghsync up",

@@ -41,14 +41,14 @@ T = TypeVar("T")
 
 
 class LagConfig(dg.Config):
-    """What the launchpad may set for ``kafka_lag``."""
+    """What the launchpad may set for kafka_lag."""
 
     max_lag_records: int | None = None
     """Records that may wait; empty: GHSYNC_MAX_LAG_RECORDS."""
 
 
 class LatencyConfig(dg.Config):
-    """What the launchpad may set for ``cdc_latency``."""
+    """What the launchpad may set for cdc_latency."""
 
     max_latency_ms: float | None = None
     """The bearable p99 in milliseconds; empty: GHSYNC_MAX_LATENCY_MS."""
@@ -57,14 +57,14 @@ class LatencyConfig(dg.Config):
 
 
 class SourceConfig(dg.Config):
-    """What the launchpad may set for ``source_settings``."""
+    """What the launchpad may set for source_settings."""
 
     statement_hours: float | None = None
     """How far back Connect's log is looked at for statements that came as text; empty: 24."""
 
 
 class AuditConfig(dg.Config):
-    """What the launchpad may set for ``in_step_with_mysql``."""
+    """What the launchpad may set for in_step_with_mysql."""
 
     lag_wait_seconds: float = 60.0
     """How long to wait until no change waits for the consumer."""

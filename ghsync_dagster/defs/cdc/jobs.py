@@ -15,10 +15,11 @@ from ghsync_dagster.cdc.checks import loses_changes
 from ghsync_dagster.cdc.connector import require_stream
 from ghsync_dagster.cdc.dead_letters import DeadLetter
 from ghsync_dagster.defs.batch.checks import as_result
-from ghsync_dagster.defs.cdc.checks import CHECKS
+from ghsync_dagster.defs.cdc.checks import CHECKS, AuditConfig, LagConfig, LatencyConfig, SourceConfig
 from ghsync_dagster.defs.cdc.slice import consume
 from ghsync_dagster.defs.errors import as_failure
 from ghsync_dagster.defs.gated import gated_executor
+from ghsync_dagster.defs.presets import preset
 from ghsync_dagster.defs.resources import ChangesResource
 from ghsync_dagster.domain.errors import WAY_OUT, GhsyncError
 from ghsync_dagster.stores.retry import retrying
@@ -31,21 +32,21 @@ NEW_DEAD_LETTERS = "new_dead_letters"
 
 
 class SliceConfig(dg.Config):
-    """What the launchpad may set for ``cdc_sync_job``."""
+    """What the launchpad may set for cdc_sync_job."""
 
     seconds: float | None = None
     """How long to consume; empty: GHSYNC_CDC_SLICE_SECONDS."""
 
 
 class DrainConfig(dg.Config):
-    """What the launchpad may set for draining in ``cdc_drain_job``."""
+    """What the launchpad may set for draining in cdc_drain_job."""
 
     timeout_seconds: float | None = None
     """How long to consume at most: the run fails if the end was not reached then; empty: as long as it takes."""
 
 
 class GateConfig(dg.Config):
-    """What the launchpad may set for the gate of ``cdc_drain_job``."""
+    """What the launchpad may set for the gate of cdc_drain_job."""
 
     max_new_dead_letters: int = 0
     """Dead letters that may be made while it drains: 0, since each is a change that is not applied."""
@@ -62,6 +63,7 @@ def consume_changes(context: dg.OpExecutionContext, config: SliceConfig, changes
 
 @dg.job(
     name=SYNC_JOB,
+    config=preset(consume_changes=SliceConfig()),
     executor_def=dg.in_process_executor,
     description="Consumes changes for GHSYNC_CDC_SLICE_SECONDS. The sensor cdc_supervisor keeps one running.",
     tags={FLOW_TAG: "cdc"},
@@ -173,6 +175,7 @@ def _as_metadata(findings: list[Finding]) -> dict[str, dg.MetadataValue]:
 
 @dg.job(
     name=DRAIN_JOB,
+    config=preset(drain_changes=DrainConfig(), gate_drain=GateConfig()),
     executor_def=dg.in_process_executor,
     description="Consumes changes up to where the topic ended at the start, then judges the collection: fails without "
     "the unique index, on a document that breaks the contract, and on new dead letters.",
@@ -186,6 +189,12 @@ def cdc_drain_job() -> None:
 cdc_audit_job = dg.define_asset_job(
     "cdc_audit_job",
     selection=dg.AssetSelection.checks(*CHECKS),
+    config=preset(
+        users_changes_kafka_lag=LagConfig(),
+        users_changes_cdc_latency=LatencyConfig(),
+        users_changes_source_settings=SourceConfig(),
+        mongo_users_in_step_with_mysql=AuditConfig(),
+    ),
     executor_def=gated_executor,
     description="Every check of the change flow: lag, latency, dead letters, MySQL's table and settings, and the "
     "comparison with MySQL. Fails where one does not pass, though none blocks. Writes no user.",

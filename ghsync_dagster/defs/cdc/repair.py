@@ -26,6 +26,7 @@ from ghsync_dagster.cdc.repair_requests import (
 from ghsync_dagster.defs.cdc.checks import in_step_with_mysql
 from ghsync_dagster.defs.cdc.jobs import FLOW_TAG
 from ghsync_dagster.defs.errors import as_failure
+from ghsync_dagster.defs.presets import preset
 from ghsync_dagster.defs.resources import ChangesResource
 from ghsync_dagster.domain.errors import WAY_OUT, ConfigError
 from ghsync_dagster.observability.logging import configure_logging, get_logger
@@ -42,7 +43,7 @@ log = get_logger("repair")
 
 
 class RepairConfig(dg.Config):
-    """What the launchpad may set for ``cdc_repair_job``: which users are repaired, the union of what is chosen."""
+    """What the launchpad may set for cdc_repair_job: which users are repaired, the union of what is chosen."""
 
     user_ids: list[str] = Field(default_factory=list)
     """These users."""
@@ -117,6 +118,7 @@ def _repaired(config: RepairConfig, changes: ChangesResource) -> RepairReport:
 
 @dg.job(
     name=REPAIR_JOB,
+    config=preset(repair_users=RepairConfig()),
     executor_def=dg.in_process_executor,
     description="Puts users right by asking MySQL again, while changes go on: by ids, from an audit, from dead "
     "letters, or everyone who differs. Fails where a user is not repaired.",
