@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 from pathlib import Path
 
 import msgspec
@@ -209,6 +210,28 @@ def test_what_is_left_out_is_told_in_the_summary(artifacts: Artifacts) -> None:
     Console(file=drawn, width=300).print(draw(summary))
     shown = "1,234 file(s), no [b]known[/b] name: /in/0.txt, /in/1.txt, /in/2.txt, /in/3.txt, /in/4.txt and 1,229 more"
     assert shown in drawn.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("phases", "names"),
+    [
+        ({"jvm_start": 6.25}, "start of Spark 6.2, read 1.5, flatten 0.2, load: write 0.5, checks and the rest 1.5"),
+        ({}, "read 1.5, flatten 0.2, load: write 0.5, start of Spark, checks and the rest 7.8"),
+    ],
+)
+def test_the_phases_that_are_drawn_add_up_to_the_total(
+    artifacts: Artifacts, phases: dict[str, float], names: str
+) -> None:
+    for report in (READ, FLATTEN, LOAD):
+        artifacts.publish(report)
+    drawn = io.StringIO()
+    Console(file=drawn, width=200).print(draw(batch_summary(artifacts, [], ok=True, seconds=10.0, phases=phases)))
+    lines = [line.strip() for line in drawn.getvalue().splitlines()]
+    assert re.sub(" +", " ", next(line for line in lines if line.startswith("seconds"))) == f"seconds {names}"
+    assert re.search("^total seconds +10.0$", "\n".join(lines), re.MULTILINE)
+    drawn = io.StringIO()
+    Console(file=drawn, width=200).print(draw(batch_summary(artifacts, [], ok=True)))
+    assert "the rest" not in drawn.getvalue()
 
 
 def test_a_report_of_an_earlier_version_is_read(artifacts: Artifacts) -> None:
