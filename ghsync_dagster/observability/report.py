@@ -102,7 +102,7 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
     phases = {_STARTS.get(phase, phase): seconds for phase, seconds in summary["phases"].items()}
     if "seconds" in summary:
         # So that they add up to the total: Dagster's own run does not tell how long it waited for Spark.
-        rest = "checks and the rest" if _SPARK_START in phases else f"{_SPARK_START}, checks and the rest"
+        rest = "rest (checks)" if _SPARK_START in phases else f"rest ({_SPARK_START}, checks)"
         phases[rest] = max(0.0, summary["seconds"] - sum(phases.values()))
     lines += [("seconds", ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in phases.items()))]
     if "seconds" in summary:

@@ -215,8 +215,8 @@ def test_what_is_left_out_is_told_in_the_summary(artifacts: Artifacts) -> None:
 @pytest.mark.parametrize(
     ("phases", "names"),
     [
-        ({"jvm_start": 6.25}, "start of Spark 6.2, read 1.5, flatten 0.2, load: write 0.5, checks and the rest 1.5"),
-        ({}, "read 1.5, flatten 0.2, load: write 0.5, start of Spark, checks and the rest 7.8"),
+        ({"jvm_start": 6.25}, "start of Spark 6.2, read 1.5, flatten 0.2, load: write 0.5, rest (checks) 1.5"),
+        ({}, "read 1.5, flatten 0.2, load: write 0.5, rest (start of Spark, checks) 7.8"),
     ],
 )
 def test_the_phases_that_are_drawn_add_up_to_the_total(
@@ -231,7 +231,7 @@ def test_the_phases_that_are_drawn_add_up_to_the_total(
     assert re.search("^total seconds +10.0$", "\n".join(lines), re.MULTILINE)
     drawn = io.StringIO()
     Console(file=drawn, width=200).print(draw(batch_summary(artifacts, [], ok=True)))
-    assert "the rest" not in drawn.getvalue()
+    assert "rest (" not in drawn.getvalue()
 
 
 def test_a_report_of_an_earlier_version_is_read(artifacts: Artifacts) -> None:
