@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -453,7 +454,7 @@ class Settings(BaseSettings):
 
         Raises:
             ConfigError: Only the sample is left, whose users do not belong into the MongoDB that MONGODB_URI names; or
-                EVENTS in the environment says that others are meant.
+                EVENTS in the environment says that others are meant; or a path is blank.
         """
         if not named and "events_path" not in self.model_fields_set:
             self.refuse_sample()
@@ -463,7 +464,14 @@ class Settings(BaseSettings):
                     f"{_OF_MAKE} in the environment is read by make run alone, and no other events are named.",
                     way_out="Set GHSYNC_EVENTS_PATH, or name the events: ghsync run --events PATH; or unset it.",
                 )
-        return [path for text in named or [self.events_path] for path in _paths_in(text)]
+        paths = [path for text in named or [self.events_path] for path in _paths_in(text)]
+        if not all(map(str.strip, paths)):
+            # It would be the working folder, with all that is in it.
+            raise ConfigError(
+                "A path of events is blank.",
+                way_out="Name a file, a folder or a glob; a variable of your script may be unset.",
+            )
+        return paths
 
     def refuse_sample(self) -> None:
         """Refuse the sample where its users do not belong.
@@ -508,6 +516,7 @@ def load_settings(**overrides: object) -> Settings:
         ConfigError: A value is malformed, or a name looks like a setting's and is none; names each variable, never a
             secret's value.
     """
+    _refuse_unread_lines()
     _refuse_unknown_names()
     try:
         return Settings(**overrides)  # type: ignore[arg-type]
@@ -526,6 +535,27 @@ def settings_file() -> str | None:
     """Return the absolute path of the ``.env`` that counts; None where the working folder has none."""
     file = Path(str(Settings.model_config.get("env_file"))).resolve()
     return str(file) if file.is_file() else None
+
+
+def _refuse_unread_lines() -> None:
+    """Refuse a ``.env`` with lines that set nothing: what they were meant to set would go unset without a word."""
+    file = settings_file()
+    if file is None:
+        return
+    way_out = "Write NAME=value, and quote a value with spaces; # begins a comment."
+    try:
+        with Path(file).open(encoding="utf-8") as stream:
+            unread = [
+                str(binding.original.line)
+                for binding in parse_stream(stream)
+                if binding.error or (binding.key and binding.value is None)
+            ]
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file} is no UTF-8 text.", way_out="Save it as UTF-8.") from None
+    except OSError as error:
+        raise ConfigError(f"{file} can't be read ({error.strerror}).", way_out="Make it readable.") from None
+    if unread:
+        raise ConfigError(f"{file} sets nothing in line {', '.join(unread)}.", way_out=way_out)
 
 
 def _refuse_unknown_names() -> None:

@@ -187,6 +187,45 @@ def test_events_of_make_are_not_left_for_the_sample(monkeypatch: pytest.MonkeyPa
     assert load_settings().events() == ["/other"]
 
 
+@pytest.mark.parametrize("paths", [[""], ["a", " "], ['["a", ""]'], ["\t"]])
+def test_a_blank_path_is_not_the_working_folder(paths: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="A path of events is blank") as caught:
+        load_settings().events(paths)
+    assert "unset" in caught.value.way_out
+    monkeypatch.setenv("GHSYNC_EVENTS_PATH", '[""]')
+    with pytest.raises(ConfigError, match="A path of events is blank"):
+        load_settings().events()
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("GHSYNC_EVENTS_PATH: /data\n", "1"),
+        ("A=1\nMONGODB_URI mongodb://app:s3cret@prod\n# c\nB=2\nGHSYNC_HOME\n", "2, 5"),
+        ('A=1\nGHSYNC_EVENTS_PATH="/data\n', "2"),
+        ("export MONGODB_URI\n", "1"),
+    ],
+)
+def test_a_line_of_the_file_that_sets_nothing_is_refused(tmp_path: Path, text: str, lines: str) -> None:
+    (tmp_path / ".env").write_text(text)
+    with pytest.raises(ConfigError, match=rf"sets nothing in line {lines}\. ") as caught:
+        load_settings()
+    assert str(tmp_path / ".env") in caught.value.message
+    assert "s3cret" not in repr(caught.value)
+    assert "NAME=value" in caught.value.way_out
+
+
+def test_a_file_of_settings_may_have_all_that_its_form_allows(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("\ufeff# c\n\nexport A='1 2'\nMONGODB_DATABASE = from_file # c\nEMPTY=\n")
+    assert load_settings().mongodb_database == "from_file"
+
+
+def test_a_file_of_settings_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes("MONGODB_DATABASE=ä\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match="is no UTF-8 text"):
+        load_settings()
+
+
 def test_the_sample_is_for_the_local_mongodb_only(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_settings().events() == ["data/sample_data.json"]
     monkeypatch.setenv("MONGODB_URI", SECRET)
