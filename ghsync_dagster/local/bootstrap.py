@@ -112,7 +112,8 @@ class Stamps:
 
     def _write(self, changed: dict[str, str]) -> None:
         self._done = self._read() | changed
-        part = self._path.with_suffix(".part")
+        # A file of its own: another set-up may write at the same time, and what it overwrites is only done again.
+        part = self._path.with_suffix(f".{os.getpid()}.part")
         part.write_text(json.dumps({"owner": self._owner, "done": self._done}, indent=1), encoding="utf-8")
         part.replace(self._path)
 
@@ -150,16 +151,37 @@ def phase(name: str, hint: str = "") -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def one_at_a_time(path: Path) -> Iterator[None]:
-    """Hold a folder against a second set-up at work in it."""
+def one_at_a_time(path: Path, holder: str) -> Iterator[None]:
+    """Hold a folder against a second set-up; wait for one that holds it, and tell so every few seconds.
+
+    Args:
+        path: The folder.
+        holder: What another set-up does that holds it, such as ``installs``.
+    """
+    with if_free(path) as free:
+        if free:
+            yield
+            return
     folder = os.open(path, os.O_RDONLY)
     try:
+        with phase("wait", f"for another set-up, which {holder}"):
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def if_free(path: Path) -> Iterator[bool]:
+    """Hold a folder against a second set-up, unless one holds it already; yield whether it is held."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        free = True
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("set-up: another one is at work here, waiting for it")
-            fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
+            free = False
+        yield free
     finally:
         os.close(folder)
 
@@ -346,14 +368,22 @@ def fetch_jars(stamps: Stamps) -> None:
         stamps.mark(JARS_LOCK)
 
 
-def make_class_archive(stamps: Stamps) -> None:
-    """Have the installed project make the class archive that its Spark sessions start from."""
-    if not stamps.pending(ARCHIVE_MAKER):
+def make_class_archive() -> None:
+    """Have the installed project make the class archive that its Spark sessions start from.
+
+    It only saves time, so nobody waits for another set-up that makes it.
+    """
+    if not stamps_of_venv().pending(ARCHIVE_MAKER):
         return
-    with phase("class archive", "made once, so that Spark starts in half the time; Ctrl-C leaves it for later"):
-        command = [".venv/bin/python", "-m", "ghsync_dagster.local.java_archive"]
-        run(command, "The class archive could not be made", "see above")
-        stamps.mark(ARCHIVE_MAKER)
+    with if_free(PACKAGE) as free:
+        stamps = stamps_of_venv()
+        if not free:
+            say("set-up: class archive: another set-up makes it, so this one does not")
+        elif stamps.pending(ARCHIVE_MAKER):
+            with phase("class archive", "made once, so that Spark starts in half the time; Ctrl-C leaves it for later"):
+                command = [".venv/bin/python", "-m", "ghsync_dagster.local.java_archive"]
+                run(command, "The class archive could not be made", "see above")
+                stamps.mark(ARCHIVE_MAKER)
 
 
 def write_locks(uv: Path, upgrade: bool) -> None:
@@ -399,32 +429,37 @@ def check_python() -> None:
 def set_up(dev: bool, *, java: bool, archive: bool) -> None:
     """Bring the clone to where ``ghsync`` runs, or without ``java`` to where its code can be checked.
 
-    Each part is done only if it changed.
+    Each part is done only if it changed. ROOT is held while anything is installed, PACKAGE while the class archive is
+    made or what it is made of is replaced.
     """
-    with one_at_a_time(ROOT):
+    with one_at_a_time(ROOT, "installs"):
         uv = install_uv()
         locks = wanted_locks(dev)
         if packages_pending(locks):
-            # A class archive that is being made is made of these packages.
-            with one_at_a_time(PACKAGE):
+            with contextlib.ExitStack() as held:
+                if replaces_packages(locks):
+                    held.enter_context(one_at_a_time(PACKAGE, "makes the class archive of packages to be replaced"))
                 stamps = make_venv(uv)
                 # Another Spark or Java makes the archive of its classes useless.
                 if any(stamps.pending(lock) for lock in (BASE_LOCK, JAVA_LOCK) if lock in locks):
                     stamps.forget(ARCHIVE_MAKER)
                 install_packages(uv, stamps, locks)
                 install_project(uv, stamps)
-    if java:
-        with one_at_a_time(PACKAGE):
-            stamps = stamps_of_venv()
-            fetch_jars(stamps)
-            if archive:
-                make_class_archive(stamps)
+        if java:
+            fetch_jars(stamps_of_venv())
+    if java and archive:
+        make_class_archive()
 
 
 def packages_pending(locks: Sequence[str]) -> bool:
     """Tell whether the virtual environment lacks anything."""
     there = usable_venv(ROOT / ".venv") and (ROOT / ".venv/bin/ghsync").exists()
     return not there or bool(stamps_of_venv().pending(*locks, PROJECT_FILE))
+
+
+def replaces_packages(locks: Sequence[str]) -> bool:
+    """Tell whether what is pending may replace what a class archive is made of: the development packages never do."""
+    return packages_pending([lock for lock in locks if lock != DEV_LOCK])
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -439,7 +474,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         check_python()
         if options.lock:
-            with one_at_a_time(ROOT):
+            with one_at_a_time(ROOT, "installs"):
                 write_locks(install_uv(), options.upgrade)
         else:
             set_up(options.dev, java=not options.packages, archive=not options.no_archive)

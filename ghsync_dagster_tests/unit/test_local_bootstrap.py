@@ -6,6 +6,7 @@ import queue
 import re
 import subprocess
 import sys
+import threading
 import tomllib
 from configparser import ConfigParser
 from pathlib import Path
@@ -55,39 +56,105 @@ def test_what_another_set_up_marked_meanwhile_is_kept_and_what_is_forgotten_is_p
     assert Stamps(path, "owner").pending("a.lock", "b.lock") == ["b.lock"]
 
 
-@pytest.mark.timeout(30)
-def test_another_spark_has_the_class_archive_made_anew_though_a_check_came_first(
-    project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in (bootstrap.BASE_LOCK, bootstrap.PROJECT_FILE, bootstrap.ARCHIVE_MAKER):
+@pytest.fixture
+def clone(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A clone whose packages are a Spark and what develops it; each step only marks that it was done."""
+    for name in (bootstrap.BASE_LOCK, bootstrap.DEV_LOCK, bootstrap.PROJECT_FILE, bootstrap.ARCHIVE_MAKER):
         (project / name).parent.mkdir(parents=True, exist_ok=True)
         (project / name).write_text("one")
+    (project / ".venv/bin").mkdir(parents=True)
+    (project / ".venv/bin/ghsync").touch()
     monkeypatch.setattr(bootstrap, "STAMP_FILE", project / "stamp.json")
     monkeypatch.setattr(bootstrap, "PACKAGE", project / "ghsync_dagster")
     monkeypatch.setattr(bootstrap, "install_uv", lambda: project / "uv")
-    monkeypatch.setattr(bootstrap, "wanted_locks", lambda _dev: [bootstrap.BASE_LOCK])
+    dev_too = {True: [bootstrap.BASE_LOCK, bootstrap.DEV_LOCK], False: [bootstrap.BASE_LOCK]}
+    monkeypatch.setattr(bootstrap, "wanted_locks", dev_too.__getitem__)
+    monkeypatch.setattr(bootstrap, "usable_venv", lambda _folder: True)
     monkeypatch.setattr(bootstrap, "make_venv", lambda _uv: bootstrap.stamps_of_venv())
     monkeypatch.setattr(bootstrap, "install_packages", lambda _uv, stamps, locks: stamps.mark(*locks))
     monkeypatch.setattr(bootstrap, "install_project", lambda _uv, stamps: stamps.mark(bootstrap.PROJECT_FILE))
     monkeypatch.setattr(bootstrap, "fetch_jars", lambda _stamps: None)
-    made: list[object] = []
-    monkeypatch.setattr(bootstrap, "run", lambda command, *_: made.append(command))
+    return project
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The commands that made a class archive."""
+    commands: list[object] = []
+    monkeypatch.setattr(bootstrap, "run", lambda command, *_: commands.append(command))
+    return commands
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> queue.Queue[str]:
+    """The lines that were told, many a second while something goes on."""
+    lines: queue.Queue[str] = queue.Queue()
+    monkeypatch.setattr(bootstrap, "say", lines.put)
+    monkeypatch.setattr(bootstrap, "_TELL_SECONDS", 0.01)
+    return lines
+
+
+@pytest.mark.timeout(30)
+def test_another_spark_has_the_class_archive_made_anew_though_a_check_came_first(
+    clone: Path, made: list[object]
+) -> None:
     bootstrap.set_up(dev=True, java=False, archive=True)
     bootstrap.set_up(dev=True, java=True, archive=False)
     assert made == []
     for _ in range(2):
         bootstrap.set_up(dev=True, java=True, archive=True)
         assert len(made) == 1
-    (project / bootstrap.BASE_LOCK).write_text("another Spark")
+    (clone / bootstrap.BASE_LOCK).write_text("another Spark")
     bootstrap.set_up(dev=True, java=False, archive=True)
     bootstrap.set_up(dev=True, java=True, archive=True)
     assert len(made) == 2
 
 
-def test_a_phase_tells_that_it_goes_on_and_what_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: queue.Queue[str] = queue.Queue()
-    monkeypatch.setattr(bootstrap, "say", told.put)
-    monkeypatch.setattr(bootstrap, "_TELL_SECONDS", 0.01)
+@pytest.mark.timeout(30)
+def test_a_class_archive_that_is_being_made_holds_nobody_up(
+    clone: Path, made: list[object], told: queue.Queue[str]
+) -> None:
+    bootstrap.set_up(dev=False, java=True, archive=False)
+    with bootstrap.if_free(clone / "ghsync_dagster") as held:
+        assert held
+        for dev in (False, True):
+            bootstrap.set_up(dev=dev, java=True, archive=False)
+            assert told.empty()
+            bootstrap.set_up(dev=dev, java=True, archive=True)
+            assert told.get(timeout=10) == "set-up: class archive: another set-up makes it, so this one does not"
+    assert bootstrap.stamps_of_venv().pending(bootstrap.DEV_LOCK) == []
+    assert made == []
+    bootstrap.set_up(dev=True, java=True, archive=True)
+    assert len(made) == 1
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    ("folder", "pending", "holder"),
+    [
+        ("ghsync_dagster", bootstrap.BASE_LOCK, "makes the class archive of packages to be replaced"),
+        ("ghsync_dagster", bootstrap.PROJECT_FILE, "makes the class archive of packages to be replaced"),
+        ("", bootstrap.BASE_LOCK, "installs"),
+    ],
+)
+def test_packages_are_replaced_once_no_other_needs_them_and_the_wait_is_told(
+    clone: Path, told: queue.Queue[str], folder: str, pending: str, holder: str
+) -> None:
+    bootstrap.set_up(dev=True, java=True, archive=False)
+    (clone / pending).write_text("another")
+    second = threading.Thread(target=lambda: bootstrap.set_up(dev=True, java=True, archive=False), daemon=True)
+    with bootstrap.if_free(clone / folder) as held:
+        assert held
+        second.start()
+        assert told.get(timeout=10) == f"set-up: wait: for another set-up, which {holder}"
+        for _ in range(2):
+            assert told.get(timeout=10) == "set-up: wait: 0 s so far"
+        assert bootstrap.stamps_of_venv().pending(pending) == [pending]
+    second.join(10)
+    assert bootstrap.stamps_of_venv().pending(pending) == []
+
+
+def test_a_phase_tells_that_it_goes_on_and_what_it_took(told: queue.Queue[str]) -> None:
     with bootstrap.phase("packages", "a hint"):
         assert told.get(timeout=10) == "set-up: packages: a hint"
         assert told.get(timeout=10) == "set-up: packages: 0 s so far"
