@@ -51,7 +51,11 @@ def kill_family(pid: int) -> None:
 
 
 def left_by_a_signal(
-    command: Sequence[str], folder: Path, is_at_work: Callable[[Collection[psutil.Process]], bool], seconds: float
+    command: Sequence[str],
+    folder: Path,
+    is_at_work: Callable[[Collection[psutil.Process]], bool],
+    seconds: float,
+    after: float = 10,
 ) -> tuple[int, str, list[list[str]]]:
     """Start a command, end it by SIGTERM once it is at work, and look for what outlives it.
 
@@ -60,6 +64,7 @@ def left_by_a_signal(
         folder: Where it runs.
         is_at_work: Whether the processes seen below it show that it is at work.
         seconds: How long it may take until then, and again until its end.
+        after: How many seconds the processes below it may go on after its end.
 
     Returns:
         Its exit code, its output, and the command lines of all below it that still run.
@@ -74,5 +79,5 @@ def left_by_a_signal(
             time.sleep(_LOOK_SECONDS)
         running.send_signal(signal.SIGTERM)
         output, _ = running.communicate(timeout=seconds)
-    _, alive = psutil.wait_procs(list(family.values()), timeout=10)
+    _, alive = psutil.wait_procs(list(family.values()), timeout=after)
     return running.returncode, output, [words(process) for process in alive]

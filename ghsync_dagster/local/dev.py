@@ -1,18 +1,28 @@
 """The Dagster UI with daemon on this machine, one of each an instance.
 
-Belongs here: what has to be free before they start. Not here: what they serve, nor how Dagster is deployed elsewhere.
+Belongs here: what has to be free before they start, that signals end them, and a line once they serve. Not here: what
+they serve, nor how Dagster is deployed elsewhere.
 """
 
 from __future__ import annotations
 
 import fcntl
+import http.client
 import os
+import runpy
+import signal
 import socket
 import sys
+import threading
+import time
+import warnings
+from contextlib import closing
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.local.dagster_home import use_dagster_home
+from ghsync_dagster.observability.progress import EVERY_SECONDS, repeating
+from ghsync_dagster.stopping import SIGNALS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,12 +31,14 @@ if TYPE_CHECKING:
 
 HOST: Final = "127.0.0.1"
 _MODULE: Final = "ghsync_dagster.definitions"
-_SUPERSEDED: Final = "ignore:Function `dev_command` is superseded"
+_SUPERSEDED: Final = "Function `dev_command` is superseded"
 """Dagster's advice to take another tool for the same, which a user of ours can't act on."""
+_LOOK_SECONDS: Final = 0.25
+_ANSWER_SECONDS: Final = 5.0
 
 
-def serve(settings: Settings, port: int, log_level: str) -> NoReturn:
-    """Become ``dagster dev`` on DAGSTER_HOME, by default the one under GHSYNC_HOME.
+def serve(settings: Settings, port: int, log_level: str) -> None:
+    """Run ``dagster dev`` on DAGSTER_HOME, by default the one under GHSYNC_HOME, until a signal ends it.
 
     Args:
         settings: Where the instance is.
@@ -35,18 +47,68 @@ def serve(settings: Settings, port: int, log_level: str) -> NoReturn:
 
     Raises:
         ConfigError: The port is taken, or the instance has a daemon that was started here.
+        SystemExit: Dagster has ended.
     """
     _claim(use_dagster_home(settings) / "dev.lock", port)
     _refuse_taken(port)
-    sys.stderr.write(f"The Dagster UI comes up on http://{HOST}:{port}. Ctrl-C ends it.\n")
+    _say(f"The Dagster UI comes up on http://{HOST}:{port}. Ctrl-C ends it.")
+    ended: list[int] = []
+    _end_by_signals(ended)
+    # In this process: a thread ends with it, while a watching process would need somebody who ends it.
+    threading.Thread(target=_tell_until_served, args=(port, ended), name="dev-told", daemon=True).start()
+    warnings.filterwarnings("ignore", _SUPERSEDED)
+    command = ["dev", "-m", _MODULE, "--host", HOST, "--port", str(port), "--log-level", log_level]
+    sys.argv = ["dagster", *command]
+    runpy.run_module("dagster", run_name="__main__", alter_sys=True)
+
+
+def _end_by_signals(ended: list[int]) -> None:
+    """Have SIGTERM, Ctrl-C and a closed terminal end Dagster; only a closed terminal may be ignored, as by nohup.
+
+    A shell that runs no terminal has SIGINT ignored in what it starts in the background. Dagster does on SIGTERM what
+    was set for SIGINT, and the processes below it take over what is ignored here: none of them could be ended.
+    """
+
+    def end(number: int, _frame: object) -> NoReturn:
+        ended.append(number)
+        raise KeyboardInterrupt
+
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, end)
+
+
+def _tell_until_served(port: int, ended: list[int]) -> None:
+    """Say every few seconds that the UI comes up, and where it is once it serves; nothing after a signal."""
+    began = time.monotonic()
+
+    def tell() -> None:
+        if not ended:
+            _say(f"The Dagster UI comes up: {time.monotonic() - began:.0f} s so far")
+
+    with repeating(tell, EVERY_SECONDS):
+        while not (ended or _serves(port)):
+            time.sleep(_LOOK_SECONDS)
+    if not ended:
+        _say(f"Dagster UI: http://{HOST}:{port}")
+
+
+def _serves(port: int) -> bool:
+    with closing(http.client.HTTPConnection(HOST, port, timeout=_ANSWER_SECONDS)) as connection:
+        try:
+            connection.request("GET", "/server_info")
+            return connection.getresponse().status == http.HTTPStatus.OK
+        except (OSError, http.client.HTTPException):
+            return False
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
-    command = [sys.executable, "-W", _SUPERSEDED, "-m", "dagster", "dev", "-m", _MODULE, "--host", HOST]
-    command += ["--port", str(port), "--log-level", log_level]
-    os.execv(sys.executable, command)  # noqa: S606  no shell is wanted
 
 
 def _claim(lock: Path, port: int) -> None:
-    """Lock the instance for as long as this process lives, whatever it becomes: two daemons would do all twice."""
+    """Lock the instance for as long as this process lives: two daemons would do all twice."""
     file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -59,7 +121,6 @@ def _claim(lock: Path, port: int) -> None:
         ) from None
     os.ftruncate(file, 0)
     os.write(file, f"process {os.getpid()}, http://{HOST}:{port}".encode())
-    os.set_inheritable(file, True)
 
 
 def _refuse_taken(port: int) -> None:
