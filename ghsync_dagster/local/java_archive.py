@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -61,7 +62,8 @@ def make_archive(settings: Settings) -> bool:
         try:
             _ghsync(folder, environment, "sample", "--path", events, "--events", _EVENTS)
             _ghsync(folder, environment, "batch", events)
-            _await_exit(str(archive))
+            # The JVMs write it as the last thing they do.
+            psutil.wait_procs(_users(archive), timeout=_EXIT_SECONDS)
         except (OSError, subprocess.SubprocessError) as error:
             part.unlink(missing_ok=True)
             log.warning("the training run failed", reason=_last_words(error))
@@ -77,19 +79,27 @@ def make_archive(settings: Settings) -> bool:
 def remove_leftovers(archive: Path) -> None:
     """Remove archives that nobody will use.
 
-    Those are the unfinished ones of dead processes, those of a Spark that is gone (a file beside them names it), and,
-    once ``archive`` is there, those of earlier jars at its place.
+    Those are the unfinished ones of dead processes, those of a Spark that is gone or that no file beside them names,
+    as earlier builds wrote none, and, once ``archive`` is there, those of earlier jars at its place. One in use stays.
     """
-    folder, place = archive.parent, "-".join(archive.stem.split("-")[:3])
+    folder, place = archive.parent, _place(archive)
     (folder / f"{place}.place").write_text(str(installed_spark()), encoding="utf-8")
-    needless = [path for path in folder.glob("classes-*.part") if not _is_being_made(path)]
-    if archive.exists():
-        needless += [path for path in folder.glob(f"{place}-*.jsa") if path != archive]
+    for path in folder.glob("classes-*.part"):
+        if not _is_being_made(path):
+            path.unlink(missing_ok=True)
     for other in folder.glob("classes-*.place"):
         if not Path(other.read_text(encoding="utf-8")).exists():
-            needless += [other, *folder.glob(f"{other.stem}-*.jsa")]
-    for path in needless:
-        path.unlink(missing_ok=True)
+            other.unlink(missing_ok=True)
+    places = {path.stem for path in folder.glob("classes-*.place")}
+    for path in folder.glob("classes-*.jsa"):
+        is_of_earlier_jars = _place(path) == place and path != archive and archive.exists()
+        if (is_of_earlier_jars or _place(path) not in places) and not _users(path):
+            path.unlink(missing_ok=True)
+
+
+def _place(archive: Path) -> str:
+    """Return what an archive's name tells of its Java and of the place of its Spark."""
+    return "-".join(archive.stem.split("-")[:3])
 
 
 def _is_being_made(part: Path) -> bool:
@@ -115,16 +125,14 @@ def _last_words(error: Exception) -> str:
     return output.splitlines()[-1] if output else str(error)
 
 
-def _await_exit(archive: str) -> None:
-    """Wait for the JVMs that write the archive: they do it as the last thing they do."""
-    writers = []
+def _users(archive: Path) -> list[psutil.Process]:
+    """Return the processes whose command line names an archive or an unfinished one in its stead."""
+    found = []
     for process in psutil.process_iter():
-        try:
-            if any(archive.removesuffix(".jsa") in argument for argument in process.cmdline()):
-                writers.append(process)
-        except psutil.Error:
-            continue
-    psutil.wait_procs(writers, timeout=_EXIT_SECONDS)
+        with suppress(psutil.Error):
+            if any(str(archive.with_suffix("")) in argument for argument in process.cmdline()):
+                found.append(process)
+    return found
 
 
 def main() -> int:

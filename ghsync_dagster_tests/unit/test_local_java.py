@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+WAITS = [sys.executable, "-c", "input()"]
+
+
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     return load_settings(GHSYNC_HOME=tmp_path / "home", GHSYNC_CACHE=tmp_path / "the cache")
@@ -153,12 +156,19 @@ def test_archives_that_nobody_will_use_are_removed(
     def left() -> set[Path]:
         return {path for path in archives[0].parent.iterdir() if path.suffix != ".place"}
 
+    unnamed, in_use = (archives[0].with_name(f"classes-17-{name}-b.jsa") for name in ("2", "3"))
+    unnamed.touch()
+    in_use.touch()
+    with subprocess.Popen([*WAITS, f"-XX:SharedArchiveFile={in_use}"], stdin=subprocess.PIPE) as user:
+        remove_leftovers(archives[-1])
+        assert in_use in left()
+        user.communicate(b"")
     remove_leftovers(archives[-1])
     # Those of earlier jars serve nobody either, but stay until there is another.
-    assert left() == {*archives[:-1], alive, there}
+    assert left() == {*archives[1:-1], alive, there}
     archives[-1].touch()
     remove_leftovers(archives[-1])
-    assert left() == {archives[0], archives[-1], alive, there}
+    assert left() == {archives[-1], alive, there}
 
 
 def test_a_java_without_self_made_archives_gets_no_option_that_it_refuses(settings: Settings, tmp_path: Path) -> None:
