@@ -30,6 +30,7 @@ from ghsync_dagster.local.jars import ensure_unpacked, locked_set
 from ghsync_dagster.local.supervisor import ServerSpec, ServiceStatus, Supervisor
 from ghsync_dagster.mysql_url import MySqlAddress, parse_mysql_url
 from ghsync_dagster.observability.logging import get_logger, redact
+from ghsync_dagster.observability.progress import saying
 from ghsync_dagster.stores.connect import ConnectWorker
 from ghsync_dagster.stores.mysql import MySqlStore
 
@@ -46,6 +47,7 @@ DEFAULT_PORT = 8083
 EXTERNAL = "external"
 _HEAP_MEGABYTES = 384
 _PING_SECONDS = 3.0
+_WAITING = f"connect: waiting for the connector {CONNECTOR}"
 _LOG_BLOCK = 1 << 18
 _LOG_BYTES = 1 << 23
 _LOGIN_FILES = ("user", "password", "made-of")
@@ -144,7 +146,8 @@ def _up_external(settings: Settings, url: str, progress: Callable[[str], None]) 
         return _external(url, None)
     source = _look_at_source(settings, settings.mysql_url.get_secret_value(), progress) if settings.mysql_url else None
     with ConnectWorker(url) as worker:
-        state = connector.await_settled(worker)
+        with saying(progress, _WAITING):
+            state = connector.await_settled(worker)
         connector.require_running(state)
         if state.state != NONE:
             connector.report_stale_history(worker, progress)
@@ -177,7 +180,7 @@ def _ensure(
     gone: frozenset[int] | None,
     progress: Callable[[str], None],
 ) -> ConnectorState:
-    with MySqlStore(url, in_database=False) as table:
+    with saying(progress, _WAITING), MySqlStore(url, in_database=False) as table:
 
         def log_end() -> str | None:
             # Whoever may follow the binlog need not have the right to ask for its end.

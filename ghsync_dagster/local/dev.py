@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.local.dagster_home import use_dagster_home
-from ghsync_dagster.observability.progress import EVERY_SECONDS, repeating
+from ghsync_dagster.observability.progress import saying
 from ghsync_dagster.stopping import SIGNALS
 
 if TYPE_CHECKING:
@@ -80,13 +80,7 @@ def _end_by_signals(ended: list[int]) -> None:
 
 def _tell_until_served(port: int, ended: list[int]) -> None:
     """Say every few seconds that the UI comes up, and where it is once it serves; nothing after a signal."""
-    began = time.monotonic()
-
-    def tell() -> None:
-        if not ended:
-            _say(f"The Dagster UI comes up: {time.monotonic() - began:.0f} s so far")
-
-    with repeating(tell, EVERY_SECONDS):
+    with saying(lambda line: None if ended else _say(line), "The Dagster UI comes up"):
         while not (ended or _serves(port)):
             time.sleep(_LOOK_SECONDS)
     if not ended:

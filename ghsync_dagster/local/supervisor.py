@@ -21,6 +21,7 @@ import psutil
 
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
 from ghsync_dagster.folders import ensure_folder
+from ghsync_dagster.observability.progress import saying
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -179,7 +180,7 @@ class Supervisor:
             ConfigError: The folder can't be used, or ``choose`` found no server.
         """
         ensure_folder(self._folder, "GHSYNC_HOME")
-        with self._locked():
+        with saying(progress, f"{self._service}: coming up"), self._locked():
             record = self._read()
             process = self._find(record) if record else None
             if record and process:
@@ -197,7 +198,7 @@ class Supervisor:
         """
         if not self._state_file.exists():
             return self._unknown()
-        with self._locked():
+        with saying(progress, f"{self._service}: going down"), self._locked():
             record = self._read()
             if record is None:
                 return self._unknown()

@@ -43,6 +43,19 @@ def telling(
 
 
 @contextmanager
+def saying(progress: Callable[[str], None], what: str) -> Iterator[None]:
+    """Say every few seconds that ``what`` is still going on, where a person is told what goes on.
+
+    Args:
+        progress: Gets the line of text.
+        what: What goes on, such as ``connect: starting``.
+    """
+    began = time.monotonic()
+    with repeating(lambda: progress(f"{what}: {time.monotonic() - began:.0f} s so far"), EVERY_SECONDS):
+        yield
+
+
+@contextmanager
 def repeating(tell: Callable[[], None], every: float) -> Iterator[threading.Event]:
     """Tell every few seconds, in a thread of its own, until the event that is yielded is set, or the end.
 

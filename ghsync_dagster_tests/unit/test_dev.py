@@ -18,6 +18,7 @@ from cdc_parts import free_port
 
 from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.local import dev
+from ghsync_dagster.observability import progress
 from ghsync_dagster.settings import load_settings
 from ghsync_dagster.stopping import SIGNALS
 
@@ -160,7 +161,7 @@ class Late(http.server.BaseHTTPRequestHandler):
 def test_it_is_told_that_the_ui_comes_up_and_then_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     told: queue.Queue[str] = queue.Queue()
     monkeypatch.setattr(dev, "_say", told.put)
-    monkeypatch.setattr(dev, "EVERY_SECONDS", 0.01)
+    monkeypatch.setattr(progress, "EVERY_SECONDS", 0.01)
     port = free_port()
     watch = threading.Thread(target=dev._tell_until_served, args=(port, []), daemon=True)
     watch.start()

@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import socket
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
+from unittest.mock import MagicMock
 
 import httpx
 import pytest
+from cdc_parts import free_port
+from filelock import FileLock
 
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
 from ghsync_dagster.local import connect, connector, kafka, mysql, stack
 from ghsync_dagster.local.first_files import make_first_files
-from ghsync_dagster.local.supervisor import ServiceStatus, _free_ports, server_to_use
+from ghsync_dagster.local.supervisor import ServerSpec, ServiceStatus, Supervisor, _free_ports, server_to_use
+from ghsync_dagster.observability import progress
 from ghsync_dagster.settings import load_settings
 from ghsync_dagster.stores import connect as stores_connect
 from ghsync_dagster.wiring import existing_kafka, open_mysql
@@ -113,6 +119,65 @@ def test_named_servers_that_are_away_are_down(tmp_path: Path) -> None:
     assert {(status.state, status.server) for status in found.values()} == {("down", "external")}
     assert "s3cret" not in json.dumps({name: status.as_json() for name, status in found.items()})
     assert list(tmp_path.iterdir()) == []
+
+
+class Told:
+    """The lines that are told, many a second while something goes on."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.goes_on = threading.Event()
+
+    def __call__(self, line: str) -> None:
+        """Take a line."""
+        self.lines.append(line)
+        if line.endswith(" s so far"):
+            self.goes_on.set()
+
+    def await_line(self) -> str:
+        """Return the first line that says that something goes on, from now on."""
+        self.goes_on.clear()
+        assert self.goes_on.wait(30)
+        return next(line for line in reversed(self.lines) if line.endswith(" s so far"))
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Told:
+    monkeypatch.setattr(progress, "EVERY_SECONDS", 0.01)
+    return Told()
+
+
+def test_each_wait_for_a_server_is_told(tmp_path: Path, told: Told) -> None:
+    code = "import signal, socket, sys; s = socket.create_server(('127.0.0.1', int(sys.argv[2]))); signal.pause()"
+    data = tmp_path / "data"
+
+    def choose() -> ServerSpec:
+        return ServerSpec(
+            "python",
+            data,
+            tmp_path / "log",
+            (free_port(),),
+            lambda port: [sys.executable, "-c", code, str(data), str(port)],
+        )
+
+    def answers(_port: int, _seconds: float) -> bool:
+        assert told.await_line() == "some: coming up: 0 s so far"
+        return True
+
+    some = Supervisor("some", tmp_path, answers, str, variable="SOME_URL", address_key="url")
+    assert some.up(choose, told).state == "up"
+    with ThreadPoolExecutor() as pool:
+        with FileLock(tmp_path / "lock"):
+            stopped = pool.submit(some.down, told)
+            assert told.await_line() == "some: going down: 0 s so far"
+        assert stopped.result(30).state == "down"
+
+
+def test_the_wait_for_a_connector_is_told(monkeypatch: pytest.MonkeyPatch, told: Told) -> None:
+    monkeypatch.setattr(connect, "MySqlStore", MagicMock())
+    monkeypatch.setattr(connector, "ensure", lambda *_: told.await_line())
+    waited: object = connect._ensure(MagicMock(), {}, "mysql://h/d", None, told)
+    assert waited == "connect: waiting for the connector ghsync-users: 0 s so far"
 
 
 def program(folder: Path, *lines: str) -> Path:
