@@ -382,8 +382,11 @@ def make_class_archive() -> None:
         elif stamps.pending(ARCHIVE_MAKER):
             with phase("class archive", "made once, so that Spark starts in half the time; Ctrl-C leaves it for later"):
                 command = [".venv/bin/python", "-m", "ghsync_dagster.local.java_archive"]
-                run(command, "The class archive could not be made", "see above")
-                stamps.mark(ARCHIVE_MAKER)
+                try:
+                    run(command, "The class archive could not be made", "run make setup")
+                    stamps.mark(ARCHIVE_MAKER)
+                except SetupError as error:
+                    say(f"set-up: Spark starts slower until a next set-up makes the class archive.\n{error}")
 
 
 def write_locks(uv: Path, upgrade: bool) -> None:

@@ -136,17 +136,17 @@ def _users(archive: Path) -> list[psutil.Process]:
 
 
 def main() -> int:
-    """Make the archive and say so; never fail, since only speed depends on it."""
+    """Make the archive and say so; the exit code is 1 where there is none, though only speed depends on it."""
     exit_on_signals()
     started = time.monotonic()
     try:
         made = make_archive(load_settings())
     except GhsyncError as error:
-        sys.stdout.write(f"no class archive, Spark starts slower: {error}\n")
-        return 0
-    words = "Java's class archive is ready" if made else "no class archive could be made: Spark starts slower"
+        sys.stdout.write(f"no class archive: {error}\n")
+        return 1
+    words = "Java's class archive is ready" if made else "no class archive could be made"
     sys.stdout.write(f"{words} ({time.monotonic() - started:.1f} s)\n")
-    return 0
+    return 0 if made else 1
 
 
 if __name__ == "__main__":

@@ -64,3 +64,14 @@ def test_a_signal_in_the_training_run_leaves_no_server(
         for number, handler in before.items():
             signal.signal(number, handler)
     assert asked == ["sample", "down"]
+
+
+def test_an_archive_that_could_not_be_made_is_no_success(
+    server_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(java_archive, "exit_on_signals", lambda: None)
+    monkeypatch.setattr(java_archive, "_ghsync", lambda *_: None)
+    monkeypatch.setattr(java_archive, "archive_file", lambda *_: tmp_path / "none.jsa")
+    monkeypatch.setattr(java_archive, "load_settings", lambda: server_settings)
+    assert java_archive.main() == 1
+    assert "no class archive could be made" in capsys.readouterr().out

@@ -10,6 +10,7 @@ import threading
 import tomllib
 from configparser import ConfigParser
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -126,6 +127,19 @@ def test_a_class_archive_that_is_being_made_holds_nobody_up(
     assert made == []
     bootstrap.set_up(dev=True, java=True, archive=True)
     assert len(made) == 1
+
+
+def test_a_class_archive_that_could_not_be_made_is_told_and_made_by_the_next_set_up(
+    clone: Path, told: queue.Queue[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert clone.is_dir()
+    results = [SetupError("no class archive: no room", "run make setup"), None]
+    monkeypatch.setattr(bootstrap, "run", MagicMock(side_effect=results))
+    for left in ([bootstrap.ARCHIVE_MAKER], []):
+        bootstrap.set_up(dev=False, java=True, archive=True)
+        assert bootstrap.stamps_of_venv().pending(bootstrap.ARCHIVE_MAKER) == left
+    lines = [told.get() for _ in range(told.qsize())]
+    assert sum("Spark starts slower" in line and "no room" in line and "make setup" in line for line in lines) == 1
 
 
 @pytest.mark.timeout(30)
