@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Final
 from urllib.parse import unquote, urlsplit
 
-from ghsync_dagster.batch.heads import has_lines
+from ghsync_dagster.batch.heads import ENDINGS, has_lines
 from ghsync_dagster.batch.reports import LeftOut
 from ghsync_dagster.batch.unpack import DamagedError, as_utf8, is_utf16, packing_of, unpacked
 from ghsync_dagster.batch.versions import FileState, InputState, state_of
@@ -202,9 +202,7 @@ def _nothing(found: Found) -> InputError:
 
 
 def _renamed(path: str) -> str:
-    packing = packing_of(_head(path, 8))
-    ending = {None: "", "gzip": ".gz", "bzip2": ".bz2", "zstd": ".zst"}[packing]
-    return shlex.quote(f"{path}.jsonl{ending}")
+    return shlex.quote(f"{path}.jsonl{ENDINGS[packing_of(_head(path, 8))]}")
 
 
 class _Search:
@@ -437,7 +435,7 @@ def look_at(state: FileState) -> InputFile | None:
         raise damaged(path, str(error)) from None
     if not text and len(head) < size:
         raise damaged(path, f"its {packing} data holds nothing in {len(head)} bytes")
-    return InputFile(state, packing, utf16, has_lines(path, head, text)) if text else None
+    return InputFile(state, packing, utf16, has_lines(path, packing, text)) if text else None
 
 
 def open_file(path: str, buffering: int = -1) -> IO[bytes]:

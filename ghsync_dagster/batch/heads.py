@@ -16,7 +16,11 @@ from typing import Any, Final
 
 import msgspec
 
+from ghsync_dagster.batch.unpack import BZIP2, GZIP, ZSTD, packing_of
 from ghsync_dagster.domain.errors import InputError
+
+ENDINGS: Final = {None: "", GZIP: ".gz", BZIP2: ".bz2", ZSTD: ".zst"}
+"""How the name of a file of a packing ends."""
 
 _KEY: Final = re.compile(rb'"(?:[^"\\]|\\.)*"\s*:')
 _ITEM: Final = re.compile(rb'$|[][{]|(?:null|true|false|-?\d+)\b|"')
@@ -30,10 +34,14 @@ _CSV_HEAD: Final = 1 << 16
 _CSV_WORDS: Final = frozenset(
     {"id", "type", "created_at", "actor", "actor_id", "login", "repo", "repo_name", "user_id"}
 )
+_TOOLS: Final = {GZIP: "gunzip", BZIP2: "bzip2 -d", ZSTD: "zstd -d"}
 _FROM_PARQUET: Final = (
-    "import sys, json, pyarrow.parquet as pq; open(sys.argv[2], 'w').writelines(json.dumps(dict(row, "
-    "id=str(row['id'])), default=lambda t: t.isoformat() + 'Z' * (not t.tzinfo)) + '\\n' "
-    "for rows in pq.ParquetFile(sys.argv[1]).iter_batches() for row in rows.to_pylist())"
+    "import sys, json, pyarrow.parquet as pq; file = pq.ParquetFile(sys.argv[1]); "
+    # Bytes that are no text become what is refused where it is used.
+    "plain = lambda v: v.decode('utf-8', 'surrogateescape') if isinstance(v, bytes) else "
+    "v.isoformat() + 'Z' * (not getattr(v, 'tzinfo', 1)) if hasattr(v, 'isoformat') else str(v); "
+    "open(sys.argv[2], 'w').writelines(json.dumps(dict((k, str(v) if k == 'id' and isinstance(v, int) else v) "
+    "for k, v in row.items()), default=plain) + '\\n' for rows in file.iter_batches() for row in rows.to_pylist())"
 )
 _EXPORT: Final = "Export the events as JSON lines; then name the new file."
 _SHAPE: Final = (
@@ -45,8 +53,8 @@ _UNPACK: Final = (
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z x {path} -o{folder}"),
     (b"\xfd7zXZ", "compressed with xz", "xz -dc {path} > {plain}"),
     (b"\x04\x22\x4d\x18", "compressed with lz4", "lz4 -dc {path} > {plain}"),
-    (b"\x1f\x9d", "compressed with compress", "gunzip -c {path} > {plain}"),
-    (b"\x1f\x8b", "compressed twice", "gunzip -c {path} > {plain}.gz"),
+    # From standard input, as gunzip takes no file of another suffix.
+    (b"\x1f\x9d", "compressed with compress", "gunzip -c < {path} > {plain}"),
     (b"PAR1", "a Parquet file", f'.venv/bin/python -c "{_FROM_PARQUET}" {{path}} {{plain}}'),
     (b"ORC", "an ORC file", ""),
     (b"Obj\x01", "an Avro file", ""),
@@ -64,26 +72,25 @@ class _Parts(msgspec.Struct):
 _decode_parts: Final = msgspec.json.Decoder(_Parts).decode
 
 
-def has_lines(path: str, raw: bytes, text: bytes) -> bool:
+def has_lines(path: str, packing: str | None, text: bytes) -> bool:
     """Tell whether a file holds an event a line; else it holds a JSON array, or objects one after the other.
 
     Args:
         path: The file, for the error.
-        raw: The head of the file.
-        text: What it unpacks to, in UTF-8; the last line may be cut.
+        packing: What it is packed with.
+        text: What its head unpacks to, in UTF-8; the last line may be cut.
 
     Raises:
         InputError: It is of another kind; the way out makes it one that can be read.
     """
     if _is_event(text.partition(b"\n")[0]) and text.count(b"\0") < _FEW_NULS:
         return True
-    for content in (raw, text) if text is not raw else (raw,):
-        _refuse_other_kinds(path, content, packed=content is raw and text is not raw)
+    _refuse_other_kinds(path, packing, text)
     # What did not reach the disk at the end of a file says nothing about what did.
     text = text.rstrip(b"\0") or text
     lines = text.split(b"\n")
     if sum(b"\x00" in line for line in lines) * 2 > len(lines):
-        raise _not_text(path, text)
+        raise _not_text(path, packing, text)
     content = text.removeprefix(codecs.BOM_UTF8).lstrip()
     first, _, rest = content.partition(b"\n")
     second = rest.lstrip().partition(b"\n")[0]
@@ -104,32 +111,40 @@ def _is_event(line: bytes) -> bool:
         return False
 
 
-def _refuse_other_kinds(path: str, head: bytes, *, packed: bool) -> None:
+def _refuse_other_kinds(path: str, packing: str | None, head: bytes) -> None:
     if head[_TAR] == b"ustar":
-        raise _other(path, "a tar archive", "mkdir -p {folder} && tar -xf {path} -C {folder}", "then name the folder")
-    if packed:
-        return
+        command = "mkdir -p {folder} && tar -xf {path} -C {folder}"
+        raise _other(path, packing, "a tar archive", command, "then name the folder")
+    if packing and (inner := packing_of(head)):
+        command = f"{_TOOLS[packing]} -c < {{path}} > {{plain}}{ENDINGS[inner]}"
+        raise _other(path, None, f"compressed twice ({inner} in {packing})", command, "then name the new file")
     for magic, words, command in _UNPACK:
         if head.startswith(magic):
             then = "then name the folder" if "{folder}" in command else "then name the new file"
-            raise _other(path, words, command, f"{then}. {_SHAPE[:-1]}" if _FROM_PARQUET in command else then)
+            then = f"{then}. {_SHAPE[:-1]}" if _FROM_PARQUET in command else then
+            raise _other(path, packing, words, command, then)
 
 
-def _other(path: str, words: str, command: str, then: str) -> InputError:
+def _other(path: str, packing: str | None, words: str, command: str, then: str) -> InputError:
     """Return the error of a file of another kind, with the command that makes it one that can be read."""
     # The whole name: files that differ in their suffixes alone must not become one.
-    names = {"path": path, "folder": f"{path}-unpacked", "plain": f"{path}-events.jsonl"}
+    names = {"path": path, "folder": f"{path}-unpacked", "plain": f"{path}-events.jsonl", "inner": f"{path}-inner"}
     quoted = {name: shlex.quote(value) for name, value in names.items()}
+    if packing and command:
+        # A file between, not a pipe: that the packed data is damaged ends the command.
+        command = command.replace("{path}", "{inner}")
+        command = f"{_TOOLS[packing]} -c < {{path}} > {{inner}} && {command} && rm {{inner}}"
+    within = f" in {packing} data" if packing else ""
     way_out = f"{command.format(**quoted)} ; {then}." if command else f"{_EXPORT} {_SHAPE}"
-    return InputError(f"{path} is {words}, not JSON of events.", way_out=way_out)
+    return InputError(f"{path} is {words}{within}, not JSON of events.", way_out=way_out)
 
 
-def _not_text(path: str, text: bytes) -> InputError:
+def _not_text(path: str, packing: str | None, text: bytes) -> InputError:
     even, odd = text[::2].count(b"\0"), text[1::2].count(b"\0")
     if (even == 0) != (odd == 0):
         order = "LE" if even == 0 else "BE"
         command = f"iconv -f UTF-16{order} -t UTF-8 {{path}} > {{plain}}"
-        return _other(path, "UTF-16 text without a byte order mark", command, "then name the new file")
+        return _other(path, packing, "UTF-16 text without a byte order mark", command, "then name the new file")
     return InputError(
         f"{path} is not text: it is full of NUL bytes.",
         way_out="Get the file again: what was written into it did not reach the disk.",

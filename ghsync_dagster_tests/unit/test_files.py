@@ -15,7 +15,9 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +27,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ghsync_dagster.batch.files import InputFile, find_files, look_at
+from ghsync_dagster.batch.unpack import unpacked
 from ghsync_dagster.batch.versions import FileState, state_of
 from ghsync_dagster.domain.errors import InputError
 from ghsync_dagster.domain.event import Event, event_decoder
@@ -469,10 +472,18 @@ def tarred(mode: str) -> bytes:
     return target.getvalue()
 
 
-def parquet() -> bytes:
+def parquet(**columns: object) -> bytes:
     target = io.BytesIO()
-    pq.write_table(pa.table({"id": ["1", "1"], "actor": [{"id": 1, "login": "octo"}] * 2}), target)
+    pq.write_table(pa.table({"actor": [{"id": 1, "login": "octo"}] * 2, **columns}), target)
     return target.getvalue()
+
+
+def zstd(content: bytes) -> bytes:
+    return bytes(pa.compress(content, "zstd"))
+
+
+def lz4(content: bytes) -> bytes:
+    return bytes(pa.compress(content, "lz4"))
 
 
 CONVERTED: dict[str, tuple[str, Callable[[], bytes], str, str]] = {
@@ -481,7 +492,7 @@ CONVERTED: dict[str, tuple[str, Callable[[], bytes], str, str]] = {
     "tar.gz": ("2015.json.gz", lambda: tarred("w:gz"), "is a tar archive", "2015.json.gz-unpacked"),
     "parquet": ("a b.json", parquet, "is a Parquet file", "a b.json-events.jsonl"),
     "xz": ("a.json", lambda: lzma.compress(LINES), "is compressed with xz", "a.json-events.jsonl"),
-    "gzip twice": ("a.json.gz", lambda: gzipped(gzipped(LINES)), "is compressed twice", "a.json.gz-events.jsonl.gz"),
+    "lz4": ("a.json", lambda: lz4(LINES), "is compressed with lz4", "a.json-events.jsonl"),
     "UTF-32": ("a.json", lambda: LINES.decode().encode("utf-32"), "is UTF-32 text", "a.json-events.jsonl"),
     "UTF-16 without a mark": (
         "a.json",
@@ -495,9 +506,45 @@ CONVERTED: dict[str, tuple[str, Callable[[], bytes], str, str]] = {
         "is UTF-16 text without a byte order mark",
         "a.json-events.jsonl",
     ),
+    "parquet, odd columns": (
+        "a.json",
+        lambda: parquet(
+            raw=[b"\xff", b"a"],
+            day=[date(2015, 1, 1)] * 2,
+            took=[timedelta(1)] * 2,
+            cost=[Decimal("1.5"), None],
+            tags=pa.array([[("a", b"b")]] * 2, pa.map_(pa.string(), pa.binary())),
+        ),
+        "is a Parquet file",
+        "a.json-events.jsonl",
+    ),
     "another name": ("a.txt", lambda: LINES, "the name is not of the kind", "a.txt.jsonl"),
     "another name, packed": ("a.txt", lambda: GZIP, "the name is not of the kind", "a.txt.jsonl.gz"),
 }
+
+
+PACKERS: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
+    "gzip": (".gz", gzipped),
+    "bzip2": (".bz2", bz2.compress),
+    "zstd": (".zst", zstd),
+}
+
+
+def follow(way_out: str) -> None:
+    """Run the command that a way out gives."""
+    command = way_out.removeprefix("Rename it: ").partition(" ; then name")[0]
+    command = re.sub(r"(^|&& )(\.venv/bin/python|python3) ", rf"\1{shlex.quote(sys.executable)} ", command)
+    for tool in re.findall(r"(?:^|&& )(\w+)", command):
+        if not shutil.which(tool):
+            pytest.skip(f"no {tool}")
+    subprocess.run(["bash", "-ec", command], check=True, timeout=60)
+
+
+def assert_read(path: Path) -> None:
+    (file,) = find_files([str(path)]).look()
+    assert file.has_lines
+    text = b"".join(unpacked(io.BytesIO(Path(file.path).read_bytes()), file.packing))
+    assert [json.loads(line)["actor"]["login"] for line in text.splitlines()][:2] == ["octo", "octo"]
 
 
 @pytest.mark.parametrize("kind", CONVERTED, ids=str)
@@ -507,21 +554,40 @@ def test_the_way_out_of_another_kind_makes_it_one_that_is_read(tmp_path: Path, k
     with pytest.raises(InputError, match=words) as caught:
         find_files([str(path)]).look()
     assert str(path) in caught.value.message
-    command = caught.value.way_out.removeprefix("Rename it: ").partition(" ; then name")[0]
-    command = re.sub(r"^(\.venv/bin/python|python3)", shlex.quote(sys.executable), command)
-    for tool in ("tar", "xz", "gunzip", "iconv"):
-        if command.startswith(tool) and not shutil.which(tool):
-            pytest.skip(f"no {tool}")
-    subprocess.run(["bash", "-ec", command], check=True, timeout=60)
-    (file,) = find_files([str(tmp_path / then)]).look()
-    assert file.has_lines
-    with Path(file.path).open("rb") as raw:
-        text = gzip.decompress(raw.read()) if file.packing else raw.read()
-    assert [json.loads(line)["actor"]["login"] for line in text.splitlines()][:2] == ["octo", "octo"]
+    follow(caught.value.way_out)
+    assert_read(tmp_path / then)
 
 
-@pytest.mark.parametrize("zone", ["UTC", None, "Asia/Tokyo"])
-@pytest.mark.parametrize("number", [pa.string(), pa.int64()])
+PACKED = [(kind, "gzip") for kind, (_, _, words, _) in CONVERTED.items() if words.startswith("is ")]
+PACKED += [(kind, packing) for kind in ("zip", "xz") for packing in ("bzip2", "zstd")]
+
+
+@pytest.mark.parametrize(("kind", "packing"), PACKED)
+def test_the_way_out_of_another_kind_in_a_packing_unpacks_that_first(tmp_path: Path, kind: str, packing: str) -> None:
+    name, content, words, then = CONVERTED[kind]
+    content = (lambda: tarred("w")) if kind == "tar.gz" else content
+    path = write(tmp_path / "in" / "it's {path}.json", PACKERS[packing][1](content()))
+    with pytest.raises(InputError, match=rf"\.json {words} in {packing} data") as caught:
+        look(path)
+    follow(caught.value.way_out)
+    assert_read(Path(f"{path}{then.removeprefix(name)}"))
+    assert sorted(entry.name for entry in path.parent.iterdir()) == [path.name, f"{path.name}{then.removeprefix(name)}"]
+
+
+@pytest.mark.parametrize("inner", PACKERS)
+@pytest.mark.parametrize("outer", PACKERS)
+def test_the_way_out_of_what_is_packed_twice_unpacks_it_once(tmp_path: Path, inner: str, outer: str) -> None:
+    path = write(tmp_path / "a b.json", PACKERS[outer][1](PACKERS[inner][1](LINES)))
+    with pytest.raises(InputError, match=rf"is compressed twice \({inner} in {outer}\)") as caught:
+        look(path)
+    follow(caught.value.way_out)
+    assert_read(Path(f"{path}-events.jsonl{PACKERS[inner][0]}"))
+
+
+@pytest.mark.parametrize(
+    ("zone", "number"),
+    [*product(["UTC", None, "Asia/Tokyo"], [pa.string(), pa.int64()]), ("UTC", pa.binary())],
+)
 def test_the_way_out_of_a_parquet_file_of_events_gives_events(
     tmp_path: Path, zone: str | None, number: pa.DataType
 ) -> None:
@@ -539,15 +605,14 @@ def test_the_way_out_of_a_parquet_file_of_events_gives_events(
         "actor": pa.array([octo] * 2, actor),
         "org": pa.array([None, octo], actor),
         "created_at": times,
-        "id": pa.array([1, 2]).cast(number),
+        "id": pa.array([1, 2]).cast(pa.string()).cast(number),
     }
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table(table), path)
     with pytest.raises(InputError, match="is a Parquet file") as caught:
         find_files([str(path)])
-    command = re.sub(r"^\.venv/bin/python", shlex.quote(sys.executable), caught.value.way_out.partition(" ; then")[0])
     assert "ghsync fetch" in caught.value.way_out
-    subprocess.run(["bash", "-ec", command], check=True, timeout=60)
+    follow(caught.value.way_out)
     (file,) = find_files([f"{path}-events.jsonl"]).look()
     decide = event_decoder(BUILT_IN_RULES, "2030")
     found = [decide(line) for line in Path(file.path).read_bytes().splitlines()]
