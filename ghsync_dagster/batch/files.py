@@ -4,18 +4,21 @@ Belongs here: paths, names, and the look at the head of each file, all before an
 beyond the head, which the workers read (``batch.decide``), nor how bytes are unpacked (``batch.unpack``).
 """
 
+# Paths are text, as there may be very many.
+# ruff: noqa: PTH100, PTH111, PTH112, PTH114, PTH116, PTH118, PTH119
+
 from __future__ import annotations
 
-import contextlib
 import errno
+import fnmatch
 import glob
 import io
 import os
 import re
 import shlex
 import stat
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Final
@@ -51,6 +54,21 @@ _HIDDEN: Final = "hidden: the name begins with a dot or an underscore"
 _UNKNOWN: Final = f"the name is not of the kind {KNOWN_NAMES}"
 _OWN: Final = "ghsync's own state"
 _EMPTY: Final = "empty"
+_NO_FILES: Final = (
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISREG, "a file without a name"),
+)
+_TO_FILE: Final = (
+    "Write what it gives to a file first: COMMAND > events.jsonl ; then name that. "
+    "A packed file needs no command: name it as it is."
+)
+_Tails = frozenset[tuple[str, ...]]
+"""What is left of a glob below a folder, part by part: each way to go on."""
+_ALL: Final[_Tails] = frozenset({("**",)})
+"""Matched: a file is taken, and so is all in a folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,26 +156,27 @@ def find_files(events_paths: Sequence[str], home: Path | None = None) -> Found:
     """Return the files that paths, folders and globs name, each once, however often it is named.
 
     Folders, also those that a glob matches or a link leads to, are searched to any depth. A folder, a glob and a list
-    of the same files agree: a name alone decides whether a file is read or left out, but for an empty one.
+    of the same files agree: a name alone decides whether a file is read or left out, but for an empty one. Of a list,
+    a path by itself and one in a dot folder are read wherever they are.
 
     Args:
         events_paths: Files, folders or globs.
         home: GHSYNC_HOME, which is never input.
 
     Raises:
-        InputError: Nothing is there, nothing that can be read, a link to nothing, or a name that is not UTF-8.
+        InputError: Nothing is there, nothing that can be read, a folder that can't be listed, a link to nothing, an
+            event file that goes away, what is no file, or a name that is not UTF-8.
     """
     found = Found(events_paths)
+    set_aside: dict[str, str] | None = None
     for spec in events_paths:
         search = _Search(found, home)
         try:
-            search.take(spec)
+            set_aside = _set_aside(events_paths) if set_aside is None else set_aside
+            search.take(spec, set_aside)
         except (OSError, RuntimeError, ValueError) as error:
             # RuntimeError: the home folder of ~user is not known. ValueError: a name that no file can have.
-            raise InputError(
-                f"{spec} can't be looked at ({getattr(error, 'strerror', None) or error}).",
-                way_out="Correct the path, or the permissions of its folders.",
-            ) from None
+            raise _not_looked_at(spec, error) from None
         if not search.entries:
             raise InputError(
                 f"{_absolute(spec)} has no file.",
@@ -175,8 +194,18 @@ def find_files(events_paths: Sequence[str], home: Path | None = None) -> Found:
     return found
 
 
+def _not_looked_at(spec: str, error: Exception) -> InputError:
+    # The system says which of all that is below the path.
+    where = getattr(error, "filename", None) or spec
+    words = getattr(error, "strerror", None) or error
+    way_out = "Correct the path, or check the permissions of its folders and the disk or mount that it is on."
+    if isinstance(error, FileNotFoundError):
+        words, way_out = "it is gone since its folder was listed", "Run again when nothing moves files there."
+    return InputError(f"{where} can't be looked at ({words}).", way_out=way_out)
+
+
 def _absolute(spec: str) -> str:
-    return os.path.abspath(Path(spec).expanduser())  # noqa: PTH100  not through links: the user's own words
+    return os.path.abspath(Path(spec).expanduser())  # not through links: the user's own words
 
 
 def _nothing(found: Found) -> InputError:
@@ -186,13 +215,15 @@ def _nothing(found: Found) -> InputError:
     one = len(named) == 1 and named[0] == shown(named[0]) and Path(named[0]).is_file()
     if one and set(found.left_out) == {_UNKNOWN}:
         # One of another kind is told by its kind; what can be read needs another name only.
-        look_at(state_of(named[0], Path(named[0]).stat()))
-        return InputError(
-            f"{named[0]}: {_UNKNOWN}.", way_out=f"Rename it: mv {shlex.quote(named[0])} {_renamed(named[0])}"
-        )
+        look_at(state_of(named[0], os.stat(named[0])))
+        real = os.path.realpath(named[0])
+        path = real if named[0].startswith(("/dev/", "/proc/")) else named[0]
+        way_out = f"Rename it: mv {shlex.quote(path)} {_renamed(path)}"
+        way_out = way_out if _reason(os.path.basename(real)) else f"Name the file itself: {shlex.quote(real)}"
+        return InputError(f"{named[0]}: {_UNKNOWN}.", way_out=way_out)
     reasons = "; ".join(f"{len(set(names))} left out, {reason}" for reason, names in found.left_out.items())
     ways = {
-        _UNKNOWN: "rename files of events so",
+        _UNKNOWN: "rename files of events to NAME.jsonl (packed: NAME.jsonl.gz, .bz2 or .zst)",
         _HIDDEN: "rename files of events so that the name begins with a letter",
         _EMPTY: "get empty files again (an hour of GH Archive may really be empty)",
         _OWN: "name another folder: ghsync keeps its state there",
@@ -218,30 +249,32 @@ class _Search:
         self._found = found
         self._home = os.path.realpath(home) if home else None
         self._own: frozenset[str] = frozenset()
-        self._searched: set[str] = set()
+        self._walked: set[tuple[str, _Tails]] = set()
+        self._hidden: list[str] = []
 
-    def take(self, spec: str) -> None:
-        """Take what a path, a folder or a glob names."""
+    def take(self, spec: str, set_aside: Mapping[str, str]) -> None:
+        """Take what a path, a folder or a glob names, but for paths that are set aside as hidden."""
         if scheme := _SCHEME.match(spec):
             raise _no_path(spec, scheme.group(1).lower())
         path = _absolute(spec)
-        real = os.path.realpath(path)
-        if os.path.isdir(real):  # noqa: PTH112  a stat less for each of many files
-            self._set_own(real)
-            self._folder(path, real)
-        elif os.path.isfile(real):  # noqa: PTH113
-            self._set_own(real)
-            self._file(path, real)
-        elif glob.has_magic(spec):
+        if glob.has_magic(spec) and not os.path.lexists(path):
             self._glob(path, spec)
+            return
+        seen = _stat(path)
+        if seen is None:
+            raise _missing(path, spec)
+        real = os.path.realpath(path)
+        self._set_own(real)
+        is_folder = stat.S_ISDIR(seen.st_mode)
+        hidden = set_aside.get(path, "")
+        if hidden and (is_folder or hidden != path):
+            self._leave_out(_HIDDEN, f"{hidden}/")
+        elif is_folder:
+            self._walk(path, real, _ALL)
+        elif not stat.S_ISREG(seen.st_mode) or (path != real and _stat(real) is None):
+            raise _no_file(path, seen, _TO_FILE)
         else:
-            # Raises where there is one that may not be looked at.
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                os.stat(path)  # noqa: PTH116
-            raise InputError(
-                f"There is no file or folder {path}.",
-                way_out=_meant(spec) or "Correct the path, or run `ghsync sample` to write the sample.",
-            )
+            self._file(path, real, seen)
 
     def _set_own(self, root: str) -> None:
         """Say what is ghsync's own below a root: all of its home, or where the root is in there, what home holds."""
@@ -250,65 +283,60 @@ class _Search:
             self._own = frozenset(f"{self._home}/{name}" for name in OWN_FOLDERS) if inside else frozenset({self._home})
 
     def _glob(self, pattern: str, spec: str) -> None:
-        plain = pattern
-        while glob.has_magic(plain):
-            plain = os.path.dirname(plain)  # noqa: PTH120
-        self._set_own(os.path.realpath(plain))
-        matches = glob.glob(pattern, recursive=True, include_hidden=True)  # noqa: PTH207  absolute
-        if not matches:
-            raise InputError(f"No file matches {pattern}.", way_out=_meant(spec) or "Correct the glob.")
-        for path in sorted(matches):
-            above = _hidden_above(path, plain)
-            real = os.path.realpath(path)
-            if above is not None:
-                self._leave_out(_HIDDEN, above)
-            elif os.path.isdir(real):  # noqa: PTH112
-                self._folder(path, real)
-            else:
-                self._entry(path, real)
+        plain, parts = "/", tuple(pattern.strip("/").split("/"))
+        # A folder of that very name is no glob, as the working directory may be one.
+        while len(parts) > 1 and (not glob.has_magic(parts[0]) or os.path.isdir(os.path.join(plain, parts[0]))):
+            plain, parts = os.path.join(plain, parts[0]), parts[1:]
+        seen = _stat(plain)
+        if seen is None:
+            raise _missing(plain, spec)
+        real = os.path.realpath(plain)
+        self._set_own(real)
+        if stat.S_ISDIR(seen.st_mode):
+            self._walk(plain, real, _opened({parts}))
+        if not self.entries:
+            hidden = f" outside of hidden folders ({', '.join(self._hidden[:_PATHS_SHOWN])})" if self._hidden else ""
+            raise InputError(f"No file matches {pattern}{hidden}.", way_out=_meant(spec) or "Correct the glob.")
 
-    def _folder(self, path: str, real: str) -> None:
-        if real in self._searched:
+    def _walk(self, path: str, real: str, tails: _Tails) -> None:
+        """Take what matches below a folder; what can't be listed or looked at raises."""
+        if (real, tails) in self._walked:
             return
-        self._searched.add(real)
+        self._walked.add((real, tails))
         if self._is_own(real):
             return
-        with os.scandir(path) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                is_link = entry.is_symlink()
-                inner = os.path.realpath(entry.path) if is_link else f"{real}/{entry.name}"
-                if os.path.isdir(inner) if is_link else entry.is_dir():  # noqa: PTH112
-                    if _is_hidden(entry.name):
-                        self._leave_out(_HIDDEN, f"{entry.path}/")
-                    else:
-                        self._folder(entry.path, inner)
-                elif not is_link and entry.is_file():
-                    self._file(entry.path, inner, entry.stat())
-                else:
-                    self._entry(entry.path, inner)
+        with os.scandir(real) as listing:
+            entries = sorted(listing, key=lambda entry: entry.name)
+        for entry in entries:
+            if below := tails if tails == _ALL else _below(tails, entry.name):
+                self._entry(os.path.join(path, entry.name), entry, below)
 
-    def _entry(self, path: str, real: str) -> None:
-        """Take what is no folder; what is no file either raises where its name says events, and is named elsewhere."""
-        name = os.path.basename(path)  # noqa: PTH119
-        if os.path.isfile(real) or _is_hidden(name):  # noqa: PTH113
-            self._file(path, real)
-        elif os.path.islink(path):  # noqa: PTH114
-            # Through more links than the system follows, in a circle: a shorter path leads to the same file.
-            if not _leads_to_something(path):
-                raise InputError(
-                    f"{path} is a link to nothing.", way_out="Mount or correct what it leads to, or remove the link."
-                )
-        elif (reason := _reason(name)) is not None:
-            self._leave_out(reason, path)
-        else:
-            raise InputError(f"{path} is no regular file.", way_out="Remove it, or name the files by a glob.")
+    def _entry(self, path: str, entry: os.DirEntry[str], tails: _Tails) -> None:
+        """Take an entry of a folder. A file is looked at only where its name says events: others may come and go."""
+        is_link = entry.is_symlink()
+        if _is_hidden(entry.name):
+            if os.path.isdir(entry) if is_link else entry.is_dir():
+                self._leave_out(_HIDDEN, f"{path}/", is_match=tails == _ALL)
+            elif tails == _ALL:
+                self._leave_out(_HIDDEN, path)
+            return
+        seen = _stat(entry.path) if is_link else None
+        if is_link and seen is None and os.path.lexists(entry.path):
+            raise _missing(path)
+        real = os.path.realpath(entry.path) if is_link else entry.path
+        if stat.S_ISDIR(seen.st_mode) if seen else entry.is_dir():
+            self._walk(path, real, tails)
+        elif tails == _ALL:
+            self._file(path, real, seen)
 
-    def _file(self, path: str, real: str, seen: os.stat_result | None = None) -> None:
+    def _file(self, path: str, real: str, seen: os.stat_result | None) -> None:
         if self._is_own(real):
             return
         reason = _reason(path.rpartition("/")[2])
         if reason is None:
-            seen = seen or os.stat(real)  # noqa: PTH116
+            seen = seen or os.stat(real)
+            if not stat.S_ISREG(seen.st_mode):
+                raise _no_file(path, seen, "Remove it, or name the files by a glob.")
             if seen.st_size:
                 # By links a file may be found more than once.
                 self._found.files[real] = state_of(real, seen)
@@ -325,9 +353,34 @@ class _Search:
                 return True
         return False
 
-    def _leave_out(self, reason: str, path: str) -> None:
+    def _leave_out(self, reason: str, path: str, *, is_match: bool = True) -> None:
+        """Leave out what matches, or a hidden folder on the way of a glob."""
         self._found.left_out[reason].append(path)
-        self.entries += 1
+        if is_match:
+            self.entries += 1
+        else:
+            self._hidden.append(path)
+
+
+def _stat(path: str) -> os.stat_result | None:
+    """Return what the system says of what a path leads to; None: that is nothing."""
+    try:
+        return os.stat(path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return None
+        raise
+
+
+def _missing(path: str, spec: str = "") -> InputError:
+    if os.path.islink(path):
+        return InputError(
+            f"{path} is a link to nothing.", way_out="Mount or correct what it leads to, or remove the link."
+        )
+    return InputError(
+        f"There is no file or folder {path}.",
+        way_out=_meant(spec) or "Correct the path, or run `ghsync sample` to write the sample.",
+    )
 
 
 def _meant(spec: str) -> str | None:
@@ -339,12 +392,47 @@ def _meant(spec: str) -> str | None:
     return None
 
 
-def _leads_to_something(path: str) -> bool:
-    try:
-        Path(path).resolve(strict=True)
-    except (OSError, RuntimeError):
-        return False
-    return True
+def _no_file(path: str, seen: os.stat_result, way_out: str) -> InputError:
+    kind = next((words for is_kind, words in _NO_FILES if is_kind(seen.st_mode)), "something else")
+    return InputError(f"{path} is no regular file but {kind}.", way_out=way_out)
+
+
+def _opened(tails: set[tuple[str, ...]]) -> _Tails:
+    """Return the ways to go on, where ``**`` stands for no folder too."""
+    ways = set(tails)
+    for tail in tails:
+        folders = next((at for at, part in enumerate(tail) if part != "**"), len(tail) - 1)
+        ways |= {tail[at:] for at in range(folders + 1)}
+    return _ALL if ("**",) in ways else frozenset(ways)
+
+
+def _below(tails: _Tails, name: str) -> _Tails:
+    """Return what is left of a glob below a name; nothing: it does not match."""
+    kept = {tail for tail in tails if tail[0] == "**"}
+    return _opened(kept | {tail[1:] or ("**",) for tail in tails - kept if fnmatch.fnmatchcase(name, tail[0])})
+
+
+def _set_aside(specs: Sequence[str]) -> dict[str, str]:
+    """Return the paths in folders such as ``_temporary`` beside which other paths lie, each with that folder.
+
+    So a list agrees with the folder that it is a list of. A dot folder is not judged: people keep events in
+    ``~/.cache`` or ``.ghsync``, and name them. Nor is a path by itself, or a glob: that folder is meant.
+    """
+    if not any("_" in spec for spec in specs):
+        return {}
+    paths = [spec if _SCHEME.match(spec) else os.path.abspath(os.path.expanduser(spec)) for spec in specs]
+    inside: Counter[str] = Counter()
+    folders: list[tuple[str, str]] = []
+    for path in dict.fromkeys(paths):
+        at = ""
+        for part in path.split("/")[1:]:
+            inside[at] += 1
+            at = f"{at}/{part}"
+            if part.startswith("_") and _is_hidden(part):
+                folders.append((path, at))
+        inside[at] += 1
+    # The outermost counts, as a folder is searched.
+    return {path: at for path, at in reversed(folders) if inside[at.rpartition("/")[0]] > inside[at]}
 
 
 def _is_in(path: str, folders: Iterable[str]) -> bool:
@@ -361,16 +449,6 @@ def _reason(name: str) -> str | None:
 def _is_hidden(name: str) -> bool:
     """Tell whether Spark takes a name for no data: ``_name=value`` is a partition."""
     return name.startswith(".") or (name.startswith("_") and "=" not in name)
-
-
-def _hidden_above(path: str, plain: str) -> str | None:
-    """Return the first hidden folder on the way from a glob's plain part to a path, the path itself included."""
-    at = plain.rstrip("/")
-    for part in path[len(at) :].strip("/").split("/"):
-        at = f"{at}/{part}"
-        if _is_hidden(part) and os.path.isdir(at):  # noqa: PTH112
-            return f"{at}/"
-    return None
 
 
 def _no_path(spec: str, scheme: str) -> InputError:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
+import errno
+import glob
 import gzip
 import io
 import json
@@ -34,7 +37,7 @@ from ghsync_dagster.domain.event import Event, event_decoder
 from ghsync_dagster.domain.user import BUILT_IN_RULES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 LINE = b'{"id":"1","actor":{"id":1,"login":"octo"}}'
 LINES = LINE + b"\n" + LINE + b"\n"
@@ -149,6 +152,28 @@ def test_a_glob_gives_the_files_that_match(tmp_path: Path, pattern: str, wanted:
         write(tmp_path / name, LINES)
     (tmp_path / "9.json").mkdir()
     assert found_in(tmp_path, f"{tmp_path}/{pattern}") == wanted
+
+
+PATTERNS = ["*", "**", "*/*", "**/*.json", "a/**/*.json", "*/b/*", "**/b/**/c/*", "**/**/c", "a*/[!b]*", "**/?.json"]
+PATTERNS += ["*.json/*", "**/b", "a/b/**", "*a*"]
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS, "**/c/*.json", "a/*/c/4.json", "b/**/b/*"])
+def test_a_glob_matches_what_pythons_own_does(tmp_path: Path, pattern: str) -> None:
+    for name in (
+        "1.json",
+        "a/2.json",
+        "a/b/3.json",
+        "a/b/c/4.json",
+        "b/5.json",
+        "ab/c/6.json",
+        "d.json/7.json",
+        "b/b/c/8.json",
+    ):
+        write(tmp_path / name, LINES)
+    matches = [Path(path) for path in glob.glob(f"{tmp_path}/{pattern}", recursive=True)]  # noqa: PTH207  the peer
+    wanted = {file for path in matches for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()}
+    assert found_in(tmp_path, f"{tmp_path}/{pattern}") == sorted(str(path.relative_to(tmp_path)) for path in wanted)
 
 
 def test_folders_behind_links_and_those_that_a_glob_matches_are_searched_once(tmp_path: Path) -> None:
@@ -278,8 +303,20 @@ def test_a_file_whose_name_looks_like_several_is_read(tmp_path: Path, name: str)
         ("_a.json", r"_a\.json has no file to read \(1 left out, hidden", "begins with a letter"),
         ("zero.json", r"zero\.json has no file to read \(1 left out, empty", "Get empty files again"),
         ("x" * 300, "can't be looked at", "Correct the path"),
-        ("pipe.json", "There is no file or folder", "Correct the path"),
-        ("dangling.json", "There is no file or folder", "Correct the path"),
+        ("nowhere/*.json", "There is no file or folder .*nowhere\\.", "Correct the path"),
+        ("zero.json/*", "No file matches", "Correct the glob"),
+        ("others/**/_g.json", r"has no file to read \(1 left out, hidden", "begins with a letter"),
+        (
+            "_[t]/*.jsn",
+            r"No file matches .*\.jsn outside of hidden folders \(.*/_t/\)\.",
+            "Correct the glob",
+        ),
+        ("pipe.json", r"pipe\.json is no regular file but a pipe", "to a file first"),
+        ("/dev/null", "null is no regular file but a device", "to a file first"),
+        ("dangling.json", r"dangling\.json is a link to nothing", "Mount or correct"),
+        ("dangling.*", r"dangling\.json is a link to nothing", "Mount or correct"),
+        ("gone/*.json", "gone is a link to nothing", "Mount or correct"),
+        ("gon*/*.json", "gone is a link to nothing", "Mount or correct"),
     ],
 )
 @pytest.mark.parametrize("beside", [False, True])
@@ -287,19 +324,191 @@ def test_a_path_without_events_is_one_clear_error(
     tmp_path: Path, path: str, words: str, way_out: str, *, beside: bool
 ) -> None:
     (tmp_path / "no").mkdir()
-    for name in ("others/EVENTS.JSN", "others/a.json.zip", "_a.json"):
+    for name in ("others/EVENTS.JSN", "others/a.json.zip", "_a.json", "others/_g.json", "_t/x.jsn"):
         write(tmp_path / name, LINES)
     write(tmp_path / "zero.json", b"")
     write(tmp_path / "beside" / "a.json", LINES)
     os.mkfifo(tmp_path / "pipe.json")
-    (tmp_path / "dangling.json").symlink_to(tmp_path / "gone.json")
-    specs = [f"{tmp_path}/{path}", *([f"{tmp_path}/beside"] if beside else [])]
+    (tmp_path / "dangling.json").symlink_to(tmp_path / "unmounted.json")
+    (tmp_path / "gone").symlink_to(tmp_path / "unmounted")
+    specs = [str(tmp_path / path), *([f"{tmp_path}/beside"] if beside else [])]
     if beside and "left out" in words:
         assert find_files(specs).report()
         return
     with pytest.raises(InputError, match=words) as caught:
         find_files(specs)
     assert way_out in caught.value.way_out
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_what_a_command_gives_is_no_file_and_told_as_that(tmp_path: Path, *, link: bool) -> None:
+    reader, writer = os.pipe()
+    path = f"/dev/fd/{reader}"
+    if link:
+        (tmp_path / "a.json").symlink_to(path)
+        path = str(tmp_path / "a.json")
+    try:
+        with pytest.raises(InputError, match=rf"{path} is no regular file but a pipe") as caught:
+            find_files([path])
+    finally:
+        os.close(reader)
+        os.close(writer)
+    assert "> events.jsonl" in caught.value.way_out
+
+
+def test_what_is_behind_standard_input_is_told_by_its_own_name(tmp_path: Path) -> None:
+    for name, way_out in (
+        ("a.json", f"Name the file itself: {tmp_path}/a.json"),
+        ("b.txt", f"Rename it: mv {tmp_path}/b.txt {tmp_path}/b.txt.jsonl"),
+    ):
+        with write(tmp_path / name, LINES).open() as file:
+            with pytest.raises(InputError, match="the name is not of the kind") as caught:
+                find_files([f"/dev/fd/{file.fileno()}"])
+            assert caught.value.way_out == way_out
+            (tmp_path / name).unlink()
+            with pytest.raises(InputError, match="is no regular file but a file without a name"):
+                find_files([f"/dev/fd/{file.fileno()}"])
+
+
+def test_each_reason_that_leaves_nothing_has_its_own_way_out(tmp_path: Path) -> None:
+    for name, content in (("a.txt", LINES), ("_a.json", LINES), ("z.json", b""), ("own/x.json", LINES)):
+        write(tmp_path / name, content)
+    with pytest.raises(InputError) as caught:
+        find_files([str(tmp_path)], tmp_path / "own")
+    ways = caught.value.way_out.rstrip(".").lower().split("; ")
+    assert [way.partition(" ")[0] for way in sorted(ways)] == ["get", "name", "rename", "rename"]
+    assert sum("to name.jsonl" in way for way in ways) == 1
+
+
+EVERY_WAY = ["", "/*", "/*/*.json", "/**/*.json", "/**", "/b/*.json", "/b", "/b/**/*.json", "/[ab]/1.json"]
+
+
+@pytest.mark.parametrize("way", EVERY_WAY)
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_a_folder_that_can_not_be_listed_is_told_as_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, number: int
+) -> None:
+    for name in ("a", "b"):
+        write(tmp_path / "in" / name / "1.json", LINES)
+    scandir = os.scandir
+
+    def refusing(path: str) -> os._ScandirIterator[str]:
+        if path == f"{tmp_path}/in/b":
+            raise OSError(number, os.strerror(number), path)
+        return scandir(path)
+
+    assert f"{way}/b/1.json".endswith(found_in(tmp_path / "in", f"{tmp_path}/in{way}")[-1])
+    monkeypatch.setattr("os.scandir", refusing)
+    words = rf"^{tmp_path}/in/b can't be looked at \({os.strerror(number)}\)"
+    with pytest.raises(InputError, match=words) as caught:
+        find_files([f"{tmp_path}/in{way}"])
+    assert "permissions" in caught.value.way_out
+    assert "mount" in caught.value.way_out
+
+
+@pytest.mark.parametrize("way", ["", "/**", "/**/*.json", "/**/**/*.json", "/**/l*/**/*.json", "/*/*/*/*/*/*/*/*/*"])
+def test_links_that_lead_back_end_each_search(tmp_path: Path, way: str) -> None:
+    for name in ("1.json", "deep/2.json"):
+        write(tmp_path / "in" / name, LINES)
+    for number in range(5):
+        (tmp_path / "in" / f"l{number}").symlink_to(".")
+        (tmp_path / "in" / "deep" / f"l{number}").symlink_to("..")
+    assert found_in(tmp_path / "in", f"{tmp_path}/in{way}") == ["1.json", "deep/2.json"]
+
+
+def test_a_chain_of_more_links_than_the_system_follows_is_searched(tmp_path: Path) -> None:
+    for number in range(60):
+        write(tmp_path / str(number) / "a.json", LINES)
+        (tmp_path / str(number) / "next").symlink_to(tmp_path / str(number + 1) if number < 59 else ".")
+    assert len(find_files([f"{tmp_path}/0"]).files) == len(find_files([f"{tmp_path}/0/**/*.json"]).files) == 60
+
+
+@pytest.mark.parametrize("way", ["in", "in/*", "in/**/*", "i*", "**/in"])
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("b.json.gz.tmp", False),
+        ("b.tmp -> a", False),
+        ("b.json", True),
+        ("b.json -> a", True),
+        ("b/", True),
+        (".b.json", False),
+    ],
+)
+def test_what_comes_and_goes_is_told_by_its_own_path_where_it_may_be_events(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, name: str, *, told: bool
+) -> None:
+    write(tmp_path / "in" / "a.json", LINES)
+    name, _, link = name.partition(" -> ")
+    path = tmp_path / "in" / name
+    if link:
+        path.symlink_to("a.json")
+    elif name.endswith("/"):
+        path.mkdir()
+    else:
+        write(path, LINES)
+    scandir = os.scandir
+
+    @contextlib.contextmanager
+    def moving(folder: str) -> Iterator[Iterator[os.DirEntry[str]]]:
+        with scandir(folder) as listing:
+            entries = list(listing)
+        if folder == str(path.parent):
+            path.rmdir() if name.endswith("/") else path.unlink()
+        yield iter(entries)
+
+    monkeypatch.setattr("os.scandir", moving)
+    if told:
+        with pytest.raises(InputError, match=rf"^{path} can't be looked at \(it is gone") as caught:
+            find_files([f"{tmp_path}/{way}"])
+        assert "Run again" in caught.value.way_out
+    else:
+        assert found_in(tmp_path, f"{tmp_path}/{way}") == ["in/a.json"]
+
+
+TREE = ["a.json", "d/b.json", "_temporary/0/x.json", "_delta_log/0.json", "d/_x/_y/c.json", "_day=1/e.json"]
+KEPT = ["_day=1/e.json", "a.json", "d/b.json"]
+
+
+def test_a_list_leaves_out_the_folders_that_its_folder_leaves_out(tmp_path: Path) -> None:
+    for name in TREE:
+        write(tmp_path / "t" / name, LINES)
+    listed = [str(path) for path in (tmp_path / "t").rglob("*") if path.is_file()]
+    by_shell = [str(path) for path in (tmp_path / "t").glob("*")]
+    for specs in ([str(tmp_path / "t")], [f"{tmp_path}/t/**"], listed, listed[::-1], by_shell):
+        assert found_in(tmp_path / "t", *specs) == KEPT
+        assert left_out_of(tmp_path / "t", *specs) == {"hidden": ["_delta_log/", "_temporary/", "d/_x/"]}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["_x/t/a.json"],
+        ["_x/t/a.json", "_x/t/b.json"],
+        ["_x/t/a.json", "_x/b.json"],
+        ["_x/t/a.json", "d/b.json", ".h/c.json"],
+        [".x/t/a.json", "b.json"],
+        ["_x/*.json", "b.json"],
+    ],
+)
+def test_a_file_that_is_named_in_a_hidden_folder_is_read(tmp_path: Path, names: list[str]) -> None:
+    homes = [tmp_path / str(number) if "d/" in "".join(names) else tmp_path for number in range(len(names))]
+    paths = [home / name for home, name in zip(homes, names, strict=True)]
+    for path in paths:
+        write(Path(str(path).replace("*", "a")), LINES)
+    assert len(find_files([str(path) for path in paths]).files) == len(paths)
+
+
+def test_a_listed_file_that_is_missing_is_told_in_a_hidden_folder_too(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="There is no file or folder"):
+        find_files([str(write(tmp_path / "a.json", LINES)), str(tmp_path / "_x" / "b.json")])
+
+
+def test_a_glob_is_one_below_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("in [1]/a.json", "in 1/b.json"):
+        write(tmp_path / name, LINES)
+    monkeypatch.chdir(tmp_path / "in [1]")
+    assert found_in(tmp_path, "*.json") == ["in [1]/a.json"]
 
 
 @pytest.mark.parametrize("content", [gzipped(b""), bz2.compress(b""), pa.compress(b"", "zstd", asbytes=True)])
@@ -442,8 +651,9 @@ def test_what_may_not_be_read_is_one_clear_error(tmp_path: Path) -> None:
     assert "permissions" in caught.value.way_out
     path.parent.chmod(0)
     try:
-        with pytest.raises(InputError, match=r"can't be looked at .*Permission denied"):
-            find_files([str(tmp_path)])
+        for way in ("", "/*", "/*/*.json", "/**/*.json", "/in/*.json"):
+            with pytest.raises(InputError, match=rf"^{path.parent} can't be looked at .*Permission denied"):
+                find_files([f"{tmp_path}{way}"])
     finally:
         path.parent.chmod(0o700)
 
