@@ -1,7 +1,7 @@
 """Decide: what Spark's Python workers do with one task's files, from bytes on disk to Parquet parts.
 
 Belongs here: bytes in, parts and counts out, line numbers. The decision about one line is ``domain.event``'s; which
-files there are, and which task reads which, is ``batch.files``'s and ``batch.read``'s.
+files there are, and which task reads which, is ``batch.search``'s and ``batch.read``'s.
 
 A worker opens its files itself: handing every byte in and every column out through the JVM costs more than all else
 together. A part has a name of its own for each try of a task, and only those that successful tasks name are kept.

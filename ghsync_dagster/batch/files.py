@@ -1,74 +1,27 @@
-"""Which files a run reads, which it leaves out and why, and whether each is of a kind that can be read.
+"""One input file before it is read: the look at its head, how it is opened, and its errors.
 
-Belongs here: paths, names, and the look at the head of each file, all before any Spark starts. Not here: the content
-beyond the head, which the workers read (``batch.decide``), nor how bytes are unpacked (``batch.unpack``).
+Belongs here: whether a file is of a kind that can be read. Not here: which files there are (``batch.search``), what the
+kinds are (``batch.heads``), nor the content beyond the head, which the workers read (``batch.decide``).
 """
-
-# Paths are text, as there may be very many.
-# ruff: noqa: PTH100, PTH111, PTH112, PTH114, PTH116, PTH118, PTH119
 
 from __future__ import annotations
 
 import errno
-import fnmatch
-import glob
 import io
 import os
-import re
-import shlex
 import stat
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import IO, Final
-from urllib.parse import unquote, urlsplit
 
-from ghsync_dagster.batch.heads import ENDINGS, has_lines
-from ghsync_dagster.batch.reports import LeftOut
+from ghsync_dagster.batch.heads import has_lines
 from ghsync_dagster.batch.unpack import DamagedError, as_utf8, is_utf16, packing_of, unpacked
-from ghsync_dagster.batch.versions import FileState, InputState, state_of
-from ghsync_dagster.domain.errors import InputError, shown
+from ghsync_dagster.batch.versions import FileState  # noqa: TC001  msgspec looks it up
+from ghsync_dagster.domain.errors import InputError
 
-KNOWN_NAMES: Final = "NAME.json, .jsonl or .ndjson, with or without .gz, .gzip, .bz2 or .zst, or part-*"
-OWN_FOLDERS: Final = ("batch", "connect", "dagster", "kafka", "mongo", "mysql", "spark")
-"""What GHSYNC_HOME holds, where the events are in it too."""
-
-_NAMED: Final = 20
 _FAULTS_SHOWN: Final = 5
-_PATHS_SHOWN: Final = 5
 _HEAD: Final = 1 << 16
 _LONG_HEAD: Final = 1 << 21
-_KNOWN: Final = re.compile(
-    r".*\.(json|jsonl|ndjson)(\.(gz|gzip|bz2|zst))?|part-[\w-]+(\.c\d+)?(\.txt)?(\.(gz|gzip|bz2|zst))?",
-    re.IGNORECASE | re.DOTALL,
-)
-_HOUR: Final = re.compile(r"//data\.gharchive\.org/([0-9-]+(?:\{[0-9]+\.\.[0-9]+\})?)\.json\.gz$")
-_STORES: Final = {"s3": "s3", "s3a": "s3", "s3n": "s3", "gs": "gs"}
-_MAGIC: Final = re.compile(r"[*?[]")
-_BRACES: Final = re.compile(r"\{[^{}]*(,|\.\.)[^{}]*\}")
-_SEVERAL: Final = re.compile(r"[,;:\s]")
-_A_LIST: Final = 'a JSON list, ["a.json", "b.json"].'
-_SCHEME: Final = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
-_HIDDEN: Final = "hidden: the name begins with a dot or an underscore"
-_UNKNOWN: Final = f"the name is not of the kind {KNOWN_NAMES}"
-_OWN: Final = "ghsync's own state"
-_EMPTY: Final = "empty"
-_NO_FILES: Final = (
-    (stat.S_ISFIFO, "a pipe"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-    (stat.S_ISREG, "a file without a name"),
-)
-_TO_FILE: Final = (
-    "Write what it gives to a file first: COMMAND > events.jsonl ; then name that. "
-    "A packed file needs no command: name it as it is."
-)
-_Tails = frozenset[tuple[str, ...]]
-"""What is left of a glob below a folder, part by part: each way to go on."""
-_ALL: Final[_Tails] = frozenset({("**",)})
-"""Matched: a file is taken, and so is all in a folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,393 +51,6 @@ class InputFile:
         return self.state.size
 
 
-@dataclass(slots=True)
-class Found:
-    """The files that paths name.
-
-    Attributes:
-        events_paths: The paths, as they were given.
-        files: What tells the content of each file to read, by absolute path, sorted.
-        left_out: Every other file that the paths name, by reason.
-        looked: How many files have been looked at so far.
-    """
-
-    events_paths: Sequence[str] = ()
-    files: dict[str, FileState] = field(default_factory=dict)
-    left_out: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    looked: int = 0
-
-    @property
-    def state(self) -> InputState:
-        """The state of all files to read."""
-        return InputState(tuple(self.files.values()))
-
-    def look(self) -> list[InputFile]:
-        """Look at the head of each file to read; those whose packing holds nothing are left out as empty.
-
-        Raises:
-            InputError: Files are of another kind, damaged from their start on, or unreadable; or none is left.
-        """
-        files: list[InputFile] = []
-        refused: list[InputError] = []
-        for path, state in self.files.items():
-            try:
-                file = look_at(state)
-            except InputError as error:
-                refused.append(error)
-            else:
-                if file is not None:
-                    files.append(file)
-                else:
-                    self.left_out[_EMPTY].append(path)
-            self.looked += 1
-        if refused:
-            raise together(refused)
-        if not files:
-            raise _nothing(self)
-        return files
-
-    def report(self) -> list[LeftOut]:
-        """Return what is left out: for each reason how many, and the first names."""
-        return [
-            LeftOut(reason, len(set(names)), [shown(name) for name in sorted(set(names))[:_NAMED]])
-            for reason, names in self.left_out.items()
-        ]
-
-
-def find_files(events_paths: Sequence[str], home: Path | None = None) -> Found:
-    """Return the files that paths, folders and globs name, each once, however often it is named.
-
-    Folders, also those that a glob matches or a link leads to, are searched to any depth. A folder, a glob and a list
-    of the same files agree: a name alone decides whether a file is read or left out, but for an empty one. Of a list,
-    a path by itself and one in a dot folder are read wherever they are.
-
-    Args:
-        events_paths: Files, folders or globs.
-        home: GHSYNC_HOME, which is never input.
-
-    Raises:
-        InputError: Nothing is there, nothing that can be read, a folder that can't be listed, a link to nothing, an
-            event file that goes away, what is no file, or a name that is not UTF-8.
-    """
-    found = Found(events_paths)
-    set_aside: dict[str, str] | None = None
-    for spec in events_paths:
-        search = _Search(found, home)
-        try:
-            set_aside = _set_aside(events_paths) if set_aside is None else set_aside
-            search.take(spec, set_aside)
-        except (OSError, RuntimeError, ValueError) as error:
-            # RuntimeError: the home folder of ~user is not known. ValueError: a name that no file can have.
-            raise _not_looked_at(spec, error) from None
-        if not search.entries:
-            raise InputError(
-                f"{_absolute(spec)} has no file.",
-                way_out="Name a folder with GH Archive files, or get some: ghsync fetch 2015-01-01-15.",
-            )
-    if not found.files:
-        raise _nothing(found)
-    if refused := [
-        InputError(f"{path} has a name that is not UTF-8.", way_out="Rename it, then run again.")
-        for path in found.files
-        if path != shown(path)
-    ]:
-        raise together(refused)
-    found.files = dict(sorted(found.files.items()))
-    return found
-
-
-def _not_looked_at(spec: str, error: Exception) -> InputError:
-    # The system says which of all that is below the path.
-    where = getattr(error, "filename", None) or spec
-    words = getattr(error, "strerror", None) or error
-    way_out = "Correct the path, or check the permissions of its folders and the disk or mount that it is on."
-    if isinstance(error, FileNotFoundError):
-        words, way_out = "it is gone since its folder was listed", "Run again when nothing moves files there."
-    return InputError(f"{where} can't be looked at ({words}).", way_out=way_out)
-
-
-def _absolute(spec: str) -> str:
-    return os.path.abspath(Path(spec).expanduser())  # not through links: the user's own words
-
-
-def _nothing(found: Found) -> InputError:
-    where = ", ".join(_absolute(spec) for spec in found.events_paths[:_PATHS_SHOWN])
-    where += ", ..." if len(found.events_paths) > _PATHS_SHOWN else ""
-    named = [name for names in found.left_out.values() for name in names]
-    one = len(named) == 1 and named[0] == shown(named[0]) and Path(named[0]).is_file()
-    if one and set(found.left_out) == {_UNKNOWN}:
-        # One of another kind is told by its kind; what can be read needs another name only.
-        look_at(state_of(named[0], os.stat(named[0])))
-        real = os.path.realpath(named[0])
-        path = real if named[0].startswith(("/dev/", "/proc/")) else named[0]
-        way_out = f"Rename it: mv {shlex.quote(path)} {_renamed(path)}"
-        way_out = way_out if _reason(os.path.basename(real)) else f"Name the file itself: {shlex.quote(real)}"
-        return InputError(f"{named[0]}: {_UNKNOWN}.", way_out=way_out)
-    reasons = "; ".join(f"{len(set(names))} left out, {reason}" for reason, names in found.left_out.items())
-    ways = {
-        _UNKNOWN: "rename files of events to NAME.jsonl (packed: NAME.jsonl.gz, .bz2 or .zst)",
-        _HIDDEN: "rename files of events so that the name begins with a letter",
-        _EMPTY: "get empty files again (an hour of GH Archive may really be empty)",
-        _OWN: "name another folder: ghsync keeps its state there",
-    }
-    way_out = "; ".join(ways[reason] for reason in found.left_out)
-    return InputError(f"{where} has no file to read ({reasons}).", way_out=f"{way_out[0].upper()}{way_out[1:]}.")
-
-
-def _renamed(path: str) -> str:
-    return shlex.quote(f"{path}.jsonl{ENDINGS[packing_of(_head(path, 8))]}")
-
-
-class _Search:
-    """The search below one path; folders that a link leads back to are searched once.
-
-    Args:
-        found: Takes what is found.
-        home: GHSYNC_HOME.
-    """
-
-    def __init__(self, found: Found, home: Path | None) -> None:
-        self.entries = 0
-        self._found = found
-        self._home = os.path.realpath(home) if home else None
-        self._own: frozenset[str] = frozenset()
-        self._walked: set[tuple[str, _Tails]] = set()
-        self._hidden: list[str] = []
-
-    def take(self, spec: str, set_aside: Mapping[str, str]) -> None:
-        """Take what a path, a folder or a glob names, but for paths that are set aside as hidden."""
-        if scheme := _SCHEME.match(spec):
-            raise _no_path(spec, scheme.group(1).lower())
-        path = _absolute(spec)
-        if glob.has_magic(spec) and not os.path.lexists(path):
-            self._glob(path, spec)
-            return
-        seen = _stat(path)
-        if seen is None:
-            raise _missing(path, spec)
-        real = os.path.realpath(path)
-        self._set_own(real)
-        is_folder = stat.S_ISDIR(seen.st_mode)
-        hidden = set_aside.get(path, "")
-        if hidden and (is_folder or hidden != path):
-            self._leave_out(_HIDDEN, f"{hidden}/")
-        elif is_folder:
-            self._walk(path, real, _ALL)
-        elif not stat.S_ISREG(seen.st_mode) or (path != real and _stat(real) is None):
-            raise _no_file(path, seen, _TO_FILE)
-        else:
-            self._file(path, real, seen)
-
-    def _set_own(self, root: str) -> None:
-        """Say what is ghsync's own below a root: all of its home, or where the root is in there, what home holds."""
-        if self._home:
-            inside = _is_in(root, (self._home,))
-            self._own = frozenset(f"{self._home}/{name}" for name in OWN_FOLDERS) if inside else frozenset({self._home})
-
-    def _glob(self, pattern: str, spec: str) -> None:
-        plain, parts = "/", tuple(pattern.strip("/").split("/"))
-        # A folder of that very name is no glob, as the working directory may be one.
-        while len(parts) > 1 and (not glob.has_magic(parts[0]) or os.path.isdir(os.path.join(plain, parts[0]))):
-            plain, parts = os.path.join(plain, parts[0]), parts[1:]
-        seen = _stat(plain)
-        if seen is None:
-            raise _missing(plain, spec)
-        real = os.path.realpath(plain)
-        self._set_own(real)
-        if stat.S_ISDIR(seen.st_mode):
-            self._walk(plain, real, _opened({parts}))
-        if not self.entries:
-            hidden = f" outside of hidden folders ({', '.join(self._hidden[:_PATHS_SHOWN])})" if self._hidden else ""
-            raise InputError(f"No file matches {pattern}{hidden}.", way_out=_meant(spec) or "Correct the glob.")
-
-    def _walk(self, path: str, real: str, tails: _Tails) -> None:
-        """Take what matches below a folder; what can't be listed or looked at raises."""
-        if (real, tails) in self._walked:
-            return
-        self._walked.add((real, tails))
-        if self._is_own(real):
-            return
-        with os.scandir(real) as listing:
-            entries = sorted(listing, key=lambda entry: entry.name)
-        for entry in entries:
-            if below := tails if tails == _ALL else _below(tails, entry.name):
-                self._entry(os.path.join(path, entry.name), entry, below)
-
-    def _entry(self, path: str, entry: os.DirEntry[str], tails: _Tails) -> None:
-        """Take an entry of a folder. A file is looked at only where its name says events: others may come and go."""
-        is_link = entry.is_symlink()
-        if _is_hidden(entry.name):
-            if os.path.isdir(entry) if is_link else entry.is_dir():
-                self._leave_out(_HIDDEN, f"{path}/", is_match=tails == _ALL)
-            elif tails == _ALL:
-                self._leave_out(_HIDDEN, path)
-            return
-        seen = _stat(entry.path) if is_link else None
-        if is_link and seen is None and os.path.lexists(entry.path):
-            raise _missing(path)
-        real = os.path.realpath(entry.path) if is_link else entry.path
-        if stat.S_ISDIR(seen.st_mode) if seen else entry.is_dir():
-            self._walk(path, real, tails)
-        elif tails == _ALL:
-            self._file(path, real, seen)
-
-    def _file(self, path: str, real: str, seen: os.stat_result | None) -> None:
-        if self._is_own(real):
-            return
-        reason = _reason(path.rpartition("/")[2])
-        if reason is None:
-            seen = seen or os.stat(real)
-            if not stat.S_ISREG(seen.st_mode):
-                raise _no_file(path, seen, "Remove it, or name the files by a glob.")
-            if seen.st_size:
-                # By links a file may be found more than once.
-                self._found.files[real] = state_of(real, seen)
-                self.entries += 1
-                return
-            reason = _EMPTY
-        self._leave_out(reason, path)
-
-    def _is_own(self, real: str) -> bool:
-        """Tell whether something is ghsync's own state, and leave that out, as one folder."""
-        for folder in self._own:
-            if _is_in(real, (folder,)):
-                self._leave_out(_OWN, f"{folder}/")
-                return True
-        return False
-
-    def _leave_out(self, reason: str, path: str, *, is_match: bool = True) -> None:
-        """Leave out what matches, or a hidden folder on the way of a glob."""
-        self._found.left_out[reason].append(path)
-        if is_match:
-            self.entries += 1
-        else:
-            self._hidden.append(path)
-
-
-def _stat(path: str) -> os.stat_result | None:
-    """Return what the system says of what a path leads to; None: that is nothing."""
-    try:
-        return os.stat(path)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-            return None
-        raise
-
-
-def _missing(path: str, spec: str = "") -> InputError:
-    if os.path.islink(path):
-        return InputError(
-            f"{path} is a link to nothing.", way_out="Mount or correct what it leads to, or remove the link."
-        )
-    return InputError(
-        f"There is no file or folder {path}.",
-        way_out=_meant(spec) or "Correct the path, or run `ghsync sample` to write the sample.",
-    )
-
-
-def _meant(spec: str) -> str | None:
-    """Return the way out of what shells and lists would be and no path is; None where it looks like one path."""
-    if _BRACES.search(spec):
-        return "Braces are for `ghsync fetch`: name the folder, a glob as hours/2015-03-01-*.json.gz, or " + _A_LIST
-    if spec.lstrip().startswith("[") or _SEVERAL.search(spec):
-        return "Correct the path; for several, name the folder, a glob or " + _A_LIST
-    return None
-
-
-def _no_file(path: str, seen: os.stat_result, way_out: str) -> InputError:
-    kind = next((words for is_kind, words in _NO_FILES if is_kind(seen.st_mode)), "something else")
-    return InputError(f"{path} is no regular file but {kind}.", way_out=way_out)
-
-
-def _opened(tails: set[tuple[str, ...]]) -> _Tails:
-    """Return the ways to go on, where ``**`` stands for no folder too."""
-    ways = set(tails)
-    for tail in tails:
-        folders = next((at for at, part in enumerate(tail) if part != "**"), len(tail) - 1)
-        ways |= {tail[at:] for at in range(folders + 1)}
-    return _ALL if ("**",) in ways else frozenset(ways)
-
-
-def _below(tails: _Tails, name: str) -> _Tails:
-    """Return what is left of a glob below a name; nothing: it does not match."""
-    kept = {tail for tail in tails if tail[0] == "**"}
-    return _opened(kept | {tail[1:] or ("**",) for tail in tails - kept if fnmatch.fnmatchcase(name, tail[0])})
-
-
-def _set_aside(specs: Sequence[str]) -> dict[str, str]:
-    """Return the paths in folders such as ``_temporary`` beside which other paths lie, each with that folder.
-
-    So a list agrees with the folder that it is a list of. A dot folder is not judged: people keep events in
-    ``~/.cache`` or ``.ghsync``, and name them. Nor is a path by itself, or a glob: that folder is meant.
-    """
-    if not any("_" in spec for spec in specs):
-        return {}
-    paths = [spec if _SCHEME.match(spec) else os.path.abspath(os.path.expanduser(spec)) for spec in specs]
-    inside: Counter[str] = Counter()
-    folders: list[tuple[str, str]] = []
-    for path in dict.fromkeys(paths):
-        at = ""
-        for part in path.split("/")[1:]:
-            inside[at] += 1
-            at = f"{at}/{part}"
-            if part.startswith("_") and _is_hidden(part):
-                folders.append((path, at))
-        inside[at] += 1
-    # The outermost counts, as a folder is searched.
-    return {path: at for path, at in reversed(folders) if inside[at.rpartition("/")[0]] > inside[at]}
-
-
-def _is_in(path: str, folders: Iterable[str]) -> bool:
-    return any(path == folder or path.startswith(f"{folder}/") for folder in folders)
-
-
-def _reason(name: str) -> str | None:
-    """Return why a file of this name is left out."""
-    if _is_hidden(name):
-        return _HIDDEN
-    return None if _KNOWN.fullmatch(name) else _UNKNOWN
-
-
-def _is_hidden(name: str) -> bool:
-    """Tell whether Spark takes a name for no data: ``_name=value`` is a partition."""
-    return name.startswith(".") or (name.startswith("_") and "=" not in name)
-
-
-def _no_path(spec: str, scheme: str) -> InputError:
-    if scheme == "file":
-        way_out = f"Name the path itself: {unquote(urlsplit(spec).path)}"
-    elif hour := _HOUR.search(spec):
-        way_out = f"Get it first: ghsync fetch {hour.group(1)} ; then name the file."
-    elif scheme in ("http", "https"):
-        name = PurePosixPath(unquote(urlsplit(spec).path)).name
-        name = name if _KNOWN.fullmatch(name) else "events.json"
-        way_out = f"Get it first: curl -gfLo {shlex.quote(name)} {shlex.quote(spec)} ; then name the file."
-    elif (store := _STORES.get(scheme)) is not None:
-        way_out = f"Get it first: mkdir -p events && {_copy(store, spec)} ; then name the folder events."
-    else:
-        way_out = "Copy the files to a folder of this machine, or mount them; then name the folder."
-    return InputError(f"{spec} is an address; ghsync reads files of this machine.", way_out=way_out)
-
-
-def _copy(store: str, spec: str) -> str:
-    """Return the command that copies one file, what matches a glob, or a folder from a store to the folder events."""
-    rest = spec.partition("://")[2].rstrip("/")
-    has_magic = glob.has_magic(rest)
-    one = "/" in rest and not has_magic and _KNOWN.fullmatch(rest.rpartition("/")[2])
-    url = shlex.quote(f"{store}://{rest}")
-    if store == "gs":
-        return f"gcloud storage cp {'' if one or has_magic else '--recursive '}{url} events/"
-    if one:
-        return f"aws s3 cp {url} events/"
-    if not has_magic:
-        return f"aws s3 cp --recursive {url} events/"
-    # aws knows globs as filters alone.
-    folder = _MAGIC.split(rest)[0].rpartition("/")[0]
-    pattern = shlex.quote(rest[len(folder) + 1 :])
-    return f"aws s3 cp --recursive {shlex.quote(f's3://{folder}/')} events/ --exclude '*' --include {pattern}"
-
-
 def look_at(state: FileState) -> InputFile | None:
     """Look at the head of a file: how it is packed, how its text is encoded, and what its events stand in.
 
@@ -498,13 +64,13 @@ def look_at(state: FileState) -> InputFile | None:
         InputError: The file is damaged from its start on, or of a kind that can't be read.
     """
     path, size = state.path, state.size
-    head = _head(path, _HEAD)
+    head = head_of(path, _HEAD)
     packing = packing_of(head)
     try:
         text = _first(head, packing, is_whole=len(head) == size)
         # A line that is longer, or a block that is packed as one, says nothing yet.
         if len(head) == _HEAD and (b"\n" not in text if packing is None else not text):
-            head = _head(path, _LONG_HEAD)
+            head = head_of(path, _LONG_HEAD)
             text = _first(head, packing, is_whole=len(head) == size)
         utf16 = is_utf16(text)
         if utf16:
@@ -533,7 +99,8 @@ def _open_regular(path: str, flags: int) -> int:
     return number
 
 
-def _head(path: str, size: int) -> bytes:
+def head_of(path: str, size: int) -> bytes:
+    """Return the first bytes of a file."""
     try:
         # Unbuffered: there may be very many files.
         with open_file(path, buffering=0) as raw:

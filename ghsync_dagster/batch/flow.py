@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from ghsync_dagster.batch import checks
-from ghsync_dagster.batch.files import find_files
 from ghsync_dagster.batch.flatten import check_users, flatten_users
 from ghsync_dagster.batch.load import Step, load_users
 from ghsync_dagster.batch.read import read_events
 from ghsync_dagster.batch.reports import Artifacts, FlattenReport, LoadReport, ReadReport
+from ghsync_dagster.batch.search import find_files
 from ghsync_dagster.batch.versions import UNKNOWN, InputState, version_of
 from ghsync_dagster.domain.errors import TransientError
 from ghsync_dagster.domain.event import FUTURE_WORDS

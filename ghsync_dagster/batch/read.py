@@ -1,7 +1,7 @@
 """Read: every line of the input files becomes a typed event, a quarantined line with its reason, or is blank.
 
 Belongs here: which task reads what, that lines and bytes are conserved, and how far the work is. What a task does with
-its lines is ``batch.decide``'s, which files there are is ``batch.files``'s.
+its lines is ``batch.decide``'s, which files there are is ``batch.search``'s.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ from ghsync_dagster.batch.decide import (
     read_done,
     write_task,
 )
-from ghsync_dagster.batch.files import InputFile, find_files, together
+from ghsync_dagster.batch.files import InputFile, together
 from ghsync_dagster.batch.reports import FileCount, LeftOut, ReadReport, count_rows
+from ghsync_dagster.batch.search import find_files
 from ghsync_dagster.domain.errors import ConfigError, InputError, PermanentError, shown
 from ghsync_dagster.domain.event import latest_time
 from ghsync_dagster.folders import ROOM, ensure_folder

@@ -29,7 +29,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ghsync_dagster.batch.files import InputFile, find_files, look_at
+from ghsync_dagster.batch.files import InputFile, look_at
+from ghsync_dagster.batch.search import find_files
 from ghsync_dagster.batch.unpack import unpacked
 from ghsync_dagster.batch.versions import FileState, state_of
 from ghsync_dagster.domain.errors import InputError
