@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import sys
 from difflib import get_close_matches
 from functools import cached_property
@@ -21,6 +22,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, Validati
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from ghsync_dagster.domain.errors import ConfigError
+from ghsync_dagster.mongo_uri import wrong_options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -378,6 +380,8 @@ class Settings(BaseSettings):
         # pymongo takes a bare host too, Spark's connector does not.
         if uri is not None and not uri.get_secret_value().startswith(("mongodb://", "mongodb+srv://")):
             raise ValueError("it needs mongodb:// or mongodb+srv:// at its beginning")
+        if uri is not None and (wrong := wrong_options(uri.get_secret_value())):
+            raise ValueError(wrong)
         return uri
 
     @field_validator("spark_master")
@@ -386,6 +390,23 @@ class Settings(BaseSettings):
         if not _MASTER.fullmatch(master):
             raise ValueError("Spark takes local[*], local[4], spark://host:port, yarn or k8s://...")
         return master
+
+    @field_validator("home", "cache")
+    @classmethod
+    def _is_a_folder(cls, folder: Path | None) -> Path | None:
+        try:
+            return folder and folder.expanduser()
+        except RuntimeError:
+            raise ValueError("its ~ is no user's home folder") from None
+
+    @field_validator("spark_driver_java_options")
+    @classmethod
+    def _is_quoted(cls, options: str) -> str:
+        try:
+            shlex.split(options)
+        except ValueError as error:
+            raise ValueError(f"its quotes are not as in a shell ({str(error).lower()})") from None
+        return options
 
     @field_validator("mongodb_database")
     @classmethod
@@ -488,14 +509,14 @@ class Settings(BaseSettings):
     @cached_property
     def home_dir(self) -> Path:
         """``home`` as an absolute path."""
-        return self.home.expanduser().resolve()
+        return self.home.resolve()
 
     @cached_property
     def cache_dir(self) -> Path:
         """Where downloaded jars are kept."""
         from platformdirs import user_cache_path
 
-        return self.cache.expanduser().resolve() if self.cache else user_cache_path("ghsync", appauthor=False)
+        return self.cache.resolve() if self.cache else user_cache_path("ghsync", appauthor=False)
 
 
 def _paths_in(text: str) -> list[str]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.local.supervisor import ServerSpec, ServiceStatus, Supervisor, server_to_use
+from ghsync_dagster.mongo_uri import tls_files
 from ghsync_dagster.observability.logging import get_logger
 
 if TYPE_CHECKING:
@@ -175,12 +176,15 @@ def _answers(uri: str, seconds: float) -> bool:
 
     milliseconds = int(seconds * 1000)
     try:
-        with MongoClient[dict[str, object]](
-            uri,
-            serverSelectionTimeoutMS=milliseconds,
-            connectTimeoutMS=milliseconds,
-            socketTimeoutMS=milliseconds,
-        ) as client:
+        with (
+            tls_files(),
+            MongoClient[dict[str, object]](
+                uri,
+                serverSelectionTimeoutMS=milliseconds,
+                connectTimeoutMS=milliseconds,
+                socketTimeoutMS=milliseconds,
+            ) as client,
+        ):
             client.admin.command("hello")
     except OperationFailure:
         return True

@@ -20,6 +20,7 @@ from pymongo import MongoClient, ReadPreference, UpdateOne, WriteConcern
 from pymongo.errors import BulkWriteError, DuplicateKeyError, InvalidURI
 
 from ghsync_dagster.domain.user import MARKER_FIELD, MARKER_VALUE, USER_FIELDS, json_schema
+from ghsync_dagster.mongo_uri import tls_files
 from ghsync_dagster.observability.logging import redact
 from ghsync_dagster.stores.collection import Document, UsersCollection
 from ghsync_dagster.stores.mongo_errors import DUPLICATE_KEY, mongo_errors
@@ -102,7 +103,7 @@ class UserStore(UsersCollection):
     def __init__(self, uri: str, database: str, collection: str, *, timeout_seconds: float = 10) -> None:
         self.uri = uri
         self.timeout_ms = int(timeout_seconds * 1000)
-        with mongo_errors("Connecting"):
+        with mongo_errors("Connecting"), tls_files():
             try:
                 self.client: MongoClient[Document] = MongoClient(
                     uri, serverSelectionTimeoutMS=self.timeout_ms, appname="ghsync", tz_aware=True

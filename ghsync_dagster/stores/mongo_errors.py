@@ -60,7 +60,8 @@ def mongo_errors(what: str) -> Iterator[None]:
     except (ConnectionFailure, ExecutionTimeout) as error:
         raise UnavailableError(
             f"{what}: MongoDB can't be reached ({type(error).__name__}: {_first_line(error)}).",
-            way_out="Check that the server is up (ghsync status) and that MONGODB_URI names it; then run again.",
+            way_out="Check that the server is up (ghsync status), that MONGODB_URI names it, and that its TLS options "
+            "(tls, tlsCAFile) fit the server; then run again.",
         ) from None
     except OperationFailure as error:
         labels = ("TransientTransactionError", "RetryableWriteError")

@@ -492,6 +492,20 @@ def test_the_home_folder_is_absolute_and_understands_the_tilde(tmp_path: Path, m
     assert load_settings(GHSYNC_HOME="state").home_dir == tmp_path / "state"
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("GHSYNC_HOME", "~nobody-of-that-name/x", "its ~ is no user's home folder"),
+        ("GHSYNC_CACHE", "~nobody-of-that-name", "its ~ is no user's home folder"),
+        ("SPARK_DRIVER_JAVA_OPTIONS", '-Da="x', "its quotes are not as in a shell"),
+        ("SPARK_DRIVER_JAVA_OPTIONS", "-Da=x\\", "its quotes are not as in a shell"),
+    ],
+)
+def test_what_is_only_expanded_later_is_refused_at_once(name: str, value: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=f"Settings are wrong: {name}: {words}"):
+        load_settings(**{name: value})
+
+
 def test_settings_do_not_change(tmp_path: Path) -> None:
     settings = load_settings(GHSYNC_HOME=str(tmp_path))
     with pytest.raises(ValueError, match="frozen"):

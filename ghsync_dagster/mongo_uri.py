@@ -1,0 +1,82 @@
+"""What a ``MONGODB_URI`` says that the driver would pass over or say without its name: its options and their files.
+
+Belongs here: what is wrong with them, in words without credentials. Not here: a connection, or how it fails.
+"""
+
+from __future__ import annotations
+
+import re
+import ssl
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+from ghsync_dagster.domain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_COMPRESSORS: Final = frozenset({"snappy", "zlib", "zstd"})
+_MAY_REPEAT: Final = "readpreferencetags"
+_HOLDS_TOKENS: Final = "authmechanismproperties"
+
+
+def wrong_options(uri: str) -> str | None:
+    """Return in words what is wrong with a URI's options; None where nothing is.
+
+    The driver warns of most of it and goes on without the option, as without TLS where ``tls`` is misspelt.
+
+    >>> wrong_options("mongodb://app:s3cret@db/?tls=maybe")
+    "The value of tls must be 'true' or 'false'"
+    """
+    query = uri.partition("?")[2]
+    given: set[str] = set()
+    problems: list[str] = []
+    for option in re.split("[&;]", query) if query else ():
+        name, _, value = option.partition("=")
+        if name.lower() in given - {_MAY_REPEAT}:
+            problems.append(f"{name} is given twice")
+        given.add(name.lower())
+        if problem := _wrong_option(option, name, value):
+            problems.append(problem)
+    if problems and "@" in query:
+        # What looks like an option may be a part of the password.
+        return "it is malformed: percent-encode special characters of user and password"
+    return "; ".join(problems) or None
+
+
+def _wrong_option(option: str, name: str, value: str) -> str | None:
+    from pymongo.errors import ConfigurationError
+    from pymongo.uri_parser import split_options
+
+    if name.lower() == "compressors":
+        # Of a known one that is not installed here the driver takes the next.
+        unknown = sorted(set(value.split(",")) - _COMPRESSORS)
+        return f"compressors has {unknown[0]!r}: known are {', '.join(sorted(_COMPRESSORS))}" if unknown else None
+    try:
+        split_options(option)
+    except OSError as error:
+        return f"{name} names a file that can't be read: {error.strerror}"
+    except (ConfigurationError, TypeError, ValueError) as error:
+        return f"{name} is malformed" if name.lower() == _HOLDS_TOKENS else str(error).partition(" or maybe ")[0]
+    return None
+
+
+@contextmanager
+def tls_files() -> Iterator[None]:
+    """Make a client inside: files for TLS are read then.
+
+    Raises:
+        ConfigError: One of them is there and can't be used.
+    """
+    from pymongo.errors import ConfigurationError
+
+    try:
+        yield
+    except (OSError, ConfigurationError) as error:
+        # The driver says ConfigurationError of a key that does not fit too; what TLS said is its context.
+        if not isinstance(error, OSError) and not isinstance(error.__context__, ssl.SSLError):
+            raise
+        raise ConfigError(
+            f"A file that MONGODB_URI names for TLS can't be used ({error}).",
+            way_out="Correct tlsCAFile, tlsCertificateKeyFile, its tlsCertificateKeyFilePassword, or tlsCRLFile there.",
+        ) from None
