@@ -7,6 +7,7 @@ A check fails on data only; where a server can't be reached it raises, and the r
 from collections.abc import Callable
 
 import dagster as dg
+from pydantic import Field
 
 from ghsync_dagster.batch.checks import Finding
 from ghsync_dagster.batch.flow import STORE_CHECKS
@@ -17,8 +18,8 @@ from ghsync_dagster.defs.resources import BatchResource
 class QuarantineConfig(dg.Config):
     """What the launchpad may set for quarantined_ratio."""
 
-    max_quarantined_ratio: float | None = None
-    """Bearable share of bad lines, 0 to 1; empty: GHSYNC_MAX_QUARANTINED_RATIO."""
+    max_quarantined_ratio: float | None = Field(default=None, ge=0, le=1)
+    """Allowed share of bad lines, 0 to 1; empty: GHSYNC_MAX_QUARANTINED_RATIO."""
 
 
 def as_result(finding: Finding) -> dg.AssetCheckResult:

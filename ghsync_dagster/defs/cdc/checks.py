@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import TypeVar
 
 import dagster as dg
+from pydantic import Field
 
 from ghsync_dagster.cdc import checks
 from ghsync_dagster.cdc.checks import (
@@ -43,32 +44,32 @@ T = TypeVar("T")
 class LagConfig(dg.Config):
     """What the launchpad may set for kafka_lag."""
 
-    max_lag_records: int | None = None
+    max_lag_records: int | None = Field(default=None, ge=0)
     """Records that may wait; empty: GHSYNC_MAX_LAG_RECORDS."""
 
 
 class LatencyConfig(dg.Config):
     """What the launchpad may set for cdc_latency."""
 
-    max_latency_ms: float | None = None
+    max_latency_ms: float | None = Field(default=None, gt=0)
     """The bearable p99 in milliseconds; empty: GHSYNC_MAX_LATENCY_MS."""
-    window_seconds: float | None = None
+    window_seconds: float | None = Field(default=None, gt=0)
     """How far back to look; empty: six times GHSYNC_CDC_REPORT_SECONDS, at least a minute."""
 
 
 class SourceConfig(dg.Config):
     """What the launchpad may set for source_settings."""
 
-    statement_hours: float | None = None
+    statement_hours: float | None = Field(default=None, gt=0)
     """How far back Connect's log is looked at for statements that came as text; empty: 24."""
 
 
 class AuditConfig(dg.Config):
     """What the launchpad may set for in_step_with_mysql."""
 
-    lag_wait_seconds: float = 60.0
+    lag_wait_seconds: float = Field(default=60.0, ge=0)
     """How long to wait until no change waits for the consumer."""
-    patience_seconds: float = 30.0
+    patience_seconds: float = Field(default=30.0, ge=0)
     """How long what differs is read again, since changes may be on their way."""
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import dagster as dg
+from pydantic import Field
 
 from ghsync_dagster.batch import checks
 from ghsync_dagster.batch.checks import Finding
@@ -34,21 +35,21 @@ NEW_DEAD_LETTERS = "new_dead_letters"
 class SliceConfig(dg.Config):
     """What the launchpad may set for cdc_sync_job."""
 
-    seconds: float | None = None
+    seconds: float | None = Field(default=None, gt=0)
     """How long to consume; empty: GHSYNC_CDC_SLICE_SECONDS."""
 
 
 class DrainConfig(dg.Config):
     """What the launchpad may set for draining in cdc_drain_job."""
 
-    timeout_seconds: float | None = None
+    timeout_seconds: float | None = Field(default=None, gt=0)
     """How long to consume at most: the run fails if the end was not reached then; empty: as long as it takes."""
 
 
 class GateConfig(dg.Config):
     """What the launchpad may set for the gate of cdc_drain_job."""
 
-    max_new_dead_letters: int = 0
+    max_new_dead_letters: int = Field(default=0, ge=0)
     """Dead letters that may be made while it drains: 0, since each is a change that is not applied."""
 
 

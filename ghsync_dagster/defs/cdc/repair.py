@@ -53,7 +53,7 @@ class RepairConfig(dg.Config):
     """The users with an open dead letter."""
     everyone: bool = False
     """Every user in which the two sides differ now, without waiting for changes in flight."""
-    patience_seconds: float = 10.0
+    patience_seconds: float = Field(default=10.0, ge=0)
     """For how long the audit looks again at what differs."""
     dry_run: bool = False
     """Only tell what would be done. With dead_letters their index is brought up to date; nothing else is written."""
