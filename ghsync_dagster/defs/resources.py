@@ -97,7 +97,7 @@ class SettingsResource(dg.ConfigurableResource["SettingsResource"]):
     def given(self) -> Mapping[str, object]:
         """Return the settings that this resource gives, by environment variable."""
         values = ((Settings.model_fields[name].validation_alias, getattr(self, name)) for name in self._names())
-        return {str(variable): value for variable, value in values if value is not None}
+        return {str(variable): value for variable, value in values if value not in (None, "")}
 
     def settings(self) -> Settings:
         """Return the settings with this resource's; a test's resource may override this."""

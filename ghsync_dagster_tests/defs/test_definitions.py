@@ -279,6 +279,16 @@ def test_what_the_launchpad_gives_a_resource_wins_over_the_environment(monkeypat
     assert (settings.mongodb_database, settings_of_a_run({}).spark_master) == ("one", "spark://elsewhere:7077")
 
 
+def test_an_empty_text_in_the_launchpad_is_as_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARK_MASTER", "spark://elsewhere:7077")
+    monkeypatch.setenv("MONGODB_DATABASE", "one")
+    given = {
+        "spark": {"config": dict.fromkeys(("spark_master", "spark_driver_memory", "spark_driver_java_options"), "")},
+        "batch": {"config": dict.fromkeys(("mongodb_uri", "mongodb_database", "mongodb_collection"), "")},
+    }
+    assert settings_of_a_run(given) == load_settings()
+
+
 @pytest.mark.parametrize("setting", ["mongodb_uri", "rules_module"])
 def test_a_secret_that_is_typed_into_the_launchpad_is_refused(monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
     secret = "mongodb://app:hunter2@127.0.0.1:1"
