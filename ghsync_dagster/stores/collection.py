@@ -212,12 +212,27 @@ class UsersCollection:
     def _look(self) -> None:
         """Raise where the collection is there and set up in another way."""
         if not (listed := self._listed()):
+            self._refuse_like_database()
             return
         name, options = self.users.full_name, listed.get("options", {})
         _refuse_kind(name, listed.get("type", "collection"), options)
         empty = self.users.find_one({}, {"_id": 1}) is None
         _refuse_validator(name, options, empty=empty)
         _refuse_indexes(name, self._indexes(), empty=empty)
+
+    def _refuse_like_database(self) -> None:
+        """Raise where the server has a database of this name in another case, beside which it makes none."""
+        own = self.database.name
+        try:
+            names = self.database.client.list_database_names()
+        except OperationFailure:
+            # The account may not list them, and the first write tells.
+            return
+        if own not in names and (like := next((name for name in names if name.lower() == own.lower()), None)):
+            raise RefusedError(
+                f"MongoDB has a database {like} and makes none beside it whose name differs in case only, as {own}.",
+                way_out=f"Set MONGODB_DATABASE={like}, or name another database.",
+            )
 
 
 def _contract() -> Document:

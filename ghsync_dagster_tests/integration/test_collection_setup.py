@@ -6,13 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import pymongo
 import pytest
 from cdc_parts import free_port
 from pymongo import MongoClient, WriteConcern
 from pymongo.database import Database
-from pymongo.errors import AutoReconnect, DuplicateKeyError, WriteError
+from pymongo.errors import AutoReconnect, DuplicateKeyError, OperationFailure, WriteError
 from pymongo.monitoring import CommandFailedEvent, CommandListener, CommandStartedEvent, CommandSucceededEvent
 
 from ghsync_dagster.cdc.apply import apply
@@ -283,6 +284,27 @@ def test_an_election_is_awaited_and_a_dead_address_is_not(store: UserStore, monk
 def test_a_look_at_a_collection_that_is_not_there_makes_none(store: UserStore) -> None:
     store.check_collection()
     assert store.database.list_collection_names() == []
+
+
+def test_a_database_whose_name_differs_in_case_only_is_refused(
+    store: UserStore, mongo_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.database["Others"].insert_one({})
+    own = store.database.name
+    with UserStore(mongo_uri, own.upper(), "Users") as other:
+        for look in (other.check_collection, other.ensure_collection):
+            with pytest.raises(RefusedError, match=f"MongoDB has a database {own} and makes none beside it") as caught:
+                look()
+            assert f"MONGODB_DATABASE={own}," in caught.value.way_out
+        # An account that may not list them goes on.
+        refusal = OperationFailure("not authorized", 13)
+        monkeypatch.setattr(MongoClient, "list_database_names", Mock(side_effect=refusal))
+        other.check_collection()
+        # Where a server keeps both, both are right.
+        monkeypatch.setattr(MongoClient, "list_database_names", lambda _: [own, other.database.name])
+        other.check_collection()
+    monkeypatch.undo()
+    store.check_collection()
 
 
 def test_an_index_that_makes_user_id_unique_under_another_name_is_enough(store: UserStore) -> None:
