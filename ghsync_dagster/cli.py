@@ -3,13 +3,14 @@
 Belongs here: arguments, exit codes, what is printed. Not here: anything that the flows or servers decide.
 
 Exit codes: 0 done; 1 a gate failed; 2 bad settings, input or credentials; 3 a server is away, after retries, or the
-stream is stopped; 70 a fault of ghsync itself; 130 and 143 stopped by Ctrl-C and SIGTERM; 142 a library froze the
-process.
+stream is stopped; 70 a fault of ghsync itself; 130 and 143 stopped by Ctrl-C and SIGTERM; 141 nobody reads the output
+any more; 142 a library froze the process.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -25,7 +26,7 @@ from ghsync_dagster import cli_cdc, cli_repair, cli_show
 from ghsync_dagster.domain.errors import GhsyncError, TransientError
 from ghsync_dagster.observability.logging import configure_logging, redact
 from ghsync_dagster.settings import Settings, load_settings, settings_file
-from ghsync_dagster.stopping import end_past_what_hangs, exit_on_signals
+from ghsync_dagster.stopping import end_past_what_hangs, exit_on_signals, is_unread
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.batch.checks import Finding
 
 GATE_FAILED, PERMANENT, TRANSIENT = 1, 2, 3
+READER_GONE = 128 + signal.SIGPIPE
 _PLAIN_WIDTH = 160
 
 
@@ -56,6 +58,10 @@ class _Group(TyperGroup):
             sys.stderr.write(f"error: {redact(error.message)}\nway out: {redact(error.way_out)}\n")
             ctx.exit(TRANSIENT if isinstance(error, TransientError) else PERMANENT)
         except OSError as error:
+            if isinstance(error, BrokenPipeError) and is_unread(sys.stdout):
+                # The interpreter flushes once more at its end.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                ctx.exit(READER_GONE)
             sys.stderr.write(f"error: {redact(str(error))}\nway out: check the path, its permissions and the disk.\n")
             ctx.exit(PERMANENT)
         except KeyboardInterrupt:
@@ -333,7 +339,13 @@ def _print_json(document: object) -> None:
 def _console() -> Any:  # noqa: ANN401
     from rich.console import Console
 
-    return Console() if sys.stdout.isatty() else Console(width=_PLAIN_WIDTH)
+    class Whole(Console):
+        """Leaves a pipe that nobody reads to the outermost layer."""
+
+        def on_broken_pipe(self) -> None:
+            raise  # noqa: PLE0704  it is called where one is handled
+
+    return Whole() if sys.stdout.isatty() else Whole(width=_PLAIN_WIDTH)
 
 
 def _progress() -> Progress:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import select
 import signal
 import sys
 import threading
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import IO, TYPE_CHECKING, Final, NoReturn
 
 from ghsync_dagster.observability.logging import get_logger
 
@@ -80,6 +81,16 @@ def killed_when_frozen(seconds: float = FROZEN_SECONDS) -> Iterator[None]:
         thread.join()
         signal.setitimer(signal.ITIMER_REAL, 0)
         faulthandler.unregister(signal.SIGALRM)
+
+
+def is_unread(stream: IO[str]) -> bool:
+    """Tell whether the stream leads into a pipe that nobody reads any more, as that of ``ghsync status | head -1``."""
+    with suppress(OSError, ValueError):
+        poll = select.poll()
+        # That the reader is gone is told unasked.
+        poll.register(stream, 0)
+        return bool(poll.poll(0))
+    return False
 
 
 def exit_on_signals() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -194,6 +195,39 @@ def test_an_interrupt_is_told_in_one_word() -> None:
     result = CliRunner().invoke(_raising(KeyboardInterrupt()), [])
     assert result.exit_code == 130
     assert result.stderr == "stopped\n"
+
+
+PRINTS = """
+from ghsync_dagster import cli
+cli.app.command("rich")(lambda: cli._console().print("x"))
+cli.app.command("plain")(lambda: cli.typer.echo("x" * 100_000))
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", ["plain", "rich"])
+def test_a_pipe_that_nobody_reads_any_more_ends_the_command_quietly(command: str, unbuffered: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-c", PRINTS, command],
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, b"")
+
+
+def test_a_server_s_broken_pipe_is_an_error() -> None:
+    result = CliRunner().invoke(_raising(BrokenPipeError(errno.EPIPE, "Broken pipe")), [])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: [Errno 32] Broken pipe")
 
 
 def test_malformed_settings_end_any_command_at_once(
