@@ -76,3 +76,11 @@ def test_a_dagster_home_that_is_no_folder_is_refused_and_not_made(named: str, mo
     with pytest.raises(ConfigError, match=r"DAGSTER_HOME is .* no absolute path of a folder that exists"):
         use_dagster_home(load_settings())
     assert not Path(named).is_dir()
+
+
+def test_a_dagster_home_that_can_t_be_written_to_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Read-only for root too.
+    monkeypatch.setenv("DAGSTER_HOME", "/proc")
+    with pytest.raises(ConfigError, match="Nothing can be written to /proc") as raised:
+        use_dagster_home(load_settings())
+    assert "set DAGSTER_HOME to a folder" in raised.value.way_out
