@@ -55,7 +55,7 @@ def _wrong_option(option: str, name: str, value: str) -> str | None:
     try:
         split_options(option)
     except OSError as error:
-        return f"{name} names a file that can't be read: {error.strerror}"
+        return f"{name} names {error.filename}, which can't be read ({error.strerror})"
     except (ConfigurationError, TypeError, ValueError) as error:
         return f"{name} is malformed" if name.lower() == _HOLDS_TOKENS else str(error).partition(" or maybe ")[0]
     return None

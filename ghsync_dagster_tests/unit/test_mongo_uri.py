@@ -37,10 +37,10 @@ if TYPE_CHECKING:
         ("authSource=", "authSource database cannot be an empty string"),
         ("authMechanismProperties=PLANTED:x", "authMechanismProperties is malformed."),
         *(
-            (f"tls=true&{option}=/there/is/none", f"{option} names a file that can't be read: No such file")
+            (f"tls=true&{option}=/there/is/none", f"{option} names /there/is/none, which can't be read (No such file")
             for option in ("tlsCAFile", "tlsCertificateKeyFile", "tlsCRLFile")
         ),
-        ("tlsCAFile=/", "tlsCAFile names a file that can't be read: Is a directory"),
+        ("tlsCAFile=/", "tlsCAFile names /, which can't be read (Is a directory)"),
     ],
 )
 def test_an_option_that_the_driver_passes_over_is_refused_without_the_password(options: str, words: str) -> None:
