@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ghsync_dagster.batch import decide, read, search
+from ghsync_dagster.batch import decide, read
 from ghsync_dagster.batch.decide import EVENTS, FAULT, QUARANTINE, Piece, Task, _Done, read_done, write_task
+from ghsync_dagster.batch.files import look_at
 from ghsync_dagster.batch.search import find_files
 from ghsync_dagster.batch.unpack import values_of
 from ghsync_dagster.domain.errors import ConfigError
@@ -232,7 +233,7 @@ def test_a_long_search_and_a_long_look_are_told(
         raise InterruptedError
 
     monkeypatch.setattr(read, "find_files", slow("looking for files", find_files))
-    monkeypatch.setattr(search, "look_at", slow("looking at the files", search.look_at))
+    monkeypatch.setattr("ghsync_dagster.batch.search.look_at", slow("looking at the files", look_at))
     with pytest.raises(InterruptedError):
         read.read_events(no_session, [str(tmp_path)], tmp_path / "out", ())
     assert told("looking at the files")[0]["files"] == 0
