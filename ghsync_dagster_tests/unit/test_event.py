@@ -59,7 +59,7 @@ def test_a_repeated_key_among_many_is_found_without_comparing_each_with_each(mon
 
     monkeypatch.setattr("ghsync_dagster.domain.event._Pairs", Pairs)
     keys = b",".join(b'"k%d":0' % number for number in range(2_000))
-    assert decide(b'{"id":1,' + keys + b',"k1999":0}') == Refused("key k1999 stands more than once")
+    assert decide(b'{"id":1,' + keys + b',"id":0}') == Refused("key id stands more than once")
     assert 1 <= compared < 20_000
 
 
@@ -68,22 +68,23 @@ def test_the_kinds_are_many_and_told_apart_by_name() -> None:
     assert sum(isinstance(odd.outcome, str) for odd in KINDS) >= 33
 
 
-@pytest.mark.parametrize("name", ["id", "type", "actor", "repo", "created_at", "payload", "extra"])
+@pytest.mark.parametrize("name", ["id", "type", "actor", "repo", "created_at", "payload", "extra", "naïve", "x" * 300])
 @pytest.mark.parametrize("spelling", ["compact", "spaced", "escaped"])
-def test_a_repeated_key_is_refused_however_it_is_spelled(name: str, spelling: str) -> None:
+def test_a_repeated_used_key_is_refused_however_it_is_spelled(name: str, spelling: str) -> None:
     value = encoded(EVENT.get(name, 1))
     key = {"compact": f'"{name}"', "spaced": f' "{name}" ', "escaped": f'"\\u{ord(name[0]):04x}{name[1:]}"'}[spelling]
-    twice = line(extra=1)[:-1] + b"," + key.encode() + b":" + value + b"}"
-    assert decide(twice) == Refused(f"key {name} stands more than once")
+    twice = line(**{name: EVENT.get(name, 1)})[:-1] + b"," + key.encode() + b":" + value + b"}"
+    used = Refused(f"key {name} stands more than once")
+    assert decide(twice) == (used if name in USED_KEYS else decide(GOOD))
 
 
 @pytest.mark.parametrize("name", [*ACTOR, "display_login"])
 @pytest.mark.parametrize("spelling", ["compact", "spaced", "escaped"])
-def test_a_repeated_key_of_the_actor_is_refused_however_it_is_spelled(name: str, spelling: str) -> None:
+def test_a_repeated_used_key_of_the_actor_is_refused_however_it_is_spelled(name: str, spelling: str) -> None:
     key = {"compact": f'"{name}"', "spaced": f'\t"{name}" ', "escaped": f'"\\u{ord(name[0]):04X}{name[1:]}"'}[spelling]
     head, actor, tail = line(actor={"display_login": "o"}).partition(encoded(ACTOR | {"display_login": "o"}))
     twice = head + actor[:-1] + b"," + key.encode() + b":" + encoded(ACTOR.get(name, "o")) + b"}" + tail
-    assert decide(twice) == Refused(f"key actor.{name} stands more than once")
+    assert decide(twice) == (Refused(f"key actor.{name} stands more than once") if name in ACTOR else decide(GOOD))
 
 
 def test_a_rule_of_a_project_refuses_with_its_words() -> None:
@@ -172,7 +173,6 @@ def test_what_is_wrong_beside_a_lone_surrogate_is_told() -> None:
 
     assert with_lone(line(payload="YY", actor={"id": "9"})) == "actor.id: expected a whole number, got a string"
     assert with_lone(line(payload="YY")[:-1] + b',"id":"2"}') == "key id stands more than once"
-    assert with_lone(line(payload="YY")[:-1] + b',"YY":1,"YY":1}') == r'key "\ud800" stands more than once'
     assert with_lone(line(payload="YY")[:-3]).startswith("malformed JSON: ")
 
 
