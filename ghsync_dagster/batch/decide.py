@@ -12,18 +12,33 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 
 from ghsync_dagster.batch.files import InputFile, damaged, open_file, unreadable
-from ghsync_dagster.batch.unpack import DamagedError, as_utf8, lines_of, range_of_lines, unpacked, values_of, weight_of
+from ghsync_dagster.batch.unpack import (
+    BZIP2,
+    GZIP,
+    ZSTD,
+    DamagedError,
+    TooLongError,
+    as_utf8,
+    events_within,
+    lines_of,
+    range_of_lines,
+    unpacked,
+    values_of,
+    weight_of,
+)
 from ghsync_dagster.batch.versions import FileState, state_of
 from ghsync_dagster.domain.errors import ConfigError, GhsyncError, InputError, PermanentError
 from ghsync_dagster.domain.event import RAW_LIMIT, Event, Refused, event_decoder, event_shape
@@ -43,6 +58,10 @@ FAULT: Final = "fault"
 
 _DONE: Final = struct.Struct("<QQ")
 _ROW_GROUP: Final = 50_000
+_LINE_HEAD: Final = 100
+_READERS: Final = {None: "cat", GZIP: "gzip -dc", BZIP2: "bzip2 -dc", ZSTD: "zstd -dc"}
+_VALUES: Final = 'if type == "array" then .[] else . end'
+_EVENTS: Final = '.. | objects | select(has("id") and has("type") and has("created_at") and has("actor"))'
 _DETAIL: Final = re.compile(r", got .*| \(byte \d+\)|\".*\" follows", re.DOTALL)
 
 
@@ -69,7 +88,8 @@ class Tally(NamedTuple):
         kind: ``events`` or ``quarantine`` with the name of a part, ``reason`` with its words, ``blank``, ``piece`` with
             the place of a file and the first byte, or ``fault`` with an error's class, message and way out as JSON.
         name: As the kind says.
-        rows: Rows of the part, or lines; of a piece, its lines, counted by their ends.
+        rows: Rows of the part, or lines; of a piece, its lines, counted by their ends. The values of its lines beyond
+            one a line are a piece of their own, behind the end of the file, where it moves no line's number.
         bytes: Of a piece: how many were read from the disk.
     """
 
@@ -122,7 +142,7 @@ class Task(NamedTuple):
             sorter = _Sorter(event_decoder(self.rules, self.latest), events, quarantine, is_here=is_here)
             for piece in pieces:
                 try:
-                    tallies.append(sorter.take(piece, done))
+                    tallies.extend(sorter.take(piece, done))
                 except InputError as error:
                     # Each file that can't be read is told, not the first one only.
                     tallies.append(_fault(error))
@@ -228,28 +248,32 @@ class _Sorter:
         self._quarantine = quarantine
         self._is_here = is_here
 
-    def take(self, piece: Piece, done: _Done) -> Tally:
+    def take(self, piece: Piece, done: _Done) -> list[Tally]:
         """Read a piece, telling how far that is; return how many lines and bytes it has.
 
         Raises:
-            InputError: The file is damaged, can't be read, or is not as it was when it was looked at.
+            InputError: The file is damaged, can't be read, is not as it was when it was looked at, or has values that
+                can't be told apart.
         """
         file = piece.file
         try:
             with open_file(file.path) as raw:
                 before = _hold(raw, file.state, is_here=self._is_here)
                 counted = _Counted(raw, piece, done)
-                lines = self._lines(file.path, counted) if file.has_lines else self._values(file.path, counted)
+                lines, more = self._lines(file, counted) if file.has_lines else (self._values(file, counted), 0)
                 _hold(raw, before)
         except DamagedError as error:
             raise damaged(file.path, str(error)) from None
+        except TooLongError as error:
+            raise _to_be_cut(file, str(error), _VALUES) from None
         except OSError as error:
             raise unreadable(file.path, error) from None
         done.piece(counted.bytes, is_first=piece.start == 0)
-        return Tally(PIECE, f"{piece.number} {piece.start}", lines, counted.bytes)
+        tallies = [Tally(PIECE, f"{piece.number} {piece.start}", lines, counted.bytes)]
+        return [*tallies, Tally(PIECE, f"{piece.number} {file.size + piece.start}", more)] if more else tallies
 
-    def _lines(self, path: str, content: _Counted) -> int:
-        number = 0
+    def _lines(self, file: InputFile, content: _Counted) -> tuple[int, int]:
+        number = more = 0
         decide, add = self._decide, self._events.add
         for lines in lines_of(content):
             for line in lines:
@@ -258,10 +282,32 @@ class _Sorter:
                 if isinstance(outcome, Event):
                     add(outcome)
                 else:
-                    self._other(path, number, line, outcome)
-        return content.lines
+                    more += self._odd_line(file, number, line, outcome)
+        return content.lines, more
 
-    def _values(self, path: str, content: _Counted) -> int:
+    def _odd_line(self, file: InputFile, number: int, line: bytes, outcome: Refused | None) -> int:
+        """Take what is no event: a blank line, a bad one, or several values; return how many beyond one."""
+        values = (value for _, value in values_of([line] if outcome else [], is_line=True))
+        # What follows one object without an array is no value, but makes the line a bad one.
+        needed = 1 if line[:_LINE_HEAD].lstrip(b"\xef\xbb\xbf \t\r").startswith(b"[") else 2
+        first: list[bytes] = []
+        for value in values:
+            first.append(value)
+            needed -= value.startswith(b"{")
+            if not needed:
+                break
+        else:
+            self._other(file, number, line, outcome)
+            return 0
+        weight = count = 0
+        for value in chain(first, values):
+            self._value(file, number, value)
+            weight += weight_of(value)
+            count += 1
+        _hold_weight(file.path, weight_of(line), weight)
+        return count - 1
+
+    def _values(self, file: InputFile, content: _Counted) -> int:
         values = weight = read = 0
 
         def weighed() -> Iterator[bytes]:
@@ -273,24 +319,50 @@ class _Sorter:
         for line, value in values_of(weighed()):
             values += 1
             weight += weight_of(value)
-            outcome = self._decide(value)
-            if isinstance(outcome, Event):
-                self._events.add(outcome)
-            else:
-                self._other(path, line, value, outcome)
-        if weight != read:
-            raise PermanentError(
-                f"{path}: {read} bytes of JSON went in, but values of {weight} came out.",
-                way_out="Run again; if it stays, tell us: the file did not change meanwhile.",
-            )
+            self._value(file, line, value)
+        _hold_weight(file.path, read, weight)
         return values
 
-    def _other(self, path: str, number: int, line: bytes, outcome: Refused | None) -> None:
+    def _value(self, file: InputFile, number: int, value: bytes) -> None:
+        outcome = self._decide(value)
+        if isinstance(outcome, Event):
+            # They are others, whose ends this one has taken.
+            _refuse_events_within(file, number, value, allowed=0)
+            self._events.add(outcome)
+        else:
+            self._other(file, number, value, outcome)
+
+    def _other(self, file: InputFile, number: int, line: bytes, outcome: Refused | None) -> None:
         if outcome is None:
             self.blank += 1
-        else:
-            self.reasons[_DETAIL.sub("", outcome.reason)] += 1
-            self._quarantine.add((path, number, outcome.reason, _raw_text(line)))
+            return
+        # It would be one bad line, however many events it holds.
+        _refuse_events_within(file, number, line, allowed=1)
+        self.reasons[_DETAIL.sub("", outcome.reason)] += 1
+        self._quarantine.add((file.path, number, outcome.reason, _raw_text(line)))
+
+
+def _hold_weight(path: str, read: int, weight: int) -> None:
+    if weight != read:
+        raise PermanentError(
+            f"{path}: {read} bytes of JSON went in, but values of {weight} came out.",
+            way_out="Run again; if it stays, tell us: the file did not change meanwhile.",
+        )
+
+
+def _refuse_events_within(file: InputFile, number: int, value: bytes, *, allowed: int) -> None:
+    if value.count(b'"actor"') > 1 and (events := events_within(value)) > allowed:
+        raise _to_be_cut(file, f"what begins at line {number} has {events} events inside it", _EVENTS)
+
+
+def _to_be_cut(file: InputFile, problem: str, query: str) -> InputError:
+    """Return the error of a file whose values must become lines first, with the command for that."""
+    path, lines = shlex.quote(file.path), shlex.quote(f"{file.path}-events.jsonl")
+    text = f"{_READERS[file.packing]} {path}{' | iconv -f UTF-16 -t UTF-8' * file.is_utf16}"
+    return InputError(
+        f"{file.path}: {problem}.",
+        way_out=f"Make each event a line: {text} | jq -c {shlex.quote(query)} > {lines} ; then name the new file.",
+    )
 
 
 class _Counted:

@@ -1,6 +1,7 @@
 """The content of an input file as bytes of UTF-8: unpacked, decoded, and cut into lines or JSON values.
 
-Belongs here: streams of bytes, and what makes one damaged. Not here: which files there are, nor what a line says.
+Belongs here: streams of bytes, and what makes one damaged. Not here: which files there are, nor what a line says: an
+event is known by its keys only, where a bad value ends.
 All of it is streamed: what is kept in memory is a block, or the longest line or value.
 """
 
@@ -11,8 +12,12 @@ import codecs
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from itertools import chain
+from json import JSONDecodeError, JSONDecoder
 from typing import IO, Any, Final
+
+from ghsync_dagster.domain.event import REQUIRED_FIELDS
 
 GZIP: Final = "gzip"
 BZIP2: Final = "bzip2"
@@ -31,15 +36,25 @@ _PACKED_BLOCK: Final = 1 << 16
 """Unpacked this may be a thousand times as long."""
 _UTF16_MARKS: Final = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _UTF32_MARKS: Final = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
-_STRUCTURE: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+("?)|[][{}]', re.DOTALL)
-_GAP: Final = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r\n,]*")
-_STRING: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
-_WORD: Final = re.compile(rb'\0++|[^ \t\r\n,"{}\[\]\0]++')
+_GAP: Final = re.compile("(?:\xef\xbb\xbf)?[ \t\r\n,]*")
+_WORD: Final = re.compile(r'\0++|[^ \t\r\n,"{}\[\]\0]++')
 """A number, true, false, null, or what is no JSON: it ends where something else begins."""
+_SPACE: Final = re.compile("[ \t]*")
+_NO_TEXT: Final = re.compile(r"[ \t\r\n]*(:|\Z)|[^ \t\r\n,\]]")
+"""What follows a string that is no value, or may be none: a key without its object, or where a quote is missing."""
 _BETWEEN: Final = b" \t\r\n,[]\xef\xbb\xbf"
 _LONGEST_VALUE: Final = 16 * BLOCK
 """Of an array: what does not end would otherwise be looked at again with every block. A longer word is cut."""
-
+_CUT_SHORT: Final = re.compile(r"[ \t\r\n]*(?:-|\.|[eE][+-]?|t(?:ru?)?|f(?:a(?:ls?)?)?|n(?:ul?)?|u[0-9a-fA-F]{0,4})?\Z")
+"""What stands between an error and the end of a text that may be good as far as it goes."""
+_PLACE: Final = r"\n[ \t]{0,%d}(?:[\]\[},][\]\[}, \t]*)?(?P<place>\{)"
+"""An object that begins a line which is not indented deeper than so many spaces."""
+_OBJECT: Final = (
+    r'|(?P<actor>"actor"[ \t\r\n]*)?(?P<nested>:[ \t\r\n]*)?(?P<start>\{)(?P<event>[ \t\r\n]*"(?:id"\s*:\s*"[0-9]'
+    r'|type"\s*:\s*"\w+Event"|created_at"\s*:\s*"[0-9]|(?:actor|repo|payload)"\s*:\s*\{|public"\s*:))?'
+)
+"""An object elsewhere, and whether it begins as GitHub's events do."""
+_decode: Final = JSONDecoder(parse_int=str, parse_float=str).raw_decode
 
 _ZSTD_ERRORS: Final = {
     "Truncated": "ends early",
@@ -49,6 +64,10 @@ _ZSTD_ERRORS: Final = {
 
 class DamagedError(Exception):
     """The bytes are not whole: the packed data, the encoding or the JSON array ends early or is broken."""
+
+
+class TooLongError(Exception):
+    """A value of an array is longer than what is kept in memory."""
 
 
 def packing_of(head: bytes) -> str | None:
@@ -181,53 +200,59 @@ def lines_of(parts: Iterable[bytes]) -> Iterator[list[bytes]]:
         yield [b"".join(open_line)]
 
 
-def values_of(parts: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+def values_of(parts: Iterable[bytes], *, is_line: bool = False) -> Iterator[tuple[int, bytes]]:
     """Yield the values of JSON arrays, or those that follow each other, each with the number of its first line.
 
-    What is no object is a value too where its end is certain: a string, a number, an array in an array, a bracket too
-    many, a row of NUL bytes.
+    What is no object is a value too: a string, a number, an array in an array, a bracket too many, a row of NUL bytes.
+    A value that is no JSON ends where the next one begins: at an object on a line that is not indented deeper, or at
+    one that is an event or begins as one. So does a value with a whole event on such a line: its end is another's.
+
+    Args:
+        parts: The text, in any blocks.
+        is_line: Whether it is one line, in one block: then what does not end is a last value of any length.
 
     Raises:
         DamagedError: The last value or array does not end.
+        TooLongError: A value does not end within the longest one.
     """
-    text, line, in_array = b"", 1, False
+    text, line, indent, in_array = "", 1, 0, False
     # None: there is no more.
     for part in chain(parts, [None]):
-        text += part or b""
+        is_last = part is None or is_line
+        # A character for each byte, whatever the bytes are.
+        text += (part or b"").decode("latin-1")
         at = 0
         while True:
+            is_all = is_last or len(text) - at > _LONGEST_VALUE
             gap = _GAP.match(text, at)
             assert gap is not None  # noqa: S101  it matches nothing too
-            line += text.count(b"\n", at, gap.end())
+            if gap.end() == len(text) and not is_all:
+                break
+            line, indent = _after(text, at, gap.end(), line, indent)
             at = gap.end()
             head = text[at : at + 1]
-            if (head == b"[" and not in_array) or (head == b"]" and in_array):
+            if (head == "[" and not in_array) or (head == "]" and in_array):
                 in_array = not in_array
                 at += 1
                 continue
-            is_all = part is None or len(text) - at > _LONGEST_VALUE
-            if not head or (end := _value_end(text, at, is_all=is_all)) is None:
+            end = _value_end(text, at, indent, is_all=is_all, is_last=is_last, is_line=is_line) if head else None
+            if end is None:
                 break
-            yield line, text[at:end]
-            line += text.count(b"\n", at, end)
+            if end < 0:
+                end = _last_end(text, at, in_array=in_array)
+            yield line, text[at:end].encode("latin-1")
+            line, indent = _after(text, at, end, line, indent)
             at = end
+            if at > max(_PACKED_BLOCK, len(text) >> 3):
+                # What stands before an error is looked at with it.
+                text, at = text[at:], 0
         text = text[at:]
-        if len(text) > _LONGEST_VALUE:
-            break
-    if text or in_array:
+        if len(text) > _LONGEST_VALUE and not is_last:
+            raise TooLongError(f"what begins at line {line} does not end within {_LONGEST_VALUE >> 20} MiB")
+    if is_line and in_array:
+        yield line, b"["
+    elif text or in_array:
         raise DamagedError(f"its JSON does not end: what is open at line {line} is not closed")
-
-
-def _value_end(text: bytes, start: int, *, is_all: bool) -> int | None:
-    """Return where the value that begins at a place ends; None where that is not to be seen yet."""
-    head = text[start : start + 1]
-    if head in b"{[":
-        return _object_end(text, start)
-    if head in b"]}":
-        return start + 1
-    found = (_STRING if head == b'"' else _WORD).match(text, start)
-    is_open = found is None or (head != b'"' and found.end() == len(text) and not is_all)
-    return None if found is None or is_open else found.end()
 
 
 def weight_of(part: bytes) -> int:
@@ -235,17 +260,114 @@ def weight_of(part: bytes) -> int:
     return len(part.translate(None, _BETWEEN))
 
 
-def _object_end(text: bytes, start: int) -> int | None:
-    depth = 0
-    for token in _STRUCTURE.finditer(text, start):
-        word = token.group()
-        if word[:1] == b'"':
-            if not token.group(1):
-                return None
-        elif word in b"{[":
-            depth += 1
-        else:
-            depth -= 1
-            if depth == 0:
-                return token.end()
+def events_within(value: bytes) -> int:
+    """Return how many objects within a JSON value have the keys of an event; none where it is no JSON."""
+    found = 0
+
+    def seen(value: dict[str, Any]) -> dict[str, Any]:
+        nonlocal found
+        found += value.keys() >= REQUIRED_FIELDS
+        return value
+
+    try:
+        whole = JSONDecoder(object_hook=seen, parse_int=str).decode(value.decode("latin-1"))
+    except (ValueError, RecursionError):
+        return 0
+    return found - (isinstance(whole, dict) and whole.keys() >= REQUIRED_FIELDS)
+
+
+def _after(text: str, start: int, end: int, line: int, indent: int) -> tuple[int, int]:
+    """Return the line on which a part of a text ends, and how far that is indented."""
+    ends = text.count("\n", start, end)
+    if not ends:
+        return line, indent
+    at = text.rindex("\n", start, end) + 1
+    space = _SPACE.match(text, at, end)
+    return line + ends, space.end() - at if space else 0
+
+
+def _value_end(text: str, at: int, indent: int, *, is_all: bool, is_last: bool, is_line: bool) -> int | None:
+    """Return where the value that begins at a place ends.
+
+    None where that is not to be seen yet, and -1 where all the rest is no JSON.
+    """
+    head = text[at]
+    if head in "]}":
+        return at + 1
+    if head not in '{["':
+        word = _WORD.match(text, at)
+        assert word is not None  # noqa: S101  all else is a head or a gap
+        return word.end() if word.end() < len(text) or is_all else None
+    end, is_open = _json_end(text, at)
+    if head == '"' and end is not None:
+        after = _NO_TEXT.match(text, end)
+        if after is None or (is_last and after[1] == ""):
+            return end
+        end, is_open = None, after[1] == ""
+    is_open = is_open and not is_line
+    # With a whole event at the place of a value it has the end of another value, or none.
+    places = _starts(indent).finditer(text, at, end or len(text)) if end or is_open else ()
+    if not (end or is_open) or any(_is_event(text, found.start("place")) for found in places):
+        start = _next_start(text, at, indent, is_last=is_last)
+        if start is not None:
+            return _trimmed(text, at, start)
+    return end if end is not None or is_open or not is_last else -1
+
+
+def _json_end(text: str, at: int) -> tuple[int | None, bool]:
+    """Return where a JSON value ends; None where it does not, and whether it may with more text."""
+    try:
+        return _decode(text, at)[1], False
+    except JSONDecodeError as error:
+        return None, error.msg.startswith("Unterminated") or _CUT_SHORT.match(text, error.pos) is not None
+    except RecursionError:
+        return None, False
+
+
+def _is_event(text: str, at: int) -> bool:
+    try:
+        value, _ = _decode(text, at)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and value.keys() >= REQUIRED_FIELDS
+
+
+@lru_cache(maxsize=64)
+def _starts(indent: int, *, anywhere: bool = False) -> re.Pattern[str]:
+    """Return what finds the objects at the place of a value that is indented so, or others too."""
+    return re.compile(_PLACE % min(indent, 1_000) + _OBJECT * anywhere, re.ASCII)
+
+
+def _next_start(text: str, at: int, indent: int, *, is_last: bool) -> int | None:
+    """Return where the value after one that is no JSON begins; None where there is none yet."""
+    actors = 0
+    for found in _starts(indent, anywhere=True).finditer(text, at):
+        if found["place"]:
+            return found.start("place")
+        start = found.start("start")
+        actors += found["actor"] is not None
+        if actors > 1:
+            # The start of its event is no JSON either.
+            return found.start()
+        if start == at:
+            continue
+        if (found["event"] and found["nested"] is None) or _is_event(text, start):
+            return start
+        if not is_last and _json_end(text, start)[1] and not _starts(indent).search(text, start):
+            # It may be an event.
+            return None
     return None
+
+
+def _trimmed(text: str, at: int, end: int) -> int:
+    """Return where a part of a text ends without what stands between values."""
+    part = text[at:end].rstrip(" \t\r\n,")
+    if part.endswith("[") and (before := part[:-1].rstrip(" \t\r\n,")).endswith("]"):
+        part = before[:-1].rstrip(" \t\r\n,")
+    return at + max(len(part), 1)
+
+
+def _last_end(text: str, at: int, *, in_array: bool) -> int:
+    """Return where the last value ends, if it is no JSON: before the end of its array."""
+    part = text[at:].rstrip(" \t\r\n,\0")
+    return at + len(part.removesuffix("]") if in_array else part)

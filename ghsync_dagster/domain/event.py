@@ -97,6 +97,7 @@ class Refused:
     reason: str
 
 
+REQUIRED_FIELDS: Final = frozenset(field.encode_name for field in msgspec.structs.fields(Event) if field.required)
 _USED_FIELDS: Final = {
     prefix: frozenset(kind.__struct_fields__) for prefix, kind in (("", Event), ("actor.", Actor), ("repo.", Repo))
 }

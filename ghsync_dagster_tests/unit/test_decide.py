@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 import os
 import platform
+import shlex
 import shutil
+import subprocess
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -15,8 +19,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ghsync_dagster.batch import decide, read
-from ghsync_dagster.batch.decide import EVENTS, FAULT, QUARANTINE, Piece, Task, _Done, read_done, write_task
+from ghsync_dagster.batch import decide, read, unpack
+from ghsync_dagster.batch.decide import (
+    EVENTS,
+    FAULT,
+    PIECE,
+    QUARANTINE,
+    Piece,
+    Tally,
+    Task,
+    _Done,
+    read_done,
+    write_task,
+)
 from ghsync_dagster.batch.files import look_at
 from ghsync_dagster.batch.search import find_files
 from ghsync_dagster.batch.unpack import values_of
@@ -25,7 +40,6 @@ from ghsync_dagster.domain.errors import ConfigError
 if TYPE_CHECKING:
     import io
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
 
 @pytest.fixture
@@ -161,6 +175,120 @@ def test_how_far_a_task_is_can_be_read_before_it_ends(
     assert any(files == 0 and 0 < size < sizes[0] for files, size in seen)
     assert (1, sizes[0]) in seen
     assert seen[-1] == (2, sum(sizes))
+
+
+def read_whole(path: Path, target: Path) -> tuple[int, int, list[tuple[int, str]]]:
+    """Read a file in one task; return how many lines and events it has, and the bad ones with their lines."""
+    (file,) = find_files([str(path)]).look()
+    write_task(target, 0, [Piece(0, file)])
+    task = Task(str(target), (), "2030", platform.node())
+    tallies = [Tally(**row) for batch in task.run(iter([pa.record_batch({"id": [0]})])) for row in batch.to_pylist()]
+    assert not [tally for tally in tallies if tally.kind == FAULT]
+    assert sum(tally.bytes for tally in tallies) == file.size
+    rows = {
+        tally.kind: pq.read_table(target / tally.kind / tally.name) for tally in tallies if ".parquet" in tally.name
+    }
+    bad = [(row["line"], row["raw"]) for row in rows[QUARANTINE].to_pylist()] if QUARANTINE in rows else []
+    return (
+        sum(tally.rows for tally in tallies if tally.kind == PIECE),
+        rows[EVENTS].num_rows if EVENTS in rows else 0,
+        bad,
+    )
+
+
+def test_many_events_on_a_line_are_read_each_and_count_each(
+    tmp_path: Path, target: Path, event_line: Callable[..., str]
+) -> None:
+    good = [event_line(number) for number in range(1, 1_001)]
+    path = tmp_path / "a.json"
+    lines = [*good[:300], "".join(good), f"[{','.join(good)}]", f"\ufeff[{', '.join(good)}]\r", "hello", good[0]]
+    path.write_text("\n".join(lines) + "\n")
+    assert read_whole(path, target) == (3_302, 3_301, [(304, "hello")])
+    # Each bad one among them is one, and no good one is lost by it.
+    bad = good[1].replace('"type"', '"type')
+    path.write_text("\n".join([*good[:2], good[0] + bad + good[2] + good[3][:50], f"[5, {good[4]}]", good[5] + ","]))
+    lines_read, events, quarantined = read_whole(path, target)
+    assert (lines_read, events) == (9, 5)
+    assert quarantined == [(3, bad), (3, good[3][:50]), (4, "5"), (5, good[5] + ",")]
+    path.write_text("\r".join(good))
+    assert read_whole(path, target) == (1_000, 1_000, [])
+
+
+def test_a_torn_event_costs_no_good_one_beside_it(tmp_path: Path, target: Path, event_line: Callable[..., str]) -> None:
+    good = event_line(2)
+    path = tmp_path / "a.json"
+    for end in range(1, len(good)):
+        path.write_text(f"{event_line(1)}\n{good[:end]}{good}\n{event_line(3)}\n")
+        lines_read, events, quarantined = read_whole(path, target)
+        assert lines_read == events + len(quarantined)
+        assert (events, len(quarantined)) == (3, 1), good[:end]
+
+
+def test_the_lines_of_later_ranges_are_counted_by_their_ends(
+    tmp_path: Path, target: Path, event_line: Callable[..., str]
+) -> None:
+    path = tmp_path / "a.json"
+    first = f"{event_line(1)}{event_line(2)}\n" * 10
+    path.write_text(first + "bad\n")
+    in_ranges(path, target, [len(first)])
+    told = [told_by(target, number)[PIECE] for number in (0, 1)]
+    size = path.stat().st_size
+    assert told == [["0 0", f"0 {size}"], [f"0 {len(first)}"]]
+
+
+HIDDEN: dict[str, Callable[[Sequence[str]], str]] = {
+    "wrapped": lambda events: f'{{"events":[{",".join(events)}]}}\n',
+    "wrapped among lines": lambda events: f'{events[0]}\n{{"events":[{",".join(events[1:])}]}}\n',
+    "wrapped, pretty": lambda events: json.dumps({"events": [json.loads(event) for event in events]}, indent=1),
+    "arrays in an array": lambda events: f"[[{','.join(events)}]]",
+    "inside an event": lambda events: f'[{events[0][:-1]},"x":[{events[1]},{events[2]}]}}]',
+}
+PACKINGS: dict[str, Callable[[bytes], bytes]] = {
+    "plain": bytes,
+    "gzip": gzip.compress,
+    "bzip2": bz2.compress,
+    "UTF-16": lambda text: text.decode().encode("utf-16"),
+}
+
+
+def follow(way_out: str) -> Path:
+    """Run the command of a way out; return the file that it makes."""
+    command = way_out.removeprefix("Make each event a line: ").partition(" ; then name")[0]
+    if not shutil.which("jq"):
+        pytest.skip("no jq")
+    subprocess.run(["bash", "-ec", command], check=True, timeout=60)
+    return Path(shlex.split(command)[-1])
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_events_inside_another_value_are_one_error_with_a_way_out(
+    tmp_path: Path, target: Path, event_line: Callable[..., str], kind: str, packing: str
+) -> None:
+    path = tmp_path / "it's.json"
+    path.write_bytes(PACKINGS[packing](HIDDEN[kind]([event_line(number) for number in (1, 2, 3)]).encode()))
+    (file,) = find_files([str(path)]).look()
+    write_task(target, 0, [Piece(0, file)])
+    told = told_by(target, 0)
+    ((kind, message, way_out),) = told[FAULT]
+    assert (kind, QUARANTINE in told) == ("InputError", False)
+    assert f"{path}: what begins at line " in message
+    assert read_whole(follow(way_out), target) == (3, 3, [])
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_value_of_an_array_that_is_too_long_is_one_error_with_a_way_out(
+    tmp_path: Path, target: Path, event_line: Callable[..., str], monkeypatch: pytest.MonkeyPatch, packing: str
+) -> None:
+    monkeypatch.setattr(unpack, "_LONGEST_VALUE", 2 << 20)
+    path = tmp_path / "a.json"
+    text = f"[{event_line(1)},\n{event_line(2, payload=os.urandom(2 << 20).hex())},\n{event_line(3)}]"
+    path.write_bytes(PACKINGS[packing](text.encode()))
+    (file,) = find_files([str(path)]).look()
+    write_task(target, 0, [Piece(0, file)])
+    ((_, message, way_out),) = told_by(target, 0)[FAULT]
+    assert message == f"{path}: what begins at line 2 does not end within 2 MiB."
+    assert read_whole(follow(way_out), target) == (3, 3, [])
 
 
 def full_part(target: Path) -> None:

@@ -13,10 +13,13 @@ import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from odd_lines import EVENT
 
 from ghsync_dagster.batch import unpack
 from ghsync_dagster.batch.unpack import (
     DamagedError,
+    TooLongError,
+    events_within,
     lines_of,
     packing_of,
     range_of_lines,
@@ -24,9 +27,10 @@ from ghsync_dagster.batch.unpack import (
     values_of,
     weight_of,
 )
+from ghsync_dagster.domain.event import Event, event_decoder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 # Times depend on what else the machine does.
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -132,6 +136,169 @@ def test_what_does_not_end_is_damage(content: bytes) -> None:
             list(values_of(in_blocks(content, size)))
 
 
+decide = event_decoder((), "2030")
+COMMITS = [
+    {"sha": "ab", "author": {"name": "x"}, "message": '6\\" {"id":"5"}, {'},
+    {"id": 7, "url": [1.5e3, None, True]},
+]
+
+
+def events_of(number: int) -> list[dict[str, Any]]:
+    return [EVENT | {"id": str(n), "payload": {"commits": COMMITS, "n": n}} for n in range(number)]
+
+
+def pretty(event: object) -> str:
+    return json.dumps(event, indent=2)
+
+
+LAYOUTS: dict[str, Callable[[list[str]], str]] = {
+    "a line each": lambda events: "[\n" + ",\n".join(events) + "\n]\n",
+    "from the bracket on": lambda events: "[" + ",\n".join(events) + "]",
+    "commas first": lambda events: "[" + "\n,".join(events) + "]",
+    "one line": lambda events: "[" + ", ".join(events) + "]",
+    "two arrays": lambda events: "[" + ",".join(events[:2]) + "]\n[" + ",".join(events[2:]) + "]",
+    "no line ends": "".join,
+    "pretty array": lambda events: json.dumps([json.loads(event) for event in events], indent=1),
+    "pretty objects": lambda events: "\n".join(pretty(json.loads(event)) for event in events) + "\n",
+    "braces side by side": lambda events: "[" + ", ".join(pretty(json.loads(event)) for event in events) + "]",
+}
+
+
+def spans_of(text: str, number: int) -> list[tuple[int, int]]:
+    """Return where each event of a good text stands."""
+    spans: list[tuple[int, int]] = []
+    for _ in range(number):
+        start = text.index("{", spans[-1][1] if spans else 0)
+        spans.append((start, json.JSONDecoder().raw_decode(text, start)[1]))
+    return spans
+
+
+@st.composite
+def mutations(draw: st.DrawFn) -> Callable[[str], str]:
+    """Draw a change of an event's text that leaves something of it."""
+    at = draw(st.floats(0.0, 0.999))
+    put = draw(st.sampled_from(['"', "{", "}", "[", "]", ",", ":", "\0", "\n", '" x', "}}", "]}", "\\", ""]))
+    cut = draw(st.sampled_from([0, 0, 1, 1, 30, 10_000]))
+
+    def mutated(text: str) -> str:
+        place = int(at * len(text))
+        return text[:place] + put + text[place + cut :] if place or cut < len(text) else text[:1]
+
+    return mutated
+
+
+def read(text: bytes, size: int) -> tuple[list[str], int]:
+    """Return the ids of the events of a text, and how many values are none."""
+    found = [value for _, value in values_of(in_blocks(text, size))]
+    assert sum(map(weight_of, found)) == weight_of(text)
+    outcomes = [decide(value) for value in found]
+    ids = [outcome.id for outcome in outcomes if isinstance(outcome, Event)]
+    if any(map(events_within, found)):
+        raise DamagedError("events inside another value")
+    return ids, len(outcomes) - len(ids)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@patient
+@given(
+    places=st.sets(st.integers(0, 5), min_size=1, max_size=3),
+    changes=st.lists(mutations(), min_size=3, max_size=3),
+    is_reversed=st.booleans(),
+    size=st.sampled_from([37, 1_000, 100_000]),
+)
+def test_a_bad_event_costs_itself_only_and_is_counted(
+    layout: str, places: set[int], changes: Sequence[Callable[[str], str]], is_reversed: bool, size: int
+) -> None:
+    events = [dict(reversed(event.items())) if is_reversed else event for event in events_of(6)]
+    text = LAYOUTS[layout]([json.dumps(event) for event in events])
+    spans = spans_of(text, 6)
+    for place, change in zip(sorted(places, reverse=True), changes, strict=False):
+        start, end = spans[place]
+        text = text[:start] + change(text[start:end]) + text[end:]
+    try:
+        ids, bad = read(text.encode(), size)
+    except DamagedError:
+        return
+    assert {str(n) for n in range(6) if n not in places} <= set(ids)
+    # A broken one whose start is gone can't be told from a broken one before it.
+    if not any(place + 1 in places for place in places):
+        assert bad >= 6 - len(ids)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("places", "old", "new"),
+    [
+        ([200, 800], "octo/repo", '6" disk'),
+        ([999], "octo/repo", '6" disk'),
+        ([0], "octo/repo", '6" disk'),
+        ([200, 201, 800], '"repo":', '"repo:'),
+        ([999], "}", ""),
+        ([0, 500], "}", ""),
+        ([500], "}", "}}"),
+        ([500], '"commits": [', '"commits": '),
+        ([500], '"x"', '"\n{"'),
+    ],
+)
+def test_few_bad_events_among_many_good_ones_are_few(layout: str, places: list[int], old: str, new: str) -> None:
+    text = LAYOUTS[layout]([json.dumps(event) for event in events_of(1_000)])
+    spans = spans_of(text, 1_000)
+    for place in reversed(places):
+        start, end = spans[place]
+        assert old in text[start:end]
+        text = text[:start] + new.join(text[start:end].rsplit(old, 1)) + text[end:]
+    if places == [999] and old == "}" and layout in ("no line ends", "pretty objects"):
+        with pytest.raises(DamagedError):
+            read(text.encode(), 10_000)
+        return
+    ids, bad = read(text.encode(), 10_000)
+    assert {str(n) for n in range(1_000) if n not in places} <= set(ids)
+    assert 1_000 - len(ids) <= bad <= 3 * len(places)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_event_that_ends_with_another_ones_end_does_not_hide_what_is_between(layout: str) -> None:
+    # Brackets that fit as a whole: the first lacks an end, a later one has one too many.
+    events = [json.dumps(event) for event in events_of(6)]
+    text = LAYOUTS[layout](events)
+    (start, end), (start_4, end_4) = (spans_of(text, 6)[place] for place in (1, 4))
+    tail = text[text.index("}", text.index('"url"', text.index('"commits"', start))) : end]
+    text = text[: end - len(tail)] + "}" + text[end:end_4] + tail[1:] + text[end_4:]
+    assert start < start_4
+    if layout == "one line":
+        # Whether they are its own is not certain here.
+        assert sorted(events_within(value) for _, value in values_of([text.encode()])) == [0, 0, 3]
+        return
+    ids, bad = read(text.encode(), 100_000)
+    assert {"0", "2", "3", "5"} <= set(ids)
+    assert bad >= 6 - len(ids)
+
+
+def test_text_that_is_good_as_far_as_it_goes_is_damage_wherever_it_is_cut() -> None:
+    text = rb'[{"a": [1, -2.5e+30, true, false, null, "x\u12ab\ud83d\ude00\n\\"], "b" : {}}, [ ] , "c"]'
+    for end in range(1, len(text)):
+        with pytest.raises(DamagedError, match="its JSON does not end"):
+            list(values_of([text[:end]]))
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        (b'{"a":1}{"b":[2]}', [E1, E2]),
+        (b'\xef\xbb\xbf[{"a":1},{"b":[2]}]\r', [E1, E2]),
+        (b'[{"a":1}] [{"b":[2]}]', [E1, E2]),
+        (b'{"a":1}\r{"b":[2]}\r', [E1, E2]),
+        (b'{"a":1}{"b":[2', [E1, b'{"b":[2']),
+        (b'[{"a":1},{"b":[2]}', [E1, E2, b"["]),
+        (b'{"a":1}{"id":"1","type":"Pu{"id":"2"}', [E1, b'{"id":"1","type":"Pu', b'{"id":"2"}']),
+        (b'"id": 5,', [b'"id": 5']),
+        (b"{", [b"{"]),
+    ],
+)
+def test_what_does_not_end_is_the_last_value_of_a_line(line: bytes, wanted: list[bytes]) -> None:
+    assert list(values_of([line], is_line=True)) == [(1, value) for value in wanted]
+
+
 def test_a_row_of_zeros_of_any_length_takes_no_more_memory_than_the_longest_value(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -145,7 +312,7 @@ def test_a_row_of_zeros_of_any_length_takes_no_more_memory_than_the_longest_valu
 def test_an_object_that_never_ends_is_told_without_looking_at_it_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unpack, "_LONGEST_VALUE", 1_000)
     blocks = iter([b'[{"a":1},{"b":"', *[b"x" * 100] * 1_000])
-    with pytest.raises(DamagedError, match="line 1 is not closed"):
+    with pytest.raises(TooLongError, match="what begins at line 1 does not end within"):
         list(values_of(blocks))
     assert len(list(blocks)) > 900
 
