@@ -23,6 +23,7 @@ ENDINGS: Final = {None: "", GZIP: ".gz", BZIP2: ".bz2", ZSTD: ".zst"}
 """How the name of a file of a packing ends."""
 
 _KEY: Final = re.compile(rb'"(?:[^"\\]|\\.)*"\s*:')
+_OPENED: Final = re.compile(rb"\{[ \t\r]*\n")
 _ITEM: Final = re.compile(rb'$|[][{]|(?:null|true|false|-?\d+)\b|"')
 """How the first value of an array begins, or its end."""
 _HOUR: Final = re.compile(r"\d{4}-\d{2}-\d{2}-\d{1,2}")
@@ -89,7 +90,8 @@ def has_lines(path: str, packing: str | None, text: bytes) -> bool:
     # What did not reach the disk at the end of a file says nothing about what did.
     text = text.rstrip(b"\0") or text
     lines = text.split(b"\n")
-    if sum(b"\x00" in line for line in lines) * 2 > len(lines):
+    # A few are a bad line's, or a bad value's where all is one line.
+    if sum(b"\x00" in line for line in lines) * 2 > len(lines) and text.count(b"\0") * 4 > len(text):
         raise _not_text(path, packing, text)
     content = text.removeprefix(codecs.BOM_UTF8).lstrip()
     first, _, rest = content.partition(b"\n")
@@ -215,7 +217,7 @@ def _begins_array(first: bytes, second: bytes) -> bool:
 
 def _spans_lines(text: bytes, second: bytes) -> bool:
     """Tell whether the first JSON object of a text goes on over its line end."""
-    if _KEY.match(second) and not _is_json(second):
+    if (_KEY.match(second) or _OPENED.match(text)) and not _is_json(second):
         return True
     content = text.decode("utf-8", "replace")
     try:

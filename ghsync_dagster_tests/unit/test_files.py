@@ -972,6 +972,8 @@ PRETTY = json.dumps(EVENTS, indent=2)
         json.dumps(EVENTS).encode() + bytes(4_096),
         json.dumps(EVENTS).encode() + b"\n" + bytes(4_096),
         PRETTY.encode() + b"\n" + bytes(4_096),
+        json.dumps(EVENTS).encode().replace(b'"type"', b'"ty\0e"', 1),
+        "\n".join(json.dumps(event, indent=2) for event in EVENTS).encode().replace(b'"id"', b'"id', 1),
     ],
 )
 def test_arrays_and_objects_over_several_lines_are_seen(tmp_path: Path, content: bytes) -> None:
