@@ -224,10 +224,11 @@ def _make_command(program: Program, data: Path) -> list[str]:
             f"--datadir={data}",
             _NO_FILES,
             *_as_root(),
+            *_tmpdir(data.parent),
         ]
     return [
         *(str(program.path), "--no-defaults", "--bootstrap", "--silent-startup"),
-        *(f"--basedir={program.base}", f"--datadir={data}", *_as_root()),
+        *(f"--basedir={program.base}", f"--datadir={data}", *_as_root(), *_tmpdir(data.parent)),
         *("--enforce-storage-engine=", "--max-allowed-packet=8M", "--net-buffer-length=16K"),
     ]
 
@@ -249,6 +250,17 @@ def _as_root() -> list[str]:
     return ["--user=root"] if os.getuid() == 0 else []
 
 
+def _tmpdir(folder: Path) -> list[str]:
+    """Return the option for temporary tables in a folder of its own.
+
+    In one that is shared, as ``/tmp``, each MariaDB that starts removes the tables of those that run.
+    """
+    path = folder / "tmp"
+    path.mkdir(exist_ok=True)
+    # The option is a list of folders, by colons.
+    return [] if ":" in str(path) else [f"--tmpdir={path}"]
+
+
 def _command(program: Program, data: Path, setup: Path, port: int) -> list[str]:
     if program.base is None:
         own = [_NO_FILES, "--gtid-mode=ON", "--enforce-gtid-consistency=ON", "--mysqlx=OFF"]
@@ -257,7 +269,7 @@ def _command(program: Program, data: Path, setup: Path, port: int) -> list[str]:
         own = [f"--basedir={program.base}", "--binlog-format=ROW", "--gtid-strict-mode=ON"]
         own += ["--aria-pagecache-buffer-size=8M", "--skip-ssl"]
     return [
-        *(str(program.path), "--no-defaults", f"--datadir={data}", *_as_root()),
+        *(str(program.path), "--no-defaults", f"--datadir={data}", *_as_root(), *_tmpdir(setup.parent)),
         *(f"--port={port}", "--bind-address=127.0.0.1", "--skip-name-resolve"),
         # Below the data folder, so that no length of its path is too much for a socket.
         *("--socket=server.sock", "--pid-file=server.pid", f"--init-file={setup}"),

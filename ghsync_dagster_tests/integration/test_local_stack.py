@@ -130,6 +130,14 @@ def test_a_row_of_the_database_arrives_in_the_topic(up: dict[str, stack.ServiceS
     assert event["source"]["table"] == "Users"
 
 
+def test_the_temporary_tables_of_the_database_are_where_no_other_server_removes_them(
+    settings: Settings, up: dict[str, stack.ServiceStatus]
+) -> None:
+    with database(str(up["mysql"].login)) as cursor:
+        cursor.execute("SELECT @@tmpdir")
+        assert Path(cursor.fetchone()[0]) == settings.home_dir / "mysql" / "tmp"
+
+
 def test_the_topic_has_one_partition_and_no_other_topic_makes_itself(up: dict[str, stack.ServiceStatus]) -> None:
     topics = kafka._admin(str(up["kafka"].uri)).list_topics("unheard-of", timeout=10).topics
     assert topics["unheard-of"].error is not None
