@@ -15,6 +15,7 @@ import pyarrow as pa
 import pytest
 from dagster import serialize_value
 from dagster._core.remote_representation.external_data import RepositorySnap, active_presets_from_job_def
+from long_campaign import HANG_SECONDS
 from pyspark.sql.types import StructType
 
 from ghsync_dagster.batch.decide import quarantine_schema
@@ -60,7 +61,7 @@ def run_python(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
     """Run this environment's Python with a Dagster home of its own."""
     environment = {**os.environ, "DAGSTER_HOME": str(home)}
     command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS)
 
 
 def test_definitions_load_in_a_fresh_interpreter_without_heavy_libraries(tmp_path: Path) -> None:

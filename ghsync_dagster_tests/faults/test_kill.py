@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from kill_child import Order
-from long_campaign import ROUNDS, WHOLE_COMMANDS
+from long_campaign import HANG_SECONDS, ROUNDS
 from pymongo import MongoClient
 
 from ghsync_dagster.batch.flow import BatchFlow
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from ghsync_dagster.stores.spark import SparkHandle
 
-pytestmark = [pytest.mark.faults, WHOLE_COMMANDS]
+pytestmark = pytest.mark.faults
 
 SEED = int(os.environ.get("TEST_FAULT_SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
 SIZE = 3_000 if ROUNDS else 1_000
@@ -128,7 +128,7 @@ class World:
         order = Order(self.uri, self.database, str(home), str(self.flow.artifacts.root), **moment)
         command = [sys.executable, str(Path(__file__).with_name("kill_child.py")), msgspec.json.encode(order).decode()]
         environment = os.environ | {"GHSYNC_LOG_LEVEL": "ERROR"}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, env=environment)
         assert done.returncode == -9, done.stderr[-3000:]
         return float(done.stdout) if done.stdout else None
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
-from long_campaign import LONG, ROUNDS, WHOLE_COMMANDS
+from long_campaign import LONG, ROUNDS
 
 from ghsync_dagster.batch.lease import QUIET_SECONDS, hold_lease
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.batch.flow import BatchFlow
     from ghsync_dagster.stores.mongo import UserStore
 
-pytestmark = [pytest.mark.faults, WHOLE_COMMANDS]
+pytestmark = pytest.mark.faults
 
 ASKED: dict[signal.Signals, int] = {signal.SIGTERM: 143, signal.SIGINT: 130}
 EVERY = [(number, moment) for number in ASKED for moment in ("reading", "inserting")]

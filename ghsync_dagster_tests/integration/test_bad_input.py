@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
-from long_campaign import LONG, WHOLE_COMMANDS
+from long_campaign import LONG
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ghsync_dagster.stores.mongo import UserStore
 
-pytestmark = [pytest.mark.integration, WHOLE_COMMANDS]
+pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
 GHSYNC = (sys.executable, "-m", "ghsync_dagster.cli")

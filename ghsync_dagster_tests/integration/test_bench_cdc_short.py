@@ -9,7 +9,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from long_campaign import WHOLE_COMMANDS
 from process_parts import is_java, left_by_a_signal
 
 from benchmarks import cdc, cdc_results, harness, results
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
     from ghsync_dagster.settings import Settings
 
-pytestmark = [pytest.mark.integration, WHOLE_COMMANDS]
+pytestmark = pytest.mark.integration
 
 CASE = Case(events=2_000, keys=240, schemas=False)
 PEOPLE = [User(number, f"user-{number}") for number in range(1, 2_000)]

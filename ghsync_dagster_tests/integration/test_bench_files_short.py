@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from long_campaign import LONG, WHOLE_COMMANDS
+from long_campaign import LONG
 
 from benchmarks import files, files_once, harness
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ghsync_dagster.stores.spark import SparkHandle
 
-pytestmark = [pytest.mark.integration, WHOLE_COMMANDS]
+pytestmark = pytest.mark.integration
 
 
 def read(reader: str, name: str, seconds: float) -> files.Read:

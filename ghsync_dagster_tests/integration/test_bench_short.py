@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from long_campaign import ROUNDS, WHOLE_COMMANDS
+from long_campaign import ROUNDS
 from process_parts import children_of, is_java, left_by_a_signal, words
 
 from benchmarks import contenders, harness, results
 
-pytestmark = [pytest.mark.integration, WHOLE_COMMANDS]
+pytestmark = pytest.mark.integration
 
 EVENTS = 400
 NAMES = (

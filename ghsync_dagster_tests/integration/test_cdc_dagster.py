@@ -21,7 +21,7 @@ from cdc_parts import free_port
 from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from dagster._core.storage.tags import SENSOR_NAME_TAG
-from long_campaign import LONG
+from long_campaign import HANG_SECONDS, LONG
 from process_parts import children_of, kill_family, words
 
 from ghsync_dagster.cdc.backlog import read_backlog
@@ -297,7 +297,7 @@ def drain(stack: Stack, **environment: str) -> subprocess.CompletedProcess[str]:
     """Drain as CI does."""
     command = job_command("cdc_drain_job")
     environment = stack.environment(**environment)
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS)
 
 
 def test_a_drain_consumes_to_the_end_and_ends_with_zero(stack: Stack) -> None:
@@ -472,7 +472,7 @@ def test_the_command_names_users_that_are_wrong_and_a_repair_puts_them_right(sta
 def _ghsync(stack: Stack, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ghsync_dagster.cli", *arguments]
     return subprocess.run(
-        command, cwd=ROOT, env=stack.environment(), capture_output=True, text=True, timeout=120, check=False
+        command, cwd=ROOT, env=stack.environment(), capture_output=True, text=True, timeout=HANG_SECONDS, check=False
     )
 
 
@@ -588,7 +588,7 @@ def test_the_audit_job_ends_with_one_where_a_check_did_not_pass_and_each_is_one_
         environment = stack.environment(GHSYNC_MAX_LATENCY_MS="100000")
         command = job_command("cdc_audit_job")
         return subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS, check=False
         )
 
     done = audit()

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 from cdc_parts import free_port
-from long_campaign import WHOLE_COMMANDS
+from long_campaign import HANG_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ghsync_dagster.stores.mongo import UserStore
 
-pytestmark = [pytest.mark.integration, WHOLE_COMMANDS]
+pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
 GHSYNC = (sys.executable, "-m", "ghsync_dagster.cli")
@@ -38,7 +38,13 @@ class World:
         # A Java that does not exist would be told by another message.
         given = {**os.environ, **self.environment, "JAVA_HOME": "/there/is/no/java"}
         ended = subprocess.run(
-            [*GHSYNC, *arguments], cwd=ROOT, env=given, capture_output=True, text=True, timeout=120, check=False
+            [*GHSYNC, *arguments],
+            cwd=ROOT,
+            env=given,
+            capture_output=True,
+            text=True,
+            timeout=HANG_SECONDS,
+            check=False,
         )
         assert ended.returncode == code, ended.stderr
         assert ended.stdout == ""

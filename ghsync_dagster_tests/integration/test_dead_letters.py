@@ -14,6 +14,7 @@ from confluent_kafka import Consumer, KafkaError, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.admin._config import ConfigResource
 from confluent_kafka.cimpl import NewTopic
+from long_campaign import HANG_SECONDS
 
 from ghsync_dagster.cdc.dead_letters import DeadLetter, read_dead_letters
 from ghsync_dagster.domain.errors import RefusedError, UnavailableError
@@ -62,7 +63,7 @@ def ghsync(topic: Topic, parts: Parts, *arguments: str) -> subprocess.CompletedP
         "MONGODB_DATABASE": parts.database,
     }
     return subprocess.run(
-        [GHSYNC, *arguments], env=environment, capture_output=True, text=True, timeout=60, cwd=Path.home()
+        [GHSYNC, *arguments], env=environment, capture_output=True, text=True, timeout=HANG_SECONDS, cwd=Path.home()
     )
 
 
@@ -226,7 +227,12 @@ def test_cdc_drain_as_a_command(topic: Topic, parts: Parts) -> None:
         "MONGODB_DATABASE": parts.database,
     }
     done = subprocess.run(
-        [GHSYNC, "cdc", "drain", "--json"], env=environment, capture_output=True, text=True, timeout=60, cwd=Path.home()
+        [GHSYNC, "cdc", "drain", "--json"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
+        cwd=Path.home(),
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

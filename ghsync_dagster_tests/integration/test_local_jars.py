@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
+from long_campaign import HANG_SECONDS
 
 from ghsync_dagster.domain.errors import ConfigError, PermanentError, UnavailableError
 from ghsync_dagster.local.jars import ROOTS, Jar, ensure_jars, ensure_unpacked, locked_set, read_lock, write_lock
@@ -100,7 +101,7 @@ def test_two_processes_at_once_both_get_the_jar(settings: Settings) -> None:
         f"print(ensure_jars(load_settings(GHSYNC_CACHE={str(settings.cache_dir)!r}), lambda text: None)[0])"
     )
     both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    answers = {process.communicate(timeout=120)[0].strip() for process in both}
+    answers = {process.communicate(timeout=HANG_SECONDS)[0].strip() for process in both}
     assert answers == {str(settings.cache_dir / "jars" / read_lock()[0].file_name)}
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 from cdc_parts import kill
+from long_campaign import HANG_SECONDS
 from pymongo import MongoClient
 
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
@@ -110,7 +111,7 @@ def test_callers_at_once_start_one_server(settings: Settings) -> None:
         f"print(ensure_mongo(load_settings(GHSYNC_HOME={str(settings.home_dir)!r})))"
     )
     callers = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    answers = {caller.communicate(timeout=120)[0].split()[-1] for caller in callers}
+    answers = {caller.communicate(timeout=HANG_SECONDS)[0].split()[-1] for caller in callers}
     assert answers == {stack.status(settings)["mongo"].uri}
     assert len(servers_of(settings)) == 1
 

@@ -20,7 +20,7 @@ import pymysql
 import pytest
 from cdc_parts import kill
 from confluent_kafka import Consumer, TopicPartition
-from long_campaign import LONG
+from long_campaign import HANG_SECONDS, LONG
 from pymongo import MongoClient
 
 from ghsync_dagster.domain.errors import UnavailableError
@@ -66,7 +66,9 @@ def servers_of(settings: Settings) -> list[int]:
 def ghsync(settings: Settings, *arguments: str) -> str:
     environment = {**os.environ, "GHSYNC_HOME": str(settings.home_dir)}
     command = [sys.executable, "-m", "ghsync_dagster.cli", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True).stdout
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS, check=True
+    ).stdout
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import psutil
 import pytest
 from cdc_parts import until
 from confluent_kafka import Producer
+from long_campaign import HANG_SECONDS
 from process_parts import children_of, kill_family, words
 
 from ghsync_dagster.local import stack
@@ -64,7 +65,7 @@ def test_a_rehearsal_with_a_load_beside_it_ends_equal(
     events = tmp_path / "events.json"
     events.write_text("".join(f"{event_line(key, f'user-{key}', number=key)}\n" for key in range(1, 21)))
     done = rehearse("--seconds", "3", "--json", GHSYNC_EVENTS_PATH=str(events))
-    output, _ = done.communicate(timeout=120)
+    output, _ = done.communicate(timeout=HANG_SECONDS)
     told = (tmp_path / "err").read_text()
     assert done.returncode == 0, told
     found = json.loads(output)
@@ -88,7 +89,7 @@ def test_a_rehearsal_that_meets_a_dead_letter_ends_with_one(rehearse: Rehearse, 
     producer.produce(stack_settings.kafka_topic, value=b"{", key=b"{}")
     assert producer.flush(20) == 0
     done = rehearse("--seconds", "1", "--no-load")
-    output, _ = done.communicate(timeout=120)
+    output, _ = done.communicate(timeout=HANG_SECONDS)
     assert done.returncode == 1
     lines = dict(line.split(maxsplit=1) for line in output.replace("dead letters", "dead_letters").splitlines() if line)
     assert lines["dead_letters"].startswith("1 ")

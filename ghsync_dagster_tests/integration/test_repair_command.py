@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 import pytest
 from cdc_parts import GHSYNC, stored, until
+from long_campaign import HANG_SECONDS
 
 from ghsync_dagster.defs.cdc.checks import in_step_with_mysql
 from ghsync_dagster.defs.cdc.repair import REPAIR_JOB, REPAIR_OP, cdc_repair_sensor
@@ -44,7 +45,9 @@ class _Sides:
     def run(self, *command: str, **more: str) -> subprocess.CompletedProcess[str]:
         """Run a command to its end."""
         environment = self.environment | more
-        return subprocess.run(command, env=environment, cwd=Path.home(), capture_output=True, text=True, timeout=120)
+        return subprocess.run(
+            command, env=environment, cwd=Path.home(), capture_output=True, text=True, timeout=HANG_SECONDS
+        )
 
     def repair(self, *options: str, **more: str) -> subprocess.CompletedProcess[str]:
         """Run ``ghsync cdc repair``."""

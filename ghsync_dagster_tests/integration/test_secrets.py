@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pymongo
 import pytest
-from long_campaign import ONLY_LONG, WHOLE_COMMANDS
+from long_campaign import HANG_SECONDS, ONLY_LONG
 from process_parts import children_of, words
 
 from ghsync_dagster.domain.errors import ConfigError, RefusedError, UnavailableError
@@ -27,7 +27,7 @@ from ghsync_dagster.stores.mongo import UserStore
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-pytestmark = [pytest.mark.integration, WHOLE_COMMANDS]
+pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
 SECRET = "s3cr3t-PLANTED"
@@ -81,7 +81,7 @@ class Commands:
             watcher = threading.Thread(target=_watch, args=(psutil.Process(process.pid), seen))
             watcher.start()
             try:
-                stdout, stderr = process.communicate(timeout=180)
+                stdout, stderr = process.communicate(timeout=HANG_SECONDS)
             finally:
                 process.kill()
                 watcher.join()

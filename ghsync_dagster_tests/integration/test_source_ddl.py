@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from long_campaign import LONG, ONLY_LONG, WHOLE_COMMANDS
+from long_campaign import LONG, ONLY_LONG
 from odd_ddl import FOLLOWED, NOT_FOLLOWED, SHIFTING
 from source_parts import Source, StoppedError
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 CASES = 3
-pytestmark = [pytest.mark.integration, WHOLE_COMMANDS]
+pytestmark = pytest.mark.integration
 
 
 def test_the_connector_follows_all(source: Source) -> None:

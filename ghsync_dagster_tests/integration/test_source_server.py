@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import dagster as dg
 import pytest
 from cdc_parts import GHSYNC, until
+from long_campaign import HANG_SECONDS
 
 from ghsync_dagster.defs.cdc.source_watch import source_watch
 from ghsync_dagster.defs.ops.alerts import alerts_sensor
@@ -222,7 +223,7 @@ def ghsync(settings: Settings, *arguments: str) -> subprocess.CompletedProcess[s
         "MYSQL_URL": secret(settings.mysql_url),
         "CONNECT_URL": str(settings.connect_url),
     }
-    return subprocess.run([GHSYNC, *arguments], env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run([GHSYNC, *arguments], env=environment, capture_output=True, text=True, timeout=HANG_SECONDS)
 
 
 def test_up_refuses_and_drain_and_audit_say_first_what_loses_changes(

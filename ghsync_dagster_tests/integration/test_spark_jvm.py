@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+from long_campaign import HANG_SECONDS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,7 +34,7 @@ def start(home: Path, **more: str) -> subprocess.CompletedProcess[str]:
     """Start a session in a process of its own, and end it."""
     given = {**os.environ, "GHSYNC_HOME": str(home), **more}
     command = [sys.executable, "-c", SESSION]
-    return subprocess.run(command, env=given, capture_output=True, text=True, timeout=200, check=False)
+    return subprocess.run(command, env=given, capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
 
 
 def test_what_the_jvm_prints_is_a_log_line_and_its_banners_are_none(tmp_path: Path) -> None:

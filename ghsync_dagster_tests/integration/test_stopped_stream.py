@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.domain.connector import ConnectorState
     from ghsync_dagster.stores.mysql import MySqlStore
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.integration
 
 SENSORS = ("alerts", "connector_watch", "source_watch")
 ALERT_SECONDS = 120

@@ -30,7 +30,7 @@ from ghsync_dagster.settings import load_settings
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = [pytest.mark.ui, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.ui
 
 ROOT = Path(__file__).parents[2]
 LINES = 2_000
