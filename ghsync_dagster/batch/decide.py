@@ -25,10 +25,8 @@ from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 import msgspec
 
 from ghsync_dagster.batch.files import InputFile, damaged, open_file, unreadable
+from ghsync_dagster.batch.heads import TOOLS
 from ghsync_dagster.batch.unpack import (
-    BZIP2,
-    GZIP,
-    ZSTD,
     DamagedError,
     TooLongError,
     as_utf8,
@@ -59,7 +57,6 @@ FAULT: Final = "fault"
 _DONE: Final = struct.Struct("<QQ")
 _ROW_GROUP: Final = 50_000
 _LINE_HEAD: Final = 100
-_READERS: Final = {None: "cat", GZIP: "gzip -dc", BZIP2: "bzip2 -dc", ZSTD: "zstd -dc"}
 _VALUES: Final = 'if type == "array" then .[] else . end'
 _EVENTS: Final = '.. | objects | select(has("id") and has("type") and has("created_at") and has("actor"))'
 _DETAIL: Final = re.compile(r", got .*| \(byte \d+\)|\".*\" follows", re.DOTALL)
@@ -358,7 +355,9 @@ def _refuse_events_within(file: InputFile, number: int, value: bytes, *, allowed
 def _to_be_cut(file: InputFile, problem: str, query: str) -> InputError:
     """Return the error of a file whose values must become lines first, with the command for that."""
     path, lines = shlex.quote(file.path), shlex.quote(f"{file.path}-events.jsonl")
-    text = f"{_READERS[file.packing]} {path}{' | iconv -f UTF-16 -t UTF-8' * file.is_utf16}"
+    # By standard input, as gunzip refuses names that it does not know.
+    read = f"{TOOLS[file.packing]} -c" if file.packing else "cat"
+    text = f"{read} < {path}{' | iconv -f UTF-16 -t UTF-8' * file.is_utf16}"
     return InputError(
         f"{file.path}: {problem}.",
         way_out=f"Make each event a line: {text} | jq -c {shlex.quote(query)} > {lines} ; then name the new file.",

@@ -35,7 +35,7 @@ _CSV_HEAD: Final = 1 << 16
 _CSV_WORDS: Final = frozenset(
     {"id", "type", "created_at", "actor", "actor_id", "login", "repo", "repo_name", "user_id"}
 )
-_TOOLS: Final = {GZIP: "gunzip", BZIP2: "bzip2 -d", ZSTD: "zstd -d"}
+TOOLS: Final = {GZIP: "gunzip", BZIP2: "bzip2 -d", ZSTD: "zstd -d"}
 _FROM_PARQUET: Final = (
     "import sys, json, pyarrow.parquet as pq; file = pq.ParquetFile(sys.argv[1]); "
     # Bytes that are no text become what is refused where it is used.
@@ -118,7 +118,7 @@ def _refuse_other_kinds(path: str, packing: str | None, head: bytes) -> None:
         command = "mkdir -p {folder} && tar -xf {path} -C {folder}"
         raise _other(path, packing, "a tar archive", command, "then name the folder")
     if packing and (inner := packing_of(head)):
-        command = f"{_TOOLS[packing]} -c < {{path}} > {{plain}}{ENDINGS[inner]}"
+        command = f"{TOOLS[packing]} -c < {{path}} > {{plain}}{ENDINGS[inner]}"
         raise _other(path, None, f"compressed twice ({inner} in {packing})", command, "then name the new file")
     for magic, words, command in _UNPACK:
         if head.startswith(magic):
@@ -135,7 +135,7 @@ def _other(path: str, packing: str | None, words: str, command: str, then: str) 
     if packing and command:
         # A file between, not a pipe: that the packed data is damaged ends the command.
         command = command.replace("{path}", "{inner}")
-        command = f"{_TOOLS[packing]} -c < {{path}} > {{inner}} && {command} && rm {{inner}}"
+        command = f"{TOOLS[packing]} -c < {{path}} > {{inner}} && {command} && rm {{inner}}"
     within = f" in {packing} data" if packing else ""
     way_out = f"{command.format(**quoted)} ; {then}." if command else f"{_EXPORT} {_SHAPE}"
     return InputError(f"{path} is {words}{within}, not JSON of events.", way_out=way_out)
