@@ -112,6 +112,9 @@ def test_a_second_daemon_on_an_instance_is_refused_while_the_first_lives(setting
         ) as caught:
             dev.serve(settings, free_port(), "warning")
         assert "GHSYNC_HOME" in caught.value.way_out
+        # What it starts holds the lock too, until it has become another program.
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "0 0 0\n"
         holder.kill()
     with pytest.raises(RanError):
         dev.serve(settings, free_port(), "warning")
