@@ -273,9 +273,10 @@ class StreamStep(Enum):
     """Delete the document, marked or not."""
 
     DROP_VERSION_AGAIN = "drop version again"
-    """Drops what a load wrote since. If there was one, or the answer is lost, go back to WRITE_DOCUMENT.
+    """Drops what a load wrote since. A key that had an entry goes back, see ``GOES_BACK``.
 
-    With that entry a load may have taken the document for its own and replaced it in between.
+    With that entry a load may have taken the document for its own and replaced it in between. A lost answer counts as
+    an entry: the whole operation is repeated.
     """
 
     FORGET_DELETED = "forget deleted"
@@ -298,3 +299,6 @@ UPSERT_STEPS = (
 
 DELETE_STEPS = (StreamStep.RECORD_DELETED, StreamStep.DROP_VERSION, StreamStep.REMOVE_DOCUMENT)
 """The stream deletes the key."""
+
+GOES_BACK = {StreamStep.DROP_VERSION_AGAIN: StreamStep.WRITE_DOCUMENT}
+"""The step from which a key goes on for which a step found what must not be there."""

@@ -35,9 +35,11 @@ CHUNK: Final = 1_000
 """How many keys or documents one command carries."""
 CONFIRM_MS: Final = 60_000
 """How long a majority may take to confirm a write, before who waits is told that it is not confirmed."""
-
 _DEFAULT_COLLECTION: Final = "Users"
 _MARKED: Final = {MARKER_FIELD: MARKER_VALUE}
+# An array is text to the first condition where one of its members is.
+NAMELESS: Final[Document] = {"$or": [{"user_id": {"$not": {"$type": "string"}}}, {"user_id": {"$type": "array"}}]}
+"""Finds the users whose ``user_id`` is no text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,11 +213,9 @@ class UserStore(UsersCollection):
 
     def ids_that_are_no_text(self) -> Iterator[object]:
         """Yield the ``user_id`` of each document in which it is no text; None where it has none."""
-        # An array is text to the first condition where one of its members is.
-        query = {"$or": [{"user_id": {"$not": {"$type": "string"}}}, {"user_id": {"$type": "array"}}]}
         with (
             mongo_errors("Reading users"),
-            self.users.find(query, {"_id": 0, "user_id": 1}, batch_size=CHUNK) as cursor,
+            self.users.find(NAMELESS, {"_id": 0, "user_id": 1}, batch_size=CHUNK) as cursor,
         ):
             for found in cursor:
                 yield found.get("user_id")

@@ -30,7 +30,7 @@ from ghsync_dagster import clock
 from ghsync_dagster.domain.errors import RefusedError, UnavailableError
 from ghsync_dagster.domain.user import MARKER_FIELD, USER_FIELDS
 from ghsync_dagster.observability.logging import redact
-from ghsync_dagster.stores.mongo import CHUNK, chunks
+from ghsync_dagster.stores.mongo import CHUNK, NAMELESS, chunks
 from ghsync_dagster.stores.mongo_errors import DUPLICATE_KEY, PASSING, mongo_errors
 
 if TYPE_CHECKING:
@@ -317,17 +317,12 @@ class StreamStore:
                     _raise_unless(error, {DUPLICATE_KEY})
 
     def write(
-        self,
-        upserts: Mapping[str, dict[str, str | None]],
-        deletes: Iterable[str] = (),
-        *,
-        created: Set[str] = frozenset(),
+        self, upserts: Mapping[str, dict[str, str | None]], *, created: Set[str] = frozenset()
     ) -> dict[str, Refused]:
-        """Replace or insert users, unmarked, and delete others, in any order.
+        """Replace or insert users, unmarked.
 
         Args:
             upserts: Users by key. One that lacks fields keeps what is stored of them; they are null where nothing is.
-            deletes: Keys to delete, none of them among the upserts.
             created: Keys that are most likely not stored: to insert them is tried first, since it costs less.
 
         Returns:
@@ -343,10 +338,23 @@ class StreamStore:
         stored = set(self._insert([(key, InsertOne(dict(user))) for key, user in new.items()], refused))
         others = {key: user for key, user in upserts.items() if key not in new or key in stored}
         self._replace([(key, _upsert(key, user)) for key, user in others.items()], refused)
-        for part in chunks(deletes, _KEYS):
-            with self._command("Deleting users"):
-                self.store.users.delete_many({"user_id": {"$in": part}})
         return {key: refused[key] for key in upserts if key in refused}
+
+    def remove(self, keys: Iterable[str]) -> int:
+        """Delete users, marked or not; return how many documents there were."""
+        return sum(self._delete({"user_id": {"$in": part}}) for part in chunks(keys, _KEYS))
+
+    def remove_nameless(self) -> int:
+        """Delete the documents whose ``user_id`` is no text, which break the contract; return how many."""
+        return self._delete(NAMELESS)
+
+    def confirm(self) -> None:
+        """Have a majority confirm what was written to the users before, also by a try that seemed to fail."""
+        self._delete({"_id": {"$in": []}})
+
+    def _delete(self, query: Document) -> int:
+        with self._command("Deleting users"):
+            return self.store.users.delete_many(query).deleted_count
 
     def _insert(self, writes: list[_Write], refused: dict[str, Refused]) -> list[str]:
         """Insert users; return the keys that are stored already, and add what the database refuses."""
@@ -390,46 +398,26 @@ class StreamStore:
         middle = len(part) // 2
         return self._write_once(part[:middle], refused) + self._write_once(part[middle:], refused)
 
-    def remove_everyone(self, keep: Set[str] = frozenset()) -> int:
-        """Delete every user there is, and record that the stream deleted it; return how many documents there were.
-
-        What a load is about to insert counts as there once its version entry is; it finds the deletion when it ends.
+    def everyone(self, keep: Set[str]) -> Iterator[list[str]]:
+        """Yield the keys of all users and then of all version entries, until none but what is kept is there.
 
         Args:
-            keep: Users that stay.
+            keep: Users that are not told. All others have to be gone before the next ones are asked for.
         """
-        removed = 0
-        for found in self._all(self.store.users, "user_id", keep):
-            keys = [user["user_id"] for user in found if isinstance(user.get("user_id"), str)]
-            self.record_deleted(keys)
-            self.drop_versions(keys)
-            with self._command("Deleting users"):
-                # By _id, which a document that breaks the contract has too.
-                result = self.store.users.delete_many({"_id": {"$in": [user["_id"] for user in found]}})
-            removed += result.deleted_count
-        for found in self._all(self.store.versions, "_id", keep):
-            self.record_deleted(entry["_id"] for entry in found)
-            self.drop_versions([entry["_id"] for entry in found])
-        with self._command("Confirming deletions"):
-            # A majority confirms with it what came before it, also what a try that failed had done already.
-            self.store.users.delete_many({"_id": {"$in": []}})
-        return removed
-
-    def _all(self, collection: Collection[Document], field: str, keep: Set[str]) -> Iterator[list[Document]]:
-        """Yield what a collection holds until a look from the beginning finds nothing but what is kept."""
-        is_found = True
-        while is_found:
-            is_found = False
-            cursor = collection.find({}, {field: 1}, batch_size=CHUNK)
-            while True:
-                with self._command(f"Reading {collection.name}"):
-                    read = list(islice(cursor, CHUNK))
-                if not read:
-                    break
-                found = [entry for entry in read if not isinstance(name := entry.get(field), str) or name not in keep]
-                if found:
-                    is_found = True
-                    yield found
+        for collection, field in ((self.store.users, "user_id"), (self.store.versions, "_id")):
+            is_found = True
+            while is_found:
+                is_found = False
+                cursor = collection.find({}, {field: 1}, batch_size=CHUNK)
+                while True:
+                    with self._command(f"Reading {collection.name}"):
+                        read = list(islice(cursor, CHUNK))
+                    if not read:
+                        break
+                    names = [name for entry in read if isinstance(name := entry.get(field), str) and name not in keep]
+                    if names:
+                        is_found = True
+                        yield names
 
 
 def _upsert(key: str, user: dict[str, str | None]) -> ReplaceOne[Document] | UpdateOne:

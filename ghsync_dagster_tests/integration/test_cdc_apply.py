@@ -89,7 +89,9 @@ def test_a_write_whose_first_connection_is_refused_is_done_whole(
 
     monkeypatch.setattr(pool, CONNECT, refuse_once)
     with UserStore(mongo_uri, database, "Users") as fresh:
-        assert StreamStore(fresh).write({"1": user("1", "renamed")}, ["2", "3"]) == {}
+        stream = StreamStore(fresh)
+        assert stream.write({"1": user("1", "renamed")}) == {}
+        assert stream.remove(["2", "3"]) == 2
     assert len(refused) == 1
     assert stored(users) == {"1": user("1", "renamed")}
 

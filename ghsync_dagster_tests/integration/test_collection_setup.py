@@ -339,7 +339,9 @@ def test_a_uri_can_t_weaken_what_a_write_waits_for(
         assert store.users.write_concern == store.leases.write_concern == WriteConcern("majority", wtimeout=60_000)
         store.database.create_collection("Users")
         store.ensure_collection()
-        assert StreamStore(store).write({"1": USER, "2": USER | {"user_id": "2"}}, ["2"], created={"1"}) == {}
+        stream = StreamStore(store)
+        assert stream.write({"1": USER, "2": USER | {"user_id": "2"}}, created={"1"}) == {}
+        assert stream.remove(["2", "3"]) == 1
         store.record_load("a-load", state="done")
         with pytest.raises(DuplicateKeyError):
             store.users.insert_one(dict(USER))

@@ -15,6 +15,7 @@ from interleavings import Actor
 
 from ghsync_dagster.domain.precedence import (
     DELETE_STEPS,
+    GOES_BACK,
     LOAD_STEPS,
     SETTLE_STEPS,
     UPSERT_STEPS,
@@ -386,9 +387,8 @@ class Streams:
         elif step is StreamStep.REMOVE_DOCUMENT:
             store, stream = store._replace(doc=None), stream._replace(last=op)
         else:
-            again = step is StreamStep.DROP_VERSION_AGAIN and "no repeat" not in self.protocol.deviations
-            if again and store.entry is not None:
-                following = steps.index(StreamStep.WRITE_DOCUMENT)
+            if step in GOES_BACK and store.entry is not None and "no repeat" not in self.protocol.deviations:
+                following = steps.index(GOES_BACK[step])
             store = store._replace(entry=None)
         stream = stream._replace(step=following)
         if following == len(steps):

@@ -19,7 +19,7 @@ from interleavings import Actor
 from precedence_model import DELETE, Doc, Entry, Load, Loads, Protocol, Store
 
 from ghsync_dagster.domain.change import Op, Position
-from ghsync_dagster.domain.precedence import DELETE_STEPS, UPSERT_STEPS, StreamStep
+from ghsync_dagster.domain.precedence import DELETE_STEPS, GOES_BACK, UPSERT_STEPS, StreamStep
 from ghsync_dagster.domain.repair import (
     REPAIR_STEPS,
     WRITING_STEPS,
@@ -349,8 +349,8 @@ class Owners:
             if owner.place is None:
                 owner = owner._replace(floor=row.number)
         else:
-            if step is StreamStep.DROP_VERSION_AGAIN and store.entry is not None:
-                following = steps.index(StreamStep.WRITE_DOCUMENT)
+            if step in GOES_BACK and store.entry is not None:
+                following = steps.index(GOES_BACK[step])
             store = store._replace(entry=None)
         owner = owner._replace(step=following)
         if following == len(steps):

@@ -96,10 +96,13 @@ class _TracedStore:
             self.trace[key].append(StreamStep.DROP_VERSION_AGAIN if again else StreamStep.DROP_VERSION)
         return set()
 
-    def write(self, upserts: Mapping[str, Any], deletes: Iterable[str] = (), **_: Any) -> dict[str, Any]:
+    def write(self, upserts: Mapping[str, Any], **_: Any) -> dict[str, Any]:
         self._note(StreamStep.WRITE_DOCUMENT, upserts)
-        self._note(StreamStep.REMOVE_DOCUMENT, deletes)
         return {}
+
+    def remove(self, keys: Iterable[str]) -> int:
+        self._note(StreamStep.REMOVE_DOCUMENT, keys)
+        return 0
 
     def forget_deleted(self, keys: Iterable[str]) -> None:
         self._note(StreamStep.FORGET_DELETED, keys)
