@@ -58,7 +58,6 @@ def apply(store: StreamStore, segment: Segment, keep: Set[str] = frozenset()) ->
         for keys in store.everyone(keep):
             applying.take(DELETE_STEPS, keys)
         applied.truncated = applying.removed + store.remove_nameless()
-        store.confirm()
     upserts = [key for key, change in segment.changes.items() if change.user is not None]
     deletes = [key for key, change in segment.changes.items() if change.user is None]
     applying.take(DELETE_STEPS, deletes)

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -293,7 +293,9 @@ def to_arrow(frame: DataFrame) -> pa.Table:
     try:
         thread.join()
     except BaseException:
-        frame.sparkSession.sparkContext.cancelAllJobs()
+        # The signal may have ended the JVM too; it stays what is told.
+        with suppress(Exception):
+            frame.sparkSession.sparkContext.cancelAllJobs()
         thread.join(_CANCEL_SECONDS)
         raise
     if failed:

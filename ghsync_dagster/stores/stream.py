@@ -345,12 +345,11 @@ class StreamStore:
         return sum(self._delete({"user_id": {"$in": part}}) for part in chunks(keys, _KEYS))
 
     def remove_nameless(self) -> int:
-        """Delete the documents whose ``user_id`` is no text, which break the contract; return how many."""
-        return self._delete(NAMELESS)
+        """Delete the documents whose ``user_id`` is no text, which break the contract; return how many.
 
-    def confirm(self) -> None:
-        """Have a majority confirm what was written to the users before, also by a try that seemed to fail."""
-        self._delete({"_id": {"$in": []}})
+        A majority confirms with it what came before it, also what a try that failed had done already.
+        """
+        return self._delete(NAMELESS)
 
     def _delete(self, query: Document) -> int:
         with self._command("Deleting users"):

@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import pyarrow as pa
@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 from cdc_parts import until
 from odd_lines import GOOD, KINDS
+from py4j.protocol import Py4JNetworkError
 
 from ghsync_dagster import folders
 from ghsync_dagster.batch import read
@@ -37,6 +38,8 @@ from ghsync_dagster.wiring import batch_flow
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+    from pyspark.sql import DataFrame
 
     from ghsync_dagster.batch.flow import BatchFlow
     from ghsync_dagster.stores.spark import SparkHandle
@@ -487,3 +490,31 @@ def test_a_signal_cancels_the_job_that_is_waited_for(spark: SparkHandle) -> None
         signal.signal(signal.SIGUSR1, before)
     # Spark's own list of jobs comes after.
     until(lambda: not tracker.getActiveJobsIds(), 30)
+
+
+def test_a_signal_stays_what_is_told_where_it_ended_the_jvm_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ghsync_dagster.stores.spark._CANCEL_SECONDS", 0.0)
+    waited_for = threading.Event()
+
+    class Gone:
+        """A frame whose JVM is gone once the signal has come."""
+
+        def toArrow(self) -> None:  # noqa: N802
+            os.kill(os.getpid(), signal.SIGUSR1)
+            waited_for.wait()
+
+        @property
+        def sparkSession(self) -> Any:  # noqa: N802
+            raise Py4JNetworkError("planted")
+
+    def end(*_: object) -> None:
+        raise SystemExit(143)
+
+    before = signal.signal(signal.SIGUSR1, end)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            to_arrow(cast("DataFrame", Gone()))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        waited_for.set()
+    assert caught.value.code == 143

@@ -48,10 +48,8 @@ class _TracedStore:
             yield [key for key in page if key not in keep]
 
     def remove_nameless(self) -> int:
-        return 1
-
-    def confirm(self) -> None:
         self.confirmed_after = {key: list(steps) for key, steps in self.trace.items()}
+        return 1
 
     def record_deleted(self, keys: Iterable[str]) -> None:
         self._note(StreamStep.RECORD_DELETED, keys)
