@@ -21,7 +21,7 @@ from ghsync_dagster.batch.plan import Plan, make_plan, plan_missing
 from ghsync_dagster.batch.reports import LoadReport, count_rows, rows_of
 from ghsync_dagster.batch.settle import recover, settle_load
 from ghsync_dagster.domain.errors import InputError, UnavailableError
-from ghsync_dagster.domain.precedence import LoadState
+from ghsync_dagster.domain.precedence import LoadState, SettleStep
 from ghsync_dagster.domain.user import USER_FIELDS
 from ghsync_dagster.observability.logging import get_logger
 from ghsync_dagster.observability.progress import telling
@@ -61,6 +61,13 @@ class Step(StrEnum):
     CHECKED = "checked"
     UNMARKED = "unmarked"
     DONE = "done"
+
+
+_SETTLED: Final = {
+    SettleStep.RECORD_CHECKED: Step.CHECKED,
+    SettleStep.UNMARK: Step.UNMARKED,
+    SettleStep.RECORD_DONE: Step.DONE,
+}
 
 
 def load_users(
@@ -121,7 +128,7 @@ class _Load:
             self.store.ensure_collection()
             self.on_step(Step.PREPARED)
         with self._phase("recover"):
-            recovered = recover(self.store, self.lease.assert_held)
+            recovered = recover(self.store, self.lease)
             self.on_step(Step.RECOVERED)
         with self._phase("plan"):
             self._record(LoadState.RUNNING, started_at=datetime.now(UTC), run_id=self.run_id, users=self.users.users)
@@ -311,11 +318,13 @@ class _Load:
             self.store,
             self.load_id,
             expected_marked=plan.inserts if untouched else None,
-            assert_held=self.lease.assert_held,
-            on_checked=lambda: self.on_step(Step.CHECKED),
-            on_unmarked=lambda: self.on_step(Step.UNMARKED),
-            on_done=lambda: self.on_step(Step.DONE),
+            lease=self.lease,
+            on_step=self._on_settled,
         )
+
+    def _on_settled(self, step: SettleStep) -> None:
+        if step in _SETTLED:
+            self.on_step(_SETTLED[step])
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

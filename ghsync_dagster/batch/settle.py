@@ -1,30 +1,33 @@
 """Settle: how a load ends, its own or a dead one's, so that nothing is left marked and nothing is half done.
 
-Belongs here: carrying out ``domain.precedence.settle`` over all keys of a load. Not here: the decision itself.
+Belongs here: which command carries out which step of SETTLE_STEPS, over all keys of a load. Not here: the order of the
+steps and the decision between them, which are ``domain.precedence``'s.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import TYPE_CHECKING, Final
 
-from ghsync_dagster.domain.precedence import Found, LoadState, Repair, settle
+from ghsync_dagster.domain.precedence import OF_EACH_KEY, Found, LoadState, Repair, SettleStep, settle, steps_left
 from ghsync_dagster.domain.user import MARKER_FIELD
 from ghsync_dagster.observability.logging import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence, Set
 
+    from ghsync_dagster.batch.lease import HeldLease
+    from ghsync_dagster.stores.collection import Document
     from ghsync_dagster.stores.mongo import UserStore
+
+_DONE_TO_A_KEY: Final = [repair for repair in Repair if repair is not Repair.NOTHING]
 
 log = get_logger("settle")
 
 
-def _nothing() -> None:
-    """Stand in for a callback that nobody needs."""
-
-
-def recover(store: UserStore, assert_held: Callable[[], None]) -> dict[str, int]:
+def recover(store: UserStore, lease: HeldLease) -> dict[str, int]:
     """Settle what earlier loads left unfinished.
 
     Returns:
@@ -33,20 +36,19 @@ def recover(store: UserStore, assert_held: Callable[[], None]) -> dict[str, int]
     settled: Counter[str] = Counter()
     for record in store.unfinished_loads():
         log.warning("settling an unfinished load", load=record["_id"], state=record["state"])
-        if LoadState(record["state"]) is LoadState.RUNNING:
-            settled += _repair(store, record["_id"], assert_held)
-        settled["unmarked"] += _finish(store, record["_id"], assert_held, _nothing, _nothing)
-        assert_held()
-        store.record_load(record["_id"], state=LoadState.DONE.value)
+        settling = _Settling(store, record["_id"], lease)
+        settling.take(steps_left(LoadState(record["state"])))
+        settled += settling.repaired
+        settled["unmarked"] += settling.unmarked
     if store.count_marked():
-        settled += _settle_strays(store, assert_held)
+        settled += _settle_strays(store, lease)
     # Empty but for what a holder that had lost its lease wrote too late.
-    assert_held()
+    lease.assert_held()
     store.clear_undo()
     return dict(+settled)
 
 
-def _settle_strays(store: UserStore, assert_held: Callable[[], None]) -> Counter[str]:
+def _settle_strays(store: UserStore, lease: HeldLease) -> Counter[str]:
     """Settle markers that no unfinished load accounts for: they stay users, but for what the stream deleted.
 
     Such are what a dead load's executors wrote after it was settled, and what another program marked.
@@ -57,9 +59,9 @@ def _settle_strays(store: UserStore, assert_held: Callable[[], None]) -> Counter
     for keys in chunks(user["user_id"] for user in store.marked()):
         deleted = store.deleted_among(keys)
         owned = store.versions_by_id(sorted(deleted))
-        assert_held()
+        lease.assert_held()
         removed += store.delete_marked(deleted - owned.keys())
-    assert_held()
+    lease.assert_held()
     return Counter({Repair.REMOVE.value: removed, "unmarked": store.unmark_all()})
 
 
@@ -68,10 +70,8 @@ def settle_load(
     load_id: str,
     *,
     expected_marked: int | None,
-    assert_held: Callable[[], None],
-    on_checked: Callable[[], None],
-    on_unmarked: Callable[[], None],
-    on_done: Callable[[], None],
+    lease: HeldLease,
+    on_step: Callable[[SettleStep], None],
 ) -> int:
     """End a verified load: compare with the stream, make versions final, remove the marker.
 
@@ -79,68 +79,116 @@ def settle_load(
         store: The store.
         load_id: The load.
         expected_marked: How many documents carry the marker if nobody touched one since; None: look at each.
-        assert_held: Raises when the lease is lost.
-        on_checked: Told when every key is settled.
-        on_unmarked: Told when the marker is gone.
-        on_done: Told at the end.
+        lease: The lease that the load holds.
+        on_step: Told of each step that is taken once a load when it is done.
 
     Returns:
         From how many documents the marker was removed.
     """
-    # As many marked as were inserted, and no deletion on record: the stream touched none of them.
-    if expected_marked is None or store.count_marked() != expected_marked or store.any_deleted():
-        _repair(store, load_id, assert_held)
-    unmarked = _finish(store, load_id, assert_held, on_checked, on_unmarked)
-    assert_held()
-    store.record_load(load_id, state=LoadState.DONE.value, unmarked=unmarked)
-    on_done()
-    return unmarked
+    steps = steps_left(LoadState.RUNNING)
+    # As many marked as were inserted, and no deletion on record: the stream touched none of them, and all are kept.
+    if expected_marked is not None and store.count_marked() == expected_marked and not store.any_deleted():
+        steps = tuple(step for step in steps if step not in OF_EACH_KEY)
+    settling = _Settling(store, load_id, lease, on_step)
+    settling.take(steps)
+    return settling.unmarked
 
 
-def _finish(
-    store: UserStore,
-    load_id: str,
-    assert_held: Callable[[], None],
-    on_checked: Callable[[], None],
-    on_unmarked: Callable[[], None],
-) -> int:
-    assert_held()
-    store.record_load(load_id, state=LoadState.CHECKED.value)
-    on_checked()
-    assert_held()
-    unmarked = store.unmark_all()
-    on_unmarked()
-    assert_held()
-    store.clear_undo()
-    return unmarked
+@dataclass
+class _Keys:
+    """Some keys of a load, all of them marked or all of them not, and what is found of them."""
+
+    marked: bool
+    keys: Sequence[str]
+    old: dict[str, Document] = field(default_factory=dict)
+    versioned: Set[str] = frozenset()
+    deleted: Set[str] = frozenset()
+
+    def due(self, *repairs: Repair) -> list[str]:
+        """Return the keys that need one of these repairs."""
+        return [key for key in self.keys if self.repair(key) in repairs]
+
+    def repair(self, key: str) -> Repair:
+        """Return what becomes of a key."""
+        found = Found(self.marked, key in self.old, key in self.versioned, key in self.deleted)
+        return settle(LoadState.RUNNING, found)
 
 
-def _repair(store: UserStore, load_id: str, assert_held: Callable[[], None]) -> Counter[str]:
-    """Repair every key that a load in state running has written; return how often each repair was needed."""
-    from ghsync_dagster.stores.mongo import chunks
+class _Settling:
+    """Takes the steps that settle one load; each write only while the lease is held."""
 
-    repaired: Counter[str] = Counter()
-    for keys in chunks(user["user_id"] for user in store.marked()):
-        assert_held()
-        repaired += _repair_marked(store, load_id, keys)
-    for keys in chunks(store.versions_of_load(load_id)):
-        assert_held()
-        documents = store.users_by_id(keys)
-        overtaken = [key for key in keys if MARKER_FIELD not in documents.get(key, {})]
-        repaired[Repair.DROP_VERSION.value] += store.drop_versions(overtaken)
-    return repaired
+    def __init__(
+        self,
+        store: UserStore,
+        load_id: str,
+        lease: HeldLease,
+        on_step: Callable[[SettleStep], None] = lambda _: None,
+    ) -> None:
+        self.repaired: Counter[str] = Counter()
+        self.unmarked = 0
+        self._store, self._load_id, self._lease, self._on_step = store, load_id, lease, on_step
+        self._of_keys: dict[SettleStep, Callable[[_Keys], None]] = {
+            SettleStep.FIND_VERSION: self._find_version,
+            SettleStep.FIND_DELETED: self._find_deleted,
+            SettleStep.REPAIR_DOCUMENT: self._repair_document,
+            SettleStep.REPAIR_VERSION: self._repair_version,
+        }
+        self._of_load: dict[SettleStep, Callable[[], None]] = {
+            SettleStep.RECORD_CHECKED: lambda: self._record(LoadState.CHECKED),
+            SettleStep.UNMARK: self._unmark,
+            SettleStep.FORGET_OLD: store.clear_undo,
+            SettleStep.RECORD_DONE: lambda: self._record(LoadState.DONE),
+        }
 
+    def take(self, steps: Sequence[SettleStep]) -> None:
+        """Take steps: those of each key for some keys at a time, the others for all keys at once."""
+        for is_of_each_key, some in groupby(steps, OF_EACH_KEY.__contains__):
+            if is_of_each_key:
+                self._settle_keys(tuple(some))
+                continue
+            for step in some:
+                self._lease.assert_held()
+                self._of_load[step]()
+                self._on_step(step)
 
-def _repair_marked(store: UserStore, load_id: str, keys: Sequence[str]) -> Counter[str]:
-    old = store.undo_by_id(keys)
-    versions = store.versions_by_id(keys)
-    deleted = store.deleted_among(keys)
-    by_repair: dict[Repair, list[str]] = {repair: [] for repair in Repair}
-    for key in keys:
-        versioned = key in versions and versions[key].load == load_id
-        found = Found(marked=True, replaced=key in old, versioned=versioned, deleted=key in deleted)
-        by_repair[settle(LoadState.RUNNING, found)].append(key)
-    store.put_back(old[key] for key in by_repair[Repair.PUT_BACK])
-    store.delete_marked(by_repair[Repair.REMOVE])
-    store.drop_versions(key for key in by_repair[Repair.REMOVE] if key in versions and versions[key].load == load_id)
-    return Counter({repair.value: len(found) for repair, found in by_repair.items()})
+    def _settle_keys(self, steps: Sequence[SettleStep]) -> None:
+        first, *others = steps
+        for found in {SettleStep.FIND_MARKED: self._find_marked}[first]():
+            for step in others:
+                self._lease.assert_held()
+                self._of_keys[step](found)
+            self.repaired.update(found.repair(key).value for key in found.due(*_DONE_TO_A_KEY))
+
+    def _find_marked(self) -> Iterator[_Keys]:
+        """Yield all keys on which something of the load may be left: what is marked, then what has its entry alone."""
+        from ghsync_dagster.stores.mongo import chunks
+
+        for keys in chunks(user["user_id"] for user in self._store.marked()):
+            yield _Keys(marked=True, keys=keys, old=self._store.undo_by_id(keys))
+        for keys in chunks(self._store.versions_of_load(self._load_id)):
+            documents = self._store.users_by_id(keys)
+            overtaken = [key for key in keys if MARKER_FIELD not in documents.get(key, {})]
+            if overtaken:
+                yield _Keys(marked=False, keys=overtaken)
+
+    def _find_version(self, found: _Keys) -> None:
+        entries = self._store.versions_by_id(found.keys)
+        found.versioned = {key for key, entry in entries.items() if entry.load == self._load_id}
+
+    def _find_deleted(self, found: _Keys) -> None:
+        found.deleted = self._store.deleted_among(found.keys)
+
+    def _repair_document(self, found: _Keys) -> None:
+        self._store.put_back(found.old[key] for key in found.due(Repair.PUT_BACK))
+        self._store.delete_marked(found.due(Repair.REMOVE))
+
+    def _repair_version(self, found: _Keys) -> None:
+        self._store.drop_versions(
+            key for key in found.due(Repair.REMOVE, Repair.DROP_VERSION) if key in found.versioned
+        )
+
+    def _record(self, state: LoadState) -> None:
+        self._store.record_load(self._load_id, state=state.value, unmarked=self.unmarked)
+
+    def _unmark(self) -> None:
+        self.unmarked = self._store.unmark_all()

@@ -224,10 +224,7 @@ class LoadStep(Enum):
 
 
 class SettleStep(Enum):
-    """The steps that end a load, in order: at its own end, and in the recovery of a dead one.
-
-    A load that died while running is recovered from the first step on, one that died as checked from UNMARK on.
-    """
+    """The steps that end a load, in order: at its own end, and in the recovery of a dead one (``steps_left``)."""
 
     FIND_MARKED = "find marked"
     """First of three reads for `settle`, in any order, but each after the last write of a document or version."""
@@ -288,6 +285,16 @@ LOAD_STEPS = tuple(LoadStep)
 
 SETTLE_STEPS = tuple(SettleStep)
 """The end of a load, or the recovery of a dead one."""
+
+OF_EACH_KEY = frozenset(SETTLE_STEPS[: SETTLE_STEPS.index(SettleStep.RECORD_CHECKED)])
+"""The steps of them that are taken for each key; the others are taken once a load, for all keys."""
+
+
+def steps_left(state: LoadState, steps: tuple[SettleStep, ...] = SETTLE_STEPS) -> tuple[SettleStep, ...]:
+    """Return those of the steps that a load whose record has a state still has to take, in order."""
+    last = {LoadState.CHECKED: SettleStep.RECORD_CHECKED, LoadState.DONE: SettleStep.RECORD_DONE}.get(state)
+    return steps if last is None else steps[steps.index(last) + 1 :]
+
 
 UPSERT_STEPS = (
     StreamStep.DROP_VERSION,

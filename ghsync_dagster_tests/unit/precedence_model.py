@@ -30,6 +30,7 @@ from ghsync_dagster.domain.precedence import (
     StreamStep,
     Version,
     classify,
+    steps_left,
 )
 from ghsync_dagster.domain.precedence import settle as settle_key
 
@@ -207,9 +208,8 @@ class Loads:
     def _begin(self, store: Store, load: Load) -> tuple[str, Store, Load]:
         if store.record is None or store.record[1] is LoadState.DONE or "no recovery" in self.protocol.deviations:
             return "begin", store, self._enter(load)
-        if store.record[1] is LoadState.CHECKED:
-            return "recover, checked", store, load._replace(step=self._after(SettleStep.RECORD_CHECKED))
-        return "recover, running", store, load._replace(step=self.protocol.settle[0])
+        left = steps_left(store.record[1], self.protocol.settle)
+        return f"recover, {store.record[1].value}", store, load._replace(step=left[0])
 
     def _enter(self, load: Load) -> Load:
         if load.number >= len(self.plan):
