@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ghsync_dagster.batch.lease import hold_lease, identity
-from ghsync_dagster.batch.plan import Plan, make_plan, plan_missing
+from ghsync_dagster.batch.plan import LEFT_TO_SPARK, Plan, make_plan, plan_missing
 from ghsync_dagster.batch.reports import LoadReport, count_rows, rows_of
 from ghsync_dagster.batch.settle import recover, settle_load
 from ghsync_dagster.domain.errors import InputError, UnavailableError
-from ghsync_dagster.domain.precedence import LoadState, SettleStep
+from ghsync_dagster.domain.precedence import LoadState, LoadStep, SettleStep
 from ghsync_dagster.domain.user import USER_FIELDS
 from ghsync_dagster.observability.logging import get_logger
 from ghsync_dagster.observability.progress import telling
@@ -193,10 +193,10 @@ class _Load:
         self._name_writer()
         # Both have ended when this returns or raises, also on Ctrl-C: nothing is written after the lease is given back.
         with ThreadPoolExecutor(max_workers=2, thread_name_prefix="insert") as beside:
-            versions = beside.submit(self._write_versions, path)
-            users = beside.submit(self._append, path)
+            commands = {LoadStep.WRITE_DOCUMENT: self._append, LoadStep.WRITE_VERSION: self._write_versions}
+            tasks = [beside.submit(commands[step], path) for step in LEFT_TO_SPARK]
             try:
-                self._await(users, versions)
+                self._await(*tasks)
             except BaseException:
                 self._stop_inserting()
                 raise

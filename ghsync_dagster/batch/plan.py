@@ -1,7 +1,7 @@
 """Plan: what a load does with each of its users, decided chunk by chunk, so that memory stays flat.
 
-Belongs here: reading what is stored, the decision, and the writes that need no Spark (versions that only move on, and
-the load's own older documents). Not here: inserts, which Spark does, and verification.
+Belongs here: which command carries out which step of a load, but for inserts, which Spark does. Not here: the order of
+the steps and the decisions between them, which are ``domain.precedence``'s, and verification.
 """
 
 from __future__ import annotations
@@ -12,19 +12,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ghsync_dagster.batch.reports import Row, count_rows, rows_of
-from ghsync_dagster.domain.precedence import Action, Incoming, Stored, Version, classify
+from ghsync_dagster.domain.precedence import (
+    INSERT_AGAIN_STEPS,
+    READ_STEPS,
+    WRITE_STEPS,
+    Action,
+    Incoming,
+    LoadStep,
+    Stored,
+    Version,
+    classify,
+    classify_missing,
+)
 from ghsync_dagster.domain.user import MARKER_FIELD, USER_FIELDS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     import pyarrow.parquet as pq
 
     from ghsync_dagster.batch.lease import HeldLease
+    from ghsync_dagster.stores.collection import Document
     from ghsync_dagster.stores.mongo import StoredVersion, UserStore
 
-STORED_MEANWHILE: Final = "stored meanwhile"
-"""The reason to leave a user that another stored after the plan was made."""
+LEFT_TO_SPARK: Final = frozenset({LoadStep.WRITE_DOCUMENT, LoadStep.WRITE_VERSION})
+"""The steps of inserts that are taken for all users at once, after their plan is made."""
 
 
 @dataclass
@@ -65,90 +77,136 @@ def make_plan(store: UserStore, users: Path, target: Path, load_id: str, lease: 
     with _Sorter(target) as sorter:
         deletions = store.any_deleted()
         for rows in rows_of(users):
-            _decide(store, rows, sorter, load_id, lease, deletions=deletions)
+            _Planning(store, rows, sorter, load_id, lease, deletions=deletions).decide()
         return sorter.plan
-
-
-def _decide(
-    store: UserStore, rows: Sequence[Row], sorter: _Sorter, load_id: str, lease: HeldLease, *, deletions: bool
-) -> None:
-    from ghsync_dagster.stores.mongo import VersionMove
-
-    keys = [row["user_id"] for row in rows]
-    documents = store.users_by_id(keys)
-    versions = store.versions_by_id(keys)
-    lease.assert_held()
-    # Spark's executors of a dead load may write for a moment longer; nobody else has seen these.
-    late = _late_inserts(documents, versions)
-    store.delete_marked(late)
-    for key in late:
-        del documents[key]
-    deleted = store.deleted_among(keys) if deletions else set()
-    by_action: dict[Action, list[Row]] = {action: [] for action in Action}
-    for row in rows:
-        stored = Stored(
-            _content(documents.get(row["user_id"])), _version(versions.get(row["user_id"])), row["user_id"] in deleted
-        )
-        by_action[classify(stored, Incoming(_content(row), Version(row["created_at"], row["event_id"])))].append(row)
-
-    lease.assert_held()
-    store.drop_versions([row["user_id"] for row in by_action[Action.INSERT] if row["user_id"] in versions])
-    lease.assert_held()
-    store.move_versions(
-        VersionMove(row["user_id"], row["created_at"], row["event_id"]) for row in by_action[Action.BUMP]
-    )
-    replaced = by_action[Action.REPLACE]
-    old = [documents[row["user_id"]] for row in replaced]
-    lease.assert_held()
-    store.write_undo(old, load_id)
-    lease.assert_held()
-    store.replace_unchanged(zip(old, map(_user, replaced), strict=True))
-    lease.assert_held()
-    store.move_versions(VersionMove(row["user_id"], row["created_at"], row["event_id"], load_id) for row in replaced)
-    sorter.add(by_action)
-
-
-def _late_inserts(documents: dict[str, Row], versions: dict[str, StoredVersion]) -> list[str]:
-    """Return the users that are marked without a version entry, before this load has written any."""
-    return [key for key, found in documents.items() if MARKER_FIELD in found and key not in versions]
 
 
 def plan_missing(store: UserStore, missing: Path, target: Path, load_id: str, lease: HeldLease) -> Plan:
-    """Decide on the users that verification found missing.
+    """Decide on the users that verification found missing, and carry out what needs no Spark.
 
-    A user that another stored or deleted meanwhile is left; one that is stored wrongly by this load is removed where
-    it still carries the marker, and inserted again, as is one that is not stored at all.
+    A user that another stored or deleted meanwhile is left. One that this load stored wrongly is removed where it still
+    carries the marker, and inserted again, as is one that is not stored at all.
     """
     with _Sorter(target) as sorter:
         for rows in rows_of(missing):
-            lease.assert_held()
-            keys = [row["user_id"] for row in rows]
-            documents = store.users_by_id(keys)
-            versions = store.versions_by_id(keys)
-            deleted = store.deleted_among(keys)
-            replaced = store.undo_by_id(keys)
-            again: list[Row] = []
-            for row in rows:
-                key = row["user_id"]
-                document = documents.get(key)
-                if document is not None and MARKER_FIELD not in document:
-                    sorter.give_up(STORED_MEANWHILE, replaced=key in replaced)
-                    # Of an insert it proves nothing: the stream may have stored the same before the entry was written.
-                    ours = key in replaced and key in versions and versions[key].load == load_id
-                    if ours and _content(document) == _content(row):
-                        sorter.plan.marker_lost.append(key)
-                elif document is None and key in deleted:
-                    sorter.give_up(Action.DELETED_BY_STREAM.value, replaced=key in replaced)
-                else:
-                    again.append(row)
-            lease.assert_held()
-            store.delete_marked(row["user_id"] for row in again if row["user_id"] in documents)
-            lease.assert_held()
-            store.drop_versions(row["user_id"] for row in again)
-            # From here on they are inserts: settling must not put an old document back, and must look at deletions.
-            store.forget_undo(row["user_id"] for row in again if row["user_id"] in replaced)
-            sorter.add({Action.INSERT: again})
+            _Planning(store, rows, sorter, load_id, lease, deletions=True).decide_again()
         return sorter.plan
+
+
+class _Planning:
+    """Takes the steps of a load for some of its users, but for LEFT_TO_SPARK; each only while the lease is held."""
+
+    def __init__(
+        self,
+        store: UserStore,
+        rows: Sequence[Row],
+        sorter: _Sorter,
+        load_id: str,
+        lease: HeldLease,
+        *,
+        deletions: bool,
+    ) -> None:
+        self._store, self._sorter, self._load_id, self._lease = store, sorter, load_id, lease
+        self._rows = {row["user_id"]: row for row in rows}
+        self._deletions = deletions
+        self._documents: dict[str, Document] = {}
+        self._versions: dict[str, StoredVersion] = {}
+        self._deleted: set[str] = set()
+        self._reads: dict[LoadStep, Callable[[], None]] = {
+            LoadStep.READ_DOCUMENT: self._read_documents,
+            LoadStep.READ_VERSION: self._read_versions,
+            LoadStep.READ_DELETED: self._read_deleted,
+        }
+        self._writes: dict[tuple[Action, LoadStep], Callable[[Sequence[Row]], None]] = {
+            (Action.INSERT, LoadStep.REMOVE_WRONG): self._remove_wrong,
+            (Action.INSERT, LoadStep.DROP_STALE): self._drop_stale,
+            (Action.INSERT, LoadStep.FORGET_LOGGED): lambda rows: store.forget_undo(_keys(rows)),
+            (Action.BUMP, LoadStep.WRITE_VERSION): lambda rows: self._move_versions(rows, None),
+            (Action.REPLACE, LoadStep.LOG_OLD): lambda rows: store.write_undo(self._old(rows), load_id),
+            (Action.REPLACE, LoadStep.WRITE_DOCUMENT): self._replace,
+            (Action.REPLACE, LoadStep.WRITE_VERSION): lambda rows: self._move_versions(rows, load_id),
+        }
+
+    def decide(self) -> None:
+        """Read, decide and write, but for inserts."""
+        self._read()
+        self._remove_late_inserts()
+        by_action: dict[Action, list[Row]] = {action: [] for action in Action}
+        for key, row in self._rows.items():
+            incoming = Incoming(_content(row), Version(row["created_at"], row["event_id"]))
+            by_action[classify(self._stored(key), incoming)].append(row)
+        for action, steps in WRITE_STEPS.items():
+            self._write(action, steps, by_action[action])
+        self._sorter.add(by_action)
+
+    def decide_again(self) -> None:
+        """Read what verification found missing, decide, and write, but for inserts."""
+        replaced = self._store.undo_by_id(list(self._rows))
+        self._read()
+        again: list[Row] = []
+        for key, row in self._rows.items():
+            is_marked = MARKER_FIELD in self._documents.get(key, {})
+            action = classify_missing(self._stored(key), marked=is_marked)
+            if action is Action.INSERT:
+                again.append(row)
+                continue
+            self._sorter.give_up(action.value, replaced=key in replaced)
+            # Of an insert it proves nothing: the stream may have stored the same before the entry was written.
+            is_ours = key in replaced and key in self._versions and self._versions[key].load == self._load_id
+            if is_ours and _content(self._documents.get(key)) == _content(row):
+                self._sorter.plan.marker_lost.append(key)
+        self._write(Action.INSERT, INSERT_AGAIN_STEPS, again)
+        self._sorter.add({Action.INSERT: again})
+
+    def _read(self) -> None:
+        for step in READ_STEPS:
+            self._reads[step]()
+
+    def _write(self, action: Action, steps: Iterable[LoadStep], rows: Sequence[Row]) -> None:
+        for step in steps:
+            if rows and not (action is Action.INSERT and step in LEFT_TO_SPARK):
+                self._lease.assert_held()
+                self._writes[action, step](rows)
+
+    def _stored(self, key: str) -> Stored:
+        return Stored(_content(self._documents.get(key)), _version(self._versions.get(key)), key in self._deleted)
+
+    def _read_documents(self) -> None:
+        self._documents = self._store.users_by_id(list(self._rows))
+
+    def _read_versions(self) -> None:
+        self._versions = self._store.versions_by_id(list(self._rows))
+
+    def _read_deleted(self) -> None:
+        self._deleted = self._store.deleted_among(list(self._rows)) if self._deletions else set()
+
+    def _remove_late_inserts(self) -> None:
+        """Delete what is marked without a version entry, before this load has written any.
+
+        Spark's executors of a dead load may write for a moment longer; nobody else has seen these.
+        """
+        late = [key for key, found in self._documents.items() if MARKER_FIELD in found and key not in self._versions]
+        self._lease.assert_held()
+        self._store.delete_marked(late)
+        for key in late:
+            del self._documents[key]
+
+    def _remove_wrong(self, rows: Sequence[Row]) -> None:
+        self._store.delete_marked(key for key in _keys(rows) if key in self._documents)
+
+    def _drop_stale(self, rows: Sequence[Row]) -> None:
+        self._store.drop_versions(key for key in _keys(rows) if key in self._versions)
+
+    def _old(self, rows: Sequence[Row]) -> list[Document]:
+        return [self._documents[key] for key in _keys(rows)]
+
+    def _replace(self, rows: Sequence[Row]) -> None:
+        self._store.replace_unchanged(zip(self._old(rows), map(_user, rows), strict=True))
+
+    def _move_versions(self, rows: Sequence[Row], load: str | None) -> None:
+        from ghsync_dagster.stores.mongo import VersionMove
+
+        self._store.move_versions(VersionMove(row["user_id"], row["created_at"], row["event_id"], load) for row in rows)
 
 
 class _Sorter:
@@ -193,6 +251,10 @@ class _Sorter:
         self.plan.left.update(
             {action.value: len(rows) for action, rows in by_action.items() if action.is_skip and rows}
         )
+
+
+def _keys(rows: Sequence[Row]) -> list[str]:
+    return [row["user_id"] for row in rows]
 
 
 def _user(row: Row) -> dict[str, str | None]:

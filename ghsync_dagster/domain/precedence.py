@@ -61,7 +61,7 @@ class Incoming(NamedTuple):
 
 
 class Action(Enum):
-    """What a load does with one key: three ways to write, four reasons not to."""
+    """What a load does with one key: three ways to write, five reasons not to."""
 
     INSERT = "insert"
     """There is no such user: write the marked document, then its version entry."""
@@ -83,6 +83,9 @@ class Action(Enum):
 
     DELETED_BY_STREAM = "deleted by the stream"
     """There is no document because the stream deleted it."""
+
+    STORED_MEANWHILE = "stored meanwhile"
+    """The load wrote the document, and it is unmarked when it is read back: another has written it since."""
 
     @property
     def writes_document(self) -> bool:
@@ -117,6 +120,21 @@ def classify(stored: Stored, incoming: Incoming) -> Action:
     if stored.version > incoming.version:
         return Action.NEWER_STORED
     return Action.BUMP if stored.content == incoming.content else Action.REPLACE
+
+
+def classify_missing(stored: Stored, *, marked: bool) -> Action:
+    """Decide what a load does with a key that it wrote and that READ_BACK finds missing.
+
+    Args:
+        stored: What was read of the key after that.
+        marked: Whether the document is marked.
+
+    Returns:
+        INSERT by the steps of INSERT_AGAIN_STEPS, or the reason not to.
+    """
+    if stored.content is None:
+        return Action.DELETED_BY_STREAM if stored.deleted else Action.INSERT
+    return Action.INSERT if marked else Action.STORED_MEANWHILE
 
 
 class LoadState(Enum):
@@ -187,7 +205,12 @@ def settle(state: LoadState | None, found: Found) -> Repair:
 
 
 class LoadStep(Enum):
-    """The steps of a load, in order. Any time may pass between two of them, and each may be the last one."""
+    """The steps of a load. Any time may pass between two of them, and each may be the last one.
+
+    RECORD_RUNNING once a load, READ_STEPS for each key, then what WRITE_STEPS has for its action, then READ_BACK. A key
+    that it finds missing is read again, and inserted again by INSERT_AGAIN_STEPS where ``classify_missing`` says so; as
+    often as needed, but before SETTLE_STEPS.
+    """
 
     RECORD_RUNNING = "record running"
     """Record the load's id as running, once a load: before it nothing is written, so nothing is left without owner."""
@@ -201,14 +224,23 @@ class LoadStep(Enum):
     READ_DELETED = "read deleted"
     """Third read. It only saves inserting what settling removes again."""
 
+    REMOVE_WRONG = "remove wrong"
+    """Delete the document where it is marked: it is not what was to be written."""
+
+    DROP_STALE = "drop stale"
+    """Drop the version entry, which speaks for no document: WRITE_VERSION of an insert leaves one that is there."""
+
+    FORGET_LOGGED = "forget logged"
+    """Drop the old content of the key from the load's log: from here on it is an insert, with nothing to put back."""
+
     LOG_OLD = "log old"
-    """REPLACE: log the content that was read, under the load's id. Before the document changes, or a crash loses it."""
+    """Log the content that was read, under the load's id. Before the document changes, or a crash loses it."""
 
     WRITE_DOCUMENT = "write document"
     """INSERT: insert marked, and leave what is stored meanwhile. REPLACE: only where unmarked and still as read."""
 
     WRITE_VERSION = "write version"
-    """INSERT: insert the entry. REPLACE, BUMP: update it where it still is, never upsert; BUMP keeps its load's id.
+    """INSERT: insert the entry, and leave one that is there. REPLACE, BUMP: update it where it still is.
 
     After the document for REPLACE: an entry that is still there then proves that the stream had not come by when
     the document was replaced. For INSERT both orders are safe. The old value need not be compared, since nobody but the
@@ -218,9 +250,6 @@ class LoadStep(Enum):
 
     READ_BACK = "read back"
     """Compare what is marked with what was to be written."""
-
-    WRITE_MISSING = "write missing"
-    """As WRITE_DOCUMENT, with its conditions; as often as needed, but before the first find."""
 
 
 class SettleStep(Enum):
@@ -280,8 +309,24 @@ class StreamStep(Enum):
     """After the write, so that a deleted user does not come back from a file for a moment. Keeps the record small."""
 
 
-LOAD_STEPS = tuple(LoadStep)
-"""A load, before it settles."""
+READ_STEPS = (LoadStep.READ_DOCUMENT, LoadStep.READ_VERSION, LoadStep.READ_DELETED)
+"""What a load reads of a key before it decides."""
+
+WRITE_STEPS = {
+    Action.INSERT: (LoadStep.DROP_STALE, LoadStep.WRITE_DOCUMENT, LoadStep.WRITE_VERSION),
+    Action.BUMP: (LoadStep.WRITE_VERSION,),
+    Action.REPLACE: (LoadStep.LOG_OLD, LoadStep.WRITE_DOCUMENT, LoadStep.WRITE_VERSION),
+}
+"""How a load writes a key, by what it decided."""
+
+INSERT_AGAIN_STEPS = (
+    LoadStep.REMOVE_WRONG,
+    LoadStep.DROP_STALE,
+    LoadStep.FORGET_LOGGED,
+    LoadStep.WRITE_DOCUMENT,
+    LoadStep.WRITE_VERSION,
+)
+"""How a load writes a key that it found missing."""
 
 SETTLE_STEPS = tuple(SettleStep)
 """The end of a load, or the recovery of a dead one."""

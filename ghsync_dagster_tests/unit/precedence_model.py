@@ -6,7 +6,7 @@ itself (interleavings.py), which scenarios and mutations are tried (test_precede
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,9 +16,11 @@ from interleavings import Actor
 from ghsync_dagster.domain.precedence import (
     DELETE_STEPS,
     GOES_BACK,
-    LOAD_STEPS,
+    INSERT_AGAIN_STEPS,
+    READ_STEPS,
     SETTLE_STEPS,
     UPSERT_STEPS,
+    WRITE_STEPS,
     Action,
     Found,
     Incoming,
@@ -30,12 +32,13 @@ from ghsync_dagster.domain.precedence import (
     StreamStep,
     Version,
     classify,
+    classify_missing,
     steps_left,
 )
 from ghsync_dagster.domain.precedence import settle as settle_key
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 DELETE = "delete"
 """The stream operation that deletes; any other text is an upsert of that content."""
@@ -43,13 +46,10 @@ DELETE = "delete"
 LATER = (99, "later")
 """The load that runs alone at the end of every run: event and content."""
 
-READS = (LoadStep.READ_DOCUMENT, LoadStep.READ_VERSION, LoadStep.READ_DELETED)
 FINDS = (SettleStep.FIND_MARKED, SettleStep.FIND_VERSION, SettleStep.FIND_DELETED)
 REPAIRS = (SettleStep.REPAIR_DOCUMENT, SettleStep.REPAIR_VERSION)
-OTHER_WRITE = {
-    LoadStep.WRITE_DOCUMENT: LoadStep.WRITE_VERSION,
-    LoadStep.WRITE_VERSION: LoadStep.WRITE_DOCUMENT,
-}
+MISSING_ROUNDS = 1
+"""How often a load of the model writes again what it finds missing."""
 NOT_FOUND = Found(marked=False, replaced=False, versioned=False, deleted=False)
 NOT_READ = Stored(content=None, version=None, deleted=False)
 
@@ -79,19 +79,31 @@ class Store(NamedTuple):
 
 
 class Load(NamedTuple):
-    """The load machine: number in the plan, next step (None: not begun), and what it holds in memory.
+    """The load machine: number in the plan, the steps ahead (none: not begun), and what it holds in memory.
 
-    Without an action it recovers a dead load. `done` are the events of the loads that came to their end.
+    Without an action it recovers a dead load. `again` counts the rounds for what was missing. `done` are the events of
+    the loads that came to their end.
     """
 
     number: int = 1
-    step: LoadStep | SettleStep | None = None
+    ahead: tuple[LoadStep | SettleStep, ...] = ()
     read: Stored = NOT_READ
+    marked: bool = False
     action: Action | None = None
+    again: int = 0
     found: Found = NOT_FOUND
     done: frozenset[int] = frozenset()
     crashes_left: int = 0
     finished: bool = False
+
+    @property
+    def step(self) -> LoadStep | SettleStep | None:
+        """The next step."""
+        return self.ahead[0] if self.ahead else None
+
+    def after(self) -> Load:
+        """Return the machine with its next step done."""
+        return self._replace(ahead=self.ahead[1:])
 
 
 class Stream(NamedTuple):
@@ -137,7 +149,9 @@ class Progress(NamedTuple):
 class Protocol:
     """The steps to execute, the decision at the end, and the names of deviations within single steps."""
 
-    load: tuple[LoadStep, ...] = LOAD_STEPS
+    reads: tuple[LoadStep, ...] = READ_STEPS
+    writes: Mapping[Action, tuple[LoadStep, ...]] = field(default_factory=lambda: WRITE_STEPS)
+    again: tuple[LoadStep, ...] = INSERT_AGAIN_STEPS
     settle: tuple[SettleStep, ...] = SETTLE_STEPS
     upsert: tuple[StreamStep, ...] = UPSERT_STEPS
     delete: tuple[StreamStep, ...] = DELETE_STEPS
@@ -178,9 +192,9 @@ class Loads:
     def __init__(self, protocol: Protocol, loads: tuple[tuple[int, str], ...]) -> None:
         self.protocol = protocol
         self.plan = (*loads, LATER)
-        self.order: tuple[LoadStep | SettleStep, ...] = (*protocol.load, *protocol.settle)
-        self.last_read = [step for step in protocol.load if step in READS][-1]
-        self.closing = next(step for step in protocol.settle if step not in FINDS + REPAIRS)
+        first = next(at for at, step in enumerate(protocol.settle) if step not in FINDS + REPAIRS)
+        self.closing = protocol.settle[first:]
+        self.beginning = (LoadStep.RECORD_RUNNING, *protocol.reads)
 
     def moves(self, store: Store, load: Load) -> list[tuple[str, Store, Load]]:
         """Every next step of the load, a crash before it included."""
@@ -195,62 +209,71 @@ class Loads:
 
     def steps(self, store: Store, load: Load) -> list[tuple[str, Store, Load]]:
         """The next step of the load; reading back has two outcomes."""
-        if load.step is None:
+        step = load.step
+        if step is None:
             return [self._begin(store, load)]
-        if isinstance(load.step, SettleStep):
-            return [(self._settle_label(store, load), *self._settle(store, load, load.step))]
-        if load.step in READS:
-            return [self._read(store, load, load.step)]
-        if load.step is LoadStep.READ_BACK:
+        if isinstance(step, SettleStep):
+            return [(self._settle_label(store, load), *self._settle(store, load, step))]
+        if step in READ_STEPS:
+            return [self._read(store, load, step)]
+        if step is LoadStep.READ_BACK:
             return self._read_back(store, load)
-        return [(load.step.name, self._write(store, load, load.step), self._after_write(load))]
+        return [(step.name, self._write(store, load, step), load.after())]
 
     def _begin(self, store: Store, load: Load) -> tuple[str, Store, Load]:
         if store.record is None or store.record[1] is LoadState.DONE or "no recovery" in self.protocol.deviations:
             return "begin", store, self._enter(load)
         left = steps_left(store.record[1], self.protocol.settle)
-        return f"recover, {store.record[1].value}", store, load._replace(step=left[0])
+        return f"recover, {store.record[1].value}", store, load._replace(ahead=left)
 
     def _enter(self, load: Load) -> Load:
         if load.number >= len(self.plan):
             return self._end(load)
-        return Load(load.number, self.order[0], done=load.done, crashes_left=load.crashes_left)
+        return Load(load.number, self.beginning, done=load.done, crashes_left=load.crashes_left)
 
     def _end(self, load: Load) -> Load:
         return Load(len(self.plan), done=load.done, finished=True)
-
-    def _after(self, step: LoadStep | SettleStep) -> LoadStep | SettleStep:
-        return self.order[self.order.index(step) + 1]
 
     def _read(self, store: Store, load: Load, step: LoadStep) -> tuple[str, Store, Load]:
         read = load.read
         if step is LoadStep.READ_DOCUMENT:
             read = read._replace(content=store.doc.content if store.doc else None)
+            load = load._replace(marked=store.doc is not None and store.doc.marked)
         elif step is LoadStep.READ_VERSION:
             read = read._replace(version=_version(store.entry.event) if store.entry else None)
         else:
             read = read._replace(deleted=store.deleted)
-        load = load._replace(read=read, step=self._after(step))
-        if step is not self.last_read:
+        load = load._replace(read=read).after()
+        if load.ahead:
             return step.name, store, load
         event, content = self.plan[load.number - 1]
-        action = classify(read, Incoming(content, _version(event)))
-        load = load._replace(action=action, read=read._replace(deleted=False))
-        if action.is_skip:
-            load = load._replace(read=NOT_READ, step=self.closing)
-        elif action is Action.BUMP:
-            load = load._replace(read=NOT_READ, step=LoadStep.WRITE_VERSION)
+        if load.again:
+            action = classify_missing(read, marked=load.marked)
+            ahead = self.protocol.settle if action.is_skip else (*self.protocol.again, *self._rest())
+        else:
+            action = classify(read, Incoming(content, _version(event)))
+            ahead = self.closing if action.is_skip else self.protocol.writes[action]
+            ahead = (*ahead, *(self.closing if action is Action.BUMP else ()))
+            ahead = (*ahead, *(self._rest() if action.writes_document else ()))
+        kept = read.content if action is Action.REPLACE else None
+        load = load._replace(action=action, ahead=ahead, marked=False, read=NOT_READ._replace(content=kept))
         return f"{step.name}: {action.name}", store, load
+
+    def _rest(self) -> tuple[LoadStep | SettleStep, ...]:
+        return (LoadStep.READ_BACK, *self.protocol.settle)
 
     def _write(self, store: Store, load: Load, step: LoadStep) -> Store:
         event, content = self.plan[load.number - 1]
-        if load.action is Action.INSERT and "inserts write the version first" in self.protocol.deviations:
-            step = OTHER_WRITE.get(step, step)
         if step is LoadStep.RECORD_RUNNING:
             return store._replace(record=(load.number, LoadState.RUNNING))
+        if step is LoadStep.REMOVE_WRONG:
+            return store._replace(doc=None if store.doc and store.doc.marked else store.doc)
+        if step is LoadStep.DROP_STALE:
+            return store._replace(entry=None)
+        if step is LoadStep.FORGET_LOGGED:
+            return store._replace(old=None)
         if step is LoadStep.LOG_OLD:
-            old = load.read.content if load.action is Action.REPLACE else None
-            return store._replace(old=None if old is None else str(old))
+            return store._replace(old=str(load.read.content))
         if step is LoadStep.WRITE_VERSION:
             late = "version is written late" in self.protocol.deviations
             return store if late else store._replace(entry=self._written_entry(store.entry, load, event))
@@ -264,24 +287,20 @@ class Loads:
         return Doc(content, marked=True) if doc == Doc(str(load.read.content), marked=False) else doc
 
     def _written_entry(self, entry: Entry | None, load: Load, event: int) -> Entry | None:
-        may_create = load.action is Action.INSERT and load.read.version is None
-        if entry is None and not may_create and "version is upserted" not in self.protocol.deviations:
+        if load.action is Action.INSERT:
+            return entry or Entry(event, load.number)
+        if entry is None and "version is upserted" not in self.protocol.deviations:
             return None
         if load.action is Action.BUMP and "bump names its load" not in self.protocol.deviations:
             return Entry(event, entry.load if entry else load.number)
         return Entry(event, load.number)
 
-    def _after_write(self, load: Load) -> Load:
-        assert isinstance(load.step, LoadStep)
-        if load.action is Action.BUMP:
-            return load._replace(step=self.closing)
-        return load._replace(step=self._after(load.step))
-
     def _read_back(self, store: Store, load: Load) -> list[tuple[str, Store, Load]]:
-        enough = ("READ_BACK: enough", store, load._replace(step=self.protocol.settle[0]))
-        if store.doc and store.doc.marked:
+        enough = ("READ_BACK: enough", store, load._replace(read=NOT_READ).after())
+        if (store.doc and store.doc.marked) or load.again == MISSING_ROUNDS:
             return [enough]
-        return [enough, ("READ_BACK: missing", store, load._replace(step=LoadStep.WRITE_MISSING))]
+        again = load._replace(ahead=self.protocol.reads, read=NOT_READ, again=load.again + 1)
+        return [enough, ("READ_BACK: missing", store, again)]
 
     def _settle_label(self, store: Store, load: Load) -> str:
         assert load.step is not None
@@ -315,9 +334,9 @@ class Loads:
             store = store._replace(old=None)
         else:
             store = store._replace(record=(owner, LoadState.DONE))
-        if step is self.order[-1]:
+        load = load.after()
+        if load.step is None:
             return store, self._next_load(load)
-        load = load._replace(step=self._after(step))
         if step not in FINDS and load.step not in REPAIRS:
             load = load._replace(found=NOT_FOUND, read=NOT_READ)
         return store, load
@@ -460,7 +479,7 @@ class Invariants:
         return None
 
     def _after_later_load(self, store: Store, last: str | None) -> str | None:
-        load = Load(len(self.loads.plan), self.loads.order[0])
+        load = Load(len(self.loads.plan), self.loads.beginning)
         while not load.finished:
             _, store, load = self.loads.steps(store, load)[0]
         if last is None:

@@ -20,9 +20,11 @@ from precedence_model import (
 
 from ghsync_dagster.domain.precedence import (
     DELETE_STEPS,
-    LOAD_STEPS,
+    INSERT_AGAIN_STEPS,
+    READ_STEPS,
     SETTLE_STEPS,
     UPSERT_STEPS,
+    WRITE_STEPS,
     Action,
     Found,
     Incoming,
@@ -34,6 +36,7 @@ from ghsync_dagster.domain.precedence import (
     StreamStep,
     Version,
     classify,
+    classify_missing,
     settle,
 )
 
@@ -112,6 +115,21 @@ def test_settling_a_running_load_decides_by_what_is_found(flags: tuple[int, int,
     assert settle(LoadState.RUNNING, Found(*map(bool, flags))) is RUNNING_REPAIRS[flags]
 
 
+@pytest.mark.parametrize(
+    ("stored", "marked", "action"),
+    [
+        (Stored(None, None, deleted=False), False, Action.INSERT),
+        (Stored(None, OLD, deleted=True), False, Action.DELETED_BY_STREAM),
+        (Stored("a", None, deleted=True), False, Action.STORED_MEANWHILE),
+        (Stored("a", OLD, deleted=False), True, Action.INSERT),
+    ],
+)
+def test_a_load_decides_what_becomes_of_a_key_that_it_finds_missing(
+    stored: Stored, action: Action, *, marked: bool
+) -> None:
+    assert classify_missing(stored, marked=marked) is action
+
+
 @pytest.mark.parametrize("state", [LoadState.CHECKED, LoadState.DONE, None])
 @pytest.mark.parametrize("flags", list(product((0, 1), repeat=4)), ids=str)
 def test_settling_any_other_load_only_removes_the_marker(
@@ -188,6 +206,10 @@ def deviating(name: str) -> Protocol:
     return replace(PROTOCOL, deviations=frozenset({name}))
 
 
+def writing(action: Action, steps: tuple[LoadStep, ...]) -> Protocol:
+    return replace(PROTOCOL, writes={**WRITE_STEPS, action: steps})
+
+
 def deletion_first(state: LoadState | None, found: Found) -> Repair:
     return Repair.REMOVE if found.marked and found.deleted else settle(state, found)
 
@@ -246,16 +268,47 @@ MUTATIONS = {
         INSERT,
         "untidy: a version is left without document",
     ),
-    "old content is not logged": (replace(PROTOCOL, load=without(LOAD_STEPS, LoadStep.LOG_OLD)), REPLACE, LOST),
+    "old content is not logged": (
+        writing(Action.REPLACE, without(WRITE_STEPS[Action.REPLACE], LoadStep.LOG_OLD)),
+        REPLACE,
+        LOST,
+    ),
     "old content is logged after the write": (
-        replace(PROTOCOL, load=moved(LOAD_STEPS, LoadStep.WRITE_DOCUMENT, before=LoadStep.LOG_OLD)),
+        writing(Action.REPLACE, moved(WRITE_STEPS[Action.REPLACE], LoadStep.WRITE_DOCUMENT, before=LoadStep.LOG_OLD)),
         REPLACE_DIES,
         "a loaded document is lost",
     ),
     "version is written before the replaced document": (
-        replace(PROTOCOL, load=moved(LOAD_STEPS, LoadStep.WRITE_VERSION, before=LoadStep.WRITE_DOCUMENT)),
+        writing(
+            Action.REPLACE, moved(WRITE_STEPS[Action.REPLACE], LoadStep.WRITE_VERSION, before=LoadStep.WRITE_DOCUMENT)
+        ),
         REPLACE_DIES,
         "content and version do not belong together",
+    ),
+    "an insert leaves the entry of no document": (
+        writing(Action.INSERT, without(WRITE_STEPS[Action.INSERT], LoadStep.DROP_STALE)),
+        scenario(STALE_VERSION, (3, "b")),
+        "a loaded document is lost",
+    ),
+    "an insert drops its own entry": (
+        writing(Action.INSERT, (LoadStep.WRITE_DOCUMENT, LoadStep.WRITE_VERSION, LoadStep.DROP_STALE)),
+        INSERT,
+        "a loaded document is lost",
+    ),
+    "an insert writes no version": (
+        writing(Action.INSERT, without(WRITE_STEPS[Action.INSERT], LoadStep.WRITE_VERSION)),
+        INSERT,
+        "a loaded document is lost",
+    ),
+    "what is inserted again stays in the log": (
+        replace(PROTOCOL, again=without(INSERT_AGAIN_STEPS, LoadStep.FORGET_LOGGED)),
+        scenario(LOADED, (3, "b"), ops=3),
+        BACK,
+    ),
+    "what is inserted again leaves the log late": (
+        replace(PROTOCOL, again=moved(INSERT_AGAIN_STEPS, LoadStep.WRITE_DOCUMENT, before=LoadStep.FORGET_LOGGED)),
+        scenario(LOADED, (3, "b"), ops=3, load_crashes=1),
+        BACK,
     ),
     "version is written after settling found what is there": (
         deviating("version is written late"),
@@ -328,24 +381,26 @@ def test_one_thing_wrong_breaks_an_invariant(name: str) -> None:
 
 # what the real code may do in another way
 
-READS = (LoadStep.READ_DOCUMENT, LoadStep.READ_VERSION, LoadStep.READ_DELETED)
 FINDS = (SettleStep.FIND_MARKED, SettleStep.FIND_VERSION, SettleStep.FIND_DELETED)
 FREEDOMS = {
-    "inserts write the version first": deviating("inserts write the version first"),
+    "inserts write the version first": replace(
+        writing(
+            Action.INSERT, moved(WRITE_STEPS[Action.INSERT], LoadStep.WRITE_VERSION, before=LoadStep.WRITE_DOCUMENT)
+        ),
+        again=moved(INSERT_AGAIN_STEPS, LoadStep.WRITE_VERSION, before=LoadStep.WRITE_DOCUMENT),
+    ),
     "a load takes its inserts as versioned": deviating("inserts are taken as versioned"),
     "delete drops the version last": replace(
         PROTOCOL, delete=(StreamStep.RECORD_DELETED, StreamStep.REMOVE_DOCUMENT, StreamStep.DROP_VERSION)
     ),
-    "no read of the deletion before inserting": replace(PROTOCOL, load=without(LOAD_STEPS, LoadStep.READ_DELETED)),
+    "no read of the deletion before inserting": replace(PROTOCOL, reads=without(READ_STEPS, LoadStep.READ_DELETED)),
     "version is repaired first": replace(
         PROTOCOL, settle=moved(SETTLE_STEPS, SettleStep.REPAIR_VERSION, before=SettleStep.REPAIR_DOCUMENT)
     ),
     **{
-        "reads " + ", ".join(step.value for step in order): replace(
-            PROTOCOL, load=(LoadStep.RECORD_RUNNING, *order, *LOAD_STEPS[4:])
-        )
-        for order in permutations(READS)
-        if order != READS
+        "reads " + ", ".join(step.value for step in order): replace(PROTOCOL, reads=order)
+        for order in permutations(READ_STEPS)
+        if order != READ_STEPS
     },
     **{
         "finds " + ", ".join(step.value for step in order): replace(PROTOCOL, settle=(*order, *SETTLE_STEPS[3:]))
