@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from pymongo import MongoClient
 
 from benchmarks.harness import BenchmarkError, earlier_build
+from ghsync_dagster.settings import environment_without_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -32,7 +33,7 @@ EARLIER = "302b9a1"
 COLLECTION = "Users"
 FIELDS = ("user_id", "login", "gravatar_id", "avatar_url", "url")
 PEERS = Path(__file__).with_name("peers")
-_OUR_SETTINGS = ("MONGODB_", "GHSYNC_", "SPARK_", "KAFKA_", "MYSQL_", "DAGSTER_", "PYSPARK_")
+_OTHER_SETTINGS = ("DAGSTER_", "PYSPARK_", "PYTHONDONTWRITEBYTECODE")
 _KEPT_SETTINGS = ("GHSYNC_CACHE",)
 _DIGEST_BYTES = 16
 
@@ -115,11 +116,9 @@ def inherited_environment() -> dict[str, str]:
 
     Nor is Python kept from keeping what it compiles, which would add to the start of every process.
     """
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name in _KEPT_SETTINGS or not name.startswith((*_OUR_SETTINGS, "PYTHONDONTWRITEBYTECODE"))
-    }
+    given = environment_without_settings()
+    kept = {name: os.environ[name] for name in _KEPT_SETTINGS if name in os.environ}
+    return {name: value for name, value in given.items() if not name.startswith(_OTHER_SETTINGS)} | kept
 
 
 def environment(store: Store, events: Path, home: Path, java_home: Path) -> dict[str, str]:

@@ -552,6 +552,18 @@ def load_settings(**overrides: object) -> Settings:
         ) from None
 
 
+def environment_without_settings() -> dict[str, str]:
+    """Return this process's environment without all that is read here or taken for it: another's settings follow."""
+    names = [str(field.validation_alias) for field in Settings.model_fields.values()]
+    names += [_OF_MAKE, *(name for usual in _USUAL.values() for name in usual.split())]
+    ours = {*names, *(f"{name}_FILE" for name in names)}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.upper() not in ours and not name.upper().startswith((_OURS, *_SHARED))
+    }
+
+
 def settings_file() -> str | None:
     """Return the absolute path of the ``.env`` that counts; None where the working folder has none."""
     file = Path(str(Settings.model_config.get("env_file"))).resolve()

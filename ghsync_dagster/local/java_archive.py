@@ -23,15 +23,13 @@ import psutil
 from ghsync_dagster.domain.errors import GhsyncError
 from ghsync_dagster.local.java import archive_file, find_java, installed_spark, keeps_own_archive
 from ghsync_dagster.observability.logging import get_logger
-from ghsync_dagster.settings import load_settings
+from ghsync_dagster.settings import environment_without_settings, load_settings
 from ghsync_dagster.stopping import exit_on_signals, uninterrupted
 
 if TYPE_CHECKING:
     from ghsync_dagster.settings import Settings
 
 _EVENTS: Final = "2000"
-_LEFT_OUT: Final = ("MONGODB_", "GHSYNC_", "SPARK_")
-"""Settings that would take the training run to somebody's servers or cluster."""
 _RUN_SECONDS: Final = 300
 _EXIT_SECONDS: Final = 120
 log = get_logger("java")
@@ -53,7 +51,8 @@ def make_archive(settings: Settings) -> bool:
         part = archive if keeps_own_archive(java) else archive.with_suffix(f".{os.getpid()}.part")
         options = [] if keeps_own_archive(java) else [f"-XX:ArchiveClassesAtExit={part}", "-Xlog:cds*=off"]
         environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(_LEFT_OUT)},
+            # Settings would take the training run to somebody's servers or cluster.
+            **environment_without_settings(),
             "GHSYNC_HOME": folder,
             "GHSYNC_CACHE": str(settings.cache_dir),
             "SPARK_DRIVER_JAVA_OPTIONS": shlex.join(options),
@@ -88,8 +87,10 @@ def remove_leftovers(archive: Path) -> None:
         if not _is_being_made(path):
             path.unlink(missing_ok=True)
     for other in folder.glob("classes-*.place"):
-        if not Path(other.read_text(encoding="utf-8")).exists():
-            other.unlink(missing_ok=True)
+        # Another set-up, which shares the folder, may remove it meanwhile.
+        with suppress(FileNotFoundError):
+            if not Path(other.read_text(encoding="utf-8")).exists():
+                other.unlink()
     places = {path.stem for path in folder.glob("classes-*.place")}
     for path in folder.glob("classes-*.jsa"):
         is_of_earlier_jars = _place(path) == place and path != archive and archive.exists()

@@ -66,6 +66,26 @@ def test_a_signal_in_the_training_run_leaves_no_server(
     assert asked == ["sample", "down"]
 
 
+def test_usual_names_beside_a_setting_do_not_end_the_training_run(
+    server_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["MONGO_URL", "MONGODB_URL", "KAFKA_BROKERS", "EVENTS_PATH", "SPARK_MASTER_URL", "mongo_uri", "EVENTS"]
+    for name in (*names, "MONGODB_URI", "GHSYNC_EVENTS_PATH", "KAFKA_BOOTSTRAP_SERVERS", "SPARK_MASTER"):
+        monkeypatch.setenv(name, "mongodb://elsewhere")
+    really, ran = java_archive._ghsync, []
+
+    def run(folder: str, environment: dict[str, str], command: str, *arguments: str) -> None:
+        # To make the sample needs no Java, and all settings.
+        if command == "sample":
+            really(folder, environment, command, *arguments)
+        ran.append(command)
+
+    monkeypatch.setattr(java_archive, "_ghsync", run)
+    monkeypatch.setattr(java_archive, "archive_file", lambda *_: tmp_path / "none.jsa")
+    make_archive(server_settings)
+    assert ran == ["sample", "batch", "down"]
+
+
 def test_an_archive_that_could_not_be_made_is_no_success(
     server_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from ghsync_dagster.local.java_probe import SystemJava, search_system_java
 from ghsync_dagster.settings import Settings, load_settings
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
 
 
 WAITS = [sys.executable, "-c", "input()"]
@@ -169,6 +170,27 @@ def test_archives_that_nobody_will_use_are_removed(
     archives[-1].touch()
     remove_leftovers(archives[-1])
     assert left() == {archives[-1], alive, there}
+
+
+def test_what_another_set_up_removes_meanwhile_is_passed_over(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = archive_file(Java(tmp_path / "jdk", 17, "PATH"), settings)
+    archive.parent.mkdir(parents=True)
+    others = [archive.with_name(f"classes-17-{number}.place") for number in range(2)]
+    for other in others:
+        other.write_text(str(tmp_path / "gone"))
+    glob = Path.glob
+
+    def removing(folder: Path, pattern: str) -> Iterator[Path]:
+        for path in list(glob(folder, pattern)):
+            if path == others[0]:
+                path.unlink()
+            yield path
+
+    monkeypatch.setattr(Path, "glob", removing)
+    remove_leftovers(archive)
+    assert not any(other.exists() for other in others)
 
 
 def test_a_java_without_self_made_archives_gets_no_option_that_it_refuses(settings: Settings, tmp_path: Path) -> None:

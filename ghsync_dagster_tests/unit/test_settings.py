@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ import pytest
 from ghsync_dagster import settings
 from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.observability.metrics import LONGEST_WINDOW_SECONDS
-from ghsync_dagster.settings import Settings, load_settings
+from ghsync_dagster.settings import Settings, environment_without_settings, load_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -174,6 +175,21 @@ def test_beside_the_file_of_a_setting_a_usual_name_is_somebody_else_s(
     monkeypatch.setenv("MONGODB_URI_FILE", str(tmp_path / "secret"))
     monkeypatch.setenv("MONGO_URL", "mongodb://elsewhere")
     assert uri(load_settings()) == SECRET
+
+
+def test_an_environment_without_settings_sets_and_means_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = [name for others in settings._USUAL.values() for name in others.split()]
+    near = ["MONGODB_URIS", "KAFKA_TOPICS", "SPARK_MASTERS", "MYSQL_URLS", "CONNECT_URLS", "GHSYNC_HOMES", "EVENTS"]
+    for name in (*VARIABLES, *usual, *near):
+        for given in (name, f"{name}_FILE", name.lower()):
+            monkeypatch.setenv(given, "s3cret")
+    monkeypatch.setenv("OTHER", "kept")
+    environment = environment_without_settings()
+    assert "s3cret" not in environment.values()
+    assert (environment["OTHER"], environment["PATH"]) == ("kept", os.environ["PATH"])
+    for name in set(os.environ) - set(environment):
+        monkeypatch.delenv(name)
+    assert load_settings().model_fields_set == set()
 
 
 def test_events_of_make_are_not_left_for_the_sample(monkeypatch: pytest.MonkeyPatch) -> None:
