@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from ghsync_dagster.domain.errors import InputError
 _FAULTS_SHOWN: Final = 5
 _HEAD: Final = 1 << 16
 _LONG_HEAD: Final = 1 << 21
+_ACTOR: Final = re.compile(rb'"actor"\s*:')
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,15 @@ def look_at(state: FileState) -> InputFile | None:
     if not text and len(head) < size:
         raise damaged(path, f"its {packing} data holds nothing in {len(head)} bytes")
     return InputFile(state, packing, utf16, has_lines(path, packing, text)) if text else None
+
+
+def names_actors(file: InputFile) -> bool:
+    """Tell whether the head of a file has the key ``actor``, as each event has."""
+    head = head_of(file.path, _LONG_HEAD)
+    text = _first(head, file.packing, is_whole=len(head) == file.size)
+    if file.is_utf16:
+        text = _drained(as_utf8([text]), is_whole=len(head) == file.size)
+    return _ACTOR.search(text) is not None
 
 
 def open_file(path: str, buffering: int = -1) -> IO[bytes]:

@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
-from ghsync_dagster.batch.files import InputFile, head_of, look_at, together
+from ghsync_dagster.batch.files import InputFile, head_of, look_at, names_actors, together
 from ghsync_dagster.batch.heads import ENDINGS
 from ghsync_dagster.batch.reports import LeftOut
 from ghsync_dagster.batch.unpack import packing_of
@@ -50,6 +50,7 @@ _HIDDEN: Final = "hidden: the name begins with a dot or an underscore"
 _UNKNOWN: Final = f"the name is not of the kind {KNOWN_NAMES}"
 _OWN: Final = "ghsync's own state"
 _EMPTY: Final = "empty"
+_GET_AGAIN: Final = "get empty files again (an hour of GH Archive may really be empty)"
 _NO_FILES: Final = (
     (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISSOCK, "a socket"),
@@ -137,9 +138,12 @@ def find_files(events_paths: Sequence[str], home: Path | None = None) -> Found:
             event file that goes away, what is no file, or a name that is not UTF-8.
     """
     found = Found(events_paths)
+    real_home = os.path.realpath(home) if home else None
+    # Each may be a link to where there is more room.
+    kept = frozenset(os.path.realpath(f"{real_home}/{name}") for name in OWN_FOLDERS) if home else frozenset[str]()
     set_aside: dict[str, str] | None = None
     for spec in events_paths:
-        search = _Search(found, home)
+        search = _Search(found, real_home, kept)
         try:
             set_aside = _set_aside(events_paths) if set_aside is None else set_aside
             search.take(spec, set_aside)
@@ -183,22 +187,50 @@ def _nothing(found: Found) -> InputError:
     named = [name for names in found.left_out.values() for name in names]
     one = len(named) == 1 and named[0] == shown(named[0]) and Path(named[0]).is_file()
     if one and set(found.left_out) == {_UNKNOWN}:
-        # One of another kind is told by its kind; what can be read needs another name only.
-        look_at(state_of(named[0], os.stat(named[0])))
-        real = os.path.realpath(named[0])
-        path = real if named[0].startswith(("/dev/", "/proc/")) else named[0]
-        way_out = f"Rename it: mv {shlex.quote(path)} {_renamed(path)}"
-        way_out = way_out if _reason(os.path.basename(real)) else f"Name the file itself: {shlex.quote(real)}"
-        return InputError(f"{named[0]}: {_UNKNOWN}.", way_out=way_out)
+        return _other_name(named[0])
     reasons = "; ".join(f"{len(set(names))} left out, {reason}" for reason, names in found.left_out.items())
     ways = {
         _UNKNOWN: "rename files of events to NAME.jsonl (packed: NAME.jsonl.gz, .bz2 or .zst)",
         _HIDDEN: "rename files of events so that the name begins with a letter",
-        _EMPTY: "get empty files again (an hour of GH Archive may really be empty)",
+        _EMPTY: _GET_AGAIN,
         _OWN: "name another folder: ghsync keeps its state there",
     }
-    way_out = "; ".join(ways[reason] for reason in found.left_out)
+    hidden = found.left_out.get(_HIDDEN, [])
+    parts = [ways[reason] for reason in found.left_out if reason != _HIDDEN or not all(map(_is_folder, hidden))]
+    if folders := sorted({path for path in hidden if _is_folder(path)}):
+        more = ", ..." if len(folders) > _PATHS_SHOWN else ""
+        parts.append(f"name a hidden folder of events itself ({', '.join(map(_quoted, folders[:_PATHS_SHOWN]))}{more})")
+    way_out = "; ".join(parts)
     return InputError(f"{where} has no file to read ({reasons}).", way_out=f"{way_out[0].upper()}{way_out[1:]}.")
+
+
+def _other_name(path: str) -> InputError:
+    """Return the error of the one file that is there, whose name is not known: by its kind, or by what its name lacks.
+
+    Raises:
+        InputError: It is of a kind that can't be read.
+    """
+    file = look_at(state_of(path, os.stat(path)))
+    if file is None:
+        return InputError(f"{path} is empty.", way_out=f"{_GET_AGAIN[0].upper()}{_GET_AGAIN[1:]}.")
+    real = os.path.realpath(path)
+    if not names_actors(file):
+        way_out = "Name a file or folder of events, or get some: ghsync fetch 2015-01-01-15."
+        return InputError(f"{path} has no event at its beginning, and {_UNKNOWN}.", way_out=way_out)
+    if _reason(os.path.basename(real)) is None:
+        way_out = f"Name the file itself: {shlex.quote(real)}"
+    else:
+        old = real if path.startswith(("/dev/", "/proc/")) else path
+        way_out = f"Rename it: mv {shlex.quote(old)} {_renamed(old)}"
+    return InputError(f"{path}: {_UNKNOWN}.", way_out=way_out)
+
+
+def _is_folder(path: str) -> bool:
+    return path.endswith("/")  # as what is left out is told
+
+
+def _quoted(path: str) -> str:
+    return shlex.quote(shown(path))
 
 
 def _renamed(path: str) -> str:
@@ -210,13 +242,15 @@ class _Search:
 
     Args:
         found: Takes what is found.
-        home: GHSYNC_HOME.
+        home: The real path of GHSYNC_HOME.
+        kept: The real paths of what it holds.
     """
 
-    def __init__(self, found: Found, home: Path | None) -> None:
+    def __init__(self, found: Found, home: str | None, kept: frozenset[str]) -> None:
         self.entries = 0
         self._found = found
-        self._home = os.path.realpath(home) if home else None
+        self._home = home
+        self._kept = kept
         self._own: frozenset[str] = frozenset()
         self._walked: set[tuple[str, _Tails]] = set()
         self._hidden: list[str] = []
@@ -246,10 +280,11 @@ class _Search:
             self._file(path, real, seen)
 
     def _set_own(self, root: str) -> None:
-        """Say what is ghsync's own below a root: all of its home, or where the root is in there, what home holds."""
+        """Say what is ghsync's own below a root: what home holds, and all of home where the root is not in there."""
         if self._home:
             inside = _is_in(root, (self._home,))
-            self._own = frozenset(f"{self._home}/{name}" for name in OWN_FOLDERS) if inside else frozenset({self._home})
+            elsewhere = frozenset(folder for folder in self._kept if not _is_in(folder, (self._home,)))
+            self._own = self._kept if inside else elsewhere | {self._home}
 
     def _glob(self, pattern: str, spec: str) -> None:
         plain, parts = "/", tuple(pattern.strip("/").split("/"))
@@ -384,8 +419,9 @@ def _below(tails: _Tails, name: str) -> _Tails:
 def _set_aside(specs: Sequence[str]) -> dict[str, str]:
     """Return the paths in folders such as ``_temporary`` beside which other paths lie, each with that folder.
 
-    So a list agrees with the folder that it is a list of. A dot folder is not judged: people keep events in
-    ``~/.cache`` or ``.ghsync``, and name them. Nor is a path by itself, or a glob: that folder is meant.
+    So a list agrees with the folder that it is a list of: it has all of that folder that would be read. A choice from
+    a folder is meant as it is, and so is a path by itself, or a glob. A dot folder is not judged: people keep events in
+    ``~/.cache`` or ``.ghsync``, and name them.
     """
     if not any("_" in spec for spec in specs):
         return {}
@@ -400,8 +436,26 @@ def _set_aside(specs: Sequence[str]) -> dict[str, str]:
             if part.startswith("_") and _is_hidden(part):
                 folders.append((path, at))
         inside[at] += 1
+    listed = {folder: _is_listed(folder, inside) for folder in {at.rpartition("/")[0] for _, at in folders}}
     # The outermost counts, as a folder is searched.
-    return {path: at for path, at in reversed(folders) if inside[at.rpartition("/")[0]] > inside[at]}
+    return {
+        path: at
+        for path, at in reversed(folders)
+        if inside[at.rpartition("/")[0]] > inside[at] and listed[at.rpartition("/")[0]]
+    }
+
+
+def _is_listed(folder: str, inside: Mapping[str, int]) -> bool:
+    """Tell whether paths lie in each folder, and are each file, that a search of a folder would take."""
+    try:
+        with os.scandir(folder or "/") as listing:
+            return all(
+                f"{folder}/{entry.name}" in inside
+                for entry in listing
+                if not _is_hidden(entry.name) and (_reason(entry.name) is None or entry.is_dir())
+            )
+    except OSError:
+        return False  # told where its paths are looked at
 
 
 def _is_in(path: str, folders: Iterable[str]) -> bool:

@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ghsync_dagster.batch.files import InputFile, look_at
-from ghsync_dagster.batch.search import find_files
+from ghsync_dagster.batch.search import OWN_FOLDERS, find_files
 from ghsync_dagster.batch.unpack import unpacked
 from ghsync_dagster.batch.versions import FileState, state_of
 from ghsync_dagster.domain.errors import InputError
@@ -260,6 +260,25 @@ def test_events_inside_the_home_are_input_and_what_it_keeps_is_not(tmp_path: Pat
         assert "another folder" in caught.value.way_out
 
 
+@pytest.mark.parametrize("name", OWN_FOLDERS)
+@pytest.mark.parametrize("path", ["data", "big", "data/**/*.json", "."])
+def test_own_state_behind_a_link_is_no_input(tmp_path: Path, name: str, path: str) -> None:
+    home = tmp_path / "data"
+    for file in ("data/events/a.json", f"big/{name}/run/report.json", "big/b.json"):
+        write(tmp_path / file, LINES)
+    (home / name).symlink_to(tmp_path / "big" / name)
+    specs = [f"{tmp_path}/{path}", f"{home}/events"]
+    found = found_in(tmp_path, *specs, home=home)
+    assert found == (["data/events/a.json"] if "data" in path else ["big/b.json", "data/events/a.json"])
+    own = left_out_of(tmp_path, *specs, home=home)["ghsync's"]
+    assert own == ([f"big/{name}/", "data/"] if path == "." else [f"big/{name}/"])
+    # The home itself by a link too.
+    (tmp_path / "link").symlink_to(home)
+    assert found_in(tmp_path, *specs, home=tmp_path / "link") == found
+    with pytest.raises(InputError, match="ghsync's own state"):
+        find_files([f"{tmp_path}/big/{name}/run/report.json"], home)
+
+
 @pytest.mark.parametrize(
     ("path", "way_out"),
     [
@@ -381,6 +400,44 @@ def test_each_reason_that_leaves_nothing_has_its_own_way_out(tmp_path: Path) -> 
     assert sum("to name.jsonl" in way for way in ways) == 1
 
 
+@pytest.mark.parametrize("name", ["_raw", ".raw", "_it's raw"])
+def test_where_all_is_in_a_hidden_folder_the_way_out_names_it(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name / "a.json", LINES)
+    with pytest.raises(InputError, match="1 left out, hidden") as caught:
+        find_files([str(tmp_path)])
+    assert "Rename" not in caught.value.way_out
+    (named,) = shlex.split(caught.value.way_out.partition("(")[2].rpartition(")")[0])
+    assert found_in(tmp_path, named) == [f"{name}/a.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "way_out"),
+    [
+        (LINES, r"the name is not of the kind", "Rename it: mv "),
+        (b"no json\n" + LINES, r"the name is not of the kind", "Rename it: mv "),
+        (GZIP, r"the name is not of the kind", r".*e\.dat\.jsonl\.gz$"),
+        (LINES.decode().encode("utf-16"), r"the name is not of the kind", "Rename it: mv "),
+        (json.dumps([json.loads(LINE)], indent=1).encode(), r"the name is not of the kind", "Rename it: mv "),
+        (b"# Events\n\nThe actor's login, in words.\n", "has no event at its beginning", "Name a file or folder of"),
+        (b'{"name": "settings"}\n', "has no event at its beginning", "Name a file or folder of events"),
+        (gzipped(b"a log\n"), "has no event at its beginning", "Name a file or folder of events"),
+        (b"", r"e\.dat is empty\.", "Get empty files again"),
+        (gzipped(b""), r"e\.dat is empty\.", "Get empty files again"),
+    ],
+)
+@pytest.mark.parametrize("by", ["file", "folder"])
+def test_a_new_name_is_offered_where_it_helps(
+    tmp_path: Path, content: bytes, words: str, way_out: str, by: str
+) -> None:
+    path = write(tmp_path / "in" / "e.dat", content)
+    with pytest.raises(InputError, match=words) as caught:
+        find_files([str(path if by == "file" else path.parent)])
+    assert re.match(f"(.* )?{way_out}", caught.value.way_out)
+    if "Rename" in caught.value.way_out:
+        follow(caught.value.way_out)
+        assert len(find_files([str(path.parent)]).look()) == 1
+
+
 EVERY_WAY = ["", "/*", "/*/*.json", "/**/*.json", "/**", "/b/*.json", "/b", "/b/**/*.json", "/[ab]/1.json"]
 
 
@@ -498,6 +555,23 @@ def test_a_file_that_is_named_in_a_hidden_folder_is_read(tmp_path: Path, names: 
     for path in paths:
         write(Path(str(path).replace("*", "a")), LINES)
     assert len(find_files([str(path) for path in paths]).files) == len(paths)
+
+
+@pytest.mark.parametrize("names", [["_raw", "more"], ["_raw/a.json", "c.json"], ["_raw/**", "_raw/a.json", "more"]])
+@pytest.mark.parametrize("beside", ["not_named.json", "not_named/d.json"])
+def test_of_a_choice_from_a_folder_no_path_is_left_out(tmp_path: Path, names: list[str], beside: str) -> None:
+    for name in ("_raw/a.json", "more/b.json", "c.json", "README.md", beside):
+        write(tmp_path / "d" / name, LINES)
+    named = [f"{tmp_path}/d/{name}" for name in names]
+    for specs in (named, named[::-1]):
+        assert found_in(tmp_path / "d", *specs) == ["_raw/a.json", names[-1].replace("more", "more/b.json")]
+        assert find_files(specs).report() == []
+
+
+def test_a_list_by_names_of_events_is_one_of_its_folder(tmp_path: Path) -> None:
+    for name in (*TREE, "README.md", "_SUCCESS"):
+        write(tmp_path / "t" / name, LINES)
+    assert found_in(tmp_path / "t", *map(str, (tmp_path / "t").rglob("*.json"))) == KEPT
 
 
 def test_a_listed_file_that_is_missing_is_told_in_a_hidden_folder_too(tmp_path: Path) -> None:
