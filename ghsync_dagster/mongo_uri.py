@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 import ssl
+import warnings
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ghsync_dagster.domain.errors import ConfigError
 
@@ -38,6 +39,8 @@ def wrong_options(uri: str) -> str | None:
         given.add(name.lower())
         if problem := _wrong_option(option, name, value):
             problems.append(problem)
+    if not problems and (problem := _conflict(uri, given)):
+        problems.append(problem)
     if problems and "@" in query:
         # What looks like an option may be a part of the password.
         return "it is malformed: percent-encode special characters of user and password"
@@ -58,6 +61,39 @@ def _wrong_option(option: str, name: str, value: str) -> str | None:
         return f"{name} names {error.filename}, which can't be read ({error.strerror})"
     except (ConfigurationError, TypeError, ValueError) as error:
         return f"{name} is malformed" if name.lower() == _HOLDS_TOKENS else str(error).partition(" or maybe ")[0]
+    return None
+
+
+def _conflict(uri: str, given: set[str]) -> str | None:
+    """Return in words which options don't fit each other, the account or the number of hosts; None where all do."""
+    from pymongo import MongoClient
+    from pymongo.errors import ConfigurationError
+    from pymongo.uri_parser import split_options
+
+    scheme, _, rest = uri.partition("://")
+    authority, _, query = rest.partition("?")
+    account, at, hosts = authority.rpartition("@")
+    account = ("user:password" if ":" in account else "user") if at else ""
+    hosts = ",".join("db" for _ in hosts.split(","))
+    more: dict[str, Any] = {}
+    try:
+        with warnings.catch_warnings():
+            # A compressor that is not installed is no conflict.
+            warnings.simplefilter("ignore")
+            if query:
+                split_options(query)
+            if scheme.endswith("+srv"):
+                # Without the look into DNS, which may take long.
+                query = re.sub(r"(?i)(?<![^&;])srv\w*=[^&;]*[&;]?", "", query).rstrip("&;")
+                more = {} if given & {"tls", "ssl"} else {"tls": True}
+            # The driver's words are about its options alone: it knows neither account nor hosts.
+            MongoClient[dict[str, object]](f"mongodb://{account}{at}{hosts}/?{query}", connect=False, **more).close()
+    except OSError:
+        return None  # of a file, see tls_files
+    except (ConfigurationError, ValueError) as error:
+        if isinstance(error.__context__, ssl.SSLError):
+            return None
+        return "its options don't fit each other" if _HOLDS_TOKENS in given else str(error)
     return None
 
 

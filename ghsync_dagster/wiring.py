@@ -70,8 +70,13 @@ def spark_handle(settings: Settings, get: SessionOf | None = None) -> SparkHandl
     return SparkHandle(lambda: spark_options(settings), get or session_of)
 
 
-def store_opener(settings: Settings) -> Callable[[], UserStore]:
-    """Return the function that opens the users' collection, on the local server where no URI is set."""
+def store_opener(settings: Settings, *, is_look: bool = False) -> Callable[[], UserStore]:
+    """Return the function that opens the users' collection, on the local server where no URI is set.
+
+    Args:
+        settings: What it is opened with.
+        is_look: It is opened for the look before a run, with little patience.
+    """
 
     def open_store() -> UserStore:
         from ghsync_dagster.local.mongo import ensure_mongo
@@ -82,6 +87,7 @@ def store_opener(settings: Settings) -> Callable[[], UserStore]:
             settings.mongodb_database,
             settings.mongodb_collection,
             timeout_seconds=settings.server_timeout_seconds,
+            is_look=is_look,
         )
 
     return open_store
@@ -102,6 +108,7 @@ def batch_flow(settings: Settings, run_id: str | None = None, spark: SparkHandle
         artifacts=Artifacts(settings.home_dir / "batch", run_id),
         spark=spark or spark_handle(settings),
         open_store=store_opener(settings),
+        open_to_look=store_opener(settings, is_look=True),
         rules=load_rules(settings.rules_module),
         max_quarantined_ratio=settings.max_quarantined_ratio,
         attempts=settings.retry_attempts,

@@ -45,12 +45,13 @@ class BatchFlow:
         spark: The Spark session, perhaps still starting.
         open_store: Opens the users' collection; each step opens and closes its own client.
         rules: The user rules that gate files.
-        max_quarantined_ratio: The bearable share of bad lines.
+        max_quarantined_ratio: The allowed share of bad lines.
         attempts: Tries of a step while a server is away.
         lease_wait_seconds: How long a load waits for another.
         lease_quiet_seconds: How long the server may still be at work on the last command of a load that died.
         code_version: The version of the code, see ``batch.versions``.
         home: GHSYNC_HOME, which is never input.
+        open_to_look: Opens the users' collection for the look before a run; None: as for any step.
     """
 
     artifacts: Artifacts
@@ -63,6 +64,7 @@ class BatchFlow:
     lease_quiet_seconds: float
     code_version: str = UNKNOWN
     home: Path | None = None
+    open_to_look: Callable[[], UserStore] | None = None
 
     def find_input(self, events_paths: Sequence[str]) -> InputState:
         """Return the state of the files that would be read, none of them opened.
@@ -90,7 +92,7 @@ class BatchFlow:
         self.find_input(events_paths)
         ensure_folder(self.artifacts.root, "GHSYNC_HOME")
         if has_target:
-            with self.open_store() as store:
+            with (self.open_to_look or self.open_store)() as store:
                 store.check_collection()
 
     def read(self, events_paths: Sequence[str]) -> ReadReport:
@@ -168,7 +170,7 @@ class BatchFlow:
 
     def audit(self) -> list[Finding]:
         """Judge by every check what is there now; write nothing."""
-        with self.open_store() as store:
+        with (self.open_to_look or self.open_store)() as store:
             store.ping()
         return [
             self.check_read(),

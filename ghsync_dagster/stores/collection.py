@@ -25,8 +25,8 @@ Document = dict[str, Any]
 
 UNIQUE_INDEX: Final = "user_id_unique"
 _NAMESPACE_EXISTS: Final = 48
-_LOOK_SECONDS: Final = 2.5
-"""How long the look before a run may take: whoever mistyped an address wants to hear of it at once."""
+LOOK_SECONDS: Final = 2.5
+"""How long the look before a run waits for DNS, and for the server: a mistyped address is told at once."""
 _ACTIONS: Final = frozenset({"find", "insert", "update", "remove"})
 _OTHER_COLLECTION: Final = "name another collection (MONGODB_COLLECTION)"
 
@@ -116,7 +116,7 @@ class UsersCollection:
         seconds = self.timeout_ms / 1000
         with mongo_errors("Looking at MongoDB before any work"):
             try:
-                with pymongo.timeout(min(_LOOK_SECONDS, seconds)):
+                with pymongo.timeout(min(LOOK_SECONDS, seconds)):
                     look()
             except PyMongoError as error:
                 members = self.database.client.topology_description.server_descriptions().values()

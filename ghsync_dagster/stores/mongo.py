@@ -22,7 +22,7 @@ from pymongo.errors import BulkWriteError, DuplicateKeyError, InvalidURI
 from ghsync_dagster.domain.user import MARKER_FIELD, MARKER_VALUE, USER_FIELDS, json_schema
 from ghsync_dagster.mongo_uri import tls_files
 from ghsync_dagster.observability.logging import redact
-from ghsync_dagster.stores.collection import Document, UsersCollection
+from ghsync_dagster.stores.collection import LOOK_SECONDS, Document, UsersCollection
 from ghsync_dagster.stores.mongo_errors import DUPLICATE_KEY, mongo_errors
 
 if TYPE_CHECKING:
@@ -102,13 +102,17 @@ class UserStore(UsersCollection):
     Use as a context manager, or call ``close``.
     """
 
-    def __init__(self, uri: str, database: str, collection: str, *, timeout_seconds: float = 10) -> None:
+    def __init__(
+        self, uri: str, database: str, collection: str, *, timeout_seconds: float = 10, is_look: bool = False
+    ) -> None:
         self.uri = uri
         self.timeout_ms = int(timeout_seconds * 1000)
+        # DNS is asked for mongodb+srv:// at once, by default for 20 s.
+        patience: Document = {"connectTimeoutMS": min(self.timeout_ms, int(LOOK_SECONDS * 1000))} if is_look else {}
         with mongo_errors("Connecting"), tls_files():
             try:
                 self.client: MongoClient[Document] = MongoClient(
-                    uri, serverSelectionTimeoutMS=self.timeout_ms, appname="ghsync", tz_aware=True
+                    uri, serverSelectionTimeoutMS=self.timeout_ms, appname="ghsync", tz_aware=True, **patience
                 )
             except ValueError as error:
                 # Such as a port that is no number, which pymongo does not wrap.
