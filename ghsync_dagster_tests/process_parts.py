@@ -72,12 +72,17 @@ def left_by_a_signal(
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as running:
         deadline = time.monotonic() + seconds
         family: dict[int, psutil.Process] = {}
-        while not is_at_work(family.values()):
-            assert running.poll() is None, "it ended before it was at work"
-            assert time.monotonic() < deadline, "it was never at work"
-            family |= {each.pid: each for each in children_of(running.pid)}
-            time.sleep(_LOOK_SECONDS)
-        running.send_signal(signal.SIGTERM)
-        output, _ = running.communicate(timeout=seconds)
+        try:
+            while not is_at_work(family.values()):
+                assert running.poll() is None, "it ended before it was at work"
+                assert time.monotonic() < deadline, "it was never at work"
+                family |= {each.pid: each for each in children_of(running.pid)}
+                time.sleep(_LOOK_SECONDS)
+            running.send_signal(signal.SIGTERM)
+            output, _ = running.communicate(timeout=seconds)
+        except BaseException:
+            # Else the end of the with statement waits for it.
+            kill_family(running.pid)
+            raise
     _, alive = psutil.wait_procs(list(family.values()), timeout=after)
     return running.returncode, output, [words(process) for process in alive]

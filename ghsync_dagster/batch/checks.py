@@ -57,7 +57,7 @@ def _finding(
 
 
 def quarantined_ratio(read: ReadReport, max_ratio: float) -> Finding:
-    """Hold that there is an event, and that the share of bad lines is bearable."""
+    """Hold that there is an event, and that the share of bad lines is within the limit."""
     offenders = [
         {"file": row["file"], "line": row["line"], "reason": row["reason"]}
         for row in _first_rows(Path(read.quarantine_path), OFFENDERS)

@@ -109,12 +109,12 @@ def kafka_lag(backlog: Backlog, limit: int, *, is_another: bool = False, placed:
 
 
 def cdc_latency(measured: Sequence[Measured], waiting: int, *, limit_ms: float, window_seconds: float) -> Finding:
-    """Hold that the p99 of the newest intervals is bearable, and that somebody works while changes wait.
+    """Hold that the p99 of the newest intervals is within the limit, and that somebody works while changes wait.
 
     Args:
         measured: What was observed within the window; intervals without a record left out.
         waiting: Records that wait for the group; asked only where nothing was measured, else 0.
-        limit_ms: The bearable p99.
+        limit_ms: The allowed p99.
         window_seconds: How far back was looked.
     """
     slow = sorted((one for one in measured if one.p99_ms > limit_ms), key=lambda one: -one.p99_ms)

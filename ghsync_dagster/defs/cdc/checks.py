@@ -52,7 +52,7 @@ class LatencyConfig(dg.Config):
     """What the launchpad may set for cdc_latency."""
 
     max_latency_ms: float | None = Field(default=None, gt=0)
-    """The bearable p99 in milliseconds; empty: GHSYNC_MAX_LATENCY_MS."""
+    """The allowed p99 in milliseconds; empty: GHSYNC_MAX_LATENCY_MS."""
     window_seconds: float | None = Field(default=None, gt=0)
     """How far back to look; empty: six times GHSYNC_CDC_REPORT_SECONDS, at least a minute."""
 
@@ -94,9 +94,7 @@ def connector_running(changes: ChangesResource) -> dg.AssetCheckResult:
         return as_result(checks.connector_running(report, still, limit_seconds=probe.still_seconds))
 
 
-@dg.asset_check(
-    asset=USERS_CHANGES, name=KAFKA_LAG, description="No more changes wait for the consumer group than are bearable."
-)
+@dg.asset_check(asset=USERS_CHANGES, name=KAFKA_LAG, description="Consumer lag is within the limit.")
 def kafka_lag(config: LagConfig, changes: ChangesResource) -> dg.AssetCheckResult:
     """Judge how far the group is behind."""
     from ghsync_dagster.cdc.backlog import read_backlog
@@ -117,7 +115,7 @@ def kafka_lag(config: LagConfig, changes: ChangesResource) -> dg.AssetCheckResul
 @dg.asset_check(
     asset=USERS_CHANGES,
     name=CDC_LATENCY,
-    description="The p99 from the database's commit to the stored document is bearable in the newest observations.",
+    description="In the newest observations the p99 from database commit to stored document is within the limit.",
 )
 def cdc_latency(
     context: dg.AssetCheckExecutionContext, config: LatencyConfig, changes: ChangesResource
