@@ -57,8 +57,8 @@ FAULT: Final = "fault"
 _DONE: Final = struct.Struct("<QQ")
 _ROW_GROUP: Final = 50_000
 _LINE_HEAD: Final = 100
-_VALUES: Final = 'if type == "array" then .[] else . end'
 _EVENTS: Final = '.. | objects | select(has("id") and has("type") and has("created_at") and has("actor"))'
+_VALUES: Final = f'if type == "array" then .[] elif type != "object" or has("actor") then . else {_EVENTS} end'
 _DETAIL: Final = re.compile(r", got .*| \(byte \d+\)|\".*\" follows", re.DOTALL)
 
 
@@ -294,7 +294,7 @@ class _Sorter:
             if not needed:
                 break
         else:
-            self._other(file, number, line, outcome)
+            self._other(file, number, line, outcome, is_line=True)
             return 0
         weight = count = 0
         for value in chain(first, values):
@@ -329,12 +329,14 @@ class _Sorter:
         else:
             self._other(file, number, value, outcome)
 
-    def _other(self, file: InputFile, number: int, line: bytes, outcome: Refused | None) -> None:
+    def _other(
+        self, file: InputFile, number: int, line: bytes, outcome: Refused | None, *, is_line: bool = False
+    ) -> None:
         if outcome is None:
             self.blank += 1
             return
         # It would be one bad line, however many events it holds.
-        _refuse_events_within(file, number, line, allowed=1)
+        _refuse_events_within(file, number, line, allowed=1, is_line=is_line)
         self.reasons[_DETAIL.sub("", outcome.reason)] += 1
         self._quarantine.add((file.path, number, outcome.reason, _raw_text(line)))
 
@@ -347,8 +349,8 @@ def _hold_weight(path: str, read: int, weight: int) -> None:
         )
 
 
-def _refuse_events_within(file: InputFile, number: int, value: bytes, *, allowed: int) -> None:
-    if value.count(b'"actor"') > 1 and (events := events_within(value)) > allowed:
+def _refuse_events_within(file: InputFile, number: int, value: bytes, *, allowed: int, is_line: bool = False) -> None:
+    if value.count(b'"actor"') > 1 and (events := events_within(value, is_line=is_line)) > allowed:
         raise _to_be_cut(file, f"what begins at line {number} has {events} events inside it", _EVENTS)
 
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import msgspec
 
-from ghsync_dagster.batch.unpack import BZIP2, GZIP, ZSTD, packing_of
+from ghsync_dagster.batch.unpack import BZIP2, GZIP, ZSTD, goes_on, packing_of
 from ghsync_dagster.domain.errors import InputError
 
 ENDINGS: Final = {None: "", GZIP: ".gz", BZIP2: ".bz2", ZSTD: ".zst"}
@@ -216,13 +216,15 @@ def _begins_array(first: bytes, second: bytes) -> bool:
 
 
 def _spans_lines(text: bytes, second: bytes) -> bool:
-    """Tell whether the first JSON object of a text goes on over its line end."""
+    """Tell whether the first JSON object of a text goes on over its line end, and may go on over the text's end."""
     if (_KEY.match(second) or _OPENED.match(text)) and not _is_json(second):
         return True
     content = text.decode("utf-8", "replace")
     try:
         _, end = json.JSONDecoder(parse_int=str).raw_decode(content)
-    except (ValueError, RecursionError):
+    except json.JSONDecodeError as error:
+        return goes_on(content, error)
+    except RecursionError:
         return False
     return "\n" in content[:end]
 

@@ -54,7 +54,24 @@ _OBJECT: Final = (
     r'|type"\s*:\s*"\w+Event"|created_at"\s*:\s*"[0-9]|(?:actor|repo|payload)"\s*:\s*\{|public"\s*:))?'
 )
 """An object elsewhere, and whether it begins as GitHub's events do."""
+_EVENT_BEGINS: Final = re.compile(_OBJECT[1:], re.ASCII)
 _decode: Final = JSONDecoder(parse_int=str, parse_float=str).raw_decode
+_OPENED: Final = re.compile(r'[ \t\r\n]*+"(?:[^"\\\0-\x1f]++|\\.)*+(?:\\|"[ \t\r\n]*)?\Z')
+"""A string that the end of a text cuts, or a key before its colon."""
+_TOKEN: Final = re.compile(
+    r'[ \t\r\n]*+(?:(?P<string>"(?:[^"\\\0-\x1f]++|\\["\\/bfnrtu])*+")(?P<colon>[ \t\r\n]*+:)?'
+    r"|(?P<begin>[{\[])|(?P<end>[}\]])|(?P<comma>,)"
+    r"|(?P<word>-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?(?:[eE][+-]?[0-9]++)?|true|false|null|NaN|-?Infinity))"
+)
+_LISTED: Final = re.compile(r"[ \t\r\n]*[,\]]")
+_GOES_ON: Final = re.compile(r"[ \t\r]*(?:[\]}]|,[ \t\r,]*[^ \t\r,{])")
+"""What follows an object inside another one, but no object beside others on a line."""
+_NESTED: Final = re.compile(r"(?:[:\[]|(?:^|[^}\] \t\r,])[ \t\r]*,)[ \t\r,]*\Z")
+"""What stands before an object inside another one; beside others the end of one does."""
+_NEAR: Final = 100
+"""How many characters before a place are looked at for what stands there."""
+_BROKEN: Final = -1
+_OPEN: Final = -2
 
 _ZSTD_ERRORS: Final = {
     "Truncated": "ends early",
@@ -205,7 +222,9 @@ def values_of(parts: Iterable[bytes], *, is_line: bool = False) -> Iterator[tupl
 
     What is no object is a value too: a string, a number, an array in an array, a bracket too many, a row of NUL bytes.
     A value that is no JSON ends where the next one begins: at an object on a line that is not indented deeper, or at
-    one that is an event or begins as one. So does a value with a whole event on such a line: its end is another's.
+    one that is an event or begins as one. So does a value with a whole event on such a line: its end is another's,
+    unless it is an object that lists events. On a line that begins with no array, an object is none of the next ones if
+    more of another value follows it.
 
     Args:
         parts: The text, in any blocks.
@@ -216,17 +235,26 @@ def values_of(parts: Iterable[bytes], *, is_line: bool = False) -> Iterator[tupl
         TooLongError: A value does not end within the longest one.
     """
     text, line, indent, in_array = "", 1, 0, False
+    waiting: list[bytes] = []
+    size = needed = 0
     # None: there is no more.
     for part in chain(parts, [None]):
         is_last = part is None or is_line
+        waiting.append(part or b"")
+        size += len(waiting[-1])
+        if size < needed and not is_last:
+            # What is open is looked at again once it is twice as long, however short the blocks are.
+            continue
         # A character for each byte, whatever the bytes are.
-        text += (part or b"").decode("latin-1")
+        text += b"".join(waiting).decode("latin-1")
+        waiting = []
+        found = _Values(text, is_last=is_last, is_line=is_line)
         at = 0
         while True:
-            is_all = is_last or len(text) - at > _LONGEST_VALUE
+            is_all = is_last or size - at > _LONGEST_VALUE
             gap = _GAP.match(text, at)
             assert gap is not None  # noqa: S101  it matches nothing too
-            if gap.end() == len(text) and not is_all:
+            if gap.end() == size and not is_all:
                 break
             line, indent = _after(text, at, gap.end(), line, indent)
             at = gap.end()
@@ -235,7 +263,7 @@ def values_of(parts: Iterable[bytes], *, is_line: bool = False) -> Iterator[tupl
                 in_array = not in_array
                 at += 1
                 continue
-            end = _value_end(text, at, indent, is_all=is_all, is_last=is_last, is_line=is_line) if head else None
+            end = found.end_of(at, indent, is_all=is_all) if head else None
             if end is None:
                 break
             if end < 0:
@@ -243,11 +271,10 @@ def values_of(parts: Iterable[bytes], *, is_line: bool = False) -> Iterator[tupl
             yield line, text[at:end].encode("latin-1")
             line, indent = _after(text, at, end, line, indent)
             at = end
-            if at > max(_PACKED_BLOCK, len(text) >> 3):
-                # What stands before an error is looked at with it.
-                text, at = text[at:], 0
         text = text[at:]
-        if len(text) > _LONGEST_VALUE and not is_last:
+        size = len(text)
+        needed = min(2 * size, _LONGEST_VALUE)
+        if size > _LONGEST_VALUE and not is_last:
             raise TooLongError(f"what begins at line {line} does not end within {_LONGEST_VALUE >> 20} MiB")
     if is_line and in_array:
         yield line, b"["
@@ -260,8 +287,13 @@ def weight_of(part: bytes) -> int:
     return len(part.translate(None, _BETWEEN))
 
 
-def events_within(value: bytes) -> int:
-    """Return how many objects within a JSON value have the keys of an event; none where it is no JSON."""
+def events_within(value: bytes, *, is_line: bool = False) -> int:
+    """Return how many objects within a JSON value have the keys of an event; none where it is no JSON.
+
+    Args:
+        value: The value.
+        is_line: Whether it is a whole line: then none within an event either, since its end is certain.
+    """
     found = 0
 
     def seen(value: dict[str, Any]) -> dict[str, Any]:
@@ -273,7 +305,13 @@ def events_within(value: bytes) -> int:
         whole = JSONDecoder(object_hook=seen, parse_int=str).decode(value.decode("latin-1"))
     except (ValueError, RecursionError):
         return 0
-    return found - (isinstance(whole, dict) and whole.keys() >= REQUIRED_FIELDS)
+    is_event = isinstance(whole, dict) and whole.keys() >= REQUIRED_FIELDS
+    return 0 if is_event and is_line else found - is_event
+
+
+def goes_on(text: str, error: JSONDecodeError) -> bool:
+    """Tell whether a text that is no JSON may be some with more text: it is good as far as it goes."""
+    return error.msg.startswith("Unterminated") or _CUT_SHORT.match(text, error.pos) is not None
 
 
 def _after(text: str, start: int, end: int, line: int, indent: int) -> tuple[int, int]:
@@ -286,77 +324,211 @@ def _after(text: str, start: int, end: int, line: int, indent: int) -> tuple[int
     return line + ends, space.end() - at if space else 0
 
 
-def _value_end(text: str, at: int, indent: int, *, is_all: bool, is_last: bool, is_line: bool) -> int | None:
-    """Return where the value that begins at a place ends.
+class _Values:
+    """Where the values of a text end. Whatever is in it, the work grows with its length only.
 
-    None where that is not to be seen yet, and -1 where all the rest is no JSON.
+    Attributes:
+        steps: How many tokens and objects have been looked at, beside what is good JSON at the first look.
     """
-    head = text[at]
-    if head in "]}":
-        return at + 1
-    if head not in '{["':
-        word = _WORD.match(text, at)
-        assert word is not None  # noqa: S101  all else is a head or a gap
-        return word.end() if word.end() < len(text) or is_all else None
-    end, is_open = _json_end(text, at)
-    if head == '"' and end is not None:
-        after = _NO_TEXT.match(text, end)
-        if after is None or (is_last and after[1] == ""):
-            return end
-        end, is_open = None, after[1] == ""
-    is_open = is_open and not is_line
-    # With a whole event at the place of a value it has the end of another value, or none.
-    places = _starts(indent).finditer(text, at, end or len(text)) if end or is_open else ()
-    if not (end or is_open) or any(_is_event(text, found.start("place")) for found in places):
-        start = _next_start(text, at, indent, is_last=is_last)
-        if start is not None:
-            return _trimmed(text, at, start)
-    return end if end is not None or is_open or not is_last else -1
 
+    def __init__(self, text: str, *, is_last: bool, is_line: bool) -> None:
+        self.steps = 0
+        self._text = text
+        self._is_last = is_last
+        self._is_line = is_line
+        # Where an array's value ends is no more certain on a line than in a file.
+        gap = _GAP.match(text)
+        self._is_row = is_line and gap is not None and not text.startswith("[", gap.end())
+        self._ends: dict[int, int] = {}
+        self._events: set[int] = set()
+        self._event_places: dict[int, int] = {}
+        self._first_event = 0
+        self._slow_until = 0
 
-def _json_end(text: str, at: int) -> tuple[int | None, bool]:
-    """Return where a JSON value ends; None where it does not, and whether it may with more text."""
-    try:
-        return _decode(text, at)[1], False
-    except JSONDecodeError as error:
-        return None, error.msg.startswith("Unterminated") or _CUT_SHORT.match(text, error.pos) is not None
-    except RecursionError:
-        return None, False
+    def end_of(self, at: int, indent: int, *, is_all: bool) -> int | None:
+        """Return where the value that begins at a place ends.
 
+        None where that is not to be seen yet, and -1 where all the rest is no JSON.
+        """
+        text = self._text
+        head = text[at]
+        if head in "]}":
+            return at + 1
+        if head not in '{["':
+            word = _WORD.match(text, at)
+            assert word is not None  # noqa: S101  all else is a head or a gap
+            return word.end() if word.end() < len(text) or is_all else None
+        end = self._json_end(at)
+        if head == '"' and end >= 0:
+            after = _NO_TEXT.match(text, end)
+            if after is None or (self._is_last and after[1] == ""):
+                return end
+            end = _OPEN if after[1] == "" else _BROKEN
+        if end == _OPEN and self._is_line:
+            end = _BROKEN
+        if end == _BROKEN or self._has_others(at, indent, end):
+            if end == _OPEN:
+                # So are those that begin in it and are cut as well.
+                self._walk(at)
+            start = self._next_start(at, indent)
+            if start is not None:
+                return _trimmed(text, at, start)
+        return end if end >= 0 else None if end == _OPEN or not self._is_last else -1
 
-def _is_event(text: str, at: int) -> bool:
-    try:
-        value, _ = _decode(text, at)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(value, dict) and value.keys() >= REQUIRED_FIELDS
+    def _json_end(self, at: int) -> int:
+        """Return where a JSON value ends; else whether it is broken, or open: good as far as the text goes."""
+        known = self._ends.get(at)
+        if known is not None:
+            return known
+        if at >= self._slow_until:
+            try:
+                return _decode(self._text, at)[1]
+            except JSONDecodeError as error:
+                # The error counts all lines before it.
+                self._slow_until = at + 1 + (at >> 6)
+                if goes_on(self._text, error):
+                    return _OPEN
+            except RecursionError:
+                pass
+        return self._walk(at)
+
+    def _walk(self, at: int) -> int:
+        """Return the same by tokens, and keep it for each object and array on the way: they are asked for next."""
+        text, ends = self._text, self._ends
+        opened: list[tuple[int, set[str]]] = []
+        needs, known = "value", 0
+        while token := _TOKEN.match(text, at):
+            self.steps += 1
+            kind = token.lastgroup
+            is_value = needs in ("value", "value or end")
+            if kind == "colon" and needs in ("key", "key or end"):
+                opened[-1][1].add(token["string"][1:-1])
+                needs = "value"
+            elif kind in ("string", "word") and is_value:
+                needs = "more"
+            elif kind == "begin" and is_value:
+                start = token.start("begin")
+                known = ends.get(start, 0)
+                if known < 0:
+                    break
+                if known:
+                    needs = "more"
+                else:
+                    opened.append((start, set()))
+                    needs = "key or end" if token["begin"] == "{" else "value or end"
+                at = known or token.end()
+                continue
+            elif kind == "comma" and needs == "more" and opened:
+                needs = "key" if text[opened[-1][0]] == "{" else "value"
+            elif (
+                kind == "end"
+                and needs not in ("key", "value")
+                and opened
+                and text[opened[-1][0]] + token["end"] in ("{}", "[]")
+            ):
+                start, keys = opened.pop()
+                ends[start] = token.end()
+                if keys >= REQUIRED_FIELDS:
+                    self._events.add(start)
+                needs = "more"
+            else:
+                break
+            at = token.end()
+            if not opened and needs == "more":
+                return at
+        if known >= 0:
+            is_cut = _CUT_SHORT.match(text, at) or (needs != "more" and _OPENED.match(text, at))
+            known = _OPEN if is_cut else _BROKEN
+        for start, _ in opened:
+            ends[start] = known
+        return known
+
+    def _is_event(self, at: int) -> bool:
+        """Tell whether an object is a whole event."""
+        if at not in self._ends:
+            self._walk(at)
+        return at in self._events
+
+    def _has_others(self, at: int, indent: int, end: int) -> bool:
+        """Tell whether a value holds a whole event at the place of a value: it has the end of another one, or none."""
+        text, limit = self._text, end if end >= 0 else len(self._text)
+        if _starts(indent).search(text, at, limit) is None:
+            return False
+        place = self._event_places.get(indent, 0)
+        if not at < place < limit:
+            places = (found.start("place") for found in _starts(indent).finditer(text, at, limit))
+            place = next(filter(self._is_event, places), 0)
+            if not place:
+                return False
+            self._event_places[indent] = place
+        return not self._lists_events(at, indent)
+
+    def _lists_events(self, at: int, indent: int) -> bool:
+        """Tell whether an object with events in it, which is none itself, lists them: it is no broken one."""
+        text = self._text
+        if not at < self._first_event:
+            places = _starts(indent, anywhere=True).finditer(text, at)
+            starts = (max(found.start("place"), found.start("start")) for found in places)
+            self._first_event = next(start for start in starts if start > at and self._is_event(start))
+        first = self._first_event
+        begins = _EVENT_BEGINS.match(text, at)
+        return (
+            text[max(at, first - _NEAR) : first].rstrip().endswith("[")
+            and _LISTED.match(text, self._ends[first]) is not None
+            and begins is not None
+            and begins["event"] is None
+        )
+
+    def _next_start(self, at: int, indent: int) -> int | None:
+        """Return where the value after one that is no JSON begins; None where there is none yet."""
+        text, actors, after = self._text, 0, at + 1
+        has_place: bool | None = None
+        for found in _starts(indent, anywhere=True).finditer(text, at):
+            self.steps += 1
+            if found["place"]:
+                return found.start("place")
+            start = found.start("start")
+            actors += found["actor"] is not None
+            if actors > 1 and not self._is_row:
+                # The start of its event is no JSON either.
+                return found.start()
+            if start < after:
+                continue
+            if (found["event"] and found["nested"] is None) or self._is_event(start):
+                after = self._end_within(start) if self._is_row else start
+                if after <= start:
+                    return start
+            elif not self._is_last and self._json_end(start) == _OPEN:
+                if has_place is None:
+                    has_place = _starts(indent).search(text, start) is not None
+                if not has_place:
+                    # It may be an event.
+                    return None
+        return None
+
+    def _end_within(self, start: int) -> int:
+        """Return where an object of a line, and those that follow it, end inside another value; 0 if beside it."""
+        text, end, has_commas = self._text, self._json_end(start), False
+        is_nested = _NESTED.search(text[max(0, start - _NEAR) : start]) is not None
+        if end < 0:
+            return start + is_nested
+        while True:
+            gap = _GAP.match(text, end)
+            assert gap is not None  # noqa: S101  it matches nothing too
+            following = self._json_end(gap.end()) if text.startswith("{", gap.end()) else None
+            has_commas = has_commas or (following is not None and "," in gap[0])
+            if following is None or following < 0:
+                break
+            end = following
+        if _GOES_ON.match(text, end) or (is_nested and has_commas):
+            return end if following is None else gap.end() + 1
+        return 0
 
 
 @lru_cache(maxsize=64)
 def _starts(indent: int, *, anywhere: bool = False) -> re.Pattern[str]:
     """Return what finds the objects at the place of a value that is indented so, or others too."""
     return re.compile(_PLACE % min(indent, 1_000) + _OBJECT * anywhere, re.ASCII)
-
-
-def _next_start(text: str, at: int, indent: int, *, is_last: bool) -> int | None:
-    """Return where the value after one that is no JSON begins; None where there is none yet."""
-    actors = 0
-    for found in _starts(indent, anywhere=True).finditer(text, at):
-        if found["place"]:
-            return found.start("place")
-        start = found.start("start")
-        actors += found["actor"] is not None
-        if actors > 1:
-            # The start of its event is no JSON either.
-            return found.start()
-        if start == at:
-            continue
-        if (found["event"] and found["nested"] is None) or _is_event(text, start):
-            return start
-        if not is_last and _json_end(text, start)[1] and not _starts(indent).search(text, start):
-            # It may be an event.
-            return None
-    return None
 
 
 def _trimmed(text: str, at: int, end: int) -> int:

@@ -311,7 +311,7 @@ def _malformed(line: bytes, error: Exception) -> str:
     except (ValueError, RecursionError):
         return f"malformed JSON: {str(error).removeprefix('JSON is malformed: ')}"
     rest = line.decode().lstrip()[end:].strip()
-    if rest.startswith(("{", ",")):
+    if rest.lstrip(", \t\r").startswith("{"):
         return "more than one JSON value on the line"
     what = f"{_shown(rest)} follows the object" if rest else str(error).removeprefix("JSON is malformed: ")
     return f"malformed JSON: {what}"

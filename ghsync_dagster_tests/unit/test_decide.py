@@ -236,9 +236,34 @@ def test_the_lines_of_later_ranges_are_counted_by_their_ends(
     assert told == [["0 0", f"0 {size}"], [f"0 {len(first)}"]]
 
 
+def test_a_line_that_holds_events_is_one_line_whether_it_is_refused_or_accepted(
+    tmp_path: Path, target: Path, event_line: Callable[..., str]
+) -> None:
+    inner = ",".join(event_line(number) for number in (77, 78))
+    good = event_line(1).removesuffix("}") + f', "payload": {{"old": [{inner}]}}}}'
+    at = json.loads(good)["created_at"]
+    path = tmp_path / "a.json"
+    for bad in (
+        good.replace(at, "9999-01-01T00:00:00Z", 1),
+        good.replace('"old"', '"x": 6" disk, "old"'),
+        good[: good.index(inner) + 20],
+        good[:-1],
+        good[:-3],
+    ):
+        for lines in ([event_line(2), bad, event_line(3)], [event_line(2), bad], [event_line(2), good, bad]):
+            path.write_text("\n".join(lines))
+            assert read_whole(path, target) == (len(lines), len(lines) - 1, [(lines.index(bad) + 1, bad)])
+
+
 HIDDEN: dict[str, Callable[[Sequence[str]], str]] = {
     "wrapped": lambda events: f'{{"events":[{",".join(events)}]}}\n',
     "wrapped among lines": lambda events: f'{events[0]}\n{{"events":[{",".join(events[1:])}]}}\n',
+    "wrapped, an event a line": lambda events: '{"events": [\n' + ",\n".join(events) + "\n]}\n",
+    "wrapped, an event a line, longer than a block": lambda events: (
+        '{"events": [\n' + ",\n".join([*events, json.dumps({"x": ["y" * 50] * 50_000})]) + "\n]}\n"
+    ),
+    "wrapped, the first on its line": lambda events: '{"n": 3, "events": [' + ",\n".join(events) + "]}",
+    "wrapped, commas first": lambda events: '{"events":\n[\n' + "\n,".join(events) + "\n]\n}\n",
     "wrapped, pretty": lambda events: json.dumps({"events": [json.loads(event) for event in events]}, indent=1),
     "arrays in an array": lambda events: f"[[{','.join(events)}]]",
     "inside an event": lambda events: f'[{events[0][:-1]},"x":[{events[1]},{events[2]}]}}]',

@@ -1048,6 +1048,10 @@ PRETTY = json.dumps(EVENTS, indent=2)
         PRETTY.encode() + b"\n" + bytes(4_096),
         json.dumps(EVENTS).encode().replace(b'"type"', b'"ty\0e"', 1),
         "\n".join(json.dumps(event, indent=2) for event in EVENTS).encode().replace(b'"id"', b'"id', 1),
+        b'{"events": [\n' + b",\n".join([LINE] * 20) + b"\n]}\n",
+        # Longer than the head.
+        b'{"events": [\n' + b",\n".join([LINE] * 2_000) + b"\n]}\n",
+        b'{"n": 2000, "events": [' + b",\n".join([LINE] * 2_000) + b"]}\n",
     ],
 )
 def test_arrays_and_objects_over_several_lines_are_seen(tmp_path: Path, content: bytes) -> None:

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import json
+from contextlib import suppress
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -272,6 +273,125 @@ def test_an_event_that_ends_with_another_ones_end_does_not_hide_what_is_between(
     ids, bad = read(text.encode(), 100_000)
     assert {"0", "2", "3", "5"} <= set(ids)
     assert bad >= 6 - len(ids)
+
+
+def cut(event: dict[str, Any]) -> str:
+    text = json.dumps(event)
+    return text[: text.index('{"id": 7')] + "5"
+
+
+def array(texts: list[str]) -> str:
+    return f"[{', '.join(texts)}]"
+
+
+WRONG: dict[str, Callable[[int], str]] = {
+    "a printed list": lambda number: str(events_of(number)),
+    "ids of a database": lambda number: array(['{"_id": ObjectId("5f")}'] * 8 * number),
+    "words": lambda number: array(["{hello}"] * 8 * number),
+    "braces": lambda number: "{" * 40 * number,
+    "objects that do not end": lambda number: '{"a":' * 40 * number,
+    "objects in arrays that do not end": lambda number: '[{"a":' * 40 * number,
+    "actors that do not end": lambda number: '{"actor":' * 40 * number,
+    "quotes": lambda number: '{"' * 40 * number,
+    "cut inside an array": lambda number: array(list(map(cut, events_of(number)))),
+    "cut inside an array, a line each": lambda number: (
+        "[\n"
+        + ",\n".join(cut(event) if n % 3 else json.dumps(event) for n, event in enumerate(events_of(number)))
+        + "]"
+    ),
+    "one quote missing in each": lambda number: array(
+        [json.dumps(event).replace('"repo"', '"repo', 1) for event in events_of(number)]
+    ),
+    "an object that lists what is cut": lambda number: (
+        '{"events": [\n' * 20 * number + json.dumps(events_of(1)[0]) + ","
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+@pytest.mark.parametrize(("block", "is_line"), [(1 << 20, False), (1_000, False), (0, True)])
+def test_the_work_for_a_wrong_file_grows_with_its_length_only(
+    kind: str, block: int, is_line: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = 0
+
+    def decoded(text: str, at: int) -> tuple[Any, int]:
+        nonlocal work
+        try:
+            end = decode(text, at)[1]
+        except json.JSONDecodeError as error:
+            # The error counts the lines before it, a hundred bytes in the time of one that is decoded.
+            work += error.pos - at + error.pos // 100
+            raise
+        except RecursionError:
+            work += len(text) - at
+            raise
+        work += end - at
+        return None, end
+
+    class Counted(unpack._Values):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            made.append(self)
+
+    decode, made = unpack._decode, list[Counted]()
+    monkeypatch.setattr(unpack, "_decode", decoded)
+    monkeypatch.setattr(unpack, "_Values", Counted)
+
+    def work_for(number: int) -> int:
+        nonlocal work
+        work = 0
+        made.clear()
+        text = WRONG[kind](number).encode()
+        with suppress(DamagedError):
+            list(values_of([text] if is_line else in_blocks(text, block), is_line=is_line))
+        return work + sum(found.steps for found in made)
+
+    small, large = work_for(100), work_for(400)
+    # With the square of the length it would be sixteen times as much; blocks that double may add one more look.
+    assert 0 < large <= 9 * small
+
+
+PAYLOADS: dict[str, str] = {
+    "an object": '"old": {event}',
+    "among others": '"old": {event}, "n": 5',
+    "a list of one": '"old": [{event}]',
+    "a list": '"old": [{event}, {event}]',
+    "a list with more": '"old": [5, {event}, {event}, 5]',
+    "deep": '"old": {{"older": [{{"oldest": {event}}}]}}',
+}
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+@pytest.mark.parametrize("cut", [0, 1, 5, 60])
+@pytest.mark.parametrize("around", ["{}", "\ufeff{} \r", "{},"])
+def test_an_event_inside_a_broken_line_is_none_of_its_own(payload: str, cut: int, around: str) -> None:
+    first, inner = json.dumps(EVENT | {"id": "1"}), json.dumps(EVENT | {"id": "77"})
+    inside = PAYLOADS[payload].format(event=inner)
+    broken = first.replace('"public": true', f'"x": 6" disk, "data": {{{inside}}}, "public": true', 1)
+    line = around.format(broken[: len(broken) - cut]).encode()
+    values = [value for _, value in values_of([line], is_line=True)]
+    assert not [value for value in values if isinstance(decide(value), Event)]
+    assert sum(value.startswith(b"{") for value in values) == 1
+    # What stands beside it is one all the same.
+    beside = json.dumps(EVENT | {"id": "78"})
+    for glue in ("", " ", ",", "\r"):
+        values = [value for _, value in values_of([f"{broken}{glue}{beside}".encode()], is_line=True)]
+        assert [value.id for value in map(decide, values) if isinstance(value, Event)] == ["78"]
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+@pytest.mark.parametrize("head", ['{"events": [', '{"total": 2, "next": null, "items" : [', '{"a": {"b": ['])
+@pytest.mark.parametrize("gap", ["\n", "", "\r\n  "])
+def test_an_object_that_lists_events_a_line_each_is_one_value(head: str, gap: str, is_open: bool) -> None:
+    events = ",\n".join(map(json.dumps, events_of(50)))
+    text = f"{head}{gap}{events}\n]{'}' * head.count('{')}\n".encode()
+    for size in (100, 1_000, 100_000):
+        if is_open:
+            with pytest.raises(DamagedError, match="open at line 1"):
+                list(values_of(in_blocks(text[:-3], size)))
+        else:
+            assert [(line, events_within(value)) for line, value in values_of(in_blocks(text, size))] == [(1, 50)]
 
 
 def test_text_that_is_good_as_far_as_it_goes_is_damage_wherever_it_is_cut() -> None:
