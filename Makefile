@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 BOOTSTRAP := $(PYTHON) ghsync_dagster/local/bootstrap.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev ready packages run cdc test dev check bench bench-batch bench-cdc bench-supervised bench-audit bench-files faults lock clean
+.PHONY: help setup setup-dev ready packages run cdc test dev check bench bench-batch bench-cdc bench-supervised bench-audit bench-files faults mutations lock clean
 
 help: ## show these commands
 	@$(PYTHON) -c 'import re; [print("make {:<17}{}".format(*m)) for m in re.findall(r"(?m)^([a-z-]+):.*?## (.+)", open("Makefile").read())]'
@@ -65,6 +65,9 @@ bench-files: setup-dev ## the benchmark of many files beside one, against an ear
 
 faults: setup-dev ## the long campaign of kills and races
 	@TEST_FAULT_ROUNDS=30 $(BIN)/python -m pytest -m faults
+
+mutations: setup-dev ## mutations of the product's own code, and which test turns red for each
+	@TEST_FAULT_ROUNDS=1 $(BIN)/python -m pytest ghsync_dagster_tests/faults/test_mutations.py -rP --numprocesses $(or $(JOBS),2)
 
 lock: ## resolve the lock files from pyproject.toml; UPGRADE=1 takes newer versions
 	@$(BOOTSTRAP) --lock $(if $(UPGRADE),--upgrade)
