@@ -29,6 +29,7 @@ from ghsync_dagster.domain.repair import (
     resolves_letters,
 )
 from ghsync_dagster.stores.mysql import LockedRows
+from ghsync_dagster.stores.stream import Refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -52,6 +53,9 @@ class _TracedStore:
         self.while_asked: Callable[[], None] = lambda: None
         self.requested_again: set[str] = set()
         self.requests: dict[str, str] = {}
+        self.refused: set[str] = set()
+        self.reasons: dict[str, str] = {}
+        self.kept: dict[str, Fence | None] = {}
         self._stored = stored or {}
 
     def _note(self, step: Step, keys: Iterable[str]) -> None:
@@ -98,7 +102,7 @@ class _TracedStore:
 
     def write(self, upserts: Mapping[str, Any], **_: Any) -> dict[str, Any]:
         self._note(StreamStep.WRITE_DOCUMENT, upserts)
-        return {}
+        return {key: Refused("validator", "code 121") for key in upserts if key in self.refused}
 
     def remove(self, keys: Iterable[str]) -> int:
         self._note(StreamStep.REMOVE_DOCUMENT, keys)
@@ -111,8 +115,12 @@ class _TracedStore:
         self, requests: Mapping[str, str], outcome: Outcome, fences: Mapping[str, Fence | None]
     ) -> None:
         assert fences.keys() == (set() if outcome is Outcome.OVERTAKEN else requests.keys())
+        self.kept |= fences
         self._note(RepairStep.RECORD_OUTCOME, requests)
         self.outcomes |= dict.fromkeys(requests, outcome)
+
+    def record_reasons(self, reasons: Mapping[str, str]) -> None:
+        self.reasons |= reasons
 
 
 def expected(stored: StoredUser, *, has_row: bool) -> list[Step]:
@@ -156,6 +164,22 @@ def test_each_user_takes_the_steps_of_the_tables_in_their_order(found: dict[str,
     assert fences == {key: Fence(reading, has_row) for key, (_, has_row) in found.items()}
     assert set(resolved) == set(found)
     assert outcomes.total() == len(found)
+
+
+def test_a_row_that_the_database_refuses_leaves_the_fence_that_was_there_before() -> None:
+    absent = StoredUser(document=False, marked=False, versioned=False, deleted=False)
+    store = _TracedStore(dict.fromkeys("123", absent))
+    store.refused = {"1", "2"}
+    before = Fence(Reading("before", at(50)), True)
+    fences, resolved = {"1": before}, list[str]()
+    reading = Reading("r", at(100))
+    work = RepairWork(Claim(dict.fromkeys("123", "token")), reading, {key: row(key) for key in "123"})
+    outcomes = carry_out(cast("RepairStore", store), work, fences, resolved.extend)
+    assert fences == {"1": before, "3": Fence(reading, True)}
+    assert store.kept == {"1": before, "2": None, "3": Fence(reading, True)}
+    assert outcomes == {Outcome.REFUSED: 2, Outcome.WRITTEN: 1}
+    assert store.reasons == dict.fromkeys("12", "validator: code 121")
+    assert resolved == ["3"]
 
 
 class _TracedSource:
