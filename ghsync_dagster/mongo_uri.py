@@ -65,7 +65,10 @@ def _wrong_option(option: str, name: str, value: str) -> str | None:
 
 
 def _conflict(uri: str, given: set[str]) -> str | None:
-    """Return in words which options don't fit each other, the account or the number of hosts; None where all do."""
+    """Return in words which options don't fit each other, the account or the number of hosts; None where all do.
+
+    Of a ``mongodb+srv://`` URI the driver alone tells, once it has its hosts.
+    """
     from pymongo import MongoClient
     from pymongo.errors import ConfigurationError
     from pymongo.uri_parser import split_options

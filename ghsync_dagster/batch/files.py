@@ -81,15 +81,18 @@ def look_at(state: FileState) -> InputFile | None:
         raise damaged(path, str(error)) from None
     if not text and len(head) < size:
         raise damaged(path, f"its {packing} data holds nothing in {len(head)} bytes")
-    return InputFile(state, packing, utf16, has_lines(path, packing, text)) if text else None
+    # Of packed data the head may be cut all the same.
+    is_whole = packing is None and len(head) == size
+    return InputFile(state, packing, utf16, has_lines(path, packing, text, is_whole=is_whole)) if text else None
 
 
 def names_actors(file: InputFile) -> bool:
     """Tell whether the head of a file has the key ``actor``, as each event has."""
     head = head_of(file.path, _LONG_HEAD)
-    text = _first(head, file.packing, is_whole=len(head) == file.size)
+    # What ends early is told when the file is read.
+    text = _first(head, file.packing, is_whole=False)
     if file.is_utf16:
-        text = _drained(as_utf8([text]), is_whole=len(head) == file.size)
+        text = _drained(as_utf8([text]), is_whole=False)
     return _ACTOR.search(text) is not None
 
 

@@ -73,13 +73,14 @@ class _Parts(msgspec.Struct):
 _decode_parts: Final = msgspec.json.Decoder(_Parts).decode
 
 
-def has_lines(path: str, packing: str | None, text: bytes) -> bool:
+def has_lines(path: str, packing: str | None, text: bytes, *, is_whole: bool = False) -> bool:
     """Tell whether a file holds an event a line; else it holds a JSON array, or objects one after the other.
 
     Args:
         path: The file, for the error.
         packing: What it is packed with.
         text: What its head unpacks to, in UTF-8; the last line may be cut.
+        is_whole: Whether this is all of it for certain.
 
     Raises:
         InputError: It is of another kind; the way out makes it one that can be read.
@@ -97,7 +98,10 @@ def has_lines(path: str, packing: str | None, text: bytes) -> bool:
     first, _, rest = content.partition(b"\n")
     second = rest.lstrip().partition(b"\n")[0]
     shaped = (content.startswith(b"[") and _begins_array(first, second)) or (
-        content.startswith(b"{") and bool(second) and not _is_json(first) and _spans_lines(content, second)
+        content.startswith(b"{")
+        and bool(second)
+        and not _is_json(first)
+        and _spans_lines(content, second, is_whole=is_whole)
     )
     if shaped or not any(_is_object(line) for line in lines):
         _refuse_other_text(path, content)
@@ -215,15 +219,15 @@ def _begins_array(first: bytes, second: bytes) -> bool:
     return bool(_ITEM.match(inner)) and (not second or not (_is_json(first) or _is_json(second)))
 
 
-def _spans_lines(text: bytes, second: bytes) -> bool:
-    """Tell whether the first JSON object of a text goes on over its line end, and may go on over the text's end."""
+def _spans_lines(text: bytes, second: bytes, *, is_whole: bool) -> bool:
+    """Tell whether the first JSON object of a text goes on over its line end, and may go on over the end of a head."""
     if (_KEY.match(second) or _OPENED.match(text)) and not _is_json(second):
         return True
     content = text.decode("utf-8", "replace")
     try:
         _, end = json.JSONDecoder(parse_int=str).raw_decode(content)
     except json.JSONDecodeError as error:
-        return goes_on(content, error)
+        return not is_whole and goes_on(content, error)
     except RecursionError:
         return False
     return "\n" in content[:end]

@@ -183,7 +183,8 @@ class _Planning:
     def _remove_late_inserts(self) -> None:
         """Delete what is marked without a version entry, before this load has written any.
 
-        Spark's executors of a dead load may write for a moment longer; nobody else has seen these.
+        Spark's executors of a dead load may write for a moment longer; nobody else has seen these. No table has this
+        step: to the model, a dead load writes no more.
         """
         late = [key for key, found in self._documents.items() if MARKER_FIELD in found and key not in self._versions]
         self._lease.assert_held()

@@ -51,7 +51,7 @@ _PLACE: Final = r"\n[ \t]{0,%d}(?:[\]\[},][\]\[}, \t]*)?(?P<place>\{)"
 """An object that begins a line which is not indented deeper than so many spaces."""
 _OBJECT: Final = (
     r'|(?P<actor>"actor"[ \t\r\n]*)?(?P<nested>:[ \t\r\n]*)?(?P<start>\{)(?P<event>[ \t\r\n]*"(?:id"\s*:\s*"[0-9]'
-    r'|type"\s*:\s*"\w+Event"|created_at"\s*:\s*"[0-9]|(?:actor|repo|payload)"\s*:\s*\{|public"\s*:))?'
+    r'|type"\s*:\s*"\w+Event"|created_at"\s*:\s*"[0-9]|(?:actor|repo|payload)"\s*:\s*(?=\{)|public"\s*:))?'
 )
 """An object elsewhere, and whether it begins as GitHub's events do."""
 _EVENT_BEGINS: Final = re.compile(_OBJECT[1:], re.ASCII)
@@ -224,7 +224,7 @@ def values_of(parts: Iterable[bytes], *, is_line: bool = False) -> Iterator[tupl
     A value that is no JSON ends where the next one begins: at an object on a line that is not indented deeper, or at
     one that is an event or begins as one. So does a value with a whole event on such a line: its end is another's,
     unless it is an object that lists events. On a line that begins with no array, an object is none of the next ones if
-    more of another value follows it.
+    more of another value follows it, or if it stands with others in a list.
 
     Args:
         parts: The text, in any blocks.
@@ -469,7 +469,9 @@ class _Values:
         if not at < self._first_event:
             places = _starts(indent, anywhere=True).finditer(text, at)
             starts = (max(found.start("place"), found.start("start")) for found in places)
-            self._first_event = next(start for start in starts if start > at and self._is_event(start))
+            self._first_event = next((start for start in starts if start > at and self._is_event(start)), at)
+            if self._first_event == at:
+                return False
         first = self._first_event
         begins = _EVENT_BEGINS.match(text, at)
         return (

@@ -347,9 +347,15 @@ class StreamStore:
     def remove_nameless(self) -> int:
         """Delete the documents whose ``user_id`` is no text, which break the contract; return how many.
 
-        A majority confirms with it what came before it, also what a try that failed had done already.
+        At the end a majority confirms what came before it, also what a try that failed had done already.
         """
-        return self._delete(NAMELESS)
+        removed = 0
+        while True:
+            with self._command("Reading users"):
+                found = [user["_id"] for user in self.store.users.find(NAMELESS, {"_id": 1}).limit(CHUNK)]
+            removed += self._delete({"_id": {"$in": found}})
+            if not found:
+                return removed
 
     def _delete(self, query: Document) -> int:
         with self._command("Deleting users"):

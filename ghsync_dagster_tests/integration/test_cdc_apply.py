@@ -346,6 +346,15 @@ def test_a_truncate_removes_more_than_one_command_carries(users: UserStore) -> N
     assert stored(users) == {}
 
 
+def test_a_truncate_removes_those_whose_id_is_no_text_and_keeps_whom_it_is_to_keep(users: UserStore) -> None:
+    users.database.drop_collection("Users")
+    odd: list[dict[str, Any]] = [{"user_id": None}, {"user_id": ["1"]}, {}, *({"user_id": key} for key in range(2_000))]
+    users.users.insert_many([user("1"), user("2"), *odd])
+    assert apply(StreamStore(users), segment(truncate=True), {"2"}).truncated == len(odd) + 1
+    assert stored(users) == {"2": user("2")}
+    assert ids(users.deleted.find()) == {"1"}
+
+
 # faults
 
 

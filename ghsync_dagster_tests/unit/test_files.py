@@ -11,6 +11,7 @@ import io
 import json
 import lzma
 import os
+import random
 import re
 import shlex
 import shutil
@@ -436,6 +437,16 @@ def test_a_new_name_is_offered_where_it_helps(
     if "Rename" in caught.value.way_out:
         follow(caught.value.way_out)
         assert len(find_files([str(path.parent)]).look()) == 1
+
+
+@pytest.mark.parametrize("missing", [0, 50])
+def test_a_new_name_is_offered_though_the_data_ends_early(tmp_path: Path, missing: int) -> None:
+    noise = random.Random(missing).randbytes(200_000).hex().encode()  # noqa: S311
+    content = gzipped(LINES + b'{"noise": "' + noise + b'"}\n')
+    path = write(tmp_path / "e.dat", content[: len(content) - missing])
+    with pytest.raises(InputError, match="the name is not of the kind") as caught:
+        find_files([str(path)])
+    assert caught.value.way_out.endswith("e.dat.jsonl.gz")
 
 
 EVERY_WAY = ["", "/*", "/*/*.json", "/**/*.json", "/**", "/b/*.json", "/b", "/b/**/*.json", "/[ab]/1.json"]
@@ -1056,6 +1067,12 @@ PRETTY = json.dumps(EVENTS, indent=2)
 )
 def test_arrays_and_objects_over_several_lines_are_seen(tmp_path: Path, content: bytes) -> None:
     assert not look(write(tmp_path / "a.json", content)).has_lines
+
+
+@pytest.mark.parametrize("first", [b'{"actor":', b'{"payload": {"commits": [', b'{"id": "5", "type":'])
+@pytest.mark.parametrize("last", [LINE, LINE[:60]])
+def test_a_torn_line_at_the_beginning_of_a_small_file_is_one_line(tmp_path: Path, first: bytes, last: bytes) -> None:
+    assert look(write(tmp_path / "a.json", first + b"\n" + last)).has_lines
 
 
 @pytest.mark.parametrize(

@@ -486,3 +486,12 @@ def test_what_is_cut_anywhere_is_damage(packing: str, content: bytes, kept: floa
     packed = PACK[packing](content)
     with pytest.raises(DamagedError, match=f"its {packing} data"):
         list(unpacked(io.BytesIO(packed[: max(1, int(len(packed) * kept))]), packing))
+
+
+@pytest.mark.parametrize("key", ["actor", "payload", "repo", "other"])
+@pytest.mark.parametrize("end", ["\n", "\n}\n", ",\n"])
+@pytest.mark.parametrize("size", [7, 1_000])
+def test_an_event_that_stands_where_the_value_of_a_torn_line_would_is_no_error(key: str, end: str, size: int) -> None:
+    text = f'{{"{key}":\n{json.dumps(EVENT)}{end}'.encode()
+    with suppress(DamagedError):
+        assert weight_of(text) == sum(weight_of(value) for _, value in values_of(in_blocks(text, size)))
