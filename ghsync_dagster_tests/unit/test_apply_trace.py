@@ -2,46 +2,38 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from hypothesis import given
 from hypothesis import strategies as st
+from traced import Traced
 
 from ghsync_dagster.cdc.apply import apply
 from ghsync_dagster.domain.change import Change, Op
 from ghsync_dagster.domain.coalesce import Segment
 from ghsync_dagster.domain.precedence import DELETE_STEPS, GOES_BACK, UPSERT_STEPS, StreamStep
-from ghsync_dagster.stores.stream import Refused
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Set
+    from collections.abc import Iterator, Set
 
     from ghsync_dagster.stores.stream import StreamStore
 
-REFUSED = Refused("validator", "")
 AGAIN = UPSERT_STEPS[UPSERT_STEPS.index(GOES_BACK[StreamStep.DROP_VERSION_AGAIN]) :]
 """The steps of a key that goes back, and of those the ones that are repeated."""
 REPEATED = AGAIN[: AGAIN.index(StreamStep.DROP_VERSION_AGAIN) + 1]
 
 
-class _TracedStore:
-    """Notes which step each command is, by key.
+class _TracedStore(Traced[StreamStep]):
+    """The stream's store.
 
     Args:
-        overtaken: How often a load comes between the write and the second drop of a key.
-        refused: Keys that the database refuses.
         pages: What is stored, as a truncate reads it.
     """
 
-    def __init__(self, overtaken: Mapping[str, int], refused: Set[str], pages: list[list[str]]) -> None:
-        self.trace: dict[str, list[StreamStep]] = defaultdict(list)
+    def __init__(self, pages: list[list[str]]) -> None:
+        super().__init__()
         self.confirmed_after: dict[str, list[StreamStep]] = {}
-        self._overtaken, self._refused, self._pages = dict(overtaken), refused, pages
-
-    def _note(self, step: StreamStep, keys: Iterable[str]) -> None:
-        for key in keys:
-            self.trace[key].append(step)
+        self._pages = pages
 
     def everyone(self, keep: Set[str]) -> Iterator[list[str]]:
         for page in self._pages:
@@ -50,34 +42,6 @@ class _TracedStore:
     def remove_nameless(self) -> int:
         self.confirmed_after = {key: list(steps) for key, steps in self.trace.items()}
         return 1
-
-    def record_deleted(self, keys: Iterable[str]) -> None:
-        self._note(StreamStep.RECORD_DELETED, keys)
-
-    def drop_versions(self, keys: Iterable[str]) -> set[str]:
-        found = set()
-        for key in keys:
-            is_again = self.trace[key][-1:] == [StreamStep.WRITE_DOCUMENT]
-            self.trace[key].append(StreamStep.DROP_VERSION_AGAIN if is_again else StreamStep.DROP_VERSION)
-            if not is_again:
-                # What stands there before the first write is of no matter.
-                found.add(key)
-            elif self._overtaken.get(key, 0):
-                self._overtaken[key] -= 1
-                found.add(key)
-        return found
-
-    def write(self, upserts: Mapping[str, Any], **_: Any) -> dict[str, Refused]:
-        self._note(StreamStep.WRITE_DOCUMENT, upserts)
-        return {key: REFUSED for key in upserts if key in self._refused}
-
-    def remove(self, keys: Iterable[str]) -> int:
-        keys = list(keys)
-        self._note(StreamStep.REMOVE_DOCUMENT, keys)
-        return len(keys)
-
-    def forget_deleted(self, keys: Iterable[str]) -> None:
-        self._note(StreamStep.FORGET_DELETED, keys)
 
 
 def change(key: str, *, upsert: bool) -> Change:
@@ -91,7 +55,8 @@ keys = st.integers(1, 30).map(str)
 def test_each_key_takes_the_steps_of_its_table_in_their_order(
     upserts: dict[str, bool], overtaken: dict[str, int], refused: set[str]
 ) -> None:
-    store = _TracedStore(overtaken, refused, [])
+    store = _TracedStore([])
+    store.overtaken, store.refused = dict(overtaken), refused
     segment = Segment(truncate=False, changes={key: change(key, upsert=upsert) for key, upsert in upserts.items()})
     applied = apply(cast("StreamStore", store), segment)
     assert store.trace.keys() == upserts.keys()
@@ -115,7 +80,7 @@ def test_each_key_takes_the_steps_of_its_table_in_their_order(
 def test_a_truncate_deletes_each_key_that_it_does_not_keep_before_anything_else(
     pages: list[list[str]], keep: set[str], upserts: dict[str, bool]
 ) -> None:
-    store = _TracedStore({}, set(), pages)
+    store = _TracedStore(pages)
     segment = Segment(truncate=True, changes={key: change(key, upsert=upsert) for key, upsert in upserts.items()})
     applied = apply(cast("StreamStore", store), segment, keep)
     found = [key for page in pages for key in page if key not in keep]

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import given
 from hypothesis import strategies as st
+from traced import TracedLease
 
 from ghsync_dagster.batch.plan import LEFT_TO_SPARK, Plan, make_plan, plan_missing
 from ghsync_dagster.domain.precedence import (
@@ -63,20 +64,10 @@ class Key(NamedTuple):
         return Stored(content, None if self.event is None else Version(AT, self.event), self.deleted)
 
 
-class _Lease:
-    """Counts the writes that nobody asked for."""
-
-    def __init__(self) -> None:
-        self.is_asked = False
-
-    def assert_held(self) -> None:
-        self.is_asked = True
-
-
 class _TracedStore:
     """Notes which step each command is, by key; what it answers is given."""
 
-    def __init__(self, keys: dict[str, Key], lease: _Lease) -> None:
+    def __init__(self, keys: dict[str, Key], lease: TracedLease) -> None:
         self.keys, self.lease = keys, lease
         self.trace: dict[str, list[LoadStep]] = defaultdict(list)
         self.late: list[str] = []
@@ -159,7 +150,7 @@ def content_of(content: str) -> tuple[str, ...]:
     return (content,) * len(USER_FIELDS[1:])
 
 
-def planned(store: _TracedStore, lease: _Lease, *, again: bool) -> Plan:
+def planned(store: _TracedStore, lease: TracedLease, *, again: bool) -> Plan:
     """Plan the users of all keys, from a Parquet folder as ``flatten`` leaves it."""
     store.is_again = again
     with TemporaryDirectory() as folder:
@@ -195,7 +186,7 @@ def steps_of(key: Key, action: Action) -> list[LoadStep]:
 
 @given(some_keys)
 def test_each_key_takes_the_steps_of_its_action_in_their_order(keys: dict[str, Key]) -> None:
-    lease = _Lease()
+    lease = TracedLease()
     store = _TracedStore(keys, lease)
     plan = planned(store, lease, again=False)
     found = {name: key.stored._replace(content=None) if key.is_late else key.stored for name, key in keys.items()}
@@ -217,7 +208,7 @@ WRITE_ORDER = (Action.INSERT, Action.REPLACE, Action.BUMP)
 
 @given(some_keys)
 def test_each_key_that_is_missing_takes_the_steps_of_a_second_insert(keys: dict[str, Key]) -> None:
-    lease = _Lease()
+    lease = TracedLease()
     store = _TracedStore(keys, lease)
     plan = planned(store, lease, again=True)
     actions = {name: classify_missing(key.stored, marked=key.marked) for name, key in keys.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,6 +10,7 @@ import pytest
 from cdc_parts import until
 from hypothesis import given
 from hypothesis import strategies as st
+from traced import Traced
 
 from ghsync_dagster.cdc import repair
 from ghsync_dagster.cdc.batch import Batch
@@ -29,7 +29,6 @@ from ghsync_dagster.domain.repair import (
     resolves_letters,
 )
 from ghsync_dagster.stores.mysql import LockedRows
-from ghsync_dagster.stores.stream import Refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -41,11 +40,11 @@ Step = RepairStep | StreamStep
 SERVER = "7/bin"
 
 
-class _TracedStore:
-    """Notes which step each command is, by user; what it answers is given."""
+class _TracedStore(Traced[RepairStep]):
+    """The store of repairs; what it answers is given."""
 
     def __init__(self, stored: Mapping[str, StoredUser] | None = None) -> None:
-        self.trace: dict[str, list[Step]] = defaultdict(list)
+        super().__init__()
         self.outcomes: dict[str, Outcome] = {}
         self.problem = ""
         self.was_told = threading.Event()
@@ -53,20 +52,15 @@ class _TracedStore:
         self.while_asked: Callable[[], None] = lambda: None
         self.requested_again: set[str] = set()
         self.requests: dict[str, str] = {}
-        self.refused: set[str] = set()
         self.reasons: dict[str, str] = {}
         self.kept: dict[str, Fence | None] = {}
         self._stored = stored or {}
-
-    def _note(self, step: Step, keys: Iterable[str]) -> None:
-        for key in keys:
-            self.trace[key].append(step)
 
     def open_requests(self, limit: int, leave_out: Iterable[str] = ()) -> dict[str, str]:
         found = {key: token for key, token in self.requests.items() if key not in set(leave_out)}
         found = dict(list(found.items())[:limit])
         self.while_asked()
-        self._note(RepairStep.CLAIM, found)
+        self.note(RepairStep.CLAIM, found)
         return found
 
     def has_fences(self) -> bool:
@@ -82,41 +76,21 @@ class _TracedStore:
 
     def stored_users(self, keys: Iterable[str]) -> dict[str, StoredUser]:
         keys = list(keys)
-        self._note(RepairStep.READ_STORED, keys)
+        self.note(RepairStep.READ_STORED, keys)
         return {key: self._stored[key] for key in keys}
 
     def record_fence(self, requests: Mapping[str, str], reading: Reading, rows: Mapping[str, Any]) -> set[str]:
         assert reading.position.server == SERVER
         del rows
-        self._note(RepairStep.RECORD_FENCE, requests)
+        self.note(RepairStep.RECORD_FENCE, requests)
         return {key for key in requests if key not in self.requested_again}
-
-    def record_deleted(self, keys: Iterable[str]) -> None:
-        self._note(StreamStep.RECORD_DELETED, keys)
-
-    def drop_versions(self, keys: Iterable[str]) -> set[str]:
-        for key in keys:
-            again = StreamStep.WRITE_DOCUMENT in self.trace[key]
-            self.trace[key].append(StreamStep.DROP_VERSION_AGAIN if again else StreamStep.DROP_VERSION)
-        return set()
-
-    def write(self, upserts: Mapping[str, Any], **_: Any) -> dict[str, Any]:
-        self._note(StreamStep.WRITE_DOCUMENT, upserts)
-        return {key: Refused("validator", "code 121") for key in upserts if key in self.refused}
-
-    def remove(self, keys: Iterable[str]) -> int:
-        self._note(StreamStep.REMOVE_DOCUMENT, keys)
-        return 0
-
-    def forget_deleted(self, keys: Iterable[str]) -> None:
-        self._note(StreamStep.FORGET_DELETED, keys)
 
     def record_outcomes(
         self, requests: Mapping[str, str], outcome: Outcome, fences: Mapping[str, Fence | None]
     ) -> None:
         assert fences.keys() == (set() if outcome is Outcome.OVERTAKEN else requests.keys())
         self.kept |= fences
-        self._note(RepairStep.RECORD_OUTCOME, requests)
+        self.note(RepairStep.RECORD_OUTCOME, requests)
         self.outcomes |= dict.fromkeys(requests, outcome)
 
     def record_reasons(self, reasons: Mapping[str, str]) -> None:
@@ -198,8 +172,8 @@ class _TracedSource:
         if self.reader is not None:
             # Whoever applies a record from here on notes it.
             noting = {key for claim in self.reader._claims for key in claim.requests}
-            self._store._note(RepairStep.NOTE, noting & set(keys))
-        self._store._note(RepairStep.READ_SOURCE, keys)
+            self._store.note(RepairStep.NOTE, noting & set(keys))
+        self._store.note(RepairStep.READ_SOURCE, keys)
         return LockedRows({}, 7, "bin.000003", 100 + self.reads, "", 1_000)
 
     def close(self) -> None:

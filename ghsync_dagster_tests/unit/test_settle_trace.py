@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from traced import TracedLease
 
 from ghsync_dagster.batch.settle import recover, settle_load
 from ghsync_dagster.domain.errors import LeaseLostError
@@ -51,25 +52,10 @@ class Key(NamedTuple):
         return Found(self.marked, self.old is not None and self.marked, self.load == LOAD, self.deleted)
 
 
-class _Lease:
-    """Counts how often it was asked since the last write."""
-
-    def __init__(self, asks: int | None = None) -> None:
-        self.is_asked = False
-        self._asks = asks
-
-    def assert_held(self) -> None:
-        if self._asks is not None:
-            self._asks -= 1
-            if self._asks < 0:
-                raise LeaseLostError("planted", way_out="none")
-        self.is_asked = True
-
-
 class _TracedStore:
     """Keeps keys, and notes which step each command is."""
 
-    def __init__(self, keys: dict[str, Key], state: LoadState, lease: _Lease) -> None:
+    def __init__(self, keys: dict[str, Key], state: LoadState, lease: TracedLease) -> None:
         self.keys, self.state, self.lease = dict(keys), state, lease
         self.trace: dict[str, list[SettleStep]] = defaultdict(list)
         self.endings: list[SettleStep] = []
@@ -207,7 +193,7 @@ some_keys = st.dictionaries(st.integers(1, 2_500).map(str), a_key, max_size=40)
 
 @given(some_keys)
 def test_each_key_takes_the_steps_of_the_table_and_ends_as_decided(keys: dict[str, Key]) -> None:
-    lease = _Lease()
+    lease = TracedLease()
     store = _TracedStore(keys, RUNNING, lease)
     told: list[SettleStep] = []
     settle_load(
@@ -222,12 +208,12 @@ def test_each_key_takes_the_steps_of_the_table_and_ends_as_decided(keys: dict[st
 def test_a_load_that_dies_anywhere_is_settled_by_the_next_to_the_same_end(
     keys: dict[str, Key], state: LoadState, asks: int
 ) -> None:
-    lease = _Lease(asks)
+    lease = TracedLease(asks)
     store = _TracedStore(keys, state, lease)
     try:
         recover(cast("UserStore", store), cast("HeldLease", lease))
     except LeaseLostError:
-        store.endings, store.lease = [], _Lease()
+        store.endings, store.lease = [], TracedLease()
         left = steps_left(store.state)
         recover(cast("UserStore", store), cast("HeldLease", store.lease))
         assert store.endings == [step for step in left if step not in OF_EACH_KEY]
@@ -241,7 +227,7 @@ def test_a_load_that_dies_anywhere_is_settled_by_the_next_to_the_same_end(
 def test_keys_are_looked_at_unless_all_are_marked_and_nothing_was_deleted(
     expected: int, *, deleted: bool, looks: bool
 ) -> None:
-    lease = _Lease()
+    lease = TracedLease()
     keys = {"1": Key("a", marked=True, load=LOAD), "2": Key("b", marked=True, load=LOAD)}
     store = _TracedStore(keys | {"3": Key(deleted=deleted)}, RUNNING, lease)
     held = cast("HeldLease", lease)
