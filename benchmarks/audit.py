@@ -32,7 +32,7 @@ from ghsync_dagster.domain.user import USER_FIELDS
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ghsync_dagster.stores.mongo import UserStore
+    from ghsync_dagster.stores.mongo.users import UserStore
     from ghsync_dagster.stores.mysql import MySqlStore
 
 RESULTS = Path(__file__).with_name("results")
@@ -177,7 +177,7 @@ class _Conductor:
         return found
 
     def _under_changes(self, rate: float) -> list[dict[str, Any]]:
-        from ghsync_dagster.cdc.workload import Workload
+        from ghsync_dagster.dev.workload import Workload
         from ghsync_dagster.stores.mysql import MySqlStore
 
         url = self._stack.settings.mysql_url

@@ -37,8 +37,8 @@ def received(port: int) -> int:
 def main() -> None:
     """Compare once; arguments: MySQL's URL, MongoDB's, its database, seconds of patience."""
     import ghsync_dagster
-    from ghsync_dagster.cdc.audit import Patience, audit
-    from ghsync_dagster.stores.mongo import UserStore
+    from ghsync_dagster.cdc.health.audit import Patience, audit
+    from ghsync_dagster.stores.mongo.users import UserStore
     from ghsync_dagster.stores.mysql import MySqlStore
 
     mysql_url, mongo_uri, database, patience = sys.argv[1:]

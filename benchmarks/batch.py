@@ -145,7 +145,7 @@ def measure(
 
 
 def _write_input(scratch: Path, size: int) -> Path:
-    from ghsync_dagster.batch.sample import write_sample
+    from ghsync_dagster.dev.sample import write_sample
 
     report = write_sample(scratch / f"events-{size}.json", events=size)
     console.print(f"{size:,} events of {report.users:,} users, {report.size / harness.MIB:,.0f} MiB")

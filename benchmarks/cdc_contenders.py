@@ -103,7 +103,7 @@ class Bench:
 
 def _prepare(store: harness.Store) -> None:
     """Give all contenders the same collection: the contract's validator and the unique index."""
-    from ghsync_dagster.stores.mongo import UserStore
+    from ghsync_dagster.stores.mongo.users import UserStore
 
     with UserStore(store.uri, store.database, COLLECTION) as opened:
         opened.ensure_collection()

@@ -201,7 +201,7 @@ def _row(user: User, version: int) -> Row:
 
 def users(count: int, scratch: Path) -> list[User]:
     """Return so many users of the generated sample of events, ids and logins as they are there."""
-    from ghsync_dagster.batch.sample import write_sample
+    from ghsync_dagster.dev.sample import write_sample
 
     found: dict[int, str] = {}
     events = 2 * count + 1_000

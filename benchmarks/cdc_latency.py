@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness import BenchmarkError
 from benchmarks.tellers import Teller, now_ms, pause_until, say
-from ghsync_dagster.cdc.listener import AppliedBatch, SilentListener
-from ghsync_dagster.cdc.workload import RowChange
-from ghsync_dagster.observability.metrics import Percentiles, percentiles
-from ghsync_dagster.rehearsal import CommitClock
+from ghsync_dagster.cdc.health.metrics import Percentiles, percentiles
+from ghsync_dagster.cdc.stream.listener import AppliedBatch, SilentListener
+from ghsync_dagster.dev.rehearsal import CommitClock
+from ghsync_dagster.dev.workload import RowChange
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -257,7 +257,7 @@ class _Told(SilentListener):
 
 
 def _consume() -> int:
-    from ghsync_dagster.observability.logging import configure_logging
+    from ghsync_dagster.logging import configure_logging
     from ghsync_dagster.settings import load_settings
     from ghsync_dagster.stopping import stop_on_signals
     from ghsync_dagster.wiring import change_consumer, existing_kafka
@@ -271,8 +271,8 @@ def _consume() -> int:
 
 
 def _change(rate: float, seconds: float) -> int:
-    from ghsync_dagster.cdc.workload import KEY_CHANGE, Workload
-    from ghsync_dagster.observability.logging import configure_logging
+    from ghsync_dagster.dev.workload import KEY_CHANGE, Workload
+    from ghsync_dagster.logging import configure_logging
     from ghsync_dagster.settings import load_settings
     from ghsync_dagster.stores.mysql import MySqlStore
 

@@ -27,7 +27,7 @@ from benchmarks.tellers import now_ms, say
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from ghsync_dagster.cdc.workload import RowChange, Table
+    from ghsync_dagster.dev.workload import RowChange, Table
     from ghsync_dagster.stores.mysql import Statement
 
 MODULE = "benchmarks.cdc_probes"
@@ -123,8 +123,8 @@ class ProbedTable:
 
 
 def _change(rate: float, seconds: float) -> int:
-    from ghsync_dagster.cdc.workload import Workload
-    from ghsync_dagster.observability.logging import configure_logging
+    from ghsync_dagster.dev.workload import Workload
+    from ghsync_dagster.logging import configure_logging
     from ghsync_dagster.settings import load_settings
     from ghsync_dagster.stopping import stop_on_signals
     from ghsync_dagster.stores.mysql import MySqlStore

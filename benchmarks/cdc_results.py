@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from benchmarks.cdc_latency import LatencyRun, Second
     from benchmarks.results import Summary
-    from ghsync_dagster.observability.metrics import Percentiles
+    from ghsync_dagster.cdc.health.metrics import Percentiles
 
 SINK_TARGETS = {False: 3.0, True: 2.5}
 RAW_TARGET = 0.9

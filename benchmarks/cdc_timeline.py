@@ -11,8 +11,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from benchmarks.cdc_latency import Second
+from ghsync_dagster.cdc.health.metrics import Percentiles, percentiles
 from ghsync_dagster.defs.cdc.supervisor import Phase
-from ghsync_dagster.observability.metrics import Percentiles, percentiles
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence

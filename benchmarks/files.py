@@ -80,7 +80,7 @@ class Read:
 
 def write_inputs(folder: Path, scale: float) -> dict[str, Input]:
     """Write all inputs: the same bytes as one plain file, one packed file and many files."""
-    from ghsync_dagster.batch.sample import write_sample
+    from ghsync_dagster.dev.sample import write_sample
 
     def named(name: str, path: Path, events: int) -> tuple[str, Input]:
         return name, Input(name, path, events)

@@ -33,9 +33,9 @@ class Stack:
         self._tell = tell
 
     def __enter__(self) -> Stack:
+        from ghsync_dagster.dev.rehearsal import addresses
         from ghsync_dagster.domain.errors import GhsyncError
         from ghsync_dagster.local import stack
-        from ghsync_dagster.rehearsal import addresses
 
         self._empty = local_settings(self.home)
         try:
@@ -77,7 +77,7 @@ class Stack:
 
     def is_equal(self) -> bool:
         """Tell whether table and collection are equal, once what is in flight has had half a minute."""
-        from ghsync_dagster.cdc.audit import Patience, audit
+        from ghsync_dagster.cdc.health.audit import Patience, audit
         from ghsync_dagster.stores.mysql import MySqlStore
         from ghsync_dagster.wiring import store_opener
 

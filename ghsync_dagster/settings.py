@@ -22,7 +22,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, Validati
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from ghsync_dagster.domain.errors import ConfigError
-from ghsync_dagster.mongo_uri import wrong_options
+from ghsync_dagster.stores.mongo.uri import wrong_options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -16,7 +16,7 @@ import threading
 from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Final, NoReturn
 
-from ghsync_dagster.observability.logging import get_logger
+from ghsync_dagster.logging import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,21 +13,21 @@ from ghsync_dagster.batch.reports import Artifacts
 from ghsync_dagster.batch.rules import load_rules
 from ghsync_dagster.domain.errors import UnavailableError
 from ghsync_dagster.domain.source import STATEMENT_HOURS
-from ghsync_dagster.observability.logging import get_logger
+from ghsync_dagster.logging import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pydantic import SecretStr
 
-    from ghsync_dagster.batch.checks import Finding
     from ghsync_dagster.batch.flow import BatchFlow
-    from ghsync_dagster.cdc.connector import ConnectorProbe
-    from ghsync_dagster.cdc.consume import ChangeConsumer
-    from ghsync_dagster.cdc.listener import ChangeListener
+    from ghsync_dagster.cdc.health.connector import ConnectorProbe
+    from ghsync_dagster.cdc.stream.consume import ChangeConsumer
+    from ghsync_dagster.cdc.stream.listener import ChangeListener
+    from ghsync_dagster.domain.finding import Finding
     from ghsync_dagster.settings import Settings
-    from ghsync_dagster.stores.kafka import KafkaSettings
-    from ghsync_dagster.stores.mongo import UserStore
+    from ghsync_dagster.stores.kafka.client import KafkaSettings
+    from ghsync_dagster.stores.mongo.users import UserStore
     from ghsync_dagster.stores.mysql import MySqlStore
     from ghsync_dagster.stores.spark import SessionOf, SparkHandle, SparkOptions
 
@@ -80,7 +80,7 @@ def store_opener(settings: Settings, *, is_look: bool = False) -> Callable[[], U
 
     def open_store() -> UserStore:
         from ghsync_dagster.local.mongo import ensure_mongo
-        from ghsync_dagster.stores.mongo import UserStore
+        from ghsync_dagster.stores.mongo.users import UserStore
 
         return UserStore(
             ensure_mongo(settings),
@@ -120,7 +120,7 @@ def batch_flow(settings: Settings, run_id: str | None = None, spark: SparkHandle
 
 
 def _kafka_settings(settings: Settings, servers: str) -> KafkaSettings:
-    from ghsync_dagster.stores.kafka import KafkaSettings
+    from ghsync_dagster.stores.kafka.client import KafkaSettings
 
     def secret(value: SecretStr | None) -> str | None:
         return None if value is None else value.get_secret_value()
@@ -189,7 +189,7 @@ def look_at_source(settings: Settings, *, hours: float = STATEMENT_HOURS) -> Fin
         RefusedError: MySQL refuses the account, or its TLS is not as MYSQL_URL asks for.
         ConfigError: There is no such database.
     """
-    from ghsync_dagster.cdc.checks import source_settings
+    from ghsync_dagster.cdc.health.checks import source_settings
     from ghsync_dagster.local import connect
 
     with open_mysql(settings) as mysql:
@@ -216,7 +216,7 @@ def connector_probe(settings: Settings) -> ConnectorProbe | None:
     The worker is the one of CONNECT_URL, else the local one. None where neither is known: no local one was ever
     started here, or it is down and the brokers are not this machine's.
     """
-    from ghsync_dagster.cdc.connector import ConnectorProbe
+    from ghsync_dagster.cdc.health.connector import ConnectorProbe
     from ghsync_dagster.local import connect, mysql
     from ghsync_dagster.stores.connect import ConnectWorker
 
@@ -256,7 +256,7 @@ def change_consumer(settings: Settings, kafka: KafkaSettings, listener: ChangeLi
     Raises:
         ConfigError: GHSYNC_RULES_MODULE can't be used.
     """
-    from ghsync_dagster.cdc.consume import ChangeConsumer
+    from ghsync_dagster.cdc.stream.consume import ChangeConsumer
 
     return ChangeConsumer(
         kafka,

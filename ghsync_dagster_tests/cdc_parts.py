@@ -22,13 +22,13 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, Topi
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
-from ghsync_dagster.cdc.consume import ChangeConsumer, ConsumerReport
+from ghsync_dagster.cdc.health.metrics import ChangeMetrics
+from ghsync_dagster.cdc.stream.consume import ChangeConsumer, ConsumerReport
 from ghsync_dagster.domain.user import json_schema
 from ghsync_dagster.local.kafka import ensure_kafka
 from ghsync_dagster.local.mysql import ensure_mysql
-from ghsync_dagster.observability.metrics import ChangeMetrics
-from ghsync_dagster.stores.kafka import KafkaSettings
-from ghsync_dagster.stores.mongo import UserStore
+from ghsync_dagster.stores.kafka.client import KafkaSettings
+from ghsync_dagster.stores.mongo.users import UserStore
 from ghsync_dagster.stores.mysql import MySqlStore
 
 if TYPE_CHECKING:

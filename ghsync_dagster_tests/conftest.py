@@ -33,10 +33,10 @@ from ghsync_dagster.local import connect, stack
 from ghsync_dagster.local.kafka import ensure_kafka
 from ghsync_dagster.local.mongo import ensure_mongo
 from ghsync_dagster.local.mysql import ensure_mysql
-from ghsync_dagster.mysql_url import parse_mysql_url
-from ghsync_dagster.observability.logging import configure_logging
+from ghsync_dagster.logging import configure_logging
 from ghsync_dagster.settings import Settings, load_settings
-from ghsync_dagster.stores.mongo import UserStore
+from ghsync_dagster.stores.mongo.users import UserStore
+from ghsync_dagster.stores.mysql_url import parse_mysql_url
 from ghsync_dagster.wiring import spark_handle
 
 if TYPE_CHECKING:

@@ -47,7 +47,7 @@ class Mutation:
 
 
 _PRECEDENCE, _REPAIR = "domain/precedence.py", "domain/repair.py"
-_APPLY, _PLAN, _SETTLE, _CARRY = "cdc/apply.py", "batch/plan.py", "batch/settle.py", "cdc/repair.py"
+_APPLY, _PLAN, _SETTLE, _CARRY = "cdc/stream/apply.py", "batch/plan.py", "batch/settle.py", "cdc/stream/repair.py"
 
 MUTATIONS = (
     # The tables

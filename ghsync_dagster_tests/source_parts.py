@@ -14,14 +14,14 @@ from confluent_kafka import OFFSET_END, Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from odd_ddl import MARIADB, MYSQL
 
-from ghsync_dagster.cdc.audit import AuditResult, Patience, audit
+from ghsync_dagster.cdc.health.audit import AuditResult, Patience, audit
 from ghsync_dagster.domain.connector import CONNECTOR, ConnectorState
 from ghsync_dagster.domain.user import USER_FIELDS
 from ghsync_dagster.local import stack
-from ghsync_dagster.mysql_url import parse_mysql_url
 from ghsync_dagster.settings import load_settings
 from ghsync_dagster.stores.connect import ConnectWorker, client_of
 from ghsync_dagster.stores.mysql import MySqlStore
+from ghsync_dagster.stores.mysql_url import parse_mysql_url
 from ghsync_dagster.wiring import change_consumer, existing_kafka, store_opener
 
 if TYPE_CHECKING:

@@ -6,54 +6,19 @@ servers: these raise, and never look like failed data.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from ghsync_dagster.batch.lease import holder_at_work
 from ghsync_dagster.batch.reports import rows_of
+from ghsync_dagster.domain.finding import OFFENDERS, Finding
 from ghsync_dagster.domain.precedence import Version
 from ghsync_dagster.domain.user import MARKER_FIELD, USER_FIELDS
 
 if TYPE_CHECKING:
     from ghsync_dagster.batch.flatten import UsersValidity
     from ghsync_dagster.batch.reports import LoadReport, ReadReport
-    from ghsync_dagster.stores.mongo import UserStore
-
-OFFENDERS: Final = 20
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """The outcome of one check.
-
-    Attributes:
-        check: The check's name.
-        passed: Whether what it holds is true.
-        summary: The outcome in one line of words.
-        counts: Exact numbers behind it.
-        offenders: Up to 20 of what broke it.
-        way_out: How to recover, or to end a risk; empty where there is nothing to do.
-    """
-
-    check: str
-    passed: bool
-    summary: str
-    counts: dict[str, int | float] = field(default_factory=dict)
-    offenders: list[dict[str, Any]] = field(default_factory=list)
-    way_out: str = ""
-
-
-def _finding(
-    check: str,
-    summary: str,
-    counts: dict[str, int | float],
-    *,
-    passed: bool,
-    offenders: list[dict[str, Any]] | None = None,
-    way_out: str,
-) -> Finding:
-    return Finding(check, passed, summary, counts, [] if passed else offenders or [], "" if passed else way_out)
+    from ghsync_dagster.stores.mongo.users import UserStore
 
 
 def quarantined_ratio(read: ReadReport, max_ratio: float) -> Finding:
@@ -68,7 +33,7 @@ def quarantined_ratio(read: ReadReport, max_ratio: float) -> Finding:
         decided = read.events + read.quarantined
         share = f"{read.quarantined} of {decided} lines quarantined ({read.quarantined_ratio:.2%})"
         summary = f"{share}, at most {max_ratio:.2%} allowed"
-    return _finding(
+    return Finding.judged(
         "quarantined_ratio",
         summary,
         {
@@ -95,7 +60,7 @@ def users_valid(validity: UsersValidity) -> Finding:
         problems.append(f"{validity.repeated} rows repeat a user_id")
     if validity.schema_problem:
         problems.append(f"wrong schema: {validity.schema_problem}")
-    return _finding(
+    return Finding.judged(
         "users_valid",
         "; ".join(problems) or f"all {validity.users} users keep every rule",
         {"users": validity.users, "repeated": validity.repeated, **validity.broken},
@@ -107,7 +72,7 @@ def users_valid(validity: UsersValidity) -> Finding:
 
 def spark_temp_marked(load: LoadReport) -> Finding:
     """Hold that every row of the load carried the marker before verification."""
-    return _finding(
+    return Finding.judged(
         "spark_temp_marked",
         f"{load.marked} of {load.expected_marked} written users carried the marker"
         + (f"; {load.marker_lost} lost it while nobody else wrote them" if load.marker_lost else ""),
@@ -120,7 +85,7 @@ def spark_temp_marked(load: LoadReport) -> Finding:
 
 def users_complete(load: LoadReport) -> Finding:
     """Hold that after reconciliation ``exceptAll`` finds nothing missing."""
-    return _finding(
+    return Finding.judged(
         "users_complete",
         f"{load.unresolved} of {load.users} users missing after reconciliation ({load.missing} before)",
         {
@@ -152,7 +117,7 @@ def audit_users(store: UserStore, users_path: Path) -> Finding:
             if problem:
                 wrong += 1
                 offenders += [{"user_id": key, "problem": problem}] if len(offenders) < OFFENDERS else []
-    return _finding(
+    return Finding.judged(
         "users_complete",
         f"{wrong} of {total} flattened users are not stored as they should be",
         {"users": total, "wrong": wrong},
@@ -181,7 +146,7 @@ def no_spark_temp_left(store: UserStore) -> Finding:
     # In this order: a load that ends in between has removed its markers by then.
     loading = holder_at_work(store)
     left = store.count_marked()
-    return _finding(
+    return Finding.judged(
         "no_spark_temp_left",
         f"{left} documents carry {MARKER_FIELD}" + (f", while a load is on: {loading}" if left and loading else ""),
         {"marked": left},
@@ -194,7 +159,7 @@ def no_spark_temp_left(store: UserStore) -> Finding:
 def unique_user_id_index(store: UserStore) -> Finding:
     """Hold that ``user_id`` is under a unique index that covers every document."""
     there = store.has_unique_index()
-    return _finding(
+    return Finding.judged(
         "unique_user_id_index",
         "user_id has a unique index" if there else "user_id has no unique index over every document",
         {"indexes": int(there)},
@@ -207,7 +172,7 @@ def unique_user_id_index(store: UserStore) -> Finding:
 def documents_conform(store: UserStore) -> Finding:
     """Hold that every stored document keeps the contract."""
     broken, offenders = store.nonconforming(OFFENDERS)
-    return _finding(
+    return Finding.judged(
         "documents_conform",
         f"{broken} stored documents break the contract of a user",
         {"broken": broken},

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ghsync_dagster.batch.reports import FlattenReport, count_rows
 from ghsync_dagster.domain.user import USER_FIELDS
-from ghsync_dagster.observability.logging import get_logger
-from ghsync_dagster.observability.progress import telling
+from ghsync_dagster.logging import get_logger
+from ghsync_dagster.progress import telling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

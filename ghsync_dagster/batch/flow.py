@@ -21,16 +21,16 @@ from ghsync_dagster.batch.versions import UNKNOWN, InputState, version_of
 from ghsync_dagster.domain.errors import TransientError
 from ghsync_dagster.domain.event import FUTURE_WORDS
 from ghsync_dagster.folders import ensure_folder
-from ghsync_dagster.observability.logging import bind_run, get_logger
-from ghsync_dagster.observability.progress import telling
-from ghsync_dagster.stores.retry import retrying
+from ghsync_dagster.logging import bind_run, get_logger
+from ghsync_dagster.progress import telling
+from ghsync_dagster.retry import retrying
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from ghsync_dagster.batch.checks import Finding
+    from ghsync_dagster.domain.finding import Finding
     from ghsync_dagster.domain.user import Rule
-    from ghsync_dagster.stores.mongo import UserStore
+    from ghsync_dagster.stores.mongo.users import UserStore
     from ghsync_dagster.stores.spark import SparkHandle
 
 log = get_logger("batch")

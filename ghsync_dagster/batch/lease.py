@@ -29,12 +29,12 @@ import psutil
 
 from ghsync_dagster import clock
 from ghsync_dagster.domain.errors import GhsyncError, LeaseHeldError, LeaseLostError, TransientError
-from ghsync_dagster.observability.logging import get_logger
+from ghsync_dagster.logging import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ghsync_dagster.stores.mongo import Lease, UserStore
+    from ghsync_dagster.stores.mongo.users import Lease, UserStore
 
 TTL_SECONDS: Final = 30.0
 QUIET_SECONDS: Final = 6.0
@@ -127,7 +127,7 @@ def _give_back(store: UserStore, held: HeldLease, *, answered: bool) -> None:
 
 
 def _acquire(store: UserStore, name: str, wait_seconds: float, quiet_seconds: float) -> HeldLease:
-    from ghsync_dagster.stores.mongo import Lease
+    from ghsync_dagster.stores.mongo.users import Lease
 
     deadline = clock.now() + wait_seconds
     token = uuid.uuid4().hex

@@ -22,10 +22,11 @@ from ghsync_dagster.batch.plan import LEFT_TO_SPARK, Plan, make_plan, plan_missi
 from ghsync_dagster.batch.reports import LoadReport, count_rows, rows_of
 from ghsync_dagster.batch.settle import recover, settle_load
 from ghsync_dagster.domain.errors import InputError, UnavailableError
+from ghsync_dagster.domain.finding import OFFENDERS
 from ghsync_dagster.domain.precedence import LoadState, LoadStep, SettleStep
 from ghsync_dagster.domain.user import USER_FIELDS
-from ghsync_dagster.observability.logging import get_logger
-from ghsync_dagster.observability.progress import telling
+from ghsync_dagster.logging import get_logger
+from ghsync_dagster.progress import telling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -34,11 +35,10 @@ if TYPE_CHECKING:
 
     from ghsync_dagster.batch.lease import HeldLease
     from ghsync_dagster.batch.reports import FlattenReport
-    from ghsync_dagster.stores.mongo import UserStore
+    from ghsync_dagster.stores.mongo.users import UserStore
 
 ROUNDS: Final = 3
 """How often missing rows are written again before verification counts as failed."""
-OFFENDERS: Final = 20
 _LEASE_LOOK_SECONDS: Final = 1.0
 """How often to look at the lease while Spark writes."""
 _STOP_SECONDS: Final = 20.0

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
     from ghsync_dagster.batch.lease import HeldLease
-    from ghsync_dagster.stores.collection import Document
-    from ghsync_dagster.stores.mongo import StoredVersion, UserStore
+    from ghsync_dagster.stores.mongo.schema import Document
+    from ghsync_dagster.stores.mongo.users import StoredVersion, UserStore
 
 LEFT_TO_SPARK: Final = frozenset({LoadStep.WRITE_DOCUMENT, LoadStep.WRITE_VERSION})
 """The steps of inserts that are taken for all users at once, after their plan is made."""
@@ -205,7 +205,7 @@ class _Planning:
         self._store.replace_unchanged(zip(self._old(rows), map(_user, rows), strict=True))
 
     def _move_versions(self, rows: Sequence[Row], load: str | None) -> None:
-        from ghsync_dagster.stores.mongo import VersionMove
+        from ghsync_dagster.stores.mongo.users import VersionMove
 
         self._store.move_versions(VersionMove(row["user_id"], row["created_at"], row["event_id"], load) for row in rows)
 

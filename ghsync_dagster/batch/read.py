@@ -40,8 +40,8 @@ from ghsync_dagster.batch.search import find_files
 from ghsync_dagster.domain.errors import ConfigError, InputError, PermanentError, shown
 from ghsync_dagster.domain.event import latest_time
 from ghsync_dagster.folders import ROOM, ensure_folder
-from ghsync_dagster.observability.logging import get_logger
-from ghsync_dagster.observability.progress import telling
+from ghsync_dagster.logging import get_logger
+from ghsync_dagster.progress import telling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

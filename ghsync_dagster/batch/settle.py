@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Final
 
 from ghsync_dagster.domain.precedence import OF_EACH_KEY, Found, LoadState, Repair, SettleStep, settle, steps_left
 from ghsync_dagster.domain.user import MARKER_FIELD
-from ghsync_dagster.observability.logging import get_logger
+from ghsync_dagster.logging import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence, Set
 
     from ghsync_dagster.batch.lease import HeldLease
-    from ghsync_dagster.stores.collection import Document
-    from ghsync_dagster.stores.mongo import UserStore
+    from ghsync_dagster.stores.mongo.schema import Document
+    from ghsync_dagster.stores.mongo.users import UserStore
 
 _DONE_TO_A_KEY: Final = [repair for repair in Repair if repair is not Repair.NOTHING]
 
@@ -53,7 +53,7 @@ def _settle_strays(store: UserStore, lease: HeldLease) -> Counter[str]:
 
     Such are what a dead load's executors wrote after it was settled, and what another program marked.
     """
-    from ghsync_dagster.stores.mongo import chunks
+    from ghsync_dagster.stores.mongo.users import chunks
 
     removed = 0
     for keys in chunks(user["user_id"] for user in store.marked()):
@@ -161,7 +161,7 @@ class _Settling:
 
     def _find_marked(self) -> Iterator[_Keys]:
         """Yield all keys on which something of the load may be left: what is marked, then what has its entry alone."""
-        from ghsync_dagster.stores.mongo import chunks
+        from ghsync_dagster.stores.mongo.users import chunks
 
         for keys in chunks(user["user_id"] for user in self._store.marked()):
             yield _Keys(marked=True, keys=keys, old=self._store.undo_by_id(keys))

@@ -1,1 +1,1 @@
-"""The stream of changes: decode, coalesce, apply, acknowledge; and the audit that compares its two ends."""
+"""The flow of changes: a stream that applies them, dead letters beside it, and health, which watches and repairs."""

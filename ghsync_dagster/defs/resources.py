@@ -16,19 +16,19 @@ from pydantic import Field, PrivateAttr, SecretStr
 from ghsync_dagster.batch.flow import BatchFlow
 from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.domain.source import STATEMENT_HOURS
-from ghsync_dagster.observability.logging import bind_run, configure_logging, redact
+from ghsync_dagster.logging import bind_run, configure_logging, redact
 from ghsync_dagster.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from ghsync_dagster.batch.checks import Finding
-    from ghsync_dagster.cdc.connector import ConnectorProbe
-    from ghsync_dagster.cdc.consume import ChangeConsumer
-    from ghsync_dagster.cdc.dead_letters import OpenLetters
-    from ghsync_dagster.cdc.listener import ChangeListener
-    from ghsync_dagster.stores.kafka import KafkaSettings
-    from ghsync_dagster.stores.mongo import UserStore
+    from ghsync_dagster.cdc.dead_letters.index import OpenLetters
+    from ghsync_dagster.cdc.health.connector import ConnectorProbe
+    from ghsync_dagster.cdc.stream.consume import ChangeConsumer
+    from ghsync_dagster.cdc.stream.listener import ChangeListener
+    from ghsync_dagster.domain.finding import Finding
+    from ghsync_dagster.stores.kafka.client import KafkaSettings
+    from ghsync_dagster.stores.mongo.users import UserStore
     from ghsync_dagster.stores.mysql import MySqlStore
     from ghsync_dagster.stores.spark import SparkHandle
 
@@ -281,7 +281,7 @@ class ChangesResource(SettingsResource):
 
     def dead_letters(self) -> "OpenLetters":
         """Return the open dead letters."""
-        from ghsync_dagster.cdc.dead_letters import open_letters
+        from ghsync_dagster.cdc.dead_letters.index import open_letters
 
         with self.open_store() as store:
             return open_letters(self.kafka(), store)

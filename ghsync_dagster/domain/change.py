@@ -5,15 +5,32 @@ Not here: how a record of the topic becomes one (``domain.envelope``), and in wh
 
 from __future__ import annotations
 
-from enum import Enum
-from typing import Final
+from enum import Enum, StrEnum
 
 import msgspec
 
 from ghsync_dagster.domain.binlog import read_gtid
 
-TOMBSTONE: Final = "tombstone"
-"""``Change.what`` of a record without a value, which follows a delete."""
+
+class RecordKind(StrEnum):
+    """What a record is: Debezium's ``op``, or a name of what has none."""
+
+    CREATE = "c"
+    UPDATE = "u"
+    DELETE = "d"
+    READ = "r"
+    TRUNCATE = "t"
+    FLATTENED = "row"
+    """Flattened without its operation."""
+    TOMBSTONE = "tombstone"
+    """Without a value; it follows a delete."""
+    KEYLESS_TOMBSTONE = "keyless-tombstone"
+    """A tombstone of a table without a key, which tells nothing."""
+    HEARTBEAT = "heartbeat"
+    SCHEMA_CHANGE = "schema-change"
+    TRANSACTION = "transaction"
+    REPAIR = "repair"
+    """No record: a row that a repair read."""
 
 
 class Op(Enum):
@@ -79,8 +96,7 @@ class Change(msgspec.Struct, frozen=True, gc=False):
         key: The user_id as a decimal string; None for TRUNCATE and SKIP.
         user: For UPSERT, the fields of USER_FIELDS in their order; a field that Debezium gave as unavailable is
             absent, and keeps its stored value. None otherwise.
-        what: What the record was, for counts: c, u, d, r, t, row (flattened without its operation), tombstone,
-            heartbeat, schema-change or transaction.
+        kind: What the record was.
         committed_ms: When the database committed, in milliseconds since 1970 UTC, as Debezium's `source.ts_ms`
             tells it (whole seconds from some servers); None where unknown and for snapshots.
         position: The place in the binlog; None where unknown and for snapshots.
@@ -90,7 +106,7 @@ class Change(msgspec.Struct, frozen=True, gc=False):
     op: Op
     key: str | None
     user: dict[str, str | None] | None
-    what: str
+    kind: RecordKind
     committed_ms: int | None = None
     position: Position | None = None
     unknown_columns: tuple[str, ...] = ()

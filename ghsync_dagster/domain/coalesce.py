@@ -15,12 +15,10 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from ghsync_dagster.domain.change import TOMBSTONE, Change, Op
+from ghsync_dagster.domain.change import Change, Op, RecordKind
 from ghsync_dagster.domain.user import USER_FIELDS
 
 _WHOLE: Final = len(USER_FIELDS)
-_CREATE: Final = "c"
-"""``Change.what`` of a row that was inserted."""
 
 
 class Segment(NamedTuple):
@@ -60,10 +58,10 @@ def coalesce(changes: Iterable[Change]) -> list[Segment]:
                     segments.append(Segment(truncated, current, created))
                 current, created, truncated = {}, set(), True
         elif user is not None:
-            if change.what == _CREATE and key not in current:
+            if change.kind is RecordKind.CREATE and key not in current:
                 created.add(key)
             current[key] = change if len(user) == _WHOLE else _completed(change, user, current.get(key), truncated)
-        elif change.what != TOMBSTONE or not _is_delete(current.get(key)):
+        elif change.kind is not RecordKind.TOMBSTONE or not _is_delete(current.get(key)):
             current[key] = change
     if current or truncated:
         segments.append(Segment(truncated, current, created))

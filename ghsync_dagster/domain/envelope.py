@@ -22,7 +22,7 @@ from typing import Annotated, Any, Final, Literal, TypeGuard
 
 import msgspec
 
-from ghsync_dagster.domain.change import TOMBSTONE, Change, Op, Position
+from ghsync_dagster.domain.change import Change, Op, Position, RecordKind
 from ghsync_dagster.domain.errors import UndecodableError
 from ghsync_dagster.domain.formats import format_of
 from ghsync_dagster.domain.text import shortened
@@ -192,7 +192,8 @@ _decode_wrapped: Final = msgspec.json.Decoder(_Wrapped).decode
 _decode_json: Final = msgspec.json.Decoder(float_hook=float).decode
 
 _UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-_ROW_OPS: Final = ("c", "u", "r")
+_KINDS: Final = {kind.value: kind for kind in RecordKind}
+_ROW_KINDS: Final = frozenset({RecordKind.CREATE, RecordKind.UPDATE, RecordKind.READ})
 _ENVELOPE_PARTS: Final = frozenset({"before", "after", "source"})
 _WRAPPER_PARTS: Final = frozenset({"schema", "payload"})
 _METADATA_PREFIX: Final = "__"
@@ -273,13 +274,13 @@ class ChangeDecoder:
 
     def _usual(self, key: bytes | None, event: _Event) -> Change | None:
         """Return the change of a typed event, or None where it needs a closer look."""
-        what, row, before, source = event.op, event.after, event.before, event.source
-        if what == "d":
+        kind, row, before, source = _KINDS[event.op], event.after, event.before, event.source
+        if kind is RecordKind.DELETE:
             if before is None or before.user_id is None:
                 return None
             op, user_id, user = Op.DELETE, str(before.user_id), None
         else:
-            if row is None or (before is not None and what == "u" and before.user_id != row.user_id):
+            if row is None or (before is not None and kind is RecordKind.UPDATE and before.user_id != row.user_id):
                 return None
             op, user_id = Op.UPSERT, str(row.user_id)
             user = {
@@ -293,8 +294,8 @@ class ChangeDecoder:
                 return None
         if key != self._key_head + user_id.encode() + self._key_tail:
             self._agree(key, user_id)
-        if source is None or what == "r" or (source.snapshot != "false" and source.snapshot):
-            return Change(op, user_id, user, what)
+        if source is None or kind is RecordKind.READ or (source.snapshot != "false" and source.snapshot):
+            return Change(op, user_id, user, kind)
         if source.file != self._file or source.server_id != self._server_id:
             self._file, self._file_number = source.file, _file_number(source.file)
             self._server_id, self._server = source.server_id, _server(source.server_id, source.file)
@@ -302,23 +303,23 @@ class ChangeDecoder:
         if committed_ms is not None and committed_ms <= 0:
             committed_ms = None
         if self._file_number is None or source.pos is None:
-            return Change(op, user_id, user, what, committed_ms)
+            return Change(op, user_id, user, kind, committed_ms)
         position = Position(self._file_number, source.pos, source.row, self._server, source.gtid)
-        return Change(op, user_id, user, what, committed_ms, position)
+        return Change(op, user_id, user, kind, committed_ms, position)
 
     def _decode_any(self, key: bytes | None, value: bytes | None) -> Change:
         """Decode a record of any form, and find words for what is refused."""
         payload = self._payload(value) if value else None
         if payload is None:
-            return Change(Op.DELETE, self._whose(key, None, "a tombstone"), None, TOMBSTONE)
+            return Change(Op.DELETE, self._whose(key, None, "a tombstone"), None, RecordKind.TOMBSTONE)
         if not isinstance(payload, dict):
             raise Refusal.NOT_AN_EVENT.error(f"The value must be a JSON object, got {_shape(payload)}.")
         if "op" in payload and (_KEY_FIELD not in payload or not _ENVELOPE_PARTS.isdisjoint(payload)):
             return self._envelope(key, payload)
         if _KEY_FIELD in payload or "__deleted" in payload:
             return self._flattened(key, payload)
-        if (what := _bystander(payload)) is not None:
-            return Change(Op.SKIP, None, None, what)
+        if (kind := _bystander(payload)) is not None:
+            return Change(Op.SKIP, None, None, kind)
         if "specversion" in payload:
             raise Refusal.OTHER_FORMAT.error("The value is a CloudEvent.")
         _refuse_case(payload, "The row")
@@ -359,24 +360,25 @@ class ChangeDecoder:
         op = event["op"]
         before = event.get("before")
         committed_ms, position = _origin(event.get("source"), op)
-        if op == "t":
-            return Change(Op.TRUNCATE, None, None, op, committed_ms, position)
-        if op == "d":
+        kind = _KINDS.get(op) if isinstance(op, str) else None
+        if kind is RecordKind.TRUNCATE:
+            return Change(Op.TRUNCATE, None, None, kind, committed_ms, position)
+        if kind is RecordKind.DELETE:
             whose = self._whose(key, before, "a delete", "before.")
-            return Change(Op.DELETE, whose, None, op, committed_ms, position)
-        if op not in _ROW_OPS:
+            return Change(Op.DELETE, whose, None, kind, committed_ms, position)
+        if kind not in _ROW_KINDS:
             got = _shown(op) if isinstance(op, str) else _shape(op)
             raise Refusal.UNKNOWN_OP.error(f"op must be one of c, u, d, r and t, got {got}.")
         row = event.get("after")
         if not isinstance(row, dict):
             raise Refusal.MISSING_ROW.error(f"after must be the row that op {op} leaves, got {_shape(row)}.")
         user = self._user(row, "after.")
-        if op == "u":
+        if kind is RecordKind.UPDATE:
             _refuse_changed_key(before, user)
         self._agree(key, user[_KEY_FIELD])
         unknown = tuple([name for name in row if name not in USER_FIELDS])
         self._typed = not unknown
-        return Change(Op.UPSERT, user[_KEY_FIELD], user, op, committed_ms, position, unknown)
+        return Change(Op.UPSERT, user[_KEY_FIELD], user, kind, committed_ms, position, unknown)
 
     def _flattened(self, key: bytes | None, row: dict[str, Any]) -> Change:
         self._typed = False
@@ -384,13 +386,14 @@ class ChangeDecoder:
         deleted = _is_deleted(row, op)
         committed_ms, position = _flattened_origin(row, op)
         if deleted:
-            return Change(Op.DELETE, self._whose(key, row, "a delete"), None, "d", committed_ms, position)
-        if op is not None and op not in _ROW_OPS:
+            return Change(Op.DELETE, self._whose(key, row, "a delete"), None, RecordKind.DELETE, committed_ms, position)
+        kind = RecordKind.FLATTENED if op is None else _KINDS.get(op) if isinstance(op, str) else None
+        if kind is not RecordKind.FLATTENED and kind not in _ROW_KINDS:
             raise Refusal.UNKNOWN_OP.error(f"__op must be one of c, u, d and r, got {_shown(op)}.")
         user = self._user(row, "")
         self._agree(key, user[_KEY_FIELD])
         unknown = tuple([name for name in row if name not in USER_FIELDS and not name.startswith(_METADATA_PREFIX)])
-        return Change(Op.UPSERT, user[_KEY_FIELD], user, op or "row", committed_ms, position, unknown)
+        return Change(Op.UPSERT, user[_KEY_FIELD], user, kind, committed_ms, position, unknown)
 
     def _user(self, row: dict[str, Any], where: str) -> dict[str, Any]:
         """Return the row as a user, without the fields that are unavailable."""
@@ -524,14 +527,14 @@ def binlog_position(server_id: int, file: str, pos: int) -> Position:
     return Position(number, pos, 0, _server(server_id, file))
 
 
-def _bystander(payload: dict[str, Any]) -> str | None:
+def _bystander(payload: dict[str, Any]) -> RecordKind | None:
     """Name the messages of Debezium that are no changes of rows, else None."""
     if payload.keys() == {"ts_ms"}:
-        return "heartbeat"
+        return RecordKind.HEARTBEAT
     if "ddl" in payload and "databaseName" in payload:
-        return "schema-change"
+        return RecordKind.SCHEMA_CHANGE
     if payload.get("status") in ("BEGIN", "END") and "id" in payload:
-        return "transaction"
+        return RecordKind.TRANSACTION
     return None
 
 

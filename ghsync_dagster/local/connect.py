@@ -28,11 +28,11 @@ from ghsync_dagster.domain.source import (
 from ghsync_dagster.local import connector, kafka, mysql, tls_stores
 from ghsync_dagster.local.jars import ensure_unpacked, locked_set
 from ghsync_dagster.local.supervisor import ServerSpec, ServiceStatus, Supervisor
-from ghsync_dagster.mysql_url import MySqlAddress, parse_mysql_url
-from ghsync_dagster.observability.logging import get_logger, redact
-from ghsync_dagster.observability.progress import saying
+from ghsync_dagster.logging import get_logger, redact
+from ghsync_dagster.progress import saying
 from ghsync_dagster.stores.connect import ConnectWorker
 from ghsync_dagster.stores.mysql import MySqlStore
+from ghsync_dagster.stores.mysql_url import MySqlAddress, parse_mysql_url
 
 if TYPE_CHECKING:
     from collections.abc import Callable

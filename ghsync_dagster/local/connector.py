@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ghsync_dagster.domain.connector import CONNECTOR, FAILED, HALTED, NONE, RUNNING, ConnectorState
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
-from ghsync_dagster.mysql_url import MySqlAddress, parse_mysql_url
+from ghsync_dagster.stores.mysql_url import MySqlAddress, parse_mysql_url
 
 if TYPE_CHECKING:
     from collections.abc import Callable

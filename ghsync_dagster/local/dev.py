@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.local.dagster_home import use_dagster_home
-from ghsync_dagster.observability.progress import saying
+from ghsync_dagster.progress import saying
 from ghsync_dagster.stopping import SIGNALS
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from ghsync_dagster.local.first_files import make_first_files
 from ghsync_dagster.local.jars import ensure_jars, locked_set
 from ghsync_dagster.local.java import find_java
 from ghsync_dagster.local.supervisor import ServerSpec, ServiceStatus, Supervisor
-from ghsync_dagster.observability.logging import get_logger
+from ghsync_dagster.logging import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.local.supervisor import ServerSpec, ServiceStatus, Supervisor, server_to_use
-from ghsync_dagster.mongo_uri import tls_files
-from ghsync_dagster.observability.logging import get_logger
+from ghsync_dagster.logging import get_logger
+from ghsync_dagster.stores.mongo.uri import tls_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -172,7 +172,7 @@ def _answers(uri: str, seconds: float) -> bool:
     from pymongo import MongoClient
     from pymongo.errors import ConfigurationError, InvalidURI, OperationFailure, PyMongoError
 
-    from ghsync_dagster.stores.mongo_errors import is_unresolved
+    from ghsync_dagster.stores.mongo.errors import is_unresolved
 
     milliseconds = int(seconds * 1000)
     try:

@@ -25,7 +25,8 @@ from ghsync_dagster.domain.table import DATABASE, TABLE, create_table, quoted
 from ghsync_dagster.local.first_files import make_first_files
 from ghsync_dagster.local.jars import ensure_unpacked, locked_set
 from ghsync_dagster.local.supervisor import ServerSpec, ServiceStatus, State, Supervisor, server_to_use
-from ghsync_dagster.mysql_url import (
+from ghsync_dagster.logging import get_logger
+from ghsync_dagster.stores.mysql_url import (
     DEFAULT_PORT,
     MySqlAddress,
     connect,
@@ -33,7 +34,6 @@ from ghsync_dagster.mysql_url import (
     tls_context,
     tls_problem,
 )
-from ghsync_dagster.observability.logging import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -21,7 +21,7 @@ import psutil
 
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
 from ghsync_dagster.folders import ensure_folder
-from ghsync_dagster.observability.progress import saying
+from ghsync_dagster.progress import saying
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-from ghsync_dagster.mysql_url import MySqlAddress, unusable_tls_files
+from ghsync_dagster.stores.mysql_url import MySqlAddress, unusable_tls_files
 
 TRUST: Final = "truststore"
 KEY: Final = "keystore"

@@ -1,1 +1,1 @@
-"""The edges: Spark and MongoDB. The only package that imports pyspark and pymongo at module level."""
+"""The edges: Spark, MongoDB, Kafka, Connect and MySQL. Single operations; no order of operations and no policy."""

@@ -26,7 +26,7 @@ from ghsync_dagster.domain.connector import (
 )
 from ghsync_dagster.domain.errors import UnavailableError
 from ghsync_dagster.domain.text import shortened
-from ghsync_dagster.observability.logging import redact
+from ghsync_dagster.logging import redact
 
 _REQUEST_SECONDS: Final = 10.0
 _REBALANCE_SECONDS: Final = 90.0

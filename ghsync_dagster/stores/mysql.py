@@ -24,8 +24,8 @@ from ghsync_dagster.domain.key_order import integer_ranges
 from ghsync_dagster.domain.source import KEY_BITS, SETTINGS, Source, SourceColumn, lock_problems
 from ghsync_dagster.domain.table import TABLE, create_table, quoted
 from ghsync_dagster.domain.user import USER_FIELDS
-from ghsync_dagster.mysql_url import connect, parse_mysql_url, tls_context, tls_problem
-from ghsync_dagster.observability.logging import redact
+from ghsync_dagster.logging import redact
+from ghsync_dagster.stores.mysql_url import connect, parse_mysql_url, tls_context, tls_problem
 
 if TYPE_CHECKING:
     from pymysql.connections import Connection

@@ -26,16 +26,16 @@ from pyspark.sql.types import LongType, StringType, StructField, StructType
 from ghsync_dagster.domain.errors import ConfigError, PermanentError, RefusedError, UnavailableError
 from ghsync_dagster.domain.event import event_shape
 from ghsync_dagster.domain.user import MARKER_FIELD, MARKER_VALUE, USER_FIELDS
-from ghsync_dagster.observability.logging import redact
-from ghsync_dagster.observability.progress import telling
-from ghsync_dagster.stores.mongo import CONFIRM_MS
+from ghsync_dagster.logging import redact
+from ghsync_dagster.progress import telling
+from ghsync_dagster.stores.mongo.users import CONFIRM_MS
 from ghsync_dagster.stores.spark_jvm import launch_jvm
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from pyspark.sql import DataFrame
 
-    from ghsync_dagster.stores.mongo import UserStore
+    from ghsync_dagster.stores.mongo.users import UserStore
 
 _SPARK_TYPES: Final = {int: LongType(), str: StringType()}
 

@@ -15,7 +15,7 @@ from pyspark.errors import PySparkException
 from pyspark.java_gateway import launch_gateway
 
 from ghsync_dagster.domain.errors import ConfigError
-from ghsync_dagster.observability.logging import get_logger, redact
+from ghsync_dagster.logging import get_logger, redact
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -15,11 +15,10 @@ import pytest
 from dagster._core.run_coordinator.queued_run_coordinator import QueuedRunCoordinator
 from dagster._daemon.sensor import MIN_INTERVAL_LOOP_TIME
 
-from ghsync_dagster.batch.checks import Finding
-from ghsync_dagster.cdc.backlog import Backlog, PartitionBacklog
-from ghsync_dagster.cdc.consume import ChangeConsumer, ConsumerReport
-from ghsync_dagster.cdc.dead_letters import OpenLetters
-from ghsync_dagster.cdc.listener import APPLIED, AppliedBatch, SilentListener
+from ghsync_dagster.cdc.dead_letters.index import OpenLetters
+from ghsync_dagster.cdc.health.metrics import ChangeMetrics
+from ghsync_dagster.cdc.stream.consume import ChangeConsumer, ConsumerReport
+from ghsync_dagster.cdc.stream.listener import APPLIED, AppliedBatch, SilentListener
 from ghsync_dagster.definitions import build_defs, defs
 from ghsync_dagster.defs.cdc import jobs, metadata, sensors
 from ghsync_dagster.defs.cdc import slice as slices
@@ -31,21 +30,22 @@ from ghsync_dagster.defs.cdc.supervisor import Phase, Replace, Rules
 from ghsync_dagster.defs.gated import gated_executor
 from ghsync_dagster.defs.resources import ChangesResource
 from ghsync_dagster.domain.errors import RefusedError, UnavailableError
+from ghsync_dagster.domain.finding import Finding
 from ghsync_dagster.domain.letters import Letter
 from ghsync_dagster.domain.source import Effect, Problem
 from ghsync_dagster.local import kafka, stack
 from ghsync_dagster.local.dagster_home import ensure_dagster_home
 from ghsync_dagster.local.supervisor import Record, ServiceStatus
-from ghsync_dagster.observability.metrics import ChangeMetrics
 from ghsync_dagster.settings import Settings, load_settings
-from ghsync_dagster.stores.kafka import KafkaSettings
+from ghsync_dagster.stores.kafka.backlog import Backlog, PartitionBacklog
+from ghsync_dagster.stores.kafka.client import KafkaSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
 
-    from ghsync_dagster.cdc.listener import ChangeListener
+    from ghsync_dagster.cdc.stream.listener import ChangeListener
 
 KAFKA = KafkaSettings("127.0.0.1:1", "mysql-server.new_data.Users", "ghsync-users", timeout_seconds=0.5)
 
@@ -395,7 +395,7 @@ def backlog(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         low = 1_000 + told["lost"]
         return Backlog(KAFKA.topic, KAFKA.group_id, (PartitionBacklog(0, low, low + told["waiting"], 1_000),))
 
-    monkeypatch.setattr("ghsync_dagster.cdc.backlog.read_backlog", read_backlog)
+    monkeypatch.setattr("ghsync_dagster.stores.kafka.backlog.read_backlog", read_backlog)
     return told
 
 
@@ -610,7 +610,7 @@ def test_a_load_of_files_is_green_whatever_of_the_stream_is_away_and_red_where_i
         monkeypatch.setenv("GHSYNC_SERVER_TIMEOUT_SECONDS", "0.5")
     if away in ("MySQL", "refused"):
         error = RefusedError("MySQL refused.", way_out="x") if away == "refused" else UnavailableError("x", way_out="x")
-        monkeypatch.setattr("ghsync_dagster.cdc.backlog.await_no_lag", lambda *_: 0)
+        monkeypatch.setattr("ghsync_dagster.stores.kafka.backlog.await_no_lag", lambda *_: 0)
         monkeypatch.setattr("ghsync_dagster.wiring.look_at_source", raising(error))
 
     @dg.asset(name="mongo_users")

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import dagster as dg
 import pytest
 
-from ghsync_dagster.batch.checks import Finding
-from ghsync_dagster.cdc.checks import connector_running
-from ghsync_dagster.cdc.connector import NOT_ASKED, ConnectorReport
+from ghsync_dagster.cdc.health.checks import connector_running
+from ghsync_dagster.cdc.health.connector import NOT_ASKED, ConnectorReport
 from ghsync_dagster.definitions import defs
 from ghsync_dagster.defs.batch.checks import as_result
 from ghsync_dagster.defs.cdc import connector_watch as watch
@@ -19,6 +18,7 @@ from ghsync_dagster.defs.cdc.source_watch import source_watch
 from ghsync_dagster.defs.ops.alerts import alerts_sensor
 from ghsync_dagster.defs.resources import ChangesResource
 from ghsync_dagster.domain.connector import ConnectorState, Sample
+from ghsync_dagster.domain.finding import Finding
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

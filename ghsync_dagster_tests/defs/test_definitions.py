@@ -75,7 +75,7 @@ def test_definitions_load_in_a_fresh_interpreter_without_heavy_libraries(tmp_pat
 
 def test_a_flow_of_the_command_line_is_wired_without_dagster(tmp_path: Path) -> None:
     program = """
-import sys, ghsync_dagster.cli
+import sys, ghsync_dagster.cli.app
 from ghsync_dagster.settings import load_settings
 from ghsync_dagster.stores.spark import session_of
 from ghsync_dagster.wiring import batch_flow

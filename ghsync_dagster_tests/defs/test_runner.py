@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 import pytest
 
 from ghsync_dagster import definitions
-from ghsync_dagster.defs import runner
+from ghsync_dagster.cli import runner
 from ghsync_dagster.defs.resources import BatchResource, SparkResource
 from ghsync_dagster.domain.errors import ConfigError, GhsyncError, PermanentError, TransientError, UnavailableError
 

@@ -19,9 +19,9 @@ from ghsync_dagster.batch.flow import BatchFlow
 from ghsync_dagster.batch.load import Step
 from ghsync_dagster.batch.reports import Artifacts
 from ghsync_dagster.domain.user import BUILT_IN_RULES
-from ghsync_dagster.observability.logging import configure_logging
+from ghsync_dagster.logging import configure_logging
 from ghsync_dagster.settings import load_settings
-from ghsync_dagster.stores.mongo import UserStore
+from ghsync_dagster.stores.mongo.users import UserStore
 from ghsync_dagster.wiring import spark_handle
 
 

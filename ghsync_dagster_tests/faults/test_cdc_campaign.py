@@ -21,9 +21,9 @@ import pytest
 from cdc_parts import Parts, child, kill, until
 from long_campaign import ONLY_LONG, ROUNDS
 
-from ghsync_dagster.cdc.audit import Patience, audit
-from ghsync_dagster.cdc.dead_letters import read_dead_letters
-from ghsync_dagster.cdc.workload import Workload
+from ghsync_dagster.cdc.dead_letters.topic import read_dead_letters
+from ghsync_dagster.cdc.health.audit import Patience, audit
+from ghsync_dagster.dev.workload import Workload
 from ghsync_dagster.local import stack
 from ghsync_dagster.stores.mysql import MySqlStore
 from ghsync_dagster.wiring import existing_kafka

@@ -20,7 +20,7 @@ from confluent_kafka.admin import AdminClient
 
 from ghsync_dagster import stopping
 from ghsync_dagster.domain.errors import GhsyncError
-from ghsync_dagster.stores.kafka_consumer import TopicConsumer
+from ghsync_dagster.stores.kafka.consumer import TopicConsumer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -28,7 +28,7 @@ from ghsync_dagster.batch.flow import BatchFlow
 from ghsync_dagster.batch.load import Step
 from ghsync_dagster.batch.reports import Artifacts, FlattenReport, LoadReport
 from ghsync_dagster.domain.user import BUILT_IN_RULES
-from ghsync_dagster.stores.mongo import UserStore
+from ghsync_dagster.stores.mongo.users import UserStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

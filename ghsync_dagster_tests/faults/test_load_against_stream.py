@@ -1,7 +1,8 @@
 """Loads and the change stream write the same keys at once: where the stream was, its state stands.
 
 The race has the whole stream, from the topic on, and lasts for ``TEST_FAULT_ROUNDS`` loads. Where a change comes at a
-certain step of a load, the stream is the real one from the segment on: ``cdc.apply`` over ``stores.stream``.
+certain step of a load, the stream is the real one from the segment on: ``cdc.stream.apply``
+over ``stores.mongo.stream``.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from long_campaign import ROUNDS
 
 from ghsync_dagster.batch.load import Step
 from ghsync_dagster.batch.reports import FlattenReport, LoadReport
-from ghsync_dagster.cdc.apply import apply
-from ghsync_dagster.domain.change import Change, Op
+from ghsync_dagster.cdc.stream.apply import apply
+from ghsync_dagster.domain.change import Change, Op, RecordKind
 from ghsync_dagster.domain.coalesce import Segment
-from ghsync_dagster.stores.stream import StreamStore
+from ghsync_dagster.stores.mongo.stream import StreamStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from cdc_parts import Parts, Topic
 
     from ghsync_dagster.batch.flow import BatchFlow
-    from ghsync_dagster.stores.mongo import UserStore
+    from ghsync_dagster.stores.mongo.users import UserStore
 
 pytestmark = pytest.mark.faults
 
@@ -107,7 +108,9 @@ def stream(store: UserStore, state: State, key: str, login: str | None) -> None:
 
 def change_of(item: tuple[str, dict[str, str | None] | None]) -> tuple[str, Change]:
     key, row = item
-    return key, Change(Op.DELETE, key, None, "d") if row is None else Change(Op.UPSERT, key, row, "u")
+    if row is None:
+        return key, Change(Op.DELETE, key, None, RecordKind.DELETE)
+    return key, Change(Op.UPSERT, key, row, RecordKind.UPDATE)
 
 
 def load(

@@ -40,7 +40,9 @@ def test_a_mutation_turns_a_test_red(copy: Path, mutation: Mutation) -> None:
 
 
 def test_what_changes_nothing_turns_no_test_red(copy: Path) -> None:
-    nothing = Mutation("nothing", "cdc/apply.py", "    applied = Applied()\n", "    applied = Applied()\n", APPLY)
+    nothing = Mutation(
+        "nothing", "cdc/stream/apply.py", "    applied = Applied()\n", "    applied = Applied()\n", APPLY
+    )
     assert tried(nothing, copy) is None
 
 

@@ -16,18 +16,20 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 from cdc_parts import StrictStore, make_strict, stored, user
 
-from ghsync_dagster.cdc.consume import ChangeConsumer, ConsumerReport
-from ghsync_dagster.cdc.dead_letters import close_letters, open_letters, read_dead_letters
+from ghsync_dagster.cdc.dead_letters.closing import close_letters
+from ghsync_dagster.cdc.dead_letters.index import open_letters
+from ghsync_dagster.cdc.dead_letters.topic import read_dead_letters
+from ghsync_dagster.cdc.stream.consume import ChangeConsumer, ConsumerReport
 from ghsync_dagster.domain.letters import LetterState
 from ghsync_dagster.domain.user import json_schema
-from ghsync_dagster.stores.dead_letters import LetterIndex
+from ghsync_dagster.stores.mongo.letters import LetterIndex
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from cdc_parts import Parts, Topic
 
-    from ghsync_dagster.stores.mongo import UserStore
+    from ghsync_dagster.stores.mongo.users import UserStore
 
 pytestmark = pytest.mark.faults
 

@@ -24,8 +24,8 @@ import psutil
 import pytest
 from cdc_parts import GHSYNC, until, user
 
-from ghsync_dagster.cdc.audit import Patience, audit
-from ghsync_dagster.stores.mongo import UserStore
+from ghsync_dagster.cdc.health.audit import Patience, audit
+from ghsync_dagster.stores.mongo.users import UserStore
 from ghsync_dagster.stores.mysql import MySqlStore
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from ghsync_dagster.batch.flow import BatchFlow
-    from ghsync_dagster.stores.mongo import UserStore
+    from ghsync_dagster.stores.mongo.users import UserStore
 
 pytestmark = pytest.mark.faults
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pymongo import monitoring
 
-from ghsync_dagster.cli import main
+from ghsync_dagster.cli.app import main
 
 if TYPE_CHECKING:
     from typing import TextIO

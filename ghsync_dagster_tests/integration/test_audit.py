@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ghsync_dagster.cdc import audit as audit_module
-from ghsync_dagster.cdc.audit import Offender, Patience, audit
-from ghsync_dagster.cdc.workload import DELETE, INSERT, KEY_CHANGE, ODD_TEXTS, Mix, RowChange, Workload
+from ghsync_dagster.cdc.health import audit as audit_module
+from ghsync_dagster.cdc.health.audit import Offender, Patience, audit
+from ghsync_dagster.dev.workload import DELETE, INSERT, KEY_CHANGE, ODD_TEXTS, Mix, RowChange, Workload
 from ghsync_dagster.domain.errors import ConfigError, RefusedError, UnavailableError
 from ghsync_dagster.domain.user import MARKER_FIELD, MARKER_VALUE, USER_FIELDS
-from ghsync_dagster.stores.mongo import UserStore
+from ghsync_dagster.stores.mongo.users import UserStore
 from ghsync_dagster.stores.mysql import MySqlStore, Span, hash_sum
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ghsync_dagster.batch.flow import BatchFlow
-    from ghsync_dagster.stores.mongo import UserStore
+    from ghsync_dagster.stores.mongo.users import UserStore
     from ghsync_dagster.stores.spark import SparkHandle
 
 pytestmark = pytest.mark.integration

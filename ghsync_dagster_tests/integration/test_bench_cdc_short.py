@@ -145,7 +145,7 @@ def test_the_records_are_those_of_the_table(keys: int, schemas: bool) -> None:
             table[event.user_id] = event.after
         made = records.of(event, number)
         changes += [decoder.decode(key.encode(), None if value is None else value.encode()) for key, value in made]
-        assert [change.what for change in changes[-len(made) :]] == [event.op, *["tombstone"][: event.op == "d"]]
+        assert [change.kind for change in changes[-len(made) :]] == [event.op, *["tombstone"][: event.op == "d"]]
     assert len(events) == history.snapshot_size + 2_000
     assert {event.op for event in events} == {"r", "c", "u", "d"}
 

@@ -16,7 +16,7 @@ from benchmarks.cdc_probes import FIRST_KEY, paired
 from benchmarks.contenders import inherited_environment
 from benchmarks.tellers import Teller, now_ms
 from ghsync_dagster.domain.user import USER_FIELDS
-from ghsync_dagster.stores.mongo import UserStore
+from ghsync_dagster.stores.mongo.users import UserStore
 
 if TYPE_CHECKING:
     from pathlib import Path

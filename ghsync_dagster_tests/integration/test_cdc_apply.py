@@ -12,14 +12,14 @@ from pymongo.collection import Collection
 from pymongo.synchronous import pool
 
 from ghsync_dagster import clock
-from ghsync_dagster.cdc.apply import Applied, apply
-from ghsync_dagster.cdc.write import Membership
-from ghsync_dagster.domain.change import Change, Op
+from ghsync_dagster.cdc.stream.apply import Applied, apply
+from ghsync_dagster.cdc.stream.write import Membership
+from ghsync_dagster.domain.change import Change, Op, RecordKind
 from ghsync_dagster.domain.coalesce import Segment
 from ghsync_dagster.domain.errors import RefusedError, UnavailableError
 from ghsync_dagster.domain.user import MARKER_FIELD, MARKER_VALUE, json_schema
-from ghsync_dagster.stores.mongo import UserStore
-from ghsync_dagster.stores.stream import KINDS_OF_REFUSED, StreamStore
+from ghsync_dagster.stores.mongo.stream import KINDS_OF_REFUSED, StreamStore
+from ghsync_dagster.stores.mongo.users import UserStore
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -35,11 +35,11 @@ def user(key: str, login: str | None = "octo", **fields: str | None) -> dict[str
 
 
 def upsert(row: dict[str, str | None]) -> Change:
-    return Change(Op.UPSERT, row["user_id"], row, "u")
+    return Change(Op.UPSERT, row["user_id"], row, RecordKind.UPDATE)
 
 
 def delete(key: str) -> Change:
-    return Change(Op.DELETE, key, None, "d")
+    return Change(Op.DELETE, key, None, RecordKind.DELETE)
 
 
 def segment(*changes: Change, truncate: bool = False, created: bool = False) -> Segment:
@@ -254,7 +254,7 @@ def test_a_collection_that_held_many_entries_is_not_read_whole_again_for_a_while
 
     assert looked_up(1_000) == 1, "there are none: that takes one command"
     users.deleted.insert_many([{"_id": f"other-{key}"} for key in range(300)])
-    monkeypatch.setattr("ghsync_dagster.stores.stream._REST", 1e9)
+    monkeypatch.setattr("ghsync_dagster.stores.mongo.stream._REST", 1e9)
     by_key = 1_000 // 200
     assert looked_up(1_000) == 1 + by_key, "reading them shows that there are many"
     assert looked_up(1_000) == by_key
@@ -264,7 +264,7 @@ def test_a_collection_that_held_many_entries_is_not_read_whole_again_for_a_while
     assert stream.drop_versions([str(key) for key in range(1_000)]) == set()
     assert len(commands) == 1, "of another collection nothing is known yet"
     stream = StreamStore(users, may_write=may_write)
-    monkeypatch.setattr("ghsync_dagster.stores.stream._REST", 0)
+    monkeypatch.setattr("ghsync_dagster.stores.mongo.stream._REST", 0)
     for _ in range(2):
         assert looked_up(1_000) == 1 + by_key, "it may hold few by now"
 

@@ -21,34 +21,36 @@ from confluent_kafka.cimpl import NewPartitions
 from pymongo.collection import Collection
 from pymongo.errors import AutoReconnect, OperationFailure
 
-from ghsync_dagster import clock, rehearsal
-from ghsync_dagster.cdc import consume, write
-from ghsync_dagster.cdc.apply import apply
-from ghsync_dagster.cdc.backlog import read_backlog
-from ghsync_dagster.cdc.batch import RecordDecoder
-from ghsync_dagster.cdc.checks import kafka_lag
-from ghsync_dagster.cdc.consume import ChangeConsumer
-from ghsync_dagster.cdc.dead_letters import DeadLetters, read_dead_letters
-from ghsync_dagster.cdc.known_topic import KnownTopic, group_name
-from ghsync_dagster.cdc.listener import Listeners, SilentListener
+from ghsync_dagster import clock
+from ghsync_dagster.cdc.dead_letters.topic import read_dead_letters
+from ghsync_dagster.cdc.health.checks import kafka_lag
+from ghsync_dagster.cdc.health.metrics import ChangeMetrics
+from ghsync_dagster.cdc.stream import consume, write
+from ghsync_dagster.cdc.stream.apply import apply
+from ghsync_dagster.cdc.stream.batch import RecordDecoder
+from ghsync_dagster.cdc.stream.consume import ChangeConsumer
+from ghsync_dagster.cdc.stream.letters import DeadLetters
+from ghsync_dagster.cdc.stream.listener import Listeners, SilentListener
+from ghsync_dagster.cdc.stream.topic_guard import TopicGuard
+from ghsync_dagster.dev import rehearsal
 from ghsync_dagster.domain.envelope import ChangeDecoder
 from ghsync_dagster.domain.errors import PermanentError, RefusedError, TransientError, UnavailableError
 from ghsync_dagster.domain.user import BUILT_IN_RULES
-from ghsync_dagster.observability.metrics import ChangeMetrics
 from ghsync_dagster.settings import load_settings
-from ghsync_dagster.stores import kafka_consumer
-from ghsync_dagster.stores.kafka import KafkaSettings, consumer_config
-from ghsync_dagster.stores.kafka_consumer import TopicConsumer
-from ghsync_dagster.stores.kafka_topics import TopicIds, read_to_end
-from ghsync_dagster.stores.mongo import UserStore
-from ghsync_dagster.stores.stream import Refused, StreamStore
+from ghsync_dagster.stores.kafka import consumer as kafka_consumer
+from ghsync_dagster.stores.kafka.backlog import read_backlog
+from ghsync_dagster.stores.kafka.client import KafkaSettings, consumer_config
+from ghsync_dagster.stores.kafka.consumer import TopicConsumer
+from ghsync_dagster.stores.kafka.topics import TopicIds, read_to_end
+from ghsync_dagster.stores.mongo.stream import Refused, StreamStore
+from ghsync_dagster.stores.mongo.users import UserStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from cdc_parts import Topic
 
-    from ghsync_dagster.cdc.listener import AppliedBatch
+    from ghsync_dagster.cdc.stream.listener import AppliedBatch
 
 pytestmark = pytest.mark.integration
 
@@ -294,7 +296,7 @@ def test_a_topic_that_was_deleted_and_made_anew_is_refused_wherever_the_group_is
 ) -> None:
     topic.upsert(1)
     parts.drain(topic)
-    assert not KnownTopic(topic.kafka, store).is_another()
+    assert not TopicGuard(topic.kafka, store).is_another()
     again = make_anew(topic)
     for key in (2, 3):
         again.upsert(key)
@@ -307,7 +309,7 @@ def test_a_topic_that_was_deleted_and_made_anew_is_refused_wherever_the_group_is
         with pytest.raises(PermanentError, match=r"another topic .*snapshot"):
             parts.consumer(again).run(threading.Event(), until_end=until_end, seconds=20)
     assert set(stored(store)) == {"1"}
-    found = kafka_lag(read_backlog(again.kafka), 10, is_another=KnownTopic(again.kafka, store).is_another())
+    found = kafka_lag(read_backlog(again.kafka), 10, is_another=TopicGuard(again.kafka, store).is_another())
     assert not found.passed
     assert "made anew" in found.summary
     assert "snapshot" in found.way_out
@@ -351,7 +353,7 @@ def test_what_partitions_hold_that_were_added_behind_a_backlog_is_applied_after_
     topic.upsert(2, "newer", partition=0)
     parts.drain(topic)
     assert stored(store) == topic.expected
-    assert KnownTopic(topic.kafka, store).placed() == {0, 1}
+    assert TopicGuard(topic.kafka, store).placed() == {0, 1}
 
 
 def test_a_drain_applies_added_partitions_after_the_others(topic: Topic, parts: Parts, store: UserStore) -> None:
@@ -394,7 +396,7 @@ def test_added_partitions_are_not_held_for_the_mark_of_a_transaction(
     assert stored(store) == topic.expected
     assert topic.committed() == 3
     parts.drain(topic)
-    assert KnownTopic(topic.kafka, store).placed() == {0, 1}
+    assert TopicGuard(topic.kafka, store).placed() == {0, 1}
 
 
 @pytest.mark.parametrize("removed", [False, True])
@@ -421,7 +423,7 @@ def test_a_place_that_the_brokers_have_forgotten_is_told_and_nothing_is_skipped_
         parts.consumer(topic).run(threading.Event(), seconds=20)
     assert set(stored(store)) == {"1"}
     assert topic.committed() == -1001
-    found = kafka_lag(read_backlog(topic.kafka), 10, placed=KnownTopic(topic.kafka, store).placed())
+    found = kafka_lag(read_backlog(topic.kafka), 10, placed=TopicGuard(topic.kafka, store).placed())
     assert not found.passed
     assert found.counts["forgotten"] == 1
     assert "forgotten" in found.summary
@@ -434,7 +436,7 @@ def test_a_place_that_the_brokers_have_forgotten_is_told_and_nothing_is_skipped_
 def test_a_place_of_which_another_consumer_learns_meanwhile_is_not_taken_for_forgotten(
     topic: Topic, store: UserStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mine, others = KnownTopic(topic.kafka, store), KnownTopic(topic.kafka, store)
+    mine, others = TopicGuard(topic.kafka, store), TopicGuard(topic.kafka, store)
 
     def asked_before_the_other_began() -> dict[int, int | None]:
         others.see(lambda: {0: 1})
@@ -477,13 +479,13 @@ def test_brokers_that_give_topics_no_ids_can_be_replaced_by_some_that_do(
         old_brokers.setattr(AdminClient, "describe_topics", lambda *_, **__: {topic.kafka.topic: described})
         topic.upsert(1)
         parts.drain(topic)
-        assert not KnownTopic(topic.kafka, store).is_another()
+        assert not TopicGuard(topic.kafka, store).is_another()
     topic.upsert(2)
     parts.drain(topic)
     assert set(stored(store)) == {"1", "2"}
     with monkeypatch.context() as old_brokers:
         old_brokers.setattr(AdminClient, "describe_topics", lambda *_, **__: {topic.kafka.topic: described})
-        assert not KnownTopic(topic.kafka, store).is_another()
+        assert not TopicGuard(topic.kafka, store).is_another()
 
 
 # the group
@@ -807,7 +809,7 @@ def test_who_goes_back_behind_a_truncate_of_another_partition_applies_it_again(
 
 def ask_to_go_back(topic: Topic, store: UserStore, *, partition: int, offset: int) -> None:
     """Leave the note that a consumer leaves when it is not sure of a command."""
-    StreamStore(store).ask_again({f"{group_name(topic.kafka)}/{partition}": offset})
+    StreamStore(store).ask_again({f"{topic.kafka.group_name}/{partition}": offset})
 
 
 def let_a_command_come_late(topic: Topic, parts: Parts, store: UserStore) -> None:
@@ -890,7 +892,7 @@ def test_of_a_note_and_one_that_is_to_be_left_the_earlier_counts(
     monkeypatch.setattr(StreamStore, "ask_again", fail)
     monkeypatch.setattr(write, "_LAST_ATTEMPTS", 1)
     membership = write.Membership(6)
-    name = group_name(topic.kafka)
+    name = topic.kafka.group_name
     writer = write.Writer(store, DeadLetters(topic.kafka, store), SilentListener(), membership, name=name)
     try:
         assert writer.is_to_go_back({0: 6})
@@ -1047,7 +1049,7 @@ def test_a_note_is_left_though_the_store_comes_back_only_after_the_end_or_the_ru
         with Parts(proxy.uri, parts.database).running(topic) as running:
             until(lambda: topic.committed() == 1)
             # From then on nothing but a batch needs the store.
-            until(lambda: KnownTopic(topic.kafka, store).placed() == {0})
+            until(lambda: TopicGuard(topic.kafka, store).placed() == {0})
             proxy.cut()
             topic.upsert(2)
             topic.flush()

@@ -24,9 +24,7 @@ from dagster._core.storage.tags import SENSOR_NAME_TAG
 from long_campaign import HANG_SECONDS, LONG
 from process_parts import children_of, kill_family, words
 
-from ghsync_dagster.cdc.backlog import read_backlog
-from ghsync_dagster.cdc.consume import ChangeConsumer, ConsumerReport
-from ghsync_dagster.cdc.known_topic import group_name
+from ghsync_dagster.cdc.stream.consume import ChangeConsumer, ConsumerReport
 from ghsync_dagster.definitions import build_defs
 from ghsync_dagster.defs.cdc import jobs
 from ghsync_dagster.defs.cdc.checks import CDC_CHECKS
@@ -37,10 +35,11 @@ from ghsync_dagster.defs.resources import ChangesResource
 from ghsync_dagster.domain.user import USER_FIELDS, json_schema
 from ghsync_dagster.local.dagster_home import ensure_dagster_home
 from ghsync_dagster.settings import Settings, load_settings
-from ghsync_dagster.stores.kafka import consumer_config
-from ghsync_dagster.stores.mongo import UserStore
+from ghsync_dagster.stores.kafka.backlog import read_backlog
+from ghsync_dagster.stores.kafka.client import consumer_config
+from ghsync_dagster.stores.mongo.stream import StreamStore
+from ghsync_dagster.stores.mongo.users import UserStore
 from ghsync_dagster.stores.mysql import MySqlStore
-from ghsync_dagster.stores.stream import StreamStore
 from ghsync_dagster.wiring import existing_kafka
 
 if TYPE_CHECKING:
@@ -395,7 +394,7 @@ def test_a_drain_that_could_not_heed_a_note_to_go_back_fails(stack: Stack, runs:
     stack.await_topic(1)
     assert runs.run("cdc_drain_job").success
     with stack.store() as store:
-        StreamStore(store).ask_again({f"{group_name(stack.kafka)}/0": 0})
+        StreamStore(store).ask_again({f"{stack.kafka.group_name}/0": 0})
     # Another consumer has the partition, and hangs.
     hanging = Consumer(consumer_config(stack.kafka))
     try:
@@ -410,7 +409,7 @@ def test_a_drain_that_could_not_heed_a_note_to_go_back_fails(stack: Stack, runs:
     )
     assert runs.run("cdc_drain_job").success
     with stack.store() as store:
-        assert StreamStore(store).asked_again([f"{group_name(stack.kafka)}/0"]) == {}
+        assert StreamStore(store).asked_again([f"{stack.kafka.group_name}/0"]) == {}
 
 
 # Checks

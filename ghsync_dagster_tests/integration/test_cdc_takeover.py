@@ -13,14 +13,14 @@ import pytest
 from cdc_parts import child, stored, until
 from long_campaign import ROUNDS
 
-from ghsync_dagster.cdc.dead_letters import read_dead_letters
+from ghsync_dagster.cdc.dead_letters.topic import read_dead_letters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from cdc_parts import Parts, Topic
 
-    from ghsync_dagster.stores.mongo import UserStore
+    from ghsync_dagster.stores.mongo.users import UserStore
 
 pytestmark = pytest.mark.faults
 

@@ -16,7 +16,7 @@ from long_campaign import HANG_SECONDS
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ghsync_dagster.stores.mongo import UserStore
+    from ghsync_dagster.stores.mongo.users import UserStore
 
 pytestmark = pytest.mark.integration
 

@@ -16,13 +16,13 @@ from pymongo.database import Database
 from pymongo.errors import AutoReconnect, DuplicateKeyError, OperationFailure, WriteError
 from pymongo.monitoring import CommandFailedEvent, CommandListener, CommandStartedEvent, CommandSucceededEvent
 
-from ghsync_dagster.cdc.apply import apply
+from ghsync_dagster.cdc.stream.apply import apply
 from ghsync_dagster.domain.coalesce import Segment
 from ghsync_dagster.domain.errors import RefusedError, UnavailableError
 from ghsync_dagster.domain.user import json_schema
-from ghsync_dagster.stores import mongo
-from ghsync_dagster.stores.mongo import UserStore
-from ghsync_dagster.stores.stream import StreamStore
+from ghsync_dagster.stores.mongo import users as mongo
+from ghsync_dagster.stores.mongo.stream import StreamStore
+from ghsync_dagster.stores.mongo.users import UserStore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

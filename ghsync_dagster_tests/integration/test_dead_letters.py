@@ -16,11 +16,12 @@ from confluent_kafka.admin._config import ConfigResource
 from confluent_kafka.cimpl import NewTopic
 from long_campaign import HANG_SECONDS
 
-from ghsync_dagster.cdc.dead_letters import DeadLetter, read_dead_letters
+from ghsync_dagster.cdc.dead_letters.record import DeadLetter
+from ghsync_dagster.cdc.dead_letters.topic import read_dead_letters
 from ghsync_dagster.domain.errors import RefusedError, UnavailableError
-from ghsync_dagster.stores import kafka_topics
-from ghsync_dagster.stores.kafka import KafkaSettings
-from ghsync_dagster.stores.kafka_topics import RecordWriter, place, read_to_end
+from ghsync_dagster.stores.kafka import topics as kafka_topics
+from ghsync_dagster.stores.kafka.client import KafkaSettings
+from ghsync_dagster.stores.kafka.topics import RecordWriter, place, read_to_end
 
 if TYPE_CHECKING:
     from cdc_parts import Parts, Topic

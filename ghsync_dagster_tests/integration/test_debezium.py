@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from ghsync_dagster.cdc.listener import SilentListener
+from ghsync_dagster.cdc.stream.listener import SilentListener
 from ghsync_dagster.stores.mysql import MySqlStore, Span
 from ghsync_dagster.wiring import change_consumer, existing_kafka, store_opener
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from ghsync_dagster.cdc.listener import AppliedBatch
+    from ghsync_dagster.cdc.stream.listener import AppliedBatch
     from ghsync_dagster.settings import Settings
 
 pytestmark = pytest.mark.integration

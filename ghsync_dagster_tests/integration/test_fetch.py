@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import pytest
 import stamina
 
-from ghsync_dagster.batch.fetch import Outcome, expand_hours, fetch_hours
+from ghsync_dagster import retry
+from ghsync_dagster.dev.fetch import Outcome, expand_hours, fetch_hours
 from ghsync_dagster.domain.errors import (
     ConfigError,
     InputError,
@@ -23,7 +24,6 @@ from ghsync_dagster.domain.errors import (
     TransientError,
     UnavailableError,
 )
-from ghsync_dagster.stores import retry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,16 +9,16 @@ import pytest
 from cdc_parts import free_port
 from typer.testing import CliRunner
 
-from ghsync_dagster import cli
-from ghsync_dagster.cdc.known_user import EQUAL, NO_KEY, NO_ROW, KnownUser, known_user
+from ghsync_dagster.cdc.health.known_user import EQUAL, NO_KEY, NO_ROW, KnownUser, known_user
+from ghsync_dagster.cli import app as cli
 from ghsync_dagster.domain.letters import Letter
-from ghsync_dagster.stores.dead_letters import LetterIndex
+from ghsync_dagster.stores.mongo.letters import LetterIndex
+from ghsync_dagster.stores.mongo.repairs import RepairStore
+from ghsync_dagster.stores.mongo.stream import StreamStore
 from ghsync_dagster.stores.mysql import MySqlStore
-from ghsync_dagster.stores.repairs import RepairStore
-from ghsync_dagster.stores.stream import StreamStore
 
 if TYPE_CHECKING:
-    from ghsync_dagster.stores.mongo import UserStore
+    from ghsync_dagster.stores.mongo.users import UserStore
 
 pytestmark = pytest.mark.integration
 

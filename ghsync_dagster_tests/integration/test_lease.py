@@ -20,7 +20,7 @@ from ghsync_dagster.batch.lease import hold_lease, identity
 from ghsync_dagster.batch.load import Step
 from ghsync_dagster.batch.reports import FlattenReport
 from ghsync_dagster.domain.errors import LeaseHeldError, LeaseLostError, UnavailableError
-from ghsync_dagster.stores.mongo import Lease, UserStore
+from ghsync_dagster.stores.mongo.users import Lease, UserStore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,7 +35,7 @@ import sys
 from unittest.mock import patch
 from ghsync_dagster.batch import lease
 from ghsync_dagster.domain.errors import LeaseLostError
-from ghsync_dagster.stores.mongo import UserStore
+from ghsync_dagster.stores.mongo.users import UserStore
 
 uri, database, ttl = sys.argv[1], sys.argv[2], float(sys.argv[3])
 times = {"TTL_SECONDS": ttl, "_RENEW_SECONDS": ttl / 4}

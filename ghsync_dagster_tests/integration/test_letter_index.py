@@ -18,14 +18,16 @@ from confluent_kafka.cimpl import NewTopic
 from long_campaign import ROUNDS
 from typer.testing import CliRunner
 
-from ghsync_dagster import cli, cli_cdc
-from ghsync_dagster.cdc import dead_letters
-from ghsync_dagster.cdc.consume import ChangeConsumer
-from ghsync_dagster.cdc.dead_letters import DeadLetter, catch_up, open_letters
+from ghsync_dagster.cdc.dead_letters import letters as dead_letters
+from ghsync_dagster.cdc.dead_letters.index import catch_up, open_letters
+from ghsync_dagster.cdc.dead_letters.record import DeadLetter
+from ghsync_dagster.cdc.stream.consume import ChangeConsumer
+from ghsync_dagster.cli import app as cli
+from ghsync_dagster.cli import cdc as cli_cdc
 from ghsync_dagster.domain.errors import RefusedError
 from ghsync_dagster.domain.letters import LetterState
-from ghsync_dagster.stores.dead_letters import LetterIndex
-from ghsync_dagster.stores.kafka_topics import RecordWriter, read_to_end
+from ghsync_dagster.stores.kafka.topics import RecordWriter, read_to_end
+from ghsync_dagster.stores.mongo.letters import LetterIndex
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from typer.testing import Result
 
     from ghsync_dagster.domain.letters import Letter
-    from ghsync_dagster.stores.mongo import UserStore
+    from ghsync_dagster.stores.mongo.users import UserStore
 
 pytestmark = pytest.mark.integration
 
@@ -43,7 +45,7 @@ MORE_MEMORY: Final = 40 * 1024**2
 """How much more memory they may take than 1,000 letters do, in bytes; held whole they take at least twice as much."""
 BROKEN: Final = b"{"
 COUNT: Final = """
-from ghsync_dagster.cdc.dead_letters import open_letters
+from ghsync_dagster.cdc.dead_letters.index import open_letters
 from ghsync_dagster.settings import load_settings
 from ghsync_dagster.wiring import existing_kafka, store_opener
 
@@ -323,7 +325,7 @@ def test_letters_that_only_the_topic_holds_are_added_as_open_and_resolved_by_the
 def test_each_letter_is_read_from_the_topic_once_and_two_readers_do_no_harm(
     topic: Topic, store: UserStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ghsync_dagster.stores import kafka_topics
+    from ghsync_dagster.stores.kafka import topics as kafka_topics
 
     write_without_index(topic, [whole(topic, 3), whole(topic, 4, None), whole(topic, 3)])
     read: list[int | None] = []

@@ -13,7 +13,7 @@ from bson.raw_bson import RawBSONDocument
 
 from ghsync_dagster.batch.load import ROUNDS, Step
 from ghsync_dagster.domain.errors import InputError
-from ghsync_dagster.stores.mongo import UserStore
+from ghsync_dagster.stores.mongo.users import UserStore
 from ghsync_dagster.stores.spark import USER_SCHEMA, DuplicateUserError, insert_users, write_options
 
 if TYPE_CHECKING:

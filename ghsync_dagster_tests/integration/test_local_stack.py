@@ -25,8 +25,8 @@ from pymongo import MongoClient
 
 from ghsync_dagster.domain.errors import UnavailableError
 from ghsync_dagster.local import connect, kafka, mysql, stack
-from ghsync_dagster.mysql_url import parse_mysql_url
 from ghsync_dagster.settings import Settings, load_settings
+from ghsync_dagster.stores.mysql_url import parse_mysql_url
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

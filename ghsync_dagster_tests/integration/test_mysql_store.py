@@ -10,7 +10,7 @@ import pymysql
 import pytest
 from cdc_parts import until
 
-from ghsync_dagster.cdc.workload import ODD_TEXTS, Mix, Workload
+from ghsync_dagster.dev.workload import ODD_TEXTS, Mix, Workload
 from ghsync_dagster.domain.errors import ConfigError, RefusedError, UnavailableError
 from ghsync_dagster.stores.mysql import KEY_MAX, KEY_MIN, LockedRows, MySqlStore, is_key
 

@@ -19,9 +19,9 @@ from cryptography.x509.oid import NameOID
 
 from ghsync_dagster.domain.errors import GhsyncError, RefusedError
 from ghsync_dagster.local import connect, mysql, stack
-from ghsync_dagster.mysql_url import parse_mysql_url
 from ghsync_dagster.settings import load_settings
 from ghsync_dagster.stores.mysql import MySqlStore
+from ghsync_dagster.stores.mysql_url import parse_mysql_url
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

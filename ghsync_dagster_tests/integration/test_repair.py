@@ -10,10 +10,7 @@ from cdc_parts import Parts, Topic, make_strict, stored, until, user
 from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient
 
-from ghsync_dagster.cdc import consume
-from ghsync_dagster.cdc import repair as cdc_repair
-from ghsync_dagster.cdc.repair import SourceReader
-from ghsync_dagster.cdc.repair_requests import (
+from ghsync_dagster.cdc.health.repair_requests import (
     Chosen,
     RepairReport,
     Selection,
@@ -23,18 +20,21 @@ from ghsync_dagster.cdc.repair_requests import (
     repair,
     select,
 )
+from ghsync_dagster.cdc.stream import consume
+from ghsync_dagster.cdc.stream import repair as cdc_repair
+from ghsync_dagster.cdc.stream.repair import SourceReader
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
 from ghsync_dagster.domain.letters import LetterState
 from ghsync_dagster.domain.repair import Outcome
-from ghsync_dagster.stores.dead_letters import LetterIndex
+from ghsync_dagster.stores.mongo.letters import LetterIndex
+from ghsync_dagster.stores.mongo.repairs import RepairStore
 from ghsync_dagster.stores.mysql import MySqlStore
-from ghsync_dagster.stores.repairs import RepairStore
 
 if TYPE_CHECKING:
     import io
     from collections.abc import Callable
 
-    from ghsync_dagster.stores.mongo import UserStore
+    from ghsync_dagster.stores.mongo.users import UserStore
 
 
 class _Bench:

@@ -15,7 +15,7 @@ from long_campaign import HANG_SECONDS
 
 from ghsync_dagster.defs.cdc.checks import in_step_with_mysql
 from ghsync_dagster.defs.cdc.repair import REPAIR_JOB, REPAIR_OP, cdc_repair_sensor
-from ghsync_dagster.stores.mongo import UserStore
+from ghsync_dagster.stores.mongo.users import UserStore
 from ghsync_dagster.stores.mysql import MySqlStore
 
 if TYPE_CHECKING:

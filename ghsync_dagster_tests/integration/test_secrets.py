@@ -22,7 +22,7 @@ from long_campaign import HANG_SECONDS, ONLY_LONG
 from process_parts import children_of, words
 
 from ghsync_dagster.domain.errors import ConfigError, RefusedError, UnavailableError
-from ghsync_dagster.stores.mongo import UserStore
+from ghsync_dagster.stores.mongo.users import UserStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -12,7 +12,7 @@ from long_campaign import LONG, ONLY_LONG
 from odd_ddl import FOLLOWED, NOT_FOLLOWED, SHIFTING
 from source_parts import Source, StoppedError
 
-from ghsync_dagster.cdc.audit import Patience
+from ghsync_dagster.cdc.health.audit import Patience
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -16,8 +16,8 @@ from ghsync_dagster.defs.cdc.source_watch import source_watch
 from ghsync_dagster.defs.ops.alerts import alerts_sensor
 from ghsync_dagster.domain.source import Effect, Source, problems_of
 from ghsync_dagster.domain.table import create_table
-from ghsync_dagster.mysql_url import parse_mysql_url
 from ghsync_dagster.stores.mysql import MySqlStore
+from ghsync_dagster.stores.mysql_url import parse_mysql_url
 from ghsync_dagster.wiring import look_at_source
 
 if TYPE_CHECKING:

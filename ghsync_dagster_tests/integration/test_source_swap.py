@@ -12,7 +12,7 @@ import pytest
 from long_campaign import ROUNDS
 from odd_ddl import MARIADB, MYSQL
 
-from ghsync_dagster.cdc.audit import Patience
+from ghsync_dagster.cdc.health.audit import Patience
 from ghsync_dagster.domain.user import USER_FIELDS
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.integration
 
 SESSION = """
 import sys
-from ghsync_dagster.observability.logging import configure_logging
+from ghsync_dagster.logging import configure_logging
 from ghsync_dagster.settings import load_settings
 from ghsync_dagster.wiring import spark_handle
 settings = load_settings()

@@ -21,7 +21,7 @@ from alert_parts import daemon
 from cdc_parts import GHSYNC, until
 from long_campaign import LONG
 
-from ghsync_dagster.cdc import checks
+from ghsync_dagster.cdc.health import checks
 from ghsync_dagster.defs.cdc.connector_watch import Memory, look
 from ghsync_dagster.local import stack
 from ghsync_dagster.settings import Settings, load_settings
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
     from alert_parts import Webhook
 
-    from ghsync_dagster.batch.checks import Finding
     from ghsync_dagster.domain.connector import ConnectorState
+    from ghsync_dagster.domain.finding import Finding
     from ghsync_dagster.stores.mysql import MySqlStore
 
 pytestmark = pytest.mark.integration

@@ -21,8 +21,8 @@ from ghsync_dagster.domain.errors import RefusedError, UnavailableError
 from ghsync_dagster.local import stack
 from ghsync_dagster.local.mongo import ensure_mongo
 from ghsync_dagster.settings import Settings, load_settings
-from ghsync_dagster.stores.mongo import UserStore
-from ghsync_dagster.stores.mongo_errors import mongo_errors
+from ghsync_dagster.stores.mongo.errors import mongo_errors
+from ghsync_dagster.stores.mongo.users import UserStore
 from ghsync_dagster.stores.spark import spark_errors
 
 if TYPE_CHECKING:

@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from traced import Traced
 
-from ghsync_dagster.cdc.apply import apply
-from ghsync_dagster.domain.change import Change, Op
+from ghsync_dagster.cdc.stream.apply import apply
+from ghsync_dagster.domain.change import Change, Op, RecordKind
 from ghsync_dagster.domain.coalesce import Segment
 from ghsync_dagster.domain.precedence import DELETE_STEPS, GOES_BACK, UPSERT_STEPS, StreamStep
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Set
 
-    from ghsync_dagster.stores.stream import StreamStore
+    from ghsync_dagster.stores.mongo.stream import StreamStore
 
 AGAIN = UPSERT_STEPS[UPSERT_STEPS.index(GOES_BACK[StreamStep.DROP_VERSION_AGAIN]) :]
 """The steps of a key that goes back, and of those the ones that are repeated."""
@@ -45,7 +45,11 @@ class _TracedStore(Traced[StreamStep]):
 
 
 def change(key: str, *, upsert: bool) -> Change:
-    return Change(Op.UPSERT, key, {"user_id": key}, "u") if upsert else Change(Op.DELETE, key, None, "d")
+    return (
+        Change(Op.UPSERT, key, {"user_id": key}, RecordKind.UPDATE)
+        if upsert
+        else Change(Op.DELETE, key, None, RecordKind.DELETE)
+    )
 
 
 keys = st.integers(1, 30).map(str)

@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 
-from ghsync_dagster.cdc.audit import Patience, Sighting, Verdict, differences, is_shifted, judge, matches
+from ghsync_dagster.cdc.health.audit import Patience, Sighting, Verdict, differences, is_shifted, judge, matches
 from ghsync_dagster.domain.user import MARKER_FIELD, MARKER_VALUE, User
 
 

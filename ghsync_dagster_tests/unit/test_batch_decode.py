@@ -8,20 +8,20 @@ import pytest
 from confluent_kafka import Message
 from envelopes import NO_KEYS, TOMBSTONES, dump, envelope, flattened, key, row
 
-from ghsync_dagster.cdc.batch import Batch, RecordDecoder
-from ghsync_dagster.domain.change import Change, Op
+from ghsync_dagster.cdc.stream.batch import Batch, RecordDecoder
+from ghsync_dagster.domain.change import Change, Op, RecordKind
 from ghsync_dagster.domain.envelope import ChangeDecoder, Refusal
 from ghsync_dagster.domain.errors import UnavailableError, UndecodableError
-from ghsync_dagster.stores import kafka_topics
+from ghsync_dagster.stores.kafka import topics as kafka_topics
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ghsync_dagster.cdc.batch import Decoded
-    from ghsync_dagster.stores.kafka import KafkaSettings
+    from ghsync_dagster.cdc.stream.batch import Decoded
+    from ghsync_dagster.stores.kafka.client import KafkaSettings
 
 KAFKA = cast("KafkaSettings", object())
-SKIPPED = Change(Op.SKIP, None, None, "keyless-tombstone")
+SKIPPED = Change(Op.SKIP, None, None, RecordKind.KEYLESS_TOMBSTONE)
 DELETE = (None, envelope("d", row(1), None))
 TOMBSTONE = (None, None)
 
@@ -32,7 +32,7 @@ def record(offset: int, pair: tuple[bytes | None, bytes | None], partition: int 
 
 def told(decoded: Sequence[Decoded]) -> list[str]:
     """Say what each record is: what a change was, or the kind of a refusal."""
-    return [change.what if isinstance(change, Change) else change.kind for change in decoded]
+    return [change.kind for change in decoded]
 
 
 class Stored:

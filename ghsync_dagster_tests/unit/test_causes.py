@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from ghsync_dagster.cdc.audit import AuditResult, Offender
-from ghsync_dagster.cdc.causes import Circumstances, likely_causes
-from ghsync_dagster.cdc.checks import in_step_with_mysql
+from ghsync_dagster.cdc.health.audit import AuditResult, Offender
+from ghsync_dagster.cdc.health.causes import Circumstances, likely_causes
+from ghsync_dagster.cdc.health.checks import in_step_with_mysql
 
 FAILED = "The connector is FAILED: internal schema size 5, but row size 1."
 

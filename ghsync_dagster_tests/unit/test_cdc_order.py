@@ -12,17 +12,17 @@ from envelopes import envelope, key, row, source
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ghsync_dagster.cdc import order
-from ghsync_dagster.cdc.order import OrderedTruncates, Truncate, first_after
+from ghsync_dagster.cdc.stream import order
+from ghsync_dagster.cdc.stream.order import OrderedTruncates, Truncate, first_after
 from ghsync_dagster.domain.change import Position
 from ghsync_dagster.domain.errors import PermanentError
-from ghsync_dagster.stores import kafka_topics
+from ghsync_dagster.stores.kafka import topics as kafka_topics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from ghsync_dagster.cdc.batch import Batch
-    from ghsync_dagster.stores.kafka_consumer import TopicConsumer
+    from ghsync_dagster.cdc.stream.batch import Batch
+    from ghsync_dagster.stores.kafka.consumer import TopicConsumer
 
 TOPIC = "changes"
 FILE = 3

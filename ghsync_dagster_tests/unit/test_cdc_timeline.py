@@ -23,8 +23,8 @@ from benchmarks.cdc_timeline import (
     timeline,
 )
 from benchmarks.harness import BenchmarkError
-from ghsync_dagster.cdc.workload import Workload
 from ghsync_dagster.defs.cdc.supervisor import Phase, Slice
+from ghsync_dagster.dev.workload import Workload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

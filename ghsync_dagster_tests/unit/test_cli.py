@@ -18,9 +18,12 @@ import typer
 from cdc_parts import until
 from typer.testing import CliRunner, Result
 
-from ghsync_dagster import cli, cli_cdc, wiring
-from ghsync_dagster.cdc.connector import ConnectorReport
-from ghsync_dagster.cdc.listener import APPLIED, AppliedBatch
+from ghsync_dagster import wiring
+from ghsync_dagster.cdc.health.connector import ConnectorReport
+from ghsync_dagster.cdc.health.metrics import ChangeMetrics
+from ghsync_dagster.cdc.stream.listener import APPLIED, AppliedBatch
+from ghsync_dagster.cli import app as cli
+from ghsync_dagster.cli import cdc as cli_cdc
 from ghsync_dagster.domain.connector import ConnectorState, Sample
 from ghsync_dagster.domain.errors import (
     ConfigError,
@@ -31,7 +34,6 @@ from ghsync_dagster.domain.errors import (
     UnavailableError,
 )
 from ghsync_dagster.local import kafka
-from ghsync_dagster.observability.metrics import ChangeMetrics
 from ghsync_dagster.settings import load_settings
 
 if TYPE_CHECKING:
@@ -198,7 +200,7 @@ def test_an_interrupt_is_told_in_one_word() -> None:
 
 
 PRINTS = """
-from ghsync_dagster import cli
+from ghsync_dagster.cli import app as cli
 cli.app.command("rich")(lambda: cli._console().print("x"))
 cli.app.command("plain")(lambda: cli.typer.echo("x" * 100_000))
 cli.main()

@@ -9,7 +9,7 @@ from itertools import permutations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ghsync_dagster.domain.change import Change, Op, Position
+from ghsync_dagster.domain.change import Change, Op, Position, RecordKind
 from ghsync_dagster.domain.coalesce import Segment, coalesce
 from ghsync_dagster.domain.user import USER_FIELDS
 
@@ -18,21 +18,21 @@ User = dict[str, str | None]
 
 def put(key: str, text: str = "a", **more: str | None) -> Change:
     fields: User = {"user_id": key, **dict.fromkeys(USER_FIELDS[1:], text), **more}
-    return Change(Op.UPSERT, key, fields, "u")
+    return Change(Op.UPSERT, key, fields, RecordKind.UPDATE)
 
 
 def part(key: str, **fields: str | None) -> Change:
     """An update that tells only some fields."""
     known: User = {name: fields[name] for name in USER_FIELDS if name in fields}
-    return Change(Op.UPSERT, key, {"user_id": key, **known}, "u")
+    return Change(Op.UPSERT, key, {"user_id": key, **known}, RecordKind.UPDATE)
 
 
 def gone(key: str, what: str = "d", position: Position | None = None) -> Change:
-    return Change(Op.DELETE, key, None, what, None, position)
+    return Change(Op.DELETE, key, None, RecordKind(what), None, position)
 
 
-TRUNCATE = Change(Op.TRUNCATE, None, None, "t")
-SKIP = Change(Op.SKIP, None, None, "heartbeat")
+TRUNCATE = Change(Op.TRUNCATE, None, None, RecordKind.TRUNCATE)
+SKIP = Change(Op.SKIP, None, None, RecordKind.HEARTBEAT)
 
 
 @dataclass
@@ -93,7 +93,7 @@ def test_the_last_operation_of_a_key_stays() -> None:
 
 
 def test_keys_are_told_whose_first_change_creates_them() -> None:
-    made = [Change(Op.UPSERT, key, put(key).user, "c") for key in "123"]
+    made = [Change(Op.UPSERT, key, put(key).user, RecordKind.CREATE) for key in "123"]
     changes = [made[0], gone("2"), made[1], put("3"), made[2], put("4"), TRUNCATE, made[1], gone("2")]
     assert [segment.created for segment in coalesce(changes)] == [{"1"}, {"2"}]
 
@@ -145,10 +145,10 @@ def test_missing_fields_are_null_after_a_delete_or_a_truncate() -> None:
 
 def test_a_completed_update_keeps_its_own_time_place_and_kind() -> None:
     earlier = put("1")
-    later = Change(Op.UPSERT, "1", {"user_id": "1", "login": "b"}, "u", 7, Position(1, 2, 3), ("x",))
+    later = Change(Op.UPSERT, "1", {"user_id": "1", "login": "b"}, RecordKind.UPDATE, 7, Position(1, 2, 3), ("x",))
     (segment,) = coalesce([earlier, later])
     found = segment.changes["1"]
-    assert (found.what, found.committed_ms, found.position, found.unknown_columns) == (
+    assert (found.kind, found.committed_ms, found.position, found.unknown_columns) == (
         "u",
         7,
         Position(1, 2, 3),
@@ -162,7 +162,7 @@ def test_a_tombstone_leaves_the_delete_before_it_with_its_place() -> None:
     (segment,) = coalesce([told, gone("1", "tombstone")])
     assert segment.changes["1"] is told
     (segment,) = coalesce([put("1"), gone("1", "tombstone")])
-    assert segment.changes["1"].what == "tombstone"
+    assert segment.changes["1"].kind == "tombstone"
 
 
 def test_a_key_change_and_back_in_one_batch_ends_right_in_any_order_of_writing() -> None:

@@ -10,15 +10,21 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from ghsync_dagster.cdc import checks
-from ghsync_dagster.cdc import connector as cdc_connector
-from ghsync_dagster.cdc.connector import NOT_ASKED, ConnectorProbe, ConnectorReport, require_stream, watch_connector
+from ghsync_dagster.cdc.health import checks
+from ghsync_dagster.cdc.health import connector as cdc_connector
+from ghsync_dagster.cdc.health.connector import (
+    NOT_ASKED,
+    ConnectorProbe,
+    ConnectorReport,
+    require_stream,
+    watch_connector,
+)
+from ghsync_dagster.cdc.health.metrics import ChangeMetrics, PrometheusView
 from ghsync_dagster.domain.connector import ConnectorState, Sample, base_of, cure_of
 from ghsync_dagster.domain.errors import RefusedError, UnavailableError
 from ghsync_dagster.local import connect as local_connect
 from ghsync_dagster.local import connector as local_connector
 from ghsync_dagster.local.supervisor import ServiceStatus
-from ghsync_dagster.observability.metrics import ChangeMetrics, PrometheusView
 from ghsync_dagster.settings import load_settings
 from ghsync_dagster.stores import connect
 from ghsync_dagster.stores.connect import ConnectWorker, reason_of

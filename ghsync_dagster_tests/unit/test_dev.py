@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import pytest
 from cdc_parts import free_port
 
+from ghsync_dagster import progress
 from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.local import dev
-from ghsync_dagster.observability import progress
 from ghsync_dagster.settings import load_settings
 from ghsync_dagster.stopping import SIGNALS
 

@@ -10,7 +10,7 @@ import pytest
 import typer
 import typer.main
 
-from ghsync_dagster.cli import app
+from ghsync_dagster.cli.app import app
 from ghsync_dagster.settings import Settings
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from envelopes import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ghsync_dagster.domain.change import Change, Op, Position
+from ghsync_dagster.domain.change import Change, Op, Position, RecordKind
 from ghsync_dagster.domain.envelope import UNAVAILABLE, ChangeDecoder, Refusal, decode
 from ghsync_dagster.domain.errors import PermanentError, UndecodableError
 from ghsync_dagster.domain.user import USER_FIELDS
@@ -41,11 +41,11 @@ def upsert(
     what: str, *, at: tuple[int | None, Position | None] = AT, unknown: tuple[str, ...] = (), **columns: Any
 ) -> Change:
     found = user(**columns)
-    return Change(Op.UPSERT, found["user_id"], found, what, *at, unknown)
+    return Change(Op.UPSERT, found["user_id"], found, RecordKind(what), *at, unknown)
 
 
 def delete(user_id: str = "1", what: str = "d", at: tuple[Any, Any] = AT) -> Change:
-    return Change(Op.DELETE, user_id, None, what, *at)
+    return Change(Op.DELETE, user_id, None, RecordKind(what), *at)
 
 
 NOWHERE = (None, None)
@@ -130,7 +130,9 @@ def test_a_key_change_is_a_delete_and_a_create_of_two_keys() -> None:
 @pytest.mark.parametrize("wrap", WRAPPERS)
 @pytest.mark.parametrize("no_key", NO_KEYS)
 def test_a_truncate_has_no_key_and_no_rows(wrap: str, no_key: bytes | None) -> None:
-    assert decode(no_key, envelope("t", None, None, wrap=wrap)) == Change(Op.TRUNCATE, None, None, "t", *AT)
+    assert decode(no_key, envelope("t", None, None, wrap=wrap)) == Change(
+        Op.TRUNCATE, None, None, RecordKind.TRUNCATE, *AT
+    )
 
 
 @pytest.mark.parametrize("tombstone", TOMBSTONES)
@@ -310,12 +312,12 @@ BYSTANDERS: dict[str, tuple[Any, Any]] = {
 @pytest.mark.parametrize("wrap", WRAPPERS)
 def test_messages_that_are_no_changes_are_skipped_by_name(what: str, wrap: str) -> None:
     its_key, its_value = BYSTANDERS[what]
-    assert decode(wrapped(its_key, wrap), wrapped(its_value, wrap)) == Change(Op.SKIP, None, None, what)
+    assert decode(wrapped(its_key, wrap), wrapped(its_value, wrap)) == Change(Op.SKIP, None, None, RecordKind(what))
 
 
 def test_the_end_of_a_transaction_is_skipped() -> None:
     end = {"status": "END", "id": "x", "event_count": 1, "data_collections": []}
-    assert decode(b'{"id":"x"}', dump(end)).what == "transaction"
+    assert decode(b'{"id":"x"}', dump(end)).kind == "transaction"
 
 
 # what is refused
@@ -600,23 +602,23 @@ def changes(draw: st.DrawFn) -> Change:
     what = draw(st.sampled_from(["c", "u", "r", "row", "d", "t", "tombstone", "heartbeat"]))
     at = NOWHERE if what in ("r", "tombstone", "heartbeat") else (draw(TIMES), draw(PLACES))
     if what == "t":
-        return Change(Op.TRUNCATE, None, None, what, *at)
+        return Change(Op.TRUNCATE, None, None, RecordKind(what), *at)
     if what == "heartbeat":
-        return Change(Op.SKIP, None, None, what)
+        return Change(Op.SKIP, None, None, RecordKind(what))
     columns = draw(ROWS)
     number = str(columns["user_id"])
     if what in ("d", "tombstone"):
-        return Change(Op.DELETE, number, None, what, *at)
+        return Change(Op.DELETE, number, None, RecordKind(what), *at)
     texts = {name: columns[name] for name in USER_FIELDS[1:] if columns[name] != UNAVAILABLE}
     unknown = tuple(name for name in columns if name not in USER_FIELDS)
-    return Change(Op.UPSERT, number, {"user_id": number} | texts, what, at[0], at[1], unknown)
+    return Change(Op.UPSERT, number, {"user_id": number} | texts, RecordKind(what), at[0], at[1], unknown)
 
 
 @st.composite
 def encoded(draw: st.DrawFn, change: Change) -> tuple[bytes | None, bytes | None]:
     """Write a change in any form that can say it."""
     if change.op is Op.SKIP:
-        its_key, its_value = BYSTANDERS[change.what]
+        its_key, its_value = BYSTANDERS[change.kind]
         return dump(its_key), wrapped(its_value, draw(st.sampled_from(WRAPPERS)))
     wrap = draw(st.sampled_from(WRAPPERS))
     place = {}
@@ -624,29 +626,29 @@ def encoded(draw: st.DrawFn, change: Change) -> tuple[bytes | None, bytes | None
         position = change.position
         place = {"file": f"mysql-bin.{position.file:06d}", "pos": position.pos, "row": position.row}
         place |= {"server_id": int(position.server.partition("/")[0] or 0), "gtid": position.gtid}
-    snapshot = draw(st.sampled_from(["first", "true", "last", "incremental"])) if change.what == "r" else "false"
+    snapshot = draw(st.sampled_from(["first", "true", "last", "incremental"])) if change.kind == "r" else "false"
     its_source = source(snapshot, change.committed_ms or 0) | place
     if change.op is Op.TRUNCATE:
         return draw(st.sampled_from(NO_KEYS)), envelope("t", None, None, wrap=wrap, source=its_source)
     assert change.key is not None
     form = draw(st.sampled_from(KEY_FORMS))
     its_key = key(int(change.key) if draw(st.booleans()) or form == "number" else change.key, form)
-    if change.what == "tombstone":
+    if change.kind == "tombstone":
         return its_key, draw(st.sampled_from(TOMBSTONES))
     columns = text_of(change) if change.op is Op.UPSERT else row(change.key)
     if draw(st.booleans()):
         columns["user_id"] = int(columns["user_id"])
-    if change.what == "row" or draw(st.booleans()):
+    if change.kind == "row" or draw(st.booleans()):
         metadata: dict[str, Any] = {f"source_{name}": value for name, value in its_source.items()}
-        if change.what != "row":
-            metadata["op"] = change.what
+        if change.kind != "row":
+            metadata["op"] = change.kind
         deleted = change.op is Op.DELETE
         metadata["deleted"] = draw(st.sampled_from([deleted, str(deleted).lower()]))
         return its_key, flattened(columns, wrap=wrap, **metadata)
     before = draw(st.sampled_from([None, row(change.key), columns]))
     if change.op is Op.DELETE:
         return its_key, envelope("d", before, None, wrap=wrap, source=its_source)
-    return its_key, envelope(change.what, before, columns, wrap=wrap, source=its_source)
+    return its_key, envelope(change.kind, before, columns, wrap=wrap, source=its_source)
 
 
 @settings(max_examples=500)

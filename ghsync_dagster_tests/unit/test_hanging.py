@@ -17,10 +17,12 @@ _SECONDS = 60
 
 CONSUMER = """
 import ctypes, sys, threading
-from ghsync_dagster import cli, cli_cdc, stopping
+from ghsync_dagster import stopping
+from ghsync_dagster.cli import app as cli
+from ghsync_dagster.cli import cdc as cli_cdc
 from ghsync_dagster.domain.errors import PermanentError, UnavailableError
-from ghsync_dagster.stores import kafka_consumer
-from ghsync_dagster.stores.kafka import KafkaSettings
+from ghsync_dagster.stores.kafka import consumer as kafka_consumer
+from ghsync_dagster.stores.kafka.client import KafkaSettings
 
 class Client:
     def __init__(self, config): pass

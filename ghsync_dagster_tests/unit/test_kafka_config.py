@@ -11,7 +11,7 @@ from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
 from ghsync_dagster.domain.errors import ConfigError, GhsyncError, RefusedError, UnavailableError
 from ghsync_dagster.settings import load_settings
-from ghsync_dagster.stores.kafka import (
+from ghsync_dagster.stores.kafka.client import (
     KafkaSettings,
     client_config,
     committed_offset,
@@ -20,8 +20,8 @@ from ghsync_dagster.stores.kafka import (
     kafka_errors,
     producer_config,
 )
-from ghsync_dagster.stores.kafka_consumer import TopicConsumer
-from ghsync_dagster.stores.kafka_topics import RecordWriter
+from ghsync_dagster.stores.kafka.consumer import TopicConsumer
+from ghsync_dagster.stores.kafka.topics import RecordWriter
 from ghsync_dagster.wiring import existing_kafka
 
 PLAIN = KafkaSettings("broker:9092", "changes", "group")

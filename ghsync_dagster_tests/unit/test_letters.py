@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from ghsync_dagster.cdc.dead_letters import user_of
-from ghsync_dagster.domain.change import Change, Op
+from ghsync_dagster.cdc.dead_letters.index import user_of
+from ghsync_dagster.domain.change import Change, Op, RecordKind
 from ghsync_dagster.domain.envelope import ChangeDecoder, Refusal
 from ghsync_dagster.domain.letters import Applied, Letter, Mark
 from ghsync_dagster.domain.user import USER_FIELDS
@@ -21,7 +21,7 @@ def letter(user: str | None = "1", *, topic: str = "t", partition: int = 0, time
 
 
 def upsert(key: str = "1", **fields: str | None) -> Change:
-    return Change(Op.UPSERT, key, fields or dict(WHOLE), "u")
+    return Change(Op.UPSERT, key, fields or dict(WHOLE), RecordKind.UPDATE)
 
 
 def applied(change: Change, offset: int, partition: int = 0, timestamp_ms: int | None = 60) -> Applied:
@@ -40,9 +40,9 @@ def applied(change: Change, offset: int, partition: int = 0, timestamp_ms: int |
         (upsert(user_id="1", login="a"), 6, False),
         (Change(Op.DELETE, "1", None, "d"), 6, True),
         (Change(Op.DELETE, "1", None, "tombstone"), 6, True),
-        (Change(Op.TRUNCATE, None, None, "t"), 6, True),
-        (Change(Op.TRUNCATE, None, None, "t"), 4, False),
-        (Change(Op.SKIP, None, None, "heartbeat"), 6, False),
+        (Change(Op.TRUNCATE, None, None, RecordKind.TRUNCATE), 6, True),
+        (Change(Op.TRUNCATE, None, None, RecordKind.TRUNCATE), 4, False),
+        (Change(Op.SKIP, None, None, RecordKind.HEARTBEAT), 6, False),
     ],
 )
 def test_a_letter_is_superseded_by_the_whole_state_of_its_user_or_a_truncate_after_it(
@@ -53,7 +53,7 @@ def test_a_letter_is_superseded_by_the_whole_state_of_its_user_or_a_truncate_aft
 
 def test_a_letter_of_no_user_is_superseded_by_a_truncate_only() -> None:
     assert applied(upsert(), 6).supersedes(letter(None)) is None
-    assert applied(Change(Op.TRUNCATE, None, None, "t"), 6).supersedes(letter(None))
+    assert applied(Change(Op.TRUNCATE, None, None, RecordKind.TRUNCATE), 6).supersedes(letter(None))
 
 
 def test_offsets_tell_nothing_of_another_partition_or_topic() -> None:

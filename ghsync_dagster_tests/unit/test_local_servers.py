@@ -15,11 +15,11 @@ import pytest
 from cdc_parts import free_port
 from filelock import FileLock
 
+from ghsync_dagster import progress
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
 from ghsync_dagster.local import connect, connector, kafka, mysql, stack
 from ghsync_dagster.local.first_files import make_first_files
 from ghsync_dagster.local.supervisor import ServerSpec, ServiceStatus, Supervisor, _free_ports, server_to_use
-from ghsync_dagster.observability import progress
 from ghsync_dagster.settings import load_settings
 from ghsync_dagster.stores import connect as stores_connect
 from ghsync_dagster.wiring import existing_kafka, open_mysql

@@ -15,9 +15,9 @@ import pytest
 import structlog
 
 from ghsync_dagster.domain.errors import UnavailableError
-from ghsync_dagster.observability.logging import bind_run, get_logger, redact
-from ghsync_dagster.observability.progress import telling
-from ghsync_dagster.stores.retry import retrying
+from ghsync_dagster.logging import bind_run, get_logger, redact
+from ghsync_dagster.progress import telling
+from ghsync_dagster.retry import retrying
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -250,7 +250,7 @@ def test_a_try_that_fails_is_one_line_of_ours_and_nothing_of_the_library_s(
     def fail() -> None:
         raise UnavailableError("MongoDB can't be reached.", way_out="Start it.")
 
-    monkeypatch.setattr("ghsync_dagster.stores.retry._FIRST_SECONDS", 0.001)
+    monkeypatch.setattr("ghsync_dagster.retry._FIRST_SECONDS", 0.001)
     stream = logged()
     with pytest.raises(UnavailableError):
         retrying("Comparing", fail, attempts=3)

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from ghsync_dagster.cdc.listener import (
+from ghsync_dagster.cdc.health.metrics import (
+    ChangeMetrics,
+    MetricsEndpoint,
+    MetricsSnapshot,
+    PartitionLag,
+    Percentiles,
+)
+from ghsync_dagster.cdc.stream.listener import (
     APPLIED,
     COALESCED,
     DEAD_LETTER,
@@ -25,13 +32,6 @@ from ghsync_dagster.cdc.listener import (
     SilentListener,
 )
 from ghsync_dagster.domain.errors import ConfigError
-from ghsync_dagster.observability.metrics import (
-    ChangeMetrics,
-    MetricsEndpoint,
-    MetricsSnapshot,
-    PartitionLag,
-    Percentiles,
-)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -14,7 +14,7 @@ import pytest
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
 from ghsync_dagster.local import mongo
 from ghsync_dagster.settings import load_settings
-from ghsync_dagster.stores.mongo import UserStore
+from ghsync_dagster.stores.mongo.users import UserStore
 from ghsync_dagster.wiring import batch_flow
 
 if TYPE_CHECKING:

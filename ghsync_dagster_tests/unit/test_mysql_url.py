@@ -12,9 +12,9 @@ import pytest
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
 from ghsync_dagster.domain.source import Source
 from ghsync_dagster.local import connector, mysql, tls_stores
-from ghsync_dagster.mysql_url import MySqlAddress, parse_mysql_url
 from ghsync_dagster.settings import load_settings
 from ghsync_dagster.stores.mysql import MySqlStore
+from ghsync_dagster.stores.mysql_url import MySqlAddress, parse_mysql_url
 
 if TYPE_CHECKING:
     from pathlib import Path

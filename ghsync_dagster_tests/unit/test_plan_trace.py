@@ -27,13 +27,13 @@ from ghsync_dagster.domain.precedence import (
     classify_missing,
 )
 from ghsync_dagster.domain.user import MARKER_FIELD, USER_FIELDS
-from ghsync_dagster.stores.mongo import StoredVersion
+from ghsync_dagster.stores.mongo.users import StoredVersion
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from ghsync_dagster.batch.lease import HeldLease
-    from ghsync_dagster.stores.mongo import UserStore, VersionMove
+    from ghsync_dagster.stores.mongo.users import UserStore, VersionMove
 
 LOAD = "load"
 AT = "2015-01-01T15:00:00Z"

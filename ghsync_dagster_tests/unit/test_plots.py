@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ghsync_dagster.observability import plots
-from ghsync_dagster.observability.plots import events_over_time
+from ghsync_dagster.batch import plots
+from ghsync_dagster.batch.plots import events_over_time
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ghsync_dagster import rehearsal
+from ghsync_dagster.cdc.health.metrics import Percentiles
+from ghsync_dagster.dev import rehearsal
 from ghsync_dagster.local import stack
 from ghsync_dagster.local.supervisor import ServiceStatus
-from ghsync_dagster.observability.metrics import Percentiles
 from ghsync_dagster.settings import load_settings
 
 if TYPE_CHECKING:

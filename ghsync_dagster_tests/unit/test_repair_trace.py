@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from traced import Traced
 
-from ghsync_dagster.cdc import repair
-from ghsync_dagster.cdc.batch import Batch
-from ghsync_dagster.cdc.repair import Claim, RepairWork, SourceReader, carry_out, left_out
-from ghsync_dagster.domain.change import TOMBSTONE, Change, Op, Position
+from ghsync_dagster.cdc.stream import repair
+from ghsync_dagster.cdc.stream.batch import Batch
+from ghsync_dagster.cdc.stream.repair import Claim, RepairWork, SourceReader, carry_out, left_out
+from ghsync_dagster.domain.change import Change, Op, Position, RecordKind
 from ghsync_dagster.domain.precedence import DELETE_STEPS, UPSERT_STEPS, StreamStep
 from ghsync_dagster.domain.repair import (
     READING_STEPS,
@@ -33,8 +33,8 @@ from ghsync_dagster.stores.mysql import LockedRows
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from ghsync_dagster.stores.mongo.repairs import RepairStore
     from ghsync_dagster.stores.mysql import MySqlStore
-    from ghsync_dagster.stores.repairs import RepairStore
 
 Step = RepairStep | StreamStep
 SERVER = "7/bin"
@@ -289,15 +289,15 @@ def batch_of(*changes: Change) -> Batch:
 
 
 def upsert(key: str, pos: int | None) -> Change:
-    return Change(Op.UPSERT, key, row(key), "u", position=None if pos is None else at(pos))
+    return Change(Op.UPSERT, key, row(key), RecordKind.UPDATE, position=None if pos is None else at(pos))
 
 
 def delete(key: str, pos: int) -> Change:
-    return Change(Op.DELETE, key, None, "d", position=at(pos))
+    return Change(Op.DELETE, key, None, RecordKind.DELETE, position=at(pos))
 
 
 def tombstone(key: str) -> Change:
-    return Change(Op.DELETE, key, None, TOMBSTONE)
+    return Change(Op.DELETE, key, None, RecordKind.TOMBSTONE)
 
 
 FENCES = {"1": Fence(Reading("r", at(100), read_ms=1_000), True), "2": Fence(Reading("s", at(200)), True)}
@@ -311,7 +311,7 @@ def test_records_from_before_the_fence_are_left_out_and_later_ones_are_applied()
 
 
 def test_a_record_that_cannot_be_compared_is_left_out_and_asked_for_again() -> None:
-    other = Change(Op.UPSERT, "2", row("2"), "u", position=Position(3, 500, 0, "8/bin"))
+    other = Change(Op.UPSERT, "2", row("2"), RecordKind.UPDATE, position=Position(3, 500, 0, "8/bin"))
     found = left_out(batch_of(upsert("1", None), other), FENCES)
     assert found.records == {0, 1}
     assert found.request_again == {"1", "2"}
@@ -325,10 +325,10 @@ def test_a_tombstone_goes_with_its_delete() -> None:
 
 
 def test_a_truncate_keeps_the_users_that_were_read_after_it() -> None:
-    truncate = Change(Op.TRUNCATE, None, None, "t", position=at(150))
+    truncate = Change(Op.TRUNCATE, None, None, RecordKind.TRUNCATE, position=at(150))
     found = left_out(batch_of(upsert("3", 1), truncate), FENCES)
     assert found.keep == {1: frozenset({"2"})}
-    nowhere = Change(Op.TRUNCATE, None, None, "t")
+    nowhere = Change(Op.TRUNCATE, None, None, RecordKind.TRUNCATE)
     found = left_out(batch_of(nowhere), FENCES)
     assert found.keep == {0: {"1", "2"}}
     assert found.request_again == {"1", "2"}
@@ -383,7 +383,7 @@ def test_records_of_a_user_without_a_row_are_applied_as_deletes() -> None:
 
 
 def test_a_truncate_removes_a_user_without_a_row() -> None:
-    truncate = Change(Op.TRUNCATE, None, None, "t", position=at(50))
+    truncate = Change(Op.TRUNCATE, None, None, RecordKind.TRUNCATE, position=at(50))
     assert left_out(batch_of(truncate), GONE).keep == {0: frozenset()}
     assert left_out(batch_of(truncate), FENCES).keep == {0: {"1", "2"}}
 
@@ -423,7 +423,7 @@ def test_letters_are_resolved_by_the_server_that_the_connector_follows() -> None
 
 
 def test_a_record_that_was_committed_after_the_reading_is_of_another_binlog() -> None:
-    late = Change(Op.UPSERT, "1", row("1"), "u", committed_ms=60_000, position=at(50))
+    late = Change(Op.UPSERT, "1", row("1"), RecordKind.UPDATE, committed_ms=60_000, position=at(50))
     found = left_out(batch_of(late), FENCES)
     assert found.records == {0}
     assert found.request_again == {"1"}

@@ -26,8 +26,8 @@ from ghsync_dagster.batch.reports import (
     ReadReport,
     count_rows,
 )
+from ghsync_dagster.batch.summary import batch_summary, draw
 from ghsync_dagster.domain.errors import ConfigError
-from ghsync_dagster.observability.report import batch_summary, draw
 
 READ = ReadReport(
     events_path="/e",

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ghsync_dagster.batch.sample import MAX_EVENTS, SAMPLE_EVENTS, SampleReport, write_sample
+from ghsync_dagster.dev.sample import MAX_EVENTS, SAMPLE_EVENTS, SampleReport, write_sample
 from ghsync_dagster.domain.errors import ConfigError
 
 COMMITTED = Path(__file__).parents[2] / "data" / "sample_data.json"

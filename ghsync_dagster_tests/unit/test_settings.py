@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ghsync_dagster import settings
+from ghsync_dagster.cdc.health.metrics import LONGEST_WINDOW_SECONDS
 from ghsync_dagster.domain.errors import ConfigError
-from ghsync_dagster.observability.metrics import LONGEST_WINDOW_SECONDS
 from ghsync_dagster.settings import Settings, environment_without_settings, load_settings
 
 if TYPE_CHECKING:

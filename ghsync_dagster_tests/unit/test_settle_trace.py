@@ -23,13 +23,13 @@ from ghsync_dagster.domain.precedence import (
     steps_left,
 )
 from ghsync_dagster.domain.user import MARKER_FIELD
-from ghsync_dagster.stores.mongo import StoredVersion
+from ghsync_dagster.stores.mongo.users import StoredVersion
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from ghsync_dagster.batch.lease import HeldLease
-    from ghsync_dagster.stores.mongo import UserStore
+    from ghsync_dagster.stores.mongo.users import UserStore
 
 LOAD = "load"
 RUNNING = LoadState.RUNNING

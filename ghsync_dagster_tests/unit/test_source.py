@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ghsync_dagster.batch.decide import event_schema
-from ghsync_dagster.cdc.checks import causes_in, loses_changes, source_settings
+from ghsync_dagster.cdc.health.checks import causes_in, loses_changes, source_settings
 from ghsync_dagster.domain.event import Event, event_shape
 from ghsync_dagster.domain.source import (
     Effect,

@@ -11,9 +11,9 @@ from unittest.mock import MagicMock
 import pytest
 
 from ghsync_dagster import stopping
-from ghsync_dagster.cdc import write
-from ghsync_dagster.cdc.batch import Batch
-from ghsync_dagster.cdc.listener import SilentListener
+from ghsync_dagster.cdc.stream import write
+from ghsync_dagster.cdc.stream.batch import Batch
+from ghsync_dagster.cdc.stream.listener import SilentListener
 from ghsync_dagster.domain.errors import UnavailableError
 from ghsync_dagster.stopping import SIGNALS, stop_on_signals, uninterrupted
 

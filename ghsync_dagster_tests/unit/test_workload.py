@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ghsync_dagster.cdc.workload import (
+from ghsync_dagster.dev.workload import (
     DELETE,
     INSERT,
     KEY_CHANGE,

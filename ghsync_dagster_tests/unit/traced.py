@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ghsync_dagster.domain.errors import LeaseLostError
 from ghsync_dagster.domain.precedence import StreamStep
-from ghsync_dagster.stores.stream import Refused
+from ghsync_dagster.stores.mongo.stream import Refused
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

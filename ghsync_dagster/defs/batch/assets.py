@@ -24,7 +24,7 @@ from ghsync_dagster.defs.errors import as_failure
 from ghsync_dagster.defs.links import guide
 from ghsync_dagster.defs.resources import BatchResource
 from ghsync_dagster.domain.errors import ConfigError
-from ghsync_dagster.observability.logging import redact
+from ghsync_dagster.logging import redact
 from ghsync_dagster.settings import Settings, load_settings
 
 GROUP = "batch"

@@ -9,10 +9,10 @@ from collections.abc import Callable
 import dagster as dg
 from pydantic import Field
 
-from ghsync_dagster.batch.checks import Finding
 from ghsync_dagster.batch.flow import STORE_CHECKS
 from ghsync_dagster.defs.errors import as_failure
 from ghsync_dagster.defs.resources import BatchResource
+from ghsync_dagster.domain.finding import Finding
 
 
 class QuarantineConfig(dg.Config):

@@ -51,7 +51,7 @@ def of_paths(events_paths: Sequence[str]) -> dg.MetadataValue[Any]:
 
 def of_events(report: ReadReport) -> Metadata:
     """Return the metadata of ``raw_events``."""
-    from ghsync_dagster.observability.plots import events_over_time
+    from ghsync_dagster.batch.plots import events_over_time
 
     return {
         **TABLES[RAW_EVENTS].metadata(),

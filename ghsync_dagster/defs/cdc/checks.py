@@ -1,4 +1,4 @@
-"""The asset checks of the change flow, none blocking: each asks for what ``cdc/checks.py`` judges.
+"""The asset checks of the change flow, none blocking: each asks for what ``cdc/health/checks.py`` judges.
 
 Belongs here: names, config, where a check gets what it judges, and how a finding looks in Dagster. An error that is not
 about data raises.
@@ -13,8 +13,8 @@ from typing import TypeVar
 import dagster as dg
 from pydantic import Field
 
-from ghsync_dagster.cdc import checks
-from ghsync_dagster.cdc.checks import (
+from ghsync_dagster.cdc.health import checks
+from ghsync_dagster.cdc.health.checks import (
     CDC_LATENCY,
     CONNECTOR_RUNNING,
     DEAD_LETTERS_EMPTY,
@@ -29,8 +29,8 @@ from ghsync_dagster.defs.cdc.slice import USERS_CHANGES
 from ghsync_dagster.defs.errors import as_failure
 from ghsync_dagster.defs.resources import ChangesResource
 from ghsync_dagster.domain.errors import UnavailableError
+from ghsync_dagster.retry import retrying
 from ghsync_dagster.settings import Settings
-from ghsync_dagster.stores.retry import retrying
 
 CDC_CHECKS = (CONNECTOR_RUNNING, KAFKA_LAG, CDC_LATENCY, DEAD_LETTERS_EMPTY, SOURCE_SETTINGS, IN_STEP_WITH_MYSQL)
 
@@ -97,14 +97,14 @@ def connector_running(changes: ChangesResource) -> dg.AssetCheckResult:
 @dg.asset_check(asset=USERS_CHANGES, name=KAFKA_LAG, description="Consumer lag is within the limit.")
 def kafka_lag(config: LagConfig, changes: ChangesResource) -> dg.AssetCheckResult:
     """Judge how far the group is behind."""
-    from ghsync_dagster.cdc.backlog import read_backlog
-    from ghsync_dagster.cdc.known_topic import KnownTopic
+    from ghsync_dagster.cdc.stream.topic_guard import TopicGuard
+    from ghsync_dagster.stores.kafka.backlog import read_backlog
 
     limit = changes.settings().max_lag_records if config.max_lag_records is None else config.max_lag_records
 
     def known() -> tuple[bool, frozenset[int]]:
         with changes.open_store() as store:
-            topic = KnownTopic(changes.kafka(), store)
+            topic = TopicGuard(changes.kafka(), store)
             return topic.is_another(), topic.placed()
 
     is_another, placed = _retrying(changes, known)
@@ -121,7 +121,7 @@ def cdc_latency(
     context: dg.AssetCheckExecutionContext, config: LatencyConfig, changes: ChangesResource
 ) -> dg.AssetCheckResult:
     """Judge the newest observations."""
-    from ghsync_dagster.cdc.backlog import read_backlog
+    from ghsync_dagster.stores.kafka.backlog import read_backlog
 
     settings = changes.settings()
     window = config.window_seconds or latency_window(settings)
@@ -204,11 +204,11 @@ def _is_of_load(context: dg.AssetCheckExecutionContext) -> bool:
 
 
 def _compared(config: AuditConfig, changes: ChangesResource, attempts: int) -> dg.AssetCheckResult:
-    from ghsync_dagster.cdc.audit import AuditResult, Patience, audit
-    from ghsync_dagster.cdc.backlog import await_no_lag
-    from ghsync_dagster.cdc.causes import Circumstances
-    from ghsync_dagster.cdc.dead_letters import users_with_letters
+    from ghsync_dagster.cdc.dead_letters.index import users_with_letters
+    from ghsync_dagster.cdc.health.audit import AuditResult, Patience, audit
+    from ghsync_dagster.cdc.health.causes import Circumstances
     from ghsync_dagster.domain.connector import stopped_words
+    from ghsync_dagster.stores.kafka.backlog import await_no_lag
 
     def again(action: Callable[[], T]) -> T:
         return retrying("check", action, attempts=attempts)

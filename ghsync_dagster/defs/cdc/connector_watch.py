@@ -1,7 +1,7 @@
 """The sensor connector_watch: reports the check connector_running whenever its outcome changes, without a run.
 
-Belongs here: what a tick remembers of the ticks before. Not here: what is asked (``cdc.connector``), the judgement
-(``cdc.checks``), and whether its outcome is news (``watching``).
+Belongs here: what a tick remembers of the ticks before. Not here: what is asked (``cdc.health.connector``), the
+judgement (``cdc.health.checks``), and whether its outcome is news (``watching``).
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Final
 import dagster as dg
 import msgspec
 
-from ghsync_dagster.cdc import checks
-from ghsync_dagster.cdc.connector import NOT_ASKED
+from ghsync_dagster.cdc.health import checks
+from ghsync_dagster.cdc.health.connector import NOT_ASKED
 from ghsync_dagster.defs.cdc.watching import report
 from ghsync_dagster.domain.connector import UNKNOWN, Sample, base_of
-from ghsync_dagster.observability.logging import configure_logging, get_logger
+from ghsync_dagster.logging import configure_logging, get_logger
 from ghsync_dagster.settings import load_settings
 from ghsync_dagster.wiring import connector_probe
 
 if TYPE_CHECKING:
-    from ghsync_dagster.batch.checks import Finding
-    from ghsync_dagster.cdc.connector import ConnectorProbe, ConnectorReport
+    from ghsync_dagster.cdc.health.connector import ConnectorProbe, ConnectorReport
+    from ghsync_dagster.domain.finding import Finding
 
 INTERVAL_SECONDS: Final = 15
 _DOUBTFUL_LOOKS: Final = 2

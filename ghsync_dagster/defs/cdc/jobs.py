@@ -11,10 +11,9 @@ import dagster as dg
 from pydantic import Field
 
 from ghsync_dagster.batch import checks
-from ghsync_dagster.batch.checks import Finding
-from ghsync_dagster.cdc.checks import loses_changes
-from ghsync_dagster.cdc.connector import require_stream
-from ghsync_dagster.cdc.dead_letters import DeadLetter
+from ghsync_dagster.cdc.dead_letters.record import DeadLetter
+from ghsync_dagster.cdc.health.checks import loses_changes
+from ghsync_dagster.cdc.health.connector import require_stream
 from ghsync_dagster.defs.batch.checks import as_result
 from ghsync_dagster.defs.cdc.checks import CHECKS, AuditConfig, LagConfig, LatencyConfig, SourceConfig
 from ghsync_dagster.defs.cdc.slice import consume
@@ -23,7 +22,8 @@ from ghsync_dagster.defs.gated import gated_executor
 from ghsync_dagster.defs.presets import preset
 from ghsync_dagster.defs.resources import ChangesResource
 from ghsync_dagster.domain.errors import WAY_OUT, GhsyncError
-from ghsync_dagster.stores.retry import retrying
+from ghsync_dagster.domain.finding import Finding
+from ghsync_dagster.retry import retrying
 
 FLOW_TAG = "ghsync/flow"
 SYNC_JOB = "cdc_sync_job"
@@ -84,8 +84,8 @@ def drain_changes(context: dg.OpExecutionContext, config: DrainConfig, changes: 
     Raises:
         Failure: The end was not reached, or the connector does not run, so that later changes never come.
     """
-    from ghsync_dagster.cdc.backlog import read_backlog
-    from ghsync_dagster.cdc.dead_letters import dead_letter_ends, read_dead_letters
+    from ghsync_dagster.cdc.dead_letters.topic import dead_letter_ends, read_dead_letters
+    from ghsync_dagster.stores.kafka.backlog import read_backlog
 
     with as_failure():
         attempts = changes.settings().retry_attempts

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import dagster as dg
 
-from ghsync_dagster.cdc.checks import Measured, certain_p99
+from ghsync_dagster.cdc.health.checks import Measured, certain_p99
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from ghsync_dagster.cdc.dead_letters import OpenLetters
-    from ghsync_dagster.observability.metrics import MetricsSnapshot, Percentiles
-    from ghsync_dagster.stores.kafka import KafkaSettings
+    from ghsync_dagster.cdc.dead_letters.index import OpenLetters
+    from ghsync_dagster.cdc.health.metrics import MetricsSnapshot, Percentiles
+    from ghsync_dagster.stores.kafka.client import KafkaSettings
 
 Metadata = dict[str, Any]
 

@@ -1,7 +1,7 @@
 """The repair of users in Dagster: a job with launchpad config, and a sensor that starts it after an audit.
 
 Belongs here: config, what a run fails on, and which failed audits start one. Not here: who is repaired and how
-(``cdc.repair_requests``).
+(``cdc.health.repair_requests``).
 """
 
 # No annotations from __future__: Dagster wants the types of context and config, not their names.
@@ -13,7 +13,7 @@ import dagster as dg
 from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus
 from pydantic import Field
 
-from ghsync_dagster.cdc.repair_requests import (
+from ghsync_dagster.cdc.health.repair_requests import (
     SHOWN,
     Chosen,
     RepairReport,
@@ -29,9 +29,9 @@ from ghsync_dagster.defs.errors import as_failure
 from ghsync_dagster.defs.presets import preset
 from ghsync_dagster.defs.resources import ChangesResource
 from ghsync_dagster.domain.errors import WAY_OUT, ConfigError
-from ghsync_dagster.observability.logging import configure_logging, get_logger
+from ghsync_dagster.logging import configure_logging, get_logger
+from ghsync_dagster.retry import retrying
 from ghsync_dagster.settings import load_settings
-from ghsync_dagster.stores.retry import retrying
 
 REPAIR_JOB: Final = "cdc_repair_job"
 REPAIR_OP: Final = "repair_users"
@@ -87,8 +87,8 @@ def repair_users(context: dg.OpExecutionContext, config: RepairConfig, changes: 
 
 
 def _repaired(config: RepairConfig, changes: ChangesResource) -> RepairReport:
-    from ghsync_dagster.cdc.listener import SilentListener
-    from ghsync_dagster.stores.repairs import RepairStore
+    from ghsync_dagster.cdc.stream.listener import SilentListener
+    from ghsync_dagster.stores.mongo.repairs import RepairStore
 
     settings = changes.settings()
     selection = Selection(tuple(config.user_ids), config.from_audit, config.everyone, config.dead_letters)

@@ -15,7 +15,7 @@ import dagster as dg
 from ghsync_dagster.defs.cdc.jobs import FLOW_TAG, SYNC_JOB, SYNC_OP, cdc_sync_job
 from ghsync_dagster.defs.cdc.supervisor import Phase, Replace, Rules, Slice, Start, Wait, decide, is_silent
 from ghsync_dagster.domain.errors import TransientError
-from ghsync_dagster.observability.logging import configure_logging, get_logger
+from ghsync_dagster.logging import configure_logging, get_logger
 from ghsync_dagster.settings import load_settings
 from ghsync_dagster.wiring import existing_kafka
 
@@ -163,7 +163,7 @@ def _observed(instance: dg.DagsterInstance, run_id: str) -> float | None:
 
 def _waiting(settings: Settings) -> int | None:
     """Return how many changes wait, None while that can't be told: another slice could do no better then."""
-    from ghsync_dagster.cdc.backlog import read_backlog
+    from ghsync_dagster.stores.kafka.backlog import read_backlog
 
     try:
         return read_backlog(replace(existing_kafka(settings), timeout_seconds=_PROBE_SECONDS)).waiting
@@ -174,7 +174,7 @@ def _waiting(settings: Settings) -> int | None:
 
 def _kafka_is_missing(settings: Settings) -> str | None:
     """Return why Kafka can't be used now, None where it can."""
-    from ghsync_dagster.cdc.backlog import ask_for_topic
+    from ghsync_dagster.stores.kafka.backlog import ask_for_topic
 
     try:
         ask_for_topic(existing_kafka(settings), seconds=_PROBE_SECONDS)

@@ -1,7 +1,7 @@
 """One run's consumption: the change consumer beside a main thread that observes it and hears when to stop.
 
 Belongs here: observations, the end on a signal or on the run's termination, the metrics endpoint. Not here: how changes
-are consumed (``cdc.consume``), and when a run starts (``defs.cdc.supervisor``).
+are consumed (``cdc.stream.consume``), and when a run starts (``defs.cdc.supervisor``).
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Final
 import dagster as dg
 from sqlalchemy.exc import SQLAlchemyError
 
-from ghsync_dagster.cdc.connector import watch_connector
-from ghsync_dagster.cdc.listener import Listeners, SilentListener
+from ghsync_dagster.cdc.health.connector import watch_connector
+from ghsync_dagster.cdc.health.metrics import ChangeMetrics, MetricsEndpoint
+from ghsync_dagster.cdc.stream.listener import Listeners, SilentListener
 from ghsync_dagster.defs.cdc import metadata
 from ghsync_dagster.domain.errors import ConfigError
-from ghsync_dagster.observability.logging import get_logger
-from ghsync_dagster.observability.metrics import ChangeMetrics, MetricsEndpoint
+from ghsync_dagster.logging import get_logger
 from ghsync_dagster.stopping import killed_when_frozen, stop_on_signals
 
 if TYPE_CHECKING:
     from collections.abc import Collection
     from concurrent.futures import Future
 
-    from ghsync_dagster.cdc.consume import ConsumerReport
+    from ghsync_dagster.cdc.stream.consume import ConsumerReport
     from ghsync_dagster.defs.resources import ChangesResource
     from ghsync_dagster.settings import Settings
 

@@ -12,7 +12,7 @@ import dagster as dg
 from ghsync_dagster.defs.cdc.watching import report
 from ghsync_dagster.defs.resources import ChangesResource
 from ghsync_dagster.domain.errors import GhsyncError
-from ghsync_dagster.observability.logging import configure_logging, get_logger
+from ghsync_dagster.logging import configure_logging, get_logger
 
 INTERVAL_SECONDS: Final = 60
 

@@ -17,7 +17,7 @@ from ghsync_dagster.defs.cdc.slice import USERS_CHANGES
 if TYPE_CHECKING:
     from structlog.stdlib import BoundLogger
 
-    from ghsync_dagster.batch.checks import Finding
+    from ghsync_dagster.domain.finding import Finding
 
 _EVALUATED: Final = {AssetCheckExecutionRecordStatus.SUCCEEDED, AssetCheckExecutionRecordStatus.FAILED}
 _LATEST: Final = 10

@@ -17,7 +17,7 @@ import msgspec
 from ghsync_dagster.defs.errors import ChecksFailedError, kind_of, own_class, root_cause
 from ghsync_dagster.domain.errors import WAY_OUT, ConfigError, GhsyncError, RefusedError, UnavailableError
 from ghsync_dagster.domain.text import shortened
-from ghsync_dagster.observability.logging import configure_logging, get_logger, redact
+from ghsync_dagster.logging import configure_logging, get_logger, redact
 from ghsync_dagster.settings import load_settings
 
 if TYPE_CHECKING:

@@ -1,0 +1,171 @@
+"""Whether the stream's source goes on: the connector's state, its offset, and the database's binlog, asked together.
+
+Belongs here: what is asked, and in which order. Not here: the requests (``stores.connect``, ``stores.mysql``), what a
+state means (``domain.connector``), and the judgement (``cdc.health.checks``).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from ghsync_dagster.domain.connector import UNKNOWN, ConnectorState, Sample, base_of
+from ghsync_dagster.domain.errors import GhsyncError, UnavailableError
+from ghsync_dagster.logging import get_logger
+
+if TYPE_CHECKING:
+    from ghsync_dagster.stores.connect import ConnectWorker
+    from ghsync_dagster.stores.mysql import MySqlStore
+
+NOT_ASKED: Final = "the connector was not asked: CONNECT_URL is not set, and there is no local worker here"
+_SETTLE_SECONDS: Final = 10.0
+"""How long a connector may be on its way to run, before that is its state."""
+_POLL_SECONDS: Final = 0.5
+
+log = get_logger("cdc")
+
+
+def require_stream(state: ConnectorState | None) -> None:
+    """See that changes keep coming, after what the topic holds is applied.
+
+    Args:
+        state: The connector's; None where no worker is known, of which nothing is claimed.
+
+    Raises:
+        UnavailableError: It does not run.
+    """
+    if state is not None and not state.is_running:
+        raise UnavailableError(
+            f"What the topic held is applied, but the stream is stopped: {state.words()}.", way_out=state.way_out()
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectorReport:
+    """What is known of the connector at one moment.
+
+    Attributes:
+        state: Its state.
+        sample: Where it and the database are.
+        event_at: When the database wrote the last event that its offset covers, in seconds since 1970; None where that
+            is not known.
+        blind: What could not be looked at, in words; empty where all could.
+    """
+
+    state: ConnectorState
+    sample: Sample
+    event_at: float | None = None
+    blind: str = ""
+
+
+class ConnectorProbe:
+    """Asks for the connector.
+
+    Args:
+        open_worker: Opens its worker.
+        open_mysql: Opens the database that it follows; None where none is known.
+        still_seconds: How long its offset may stand still while the database writes.
+    """
+
+    def __init__(
+        self,
+        open_worker: Callable[[], ConnectWorker],
+        open_mysql: Callable[[], MySqlStore] | None,
+        *,
+        still_seconds: float,
+    ) -> None:
+        self._open_worker = open_worker
+        self._open_mysql = open_mysql
+        self.still_seconds = still_seconds
+
+    def state(self) -> ConnectorState:
+        """Return the connector's state now; ``UNKNOWN`` where the worker does not tell it."""
+        from ghsync_dagster.stores.connect import away
+
+        try:
+            with self._open_worker() as worker:
+                return worker.state()
+        except UnavailableError as error:
+            return away(error)
+
+    def settled(self, seconds: float = _SETTLE_SECONDS) -> ConnectorState:
+        """Return the connector's state, once it is no longer on its way to run or the time is over."""
+        deadline = time.monotonic() + seconds
+        while True:
+            state = self.state()
+            # A worker that restarts answers again soon.
+            if state.is_running or (state.is_stopped and state.state != UNKNOWN) or time.monotonic() > deadline:
+                return state
+            time.sleep(_POLL_SECONDS)
+
+    def report(self, *, with_log: bool = True) -> ConnectorReport:
+        """Return what is known now.
+
+        Args:
+            with_log: Whether the database is asked for the end of its binlog too.
+        """
+        from ghsync_dagster.stores.connect import away
+
+        now = time.time()
+        try:
+            with self._open_worker() as worker:
+                state = worker.state()
+                if not state.is_running:
+                    return ConnectorReport(state, Sample(now))
+                offset = worker.offset()
+                beats = worker.sends_heartbeats()
+        except UnavailableError as error:
+            return ConnectorReport(away(error), Sample(now))
+        if offset is None:
+            return ConnectorReport(state, Sample(now), blind="the worker tells no committed offset")
+        log, blind = None, "the connector has no heartbeat.interval.ms"
+        if beats:
+            log, blind = self._log_end() if with_log else (None, "")
+        return ConnectorReport(state, Sample(now, offset.text, log, offset.position), offset.event_at, blind)
+
+    def _log_end(self) -> tuple[str | None, str]:
+        if self._open_mysql is None:
+            return None, "MYSQL_URL is not set"
+        try:
+            with self._open_mysql() as mysql:
+                log = mysql.log_end()
+        except GhsyncError as error:
+            return None, error.message.rstrip(".")
+        return log, "" if log else "MySQL writes no binlog"
+
+    def watched(self) -> tuple[ConnectorReport, float]:
+        """Return the connector's report, and for how many seconds its offset has stood still while the database wrote.
+
+        Returns as soon as it is seen that it does not stand still, or does so for longer than it may.
+        """
+        self.settled()
+        report = self.report()
+        base = report.sample
+        still = 0.0
+        while report.sample.is_known and still <= self.still_seconds:
+            time.sleep(_POLL_SECONDS)
+            report = self.report()
+            base = base_of(base, report.sample)
+            still = report.sample.at - base.at
+            if still == 0:
+                break
+        return report, still
+
+
+def watch_connector(probe: ConnectorProbe | None, tell: Callable[[ConnectorReport], None]) -> None:
+    """Tell what is known of the connector; log where it can't be asked, since a consumer goes on without.
+
+    Args:
+        probe: Asks; None where no worker is known.
+        tell: Gets the report.
+    """
+    if probe is None:
+        return
+    try:
+        report = probe.report(with_log=False)
+    except GhsyncError as error:
+        log.warning("the connector was not asked", reason=error.message)
+    else:
+        tell(report)

@@ -1,0 +1,604 @@
+"""What the change consumer did, measured: counts, latency percentiles, lag, and the Prometheus endpoint.
+
+Belongs here: the listener that measures (`ChangeMetrics`), its snapshot, and how it looks to Prometheus. Not here: what
+is applied, or which value is too high.
+
+Latency is taken per record, from the database's commit and from Kafka's timestamp to the store's acknowledgement of the
+batch. Values are gathered by ``Counter`` in slots of a second and go to an HDR histogram once a slot, so that a record
+costs a fraction of a microsecond. A latency keeps 11 leading bits: exact below 2.048 s, to 0.1 % above.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from bisect import bisect_left
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from ghsync_dagster.cdc.stream import listener
+from ghsync_dagster.domain.connector import UNKNOWN
+from ghsync_dagster.domain.errors import ConfigError
+from ghsync_dagster.logging import get_logger
+
+if TYPE_CHECKING:
+    from hdrh.histogram import HdrHistogram
+    from prometheus_client.metrics_core import Metric
+
+    from ghsync_dagster.cdc.health.connector import ConnectorReport
+    from ghsync_dagster.cdc.stream.listener import AppliedBatch
+
+WINDOW_SECONDS: Final = 60.0
+"""The window of the percentiles that Prometheus sees, and of the rate."""
+LONGEST_WINDOW_SECONDS: Final = 300.0
+_SLOT_SECONDS: Final = 1.0
+
+BUCKETS_MS: Final = (5, 10, 25, 50, 75, 100, 150, 250, 500, 750, 1_000, 2_500, 5_000, 10_000, 30_000, 60_000, 300_000)
+"""Upper bounds of the Prometheus histograms, in ms."""
+_QUANTILES: Final = (50, 95, 99)
+_HIGHEST_MS: Final = 7 * 24 * 3_600_000
+_DIGITS: Final = 3
+_BITS: Final = 11
+_MS: Final = 1_000
+_COARSE_GRAIN_MS: Final = 1_000
+
+_SERVERS: Final = {listener.KAFKA: "Kafka", listener.MONGO: "MongoDB"}
+_CONNECTOR_STATES: Final = ("RUNNING", "FAILED", "PAUSED", "STOPPED", "UNASSIGNED", "RESTARTING", "NONE")
+
+COMMIT: Final = "commit"
+KAFKA: Final = "kafka"
+
+log = get_logger("metrics")
+
+
+@dataclass(frozen=True, slots=True)
+class Percentiles:
+    """A distribution of latencies, in ms; all 0 where nothing was recorded.
+
+    Attributes:
+        count: Records in it.
+        p50: Half of them were this fast or faster.
+        p95: 95 of 100 were.
+        p99: 99 of 100 were.
+        max: The slowest.
+    """
+
+    count: int = 0
+    p50: int = 0
+    p95: int = 0
+    p99: int = 0
+    max: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Latency up to the store's acknowledgement.
+
+    Attributes:
+        window: Of the window that was asked for.
+        total: Since the start.
+        negative: Records whose time lay in the future, by clocks that differ; they count as 0 ms.
+        grain_ms: 1000 where every time came in whole seconds, as some servers give them: a latency is then up to a
+            second too high. Else 1.
+    """
+
+    window: Percentiles
+    total: Percentiles
+    negative: int
+    grain_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionLag:
+    """How far one partition is behind.
+
+    Attributes:
+        records: That wait.
+        seconds: Since the oldest of them was appended.
+    """
+
+    records: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsSnapshot:
+    """All that is known at one moment; ``as_dict`` gives it for JSON.
+
+    Attributes:
+        seconds: Since the start.
+        window_seconds: The window of the percentiles and the rate: what was asked for, or less at the start.
+        records: All records so far, of whatever outcome.
+        records_a_minute: In the window.
+        counts: Records by what they were and what became of them: ``{"c": {"applied": 3}}``.
+        outcomes: Records by what became of them.
+        batches: So far.
+        write_seconds: Spent in writes so far.
+        commit: Latency from the database's commit.
+        kafka: Latency from Kafka's timestamp.
+        lag: By partition of this consumer; None where it is not known, as it has only come or Kafka does not answer.
+        lag_records: Of all partitions; None where that of one is not known, or there is none.
+        lag_seconds: Of the partition that is furthest behind; None as above.
+        retries: Retried steps, by the error's class.
+        errors: Errors that ended the loop, by class.
+        dead_letters: By kind.
+        repaired: Users that were repaired, by outcome.
+        broken_rules: Applied records that break a rule, by rule.
+        unknown_columns: Records with a column that nobody knows, by column.
+        connections: Whether each server answers.
+        disconnections: How often each server stopped to answer.
+        seconds_since_write: Since the last acknowledged batch; None where there was none.
+        connector: The connector's state; None where it is not known: nobody asked, or its worker is away.
+        connector_event_age: Seconds since the database wrote the last event that the connector has handled; None as
+            above, and where the worker does not tell.
+        connector_fault: Why the stream brings nothing new, in words; None where it goes on or nobody asked.
+    """
+
+    seconds: float
+    window_seconds: float
+    records: int
+    records_a_minute: float
+    counts: dict[str, dict[str, int]]
+    outcomes: dict[str, int]
+    batches: int
+    write_seconds: float
+    commit: Latency
+    kafka: Latency
+    lag: dict[int, PartitionLag | None]
+    lag_records: int | None
+    lag_seconds: float | None
+    retries: dict[str, int]
+    errors: dict[str, int]
+    dead_letters: dict[str, int]
+    repaired: dict[str, int]
+    broken_rules: dict[str, int]
+    unknown_columns: dict[str, int]
+    connections: dict[str, bool]
+    disconnections: dict[str, int]
+    seconds_since_write: float | None
+    connector: str | None = None
+    connector_event_age: float | None = None
+    connector_fault: str | None = None
+
+    @property
+    def held_up(self) -> str | None:
+        """Why nothing can be consumed now, in words; None where nothing is known to be in the way."""
+        for server, name in _SERVERS.items():
+            if self.connections.get(server) is False:
+                return f"{name} does not answer"
+        if not self.lag:
+            return "this consumer has no partition"
+        # What the topic still holds is consumed, whatever became of the connector.
+        return None if self.records_a_minute or self.lag_records else self.connector_fault
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain values, for JSON."""
+        return asdict(self)
+
+
+@dataclass(slots=True)
+class _Slot:
+    """What one second brought: records, and latencies in ms with how often each was seen."""
+
+    began: float
+    records: int = 0
+    commit: Counter[int] = field(default_factory=Counter)
+    kafka: Counter[int] = field(default_factory=Counter)
+
+
+def _histogram() -> HdrHistogram:
+    from hdrh.histogram import HdrHistogram
+
+    return HdrHistogram(1, _HIGHEST_MS, _DIGITS)
+
+
+def percentiles(latencies: Mapping[int, int]) -> Percentiles:
+    """Return the distribution of latencies, given as how many records took so many ms."""
+    histogram = _histogram()
+    for milliseconds, records in latencies.items():
+        histogram.record_value(milliseconds, records)
+    return _percentiles(histogram, max(latencies, default=0))
+
+
+def _percentiles(histogram: HdrHistogram, slowest: int) -> Percentiles:
+    if not histogram.get_total_count():
+        return Percentiles()
+    found = histogram.get_percentile_to_value_dict(list(_QUANTILES))
+    # The histogram gives the upper end of a value's range, which may lie above the slowest.
+    p50, p95, p99 = (min(int(found[quantile]), slowest) for quantile in _QUANTILES)
+    return Percentiles(int(histogram.get_total_count()), p50, p95, p99, slowest)
+
+
+class _Clock:
+    """The latencies from one clock since the start: flat memory, whatever the number of records."""
+
+    def __init__(self) -> None:
+        self.histogram = _histogram()
+        self.buckets = [0] * (len(BUCKETS_MS) + 1)
+        self.sum_ms = 0
+        self.negative = 0
+        self.slowest = 0
+        self.whole_seconds = True
+
+    def gather(self, times: Iterable[int | None], until_ms: int, into: Counter[int]) -> None:
+        """Count the latencies of one batch into a slot."""
+        moments = [at for at in times if at is not None]
+        if not moments:
+            return
+        if self.whole_seconds:
+            self.whole_seconds = not any(at % _COARSE_GRAIN_MS for at in moments)
+        latencies = [until_ms - at for at in moments]
+        fastest = min(latencies)
+        if fastest < 0:
+            self.negative += sum(1 for latency in latencies if latency < 0)
+            latencies = [max(latency, 0) for latency in latencies]
+            fastest = 0
+        slowest = max(latencies)
+        self.slowest = max(self.slowest, slowest)
+        drop = max(fastest.bit_length() - _BITS, 0)
+        into.update([latency >> drop << drop for latency in latencies] if drop else latencies)
+
+    def keep(self, latencies: Mapping[int, int]) -> None:
+        """Take a finished slot's latencies into the histograms."""
+        for latency, count in latencies.items():
+            self.histogram.record_value(min(latency, _HIGHEST_MS), count)
+            self.buckets[bisect_left(BUCKETS_MS, latency)] += count
+            self.sum_ms += latency * count
+
+    def latency(self, window: Mapping[int, int]) -> Latency:
+        """Return what is known; ``window`` holds the latencies of the window."""
+        recent = _histogram()
+        for latency, count in window.items():
+            recent.record_value(min(latency, _HIGHEST_MS), count)
+        seen = self.histogram.get_total_count() > 0
+        return Latency(
+            window=_percentiles(recent, max(window, default=0)),
+            total=_percentiles(self.histogram, self.slowest),
+            negative=self.negative,
+            grain_ms=_COARSE_GRAIN_MS if seen and self.whole_seconds else 1,
+        )
+
+
+class ChangeMetrics:
+    """The ``ChangeListener`` that measures. All methods may be called from any thread.
+
+    Args:
+        clock: Seconds of a clock that never goes back.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._started = clock()
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._batches = 0
+        self._write_seconds = 0.0
+        self._last_write: float | None = None
+        self._commit = _Clock()
+        self._kafka = _Clock()
+        self._slots: deque[_Slot] = deque()
+        self._slot = _Slot(self._started)
+        self._lag: dict[int, PartitionLag | None] = {}
+        self._retries: Counter[str] = Counter()
+        self._errors: Counter[str] = Counter()
+        self._dead_letters: Counter[str] = Counter()
+        self._repaired: Counter[str] = Counter()
+        self._broken_rules: Counter[str] = Counter()
+        self._unknown_columns: Counter[str] = Counter()
+        self._connections: dict[str, bool] = {}
+        self._disconnections: Counter[str] = Counter()
+        self._connector: ConnectorReport | None = None
+
+    # What the loop tells
+
+    def batch_applied(self, batch: AppliedBatch) -> None:
+        """Count a batch and its latencies."""
+        with self._lock:
+            now = self._clock()
+            if now - self._slot.began >= _SLOT_SECONDS:
+                self._finish_slot(now)
+            self._counts.update(batch.counts)
+            self._slot.records += sum(batch.counts.values())
+            self._commit.gather(batch.committed_ms, batch.acknowledged_ms, self._slot.commit)
+            self._kafka.gather(batch.appended_ms, batch.acknowledged_ms, self._slot.kafka)
+            self._batches += 1
+            self._write_seconds += batch.write_seconds
+            self._last_write = now
+            self._broken_rules.update(batch.broken_rules)
+            self._unknown_columns.update(batch.unknown_columns)
+
+    def lag(self, partition: int, records: int, seconds: float) -> None:
+        """Note how far a partition is behind."""
+        with self._lock:
+            self._lag[partition] = PartitionLag(records, seconds)
+
+    def assigned(self, partitions: Collection[int]) -> None:
+        """Forget the lag of partitions that others have now; that of a new one is not known until it is told."""
+        with self._lock:
+            self._lag = {number: self._lag.get(number) for number in sorted(partitions)}
+
+    def retried(self, kind: str) -> None:
+        """Count a step that is tried again."""
+        with self._lock:
+            self._retries[kind] += 1
+
+    def failed(self, kind: str) -> None:
+        """Count an error that ended the loop."""
+        with self._lock:
+            self._errors[kind] += 1
+
+    def dead_letter(self, kind: str, count: int = 1) -> None:
+        """Count dead letters."""
+        with self._lock:
+            self._dead_letters[kind] += count
+
+    def repaired(self, outcome: str, count: int = 1) -> None:
+        """Count repaired users."""
+        with self._lock:
+            self._repaired[outcome] += count
+
+    def connection(self, name: str, *, up: bool) -> None:
+        """Note whether a server answers; what waits in Kafka is not known while that does not."""
+        with self._lock:
+            if name == listener.KAFKA and not up:
+                self._lag = dict.fromkeys(self._lag)
+            if self._connections.get(name, True) and not up:
+                self._disconnections[name] += 1
+            self._connections[name] = up
+
+    def connector(self, report: ConnectorReport) -> None:
+        """Note what is known of the connector."""
+        self.connection(listener.CONNECT, up=report.state.state != UNKNOWN)
+        with self._lock:
+            self._connector = report
+
+    # What others read
+
+    def snapshot(self, window_seconds: float = WINDOW_SECONDS) -> MetricsSnapshot:
+        """Return all that is known now.
+
+        Args:
+            window_seconds: Of the windowed percentiles and the rate, to a second; at most 300.
+        """
+        with self._lock:
+            now = self._clock()
+            self._finish_slot(now)
+            window = min(window_seconds, LONGEST_WINDOW_SECONDS, now - self._started)
+            recent = [slot for slot in self._slots if slot.began >= now - window - _SLOT_SECONDS / 2]
+            covered = max(window, now - recent[0].began if recent else 0.0)
+            in_window = sum(slot.records for slot in recent)
+            lag = self._total_lag()
+            return MetricsSnapshot(
+                seconds=round(now - self._started, 3),
+                window_seconds=round(covered, 3),
+                records=self._counts.total(),
+                records_a_minute=round(60 * in_window / covered, 1) if covered else 0.0,
+                counts=self._counts_by_what(),
+                outcomes=self._counts_by_outcome(),
+                batches=self._batches,
+                write_seconds=round(self._write_seconds, 3),
+                commit=self._commit.latency(sum((slot.commit for slot in recent), Counter())),
+                kafka=self._kafka.latency(sum((slot.kafka for slot in recent), Counter())),
+                lag=dict(self._lag),
+                lag_records=lag.records if lag else None,
+                lag_seconds=lag.seconds if lag else None,
+                retries=dict(self._retries),
+                errors=dict(self._errors),
+                dead_letters=dict(self._dead_letters),
+                repaired=dict(self._repaired),
+                broken_rules=dict(self._broken_rules),
+                unknown_columns=dict(self._unknown_columns),
+                connections=dict(self._connections),
+                disconnections=dict(self._disconnections),
+                seconds_since_write=None if self._last_write is None else round(now - self._last_write, 3),
+                **self._of_connector(),
+            )
+
+    def _of_connector(self) -> dict[str, Any]:
+        if (report := self._connector) is None:
+            return {}
+        at = report.event_at
+        return {
+            "connector": None if report.state.state == UNKNOWN else report.state.state,
+            "connector_event_age": None if at is None else round(max(time.time() - at, 0.0), 3),
+            "connector_fault": report.state.words() if report.state.is_stopped else None,
+        }
+
+    def _total_lag(self) -> PartitionLag | None:
+        """Return how far all partitions are behind; None where that of one is not known, or there is none."""
+        known = [lag for lag in self._lag.values() if lag is not None]
+        if not known or len(known) < len(self._lag):
+            return None
+        return PartitionLag(sum(lag.records for lag in known), max(lag.seconds for lag in known))
+
+    def _finish_slot(self, now: float) -> None:
+        """Take the open slot into the totals and begin another; forget slots that no window reaches."""
+        if self._slot.records:
+            self._commit.keep(self._slot.commit)
+            self._kafka.keep(self._slot.kafka)
+            self._slots.append(self._slot)
+        self._slot = _Slot(now)
+        while self._slots and self._slots[0].began < now - LONGEST_WINDOW_SECONDS - _SLOT_SECONDS:
+            self._slots.popleft()
+
+    def _counts_by_what(self) -> dict[str, dict[str, int]]:
+        found: dict[str, dict[str, int]] = {}
+        for (what, outcome), count in sorted(self._counts.items()):
+            found.setdefault(what, {})[outcome] = count
+        return found
+
+    def _counts_by_outcome(self) -> dict[str, int]:
+        found: Counter[str] = Counter()
+        for (_, outcome), count in sorted(self._counts.items()):
+            found[outcome] += count
+        return dict(found)
+
+    def cumulative_buckets(self, clock: str) -> tuple[list[tuple[str, int]], float]:
+        """Return the Prometheus buckets of ``COMMIT`` or ``KAFKA`` since the start, and the sum in seconds."""
+        with self._lock:
+            self._finish_slot(self._clock())
+            measured = self._commit if clock == COMMIT else self._kafka
+            found, so_far = [], 0
+            for bound, count in zip(
+                (*(str(bound / _MS) for bound in BUCKETS_MS), "+Inf"), measured.buckets, strict=True
+            ):
+                so_far += count
+                found.append((bound, so_far))
+            return found, measured.sum_ms / _MS
+
+
+class PrometheusView:
+    """A collector that shows one ``ChangeMetrics`` under names ``ghsync_cdc_*``."""
+
+    def __init__(self, metrics: ChangeMetrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield every metric as it stands."""
+        now = self._metrics.snapshot(WINDOW_SECONDS)
+        yield from _counters(now)
+        yield from _gauges(now)
+        yield from self._latencies(now)
+
+    def _latencies(self, now: MetricsSnapshot) -> Iterator[Metric]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+
+        negative = CounterMetricFamily(
+            "ghsync_cdc_negative_latencies", "Records whose time lay in the future: clocks differ.", labels=["since"]
+        )
+        recent = GaugeMetricFamily(
+            "ghsync_cdc_recent_latency_seconds",
+            f"Percentiles (HDR) of the last {WINDOW_SECONDS:.0f} s, up to the store's acknowledgement.",
+            labels=["since", "quantile"],
+        )
+        for since, words, latency in (
+            (COMMIT, "the database's commit", now.commit),
+            (KAFKA, "Kafka's timestamp", now.kafka),
+        ):
+            buckets, total = self._metrics.cumulative_buckets(since)
+            yield HistogramMetricFamily(
+                f"ghsync_cdc_{since}_to_write_seconds",
+                f"Seconds from {words} to the store's acknowledgement.",
+                buckets=buckets,
+                sum_value=total,
+            )
+            negative.add_metric([since], latency.negative)
+            window = latency.window
+            for quantile, value in (("0.5", window.p50), ("0.95", window.p95), ("0.99", window.p99), ("1", window.max)):
+                recent.add_metric([since, quantile], value / _MS)
+        yield negative
+        yield recent
+
+
+def _counters(now: MetricsSnapshot) -> Iterator[Metric]:
+    from prometheus_client.core import CounterMetricFamily
+
+    records = CounterMetricFamily(
+        "ghsync_cdc_records", "Change records, by what they were and what became of them.", labels=["what", "outcome"]
+    )
+    for what, outcomes in now.counts.items():
+        for outcome, count in outcomes.items():
+            records.add_metric([what, outcome], count)
+    yield records
+    yield CounterMetricFamily("ghsync_cdc_batches", "Batches written and acknowledged.", value=now.batches)
+    yield CounterMetricFamily("ghsync_cdc_write_seconds", "Seconds spent in writes.", value=now.write_seconds)
+    for name, words, label, counts in (
+        ("retries", "Steps tried again after a transient fault, by the error's class.", "error", now.retries),
+        ("errors", "Errors that ended the loop, by class.", "error", now.errors),
+        ("dead_letters", "Records that went to the dead letters, by kind.", "kind", now.dead_letters),
+        ("repaired_users", "Users that were put right by asking MySQL, by outcome.", "outcome", now.repaired),
+        ("broken_rules", "Applied records that break a business rule.", "rule", now.broken_rules),
+        ("unknown_columns", "Records with a column that nobody knows.", "column", now.unknown_columns),
+        ("disconnections", "How often a server stopped to answer.", "server", now.disconnections),
+    ):
+        family = CounterMetricFamily(f"ghsync_cdc_{name}", words, labels=[label])
+        for value, count in counts.items():
+            family.add_metric([value], count)
+        yield family
+
+
+def _gauges(now: MetricsSnapshot) -> Iterator[Metric]:
+    from prometheus_client.core import GaugeMetricFamily
+
+    records = GaugeMetricFamily("ghsync_cdc_lag_records", "Records that wait in a partition.", labels=["partition"])
+    seconds = GaugeMetricFamily(
+        "ghsync_cdc_lag_seconds", "Seconds since the oldest waiting record was appended.", labels=["partition"]
+    )
+    for partition, lag in now.lag.items():
+        if lag is not None:
+            records.add_metric([str(partition)], lag.records)
+            seconds.add_metric([str(partition)], lag.seconds)
+    yield records
+    yield seconds
+    yield GaugeMetricFamily("ghsync_cdc_assigned_partitions", "Partitions of this consumer.", value=len(now.lag))
+    up = GaugeMetricFamily("ghsync_cdc_connection_up", "1 where a server answers, 0 where not.", labels=["server"])
+    for server, answers in now.connections.items():
+        up.add_metric([server], float(answers))
+    yield up
+    if now.connector is not None:
+        states = GaugeMetricFamily(
+            "ghsync_cdc_connector_state", "1 for the state that the connector is in.", labels=["state"]
+        )
+        for state in dict.fromkeys((*_CONNECTOR_STATES, now.connector)):
+            states.add_metric([state], float(state == now.connector))
+        yield states
+    if now.connector_event_age is not None:
+        yield GaugeMetricFamily(
+            "ghsync_cdc_connector_last_event_age_seconds",
+            "Since the database wrote the last event that the connector has handled.",
+            value=now.connector_event_age,
+        )
+    yield GaugeMetricFamily(
+        "ghsync_cdc_records_per_minute", f"Over the last {WINDOW_SECONDS:.0f} s.", value=now.records_a_minute
+    )
+    if now.seconds_since_write is not None:
+        yield GaugeMetricFamily(
+            "ghsync_cdc_seconds_since_write", "Since the last acknowledged batch.", value=now.seconds_since_write
+        )
+
+
+class MetricsEndpoint:
+    """The Prometheus endpoint ``http://host:port/metrics`` of one ``ChangeMetrics``, from a registry of its own.
+
+    It knows no login: bind it to loopback, or to a network that only the scraper reaches. Use as a context manager, or
+    call ``close``.
+
+    Args:
+        metrics: What it shows, and the process's own CPU and memory beside it.
+        host: Address to bind to.
+        port: Port to bind to; 0 takes a free one.
+
+    Raises:
+        ConfigError: The address can't be bound.
+    """
+
+    def __init__(self, metrics: ChangeMetrics, *, host: str = "127.0.0.1", port: int = 0) -> None:
+        from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(PrometheusView(metrics))
+        ProcessCollector(registry=registry)
+        try:
+            self._server, self._thread = start_http_server(port, addr=host, registry=registry)
+        except OSError as error:
+            raise ConfigError(
+                f"The metrics endpoint can't listen on {host}:{port} ({error.strerror or error}).",
+                way_out="Set GHSYNC_METRICS_PORT to a free port, or to 0; GHSYNC_METRICS_HOST to an own address.",
+            ) from None
+        self.port = int(self._server.server_address[1])
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}/metrics"
+        log.info("metrics endpoint", url=self.url)
+
+    def __enter__(self) -> MetricsEndpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop to serve and free the port."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()

@@ -1,0 +1,1 @@
+"""The stream: decode, coalesce, apply, acknowledge."""

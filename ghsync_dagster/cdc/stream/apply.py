@@ -1,0 +1,102 @@
+"""Apply: the last state of every key reaches MongoDB by the step tables of ``domain.precedence``.
+
+Belongs here: which command carries out which step, for many keys at once. Not here: the order of the steps, which the
+tables have, where changes come from, and what becomes of those that the database refuses.
+
+Keys don't touch each other, so a step is taken for all keys before the next one. After any error the whole segment is
+to be applied again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence, Set
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ghsync_dagster.domain.precedence import DELETE_STEPS, GOES_BACK, UPSERT_STEPS, StreamStep
+
+if TYPE_CHECKING:
+    from ghsync_dagster.domain.coalesce import Segment
+    from ghsync_dagster.stores.mongo.stream import Refused, StreamStore
+
+
+@dataclass(slots=True)
+class Applied:
+    """What applying a segment came to.
+
+    Attributes:
+        upserts: Users written.
+        deletes: Keys deleted, stored before or not.
+        truncated: Documents that a truncate removed.
+        repeated: Upserts written again, because a load had come between.
+        refused: Why the database refused a key's state, by key. It holds what it had of that key.
+    """
+
+    upserts: int = 0
+    deletes: int = 0
+    truncated: int = 0
+    repeated: int = 0
+    refused: dict[str, Refused] = field(default_factory=dict)
+
+
+def apply(store: StreamStore, segment: Segment, keep: Set[str] = frozenset()) -> Applied:
+    """Apply one segment: the truncate, then one operation a key.
+
+    Args:
+        store: Where users are stored.
+        segment: What is to be applied.
+        keep: Users that the truncate does not remove.
+
+    Raises:
+        UnavailableError: MongoDB went away: apply the segment again.
+        RefusedError: MongoDB refuses the writes as such.
+    """
+    applied = Applied()
+    applying = _Applying(store, segment, applied)
+    if segment.truncate:
+        # What a load is about to insert counts as stored once its entry is: it finds the deletion when it ends.
+        for keys in store.everyone(keep):
+            applying.take(DELETE_STEPS, keys)
+        applied.truncated = applying.removed + store.remove_nameless()
+    upserts = [key for key, change in segment.changes.items() if change.user is not None]
+    deletes = [key for key, change in segment.changes.items() if change.user is None]
+    applying.take(DELETE_STEPS, deletes)
+    applying.take(UPSERT_STEPS, upserts)
+    applied.upserts = len(upserts) - len(applied.refused)
+    applied.deletes = len(deletes)
+    return applied
+
+
+class _Applying:
+    """Takes the steps of tables for many keys; the store has one command a step."""
+
+    def __init__(self, store: StreamStore, segment: Segment, applied: Applied) -> None:
+        self.removed = 0
+        self._store, self._segment, self._applied = store, segment, applied
+        self._commands = {
+            StreamStep.RECORD_DELETED: store.record_deleted,
+            StreamStep.DROP_VERSION: store.drop_versions,
+            StreamStep.WRITE_DOCUMENT: self._write,
+            StreamStep.REMOVE_DOCUMENT: self._remove,
+            StreamStep.DROP_VERSION_AGAIN: store.drop_versions,
+            StreamStep.FORGET_DELETED: store.forget_deleted,
+        }
+
+    def take(self, steps: Sequence[StreamStep], keys: Collection[str]) -> None:
+        """Take each step for all keys that the database does not refuse; those that have to go back do so first."""
+        for at, step in enumerate(steps):
+            if not keys:
+                break
+            found = self._commands[step](keys)
+            if found and step in GOES_BACK:
+                self._applied.repeated += len(found)
+                self.take(steps[steps.index(GOES_BACK[step]) : at + 1], found)
+            if self._applied.refused:
+                keys = [key for key in keys if key not in self._applied.refused]
+
+    def _write(self, keys: Collection[str]) -> None:
+        users = {key: user for key in keys if (user := self._segment.changes[key].user) is not None}
+        self._applied.refused |= self._store.write(users, created=self._segment.created)
+
+    def _remove(self, keys: Collection[str]) -> None:
+        self.removed += self._store.remove(keys)

@@ -1,0 +1,652 @@
+"""Repair: the owner of the partitions asks the source again for users, and writes what it says.
+
+Belongs here: carrying out the steps of ``domain.repair``, in the two threads that take them, and what a batch of the
+stream may apply of users that were repaired. Not here: who asks for a repair (``cdc.health.repair_requests``), and
+which operations the store has (``stores.mongo.repairs``).
+
+``SourceReader`` claims requests and reads the source in a thread of its own, so that the stream never waits for MySQL.
+``carry_out`` writes what was read, in the thread that applies batches.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Final
+
+from ghsync_dagster.cdc.stream.apply import apply
+from ghsync_dagster.domain.change import Change, Op, Position, RecordKind
+from ghsync_dagster.domain.coalesce import Segment
+from ghsync_dagster.domain.envelope import binlog_position
+from ghsync_dagster.domain.errors import WAY_OUT, GhsyncError, PermanentError, TransientError, UnavailableError
+from ghsync_dagster.domain.repair import (
+    READING_STEPS,
+    WRITING_STEPS,
+    Cure,
+    Disposition,
+    Fence,
+    Outcome,
+    Overtaken,
+    Reading,
+    RepairStep,
+    StoredUser,
+    cure,
+    disposition,
+    is_current,
+    overtaken,
+    resolves_letters,
+)
+from ghsync_dagster.logging import get_logger
+from ghsync_dagster.retry import waits
+
+if TYPE_CHECKING:
+    from ghsync_dagster.cdc.stream.batch import Batch
+    from ghsync_dagster.domain.user import User
+    from ghsync_dagster.stores.mongo.repairs import RepairStore
+    from ghsync_dagster.stores.mysql import MySqlStore
+
+CHUNK: Final = 200
+"""Users that are locked, read and written at once, at most."""
+_LEAST: Final = 20
+_CHUNKS: Final = 10
+"""For how many chunks to look at once."""
+_HELD_SECONDS: Final = 0.05
+"""How long the stream is to wait for the write of a chunk: chunks become smaller where the store is slow."""
+_AHEAD: Final = 2
+"""Readings that may wait for the writer or be at work."""
+_LOOK_SECONDS: Final = 1.0
+"""How often to look for requests."""
+_ONE_CONSUMER: Final = "Let one consumer have all partitions while users are repaired: stop the others of the group."
+_DROP_SECONDS: Final = 3_600.0
+"""How often to look for fences that nothing needs any more."""
+_END_SECONDS: Final = 5.0
+"""How long to wait for the thread to end."""
+_PERMANENT_SECONDS: Final = 30.0
+KEPT_SECONDS: Final = 86_400.0
+"""How long a fence is kept at least."""
+_LOCKED_SECONDS: Final = 0.02
+"""How long to leave users alone at first that another transaction has locked."""
+_LONGEST_LOCKED_SECONDS: Final = 5.0
+_LOCK_NOTED_SECONDS: Final = 3.0
+"""How long a lock may last before who waits is told."""
+_READING: Final = "reading"
+_WRITING: Final = "writing"
+
+log = get_logger("repair")
+
+
+# What a batch may apply of users that were repaired
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Which records of a batch are not applied as they are, since their users were repaired from a later place.
+
+    Attributes:
+        records: Where in the batch those are that are not applied.
+        deletes: Where those are that are applied as deletes.
+        request_again: Users that have a record which cannot be compared with their fence.
+        keep: Of each truncate, by where it is in the batch, the users that it does not remove.
+    """
+
+    records: frozenset[int] = frozenset()
+    deletes: frozenset[int] = frozenset()
+    request_again: frozenset[str] = frozenset()
+    keep: Mapping[int, frozenset[str]] = field(default_factory=dict)
+
+
+_NOTHING: Final = LeftOut()
+
+
+def left_out(batch: Batch, fences: Mapping[str, Fence]) -> LeftOut:
+    """Decide which records of a batch are left out.
+
+    Args:
+        batch: Records in the order of their partitions.
+        fences: The fence of each user that was repaired.
+    """
+    if not fences or (batch.first_truncate() is None and fences.keys().isdisjoint(batch.keys)):
+        return _NOTHING
+    records: set[int] = set()
+    deletes: set[int] = set()
+    request_again: set[str] = set()
+    keep: dict[int, frozenset[str]] = {}
+    last: dict[str, Disposition] = {}
+    for at, change in enumerate(batch.changes):
+        if type(change) is not Change:
+            continue
+        if change.op is Op.TRUNCATE:
+            found = {key: _of(fence, change) for key, fence in fences.items()}
+            keep[at] = frozenset(key for key, what in found.items() if what.is_left_out)
+            request_again.update(key for key, what in found.items() if what.requests_again)
+        elif (key := change.key) is not None and (fence := fences.get(key)) is not None:
+            # A tombstone has no place of its own: it belongs to the delete before it.
+            is_of_delete = change.kind is RecordKind.TOMBSTONE and key in last
+            what = last[key] if is_of_delete else _of(fence, change)
+            last[key] = what
+            if what.is_left_out:
+                records.add(at)
+            if what.deletes:
+                deletes.add(at)
+            if what.requests_again:
+                request_again.add(key)
+    return LeftOut(frozenset(records), frozenset(deletes), frozenset(request_again), keep)
+
+
+def _of(fence: Fence, change: Change) -> Disposition:
+    return disposition(fence, change.op, change.position, change.committed_ms)
+
+
+# Reading the source
+
+
+class Claim:
+    """Users whose requests were claimed, and what the stream applied of them since.
+
+    Attributes:
+        requests: The token of each user.
+        taken: The position of the newest record of each partition that the consumer had taken when noting began.
+        applied: The position of the last record of a user that was applied since. None where the record has none, was
+            refused, or could not be decoded.
+    """
+
+    def __init__(self, requests: Mapping[str, str], taken: Iterable[Position | None] = ()) -> None:
+        self.requests = dict(requests)
+        self.taken = tuple(taken)
+        self.applied: dict[str, Position | None] = {}
+
+    def note(self, batch: Batch, left: LeftOut) -> None:
+        """Note the records of a batch that is about to be applied."""
+        if batch.first_truncate() is None and self.requests.keys().isdisjoint(batch.keys):
+            return
+        for at, change in enumerate(batch.changes):
+            if type(change) is not Change or at in left.records:
+                continue
+            if change.op is Op.TRUNCATE:
+                kept = left.keep.get(at, frozenset())
+                self.applied |= dict.fromkeys(self.requests.keys() - kept, change.position)
+            elif change.key in self.requests:
+                self.applied[change.key] = change.position
+
+
+@dataclass(frozen=True, slots=True)
+class RepairWork:
+    """Users that were read and wait to be written.
+
+    Attributes:
+        claim: Their requests.
+        reading: Where the reading lies.
+        rows: The rows of those that have one.
+    """
+
+    claim: Claim
+    reading: Reading
+    rows: Mapping[str, User]
+
+
+def _as_ours(error: Exception) -> GhsyncError:
+    if isinstance(error, GhsyncError):
+        return error
+    return PermanentError(
+        f"A repair failed unexpectedly ({type(error).__name__}).", way_out="Read the consumer's log, and report it."
+    )
+
+
+class SourceReader:
+    """Claims requests and reads the source, in a thread of its own.
+
+    Args:
+        store: Not used by another thread.
+        open_source: Opens MySQL, or raises what is in the way.
+        users_a_second: How many users are read a second at most.
+        ends: Returns the oldest record in each partition of the topic, and the position of the newest one; None where
+            there is none.
+    """
+
+    def __init__(
+        self,
+        store: RepairStore,
+        open_source: Callable[[], MySqlStore],
+        users_a_second: float = float("inf"),
+        ends: Callable[[], tuple[Sequence[Change | None], Mapping[int, Position | None]]] = lambda: ((), {}),
+    ) -> None:
+        self._store = store
+        self._open_source = open_source
+        self._users_a_second = users_a_second
+        self._ends = ends
+        self._taken: dict[int, Position | None] | None = None
+        """The position of the newest record of each partition, from when the topic was asked for it; None before."""
+        self._locked: dict[str, tuple[float, float]] = {}
+        """Users that others have locked: until when to leave them alone, and since when they are."""
+        self._next_drop = 0.0
+        self._source: MySqlStore | None = None
+        self._changed = threading.Condition()
+        self._closing = False
+        self._owner = 0
+        """Counts how often partitions came or went; what was claimed before is not this consumer's to write."""
+        self._is_owner = False
+        self._shared = ""
+        """Why this consumer, which has some of the partitions, carries nothing out."""
+        self._claims: list[Claim] = []
+        self._works: list[RepairWork] = []
+        self._problems: dict[str, str] = {}
+        """What is in the way of reading, and of writing."""
+        self._delays = {_READING: waits(), _WRITING: waits()}
+        self._next_at = self._not_before = 0.0
+        self._chunk = CHUNK // 4
+        self._open: dict[str, str] = {}
+        """The tokens of users that are to be claimed next."""
+        self._commands: dict[RepairStep, Callable[[int], None]] = {
+            RepairStep.CLAIM: self._claim,
+            RepairStep.NOTE: self._note,
+            RepairStep.READ_SOURCE: self._read_source,
+        }
+        self._claimed: Claim | None = None
+        self._thread = threading.Thread(target=self._run, name="cdc-repair", daemon=True)
+        self._thread.start()
+
+    # For the thread that consumes
+
+    def owns(self, partitions: Collection[int], everything: Collection[int]) -> None:
+        """Say that partitions came or went.
+
+        Args:
+            partitions: Those that this consumer has now.
+            everything: All partitions of the topic.
+        """
+        with self._changed:
+            self._owner += 1
+            self._is_owner = bool(partitions) and set(everything) <= set(partitions)
+            self._shared = (
+                f"A consumer has partitions {sorted(partitions)} of {sorted(everything)} only. Nobody else may apply "
+                "records of a user that is repaired, and a user id does not tell its partition."
+                if partitions and not self._is_owner
+                else ""
+            )
+            self._claims, self._works, self._taken = [], [], None
+            self._changed.notify_all()
+
+    def took(self, positions: Mapping[int, Position]) -> None:
+        """Note the position of the newest record of partitions, before anything of it is applied."""
+        with self._changed:
+            if self._taken is not None:
+                self._keep_newest(self._taken, positions)
+
+    def _keep_newest(self, taken: dict[int, Position | None], positions: Mapping[int, Position | None]) -> None:
+        for partition, position in positions.items():
+            known = taken.get(partition)
+            # A consumer that is behind takes older ones.
+            if known is None or (position is not None and known.compare(position) != 1):
+                taken[partition] = position
+
+    def is_wanted(self) -> bool:
+        """Return whether this consumer has requests to carry out, and can.
+
+        Raises:
+            UnavailableError: The store is away.
+        """
+        if not self._is_owner or self._problems:
+            return False
+        now = time.monotonic()
+        locked = [key for key, (_, since) in list(self._locked.items()) if now - since > _LOCK_NOTED_SECONDS]
+        return bool(self._store.open_requests(1, leave_out=locked))
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is work for ``next_work``."""
+        return bool(self._works)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether work is there, or on its way."""
+        return bool(self._claims)
+
+    def next_work(self) -> RepairWork | None:
+        """Return users that were read, None where there are none."""
+        with self._changed:
+            return self._works.pop(0) if self._works else None
+
+    def wrote(self, work: RepairWork, seconds: float) -> None:
+        """Say that the store took what was read: nothing is in the way of writing."""
+        self._clear(_WRITING)
+        users = len(work.claim.requests)
+        # What is left of a chunk that met locks tells little.
+        if users >= _LEAST:
+            self._chunk = min(max(int(users * _HELD_SECONDS / seconds), _LEAST), CHUNK)
+
+    def finished(self, work: RepairWork, error: Exception | None = None) -> None:
+        """Say that work was carried out, or given up: what is open still is claimed again.
+
+        Args:
+            work: The work.
+            error: Why it could not be carried out. Nothing more is handed out for a while then.
+        """
+        seconds = 0.0 if error is None else self._report(_WRITING, _as_ours(error), work.claim)
+        with self._changed:
+            given_up = [work.claim]
+            if error is not None:
+                self._not_before = time.monotonic() + seconds
+                given_up += [other.claim for other in self._works]
+                self._works = []
+            self._release(*given_up)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """End the thread."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        # It ends with the process where a server does not answer.
+        self._thread.join(_END_SECONDS)
+
+    # For the thread that writes
+
+    def doubt(self, key: str | None) -> None:
+        """Note that a record of a user was not applied: what was read of the user is to be read again."""
+        with self._changed:
+            for claim in self._claims:
+                if key in claim.requests:
+                    claim.applied[key] = None
+
+    def note(self, batch: Batch, left: LeftOut) -> None:
+        """Note what a batch is about to apply of users that are claimed."""
+        with self._changed:
+            for claim in self._claims:
+                claim.note(batch, left)
+
+    # The thread itself
+
+    def _run(self) -> None:
+        while not self._closing:
+            try:
+                is_at_work = self._go_on()
+            except Exception as error:
+                if not isinstance(error, GhsyncError):
+                    log.exception("a repair failed unexpectedly; retrying")
+                self._wait(self._report(_READING, _as_ours(error), self._claimed))
+            else:
+                if not is_at_work:
+                    self._wait(_LOOK_SECONDS)
+        self._close_source()
+
+    def _go_on(self) -> bool:
+        """Claim and read some users; tell whether there may be more."""
+        self._wait(self._not_before - time.monotonic())
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._claims) < _AHEAD or self._closing)
+            owner, is_owner = self._owner, self._is_owner
+        if not is_owner or self._closing:
+            self._claimed = None
+            if self._shared and (requests := self._store.open_requests(CHUNK)):
+                self._store.note_problem(requests, f"{self._shared}{WAY_OUT}{_ONE_CONSUMER}")
+            return False
+        self._look_at_ends()
+        for step in READING_STEPS:
+            self._commands[step](owner)
+            if self._claimed is None:
+                self._close_source()
+                return False
+        return True
+
+    def _look_at_ends(self) -> None:
+        """See once what the topic holds; drop now and then the fences that no record is from before."""
+        is_due = time.monotonic() >= self._next_drop and self._store.has_fences()
+        if not is_due and (self._taken is not None or not self._store.is_any_open()):
+            return
+        with self._changed:
+            # From here on no record is taken without being noted.
+            taken = self._taken = {} if self._taken is None else self._taken
+        try:
+            oldest, newest = self._ends()
+        except BaseException:
+            with self._changed:
+                self._taken = None
+            raise
+        with self._changed:
+            self._keep_newest(taken, newest)
+        if is_due and oldest:
+            self._next_drop = time.monotonic() + _DROP_SECONDS
+            dropped = self._store.drop_fences(
+                lambda reading: all(
+                    record is not None and reading.includes(record.position, record.committed_ms) is False
+                    for record in oldest
+                ),
+                KEPT_SECONDS,
+            )
+            log.info("fences dropped", readings=dropped)
+
+    def _claim(self, owner: int) -> None:
+        del owner
+        now = time.monotonic()
+        if not self._open:
+            with self._changed:
+                leave_out = [key for claim in self._claims for key in claim.requests]
+            leave_out += [key for key, (until, _) in self._locked.items() if until > now]
+            # To look for open requests costs the store more than to give many of them.
+            self._open = self._store.open_requests(_CHUNKS * CHUNK, leave_out=leave_out)
+        keys = list(islice(self._open, self._chunk))
+        # A token that is old by now gets no fence: its user is claimed again.
+        self._claimed = Claim({key: self._open.pop(key) for key in keys}) if keys else None
+
+    def _note(self, owner: int) -> None:
+        claim = self._claimed
+        assert claim is not None  # noqa: S101
+        with self._changed:
+            # At once: a record is in what was taken, or it is noted.
+            if owner == self._owner and self._taken is not None:
+                claim.taken = tuple(self._taken.values())
+                self._claims.append(claim)
+            else:
+                self._claimed = None
+
+    def _read_source(self, owner: int) -> None:
+        claim = self._claimed
+        assert claim is not None  # noqa: S101
+        self._keep_to_rate(len(claim.requests))
+        try:
+            works = list(self._read(claim))
+            for work in works:
+                self._refuse_stale(work)
+        except BaseException:
+            self._release(claim)
+            raise
+        self._clear(_READING)
+        with self._changed:
+            if owner == self._owner:
+                at = next(at for at, known in enumerate(self._claims) if known is claim)
+                # What the stream applied meanwhile is noted on the whole claim.
+                for work in works:
+                    noted = claim.applied.keys() & work.claim.requests.keys()
+                    work.claim.applied |= {key: claim.applied[key] for key in noted}
+                self._claims[at : at + 1] = [work.claim for work in works]
+                self._works += works
+        read = {key for work in works for key in work.claim.requests}
+        self._locked = {key: entry for key, entry in self._locked.items() if key not in read}
+        self._leave_alone(claim.requests.keys() - read)
+
+    def _read(self, claim: Claim) -> Iterable[RepairWork]:
+        """Read the users of a claim; those that others have locked are left out, by halves."""
+        if self._source is None:
+            self._source = self._open_source()
+        parts = [sorted(claim.requests)]
+        while parts and not self._closing:
+            keys = parts.pop()
+            found = self._source.read_locked(keys)
+            if found is not None:
+                position = binlog_position(found.server_id, found.file, found.pos)
+                reading = Reading(uuid.uuid4().hex, position, found.gtids, found.read_ms)
+                of_part = Claim({key: claim.requests[key] for key in keys}, claim.taken)
+                yield RepairWork(of_part, reading, found.rows)
+            elif len(keys) > 1:
+                middle = len(keys) // 2
+                parts += [keys[middle:], keys[:middle]]
+
+    def _refuse_stale(self, work: RepairWork) -> None:
+        """See that the server is as far as the stream, and the one that the connector follows."""
+        if not is_current(work.reading, work.claim.taken):
+            with self._changed:
+                # Asked for again: the server may have begun its binlog anew.
+                self._taken = None
+            raise UnavailableError(
+                f"MySQL's binlog ends at {work.reading.position.origin}, and that does not include the newest record "
+                "of the topic: MYSQL_URL names a server that is behind, or another one.",
+                way_out="Let MYSQL_URL name the server that the connector follows; a replica needs time, and GTIDs.",
+            )
+
+    def _leave_alone(self, locked: Collection[str]) -> None:
+        """Leave users alone for a while that others have locked, longer each time."""
+        now = time.monotonic()
+        for key in locked:
+            _, since = self._locked.get(key, (now, now))
+            self._locked[key] = (now + min(max(now - since, _LOCKED_SECONDS), _LONGEST_LOCKED_SECONDS), since)
+        if old := [key for key in locked if now - self._locked[key][1] > _LOCK_NOTED_SECONDS]:
+            self._store.note_problem(old, "Another transaction in MySQL has the row locked, or alters the table.")
+
+    def _release(self, *claims: Claim) -> None:
+        with self._changed:
+            self._claims = [known for known in self._claims if not any(known is claim for claim in claims)]
+
+    def _keep_to_rate(self, users: int) -> None:
+        now = time.monotonic()
+        if self._next_at > now:
+            self._wait(self._next_at - now)
+        self._next_at = max(self._next_at, now) + users / self._users_a_second
+
+    def _wait(self, seconds: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing, timeout=max(seconds, 0))
+
+    def _report(self, part: str, error: GhsyncError, claim: Claim | None) -> float:
+        """Report what is in the way, once, in the log and to who waits; return how many seconds to wait."""
+        seconds = next(self._delays[part]) if isinstance(error, TransientError) else _PERMANENT_SECONDS
+        if self._closing:
+            return 0
+        if error.message != self._problems.get(part):
+            self._problems[part] = error.message
+            log.warning("repairs wait; retrying", at=part, reason=error.message, way_out=error.way_out)
+        if claim is not None:
+            try:
+                self._store.note_problem(claim.requests, str(error))
+            except GhsyncError:
+                log.debug("the problem cannot be noted")
+        return seconds
+
+    def _clear(self, part: str) -> None:
+        if self._problems.pop(part, None) is not None:
+            self._delays[part] = waits()
+            log.info("repairs resumed", at=part)
+
+    def _close_source(self) -> None:
+        source, self._source = self._source, None
+        if source is not None:
+            source.close()
+
+
+# Writing
+
+
+def carry_out(
+    store: RepairStore, work: RepairWork, fences: dict[str, Fence], resolve: Callable[[Iterable[str]], object]
+) -> Counter[Outcome]:
+    """Carry out the writing steps for all users of a reading; users do not touch each other.
+
+    Args:
+        store: Where users are stored.
+        work: What was read.
+        fences: The fences that batches go by; those of the work are added before anything is written.
+        resolve: Resolves the dead letters of users that were repaired.
+
+    Returns:
+        Users by outcome; those that stay open are left out.
+
+    Raises:
+        UnavailableError: The store went away; the requests are open still.
+        RefusedError: The store refuses the writes as such.
+    """
+    writing = _Writing(store, work, fences, resolve)
+    for step in WRITING_STEPS:
+        writing.commands[step]()
+    return writing.outcomes
+
+
+class _Writing:
+    """The writing steps of one piece of work, each a command."""
+
+    def __init__(
+        self,
+        store: RepairStore,
+        work: RepairWork,
+        fences: dict[str, Fence],
+        resolve: Callable[[Iterable[str]], object],
+    ) -> None:
+        self.outcomes: Counter[Outcome] = Counter()
+        self.commands: dict[RepairStep, Callable[[], None]] = {
+            RepairStep.READ_STORED: self._read_stored,
+            RepairStep.RECORD_FENCE: self._record_fence,
+            RepairStep.WRITE: self._write,
+            RepairStep.RECORD_OUTCOME: self._record_outcome,
+        }
+        self._store, self._work, self._fences, self._resolve = store, work, fences, resolve
+        judged = {key: self._overtaken(key) for key in work.claim.requests}
+        self._newer = [key for key, what in judged.items() if what is Overtaken.NEWER]
+        self._keys = [key for key, what in judged.items() if what is Overtaken.NO]
+        self._stored: dict[str, StoredUser] = {}
+        self._cures: dict[str, Cure] = {}
+        self._refused: dict[str, str] = {}
+        self._before: dict[str, Fence | None] = {}
+
+    def _overtaken(self, key: str) -> Overtaken:
+        applied = self._work.claim.applied
+        return overtaken(self._work.reading, applied[key]) if key in applied else Overtaken.NO
+
+    def _read_stored(self) -> None:
+        self._stored = self._store.stored_users(self._keys)
+
+    def _record_fence(self) -> None:
+        rows, reading = self._work.rows, self._work.reading
+        # A user that was requested again meanwhile gets no fence, and so no write: it is claimed again.
+        fenced = self._store.record_fence(self._requests(self._keys), reading, rows)
+        self._keys = [key for key in self._keys if key in fenced]
+        self._before = {key: self._fences.get(key) for key in self._keys}
+        self._fences |= {key: Fence(reading, key in rows) for key in self._keys}
+
+    def _write(self) -> None:
+        rows = self._work.rows
+        self._cures = {key: cure(self._stored[key], has_row=key in rows) for key in self._keys}
+        changes = {
+            key: Change(what.op, key, dict(rows[key]) if what.op is Op.UPSERT else None, RecordKind.REPAIR)
+            for key, what in self._cures.items()
+            if what.op is not Op.SKIP
+        }
+        if changes:
+            found = apply(self._store, Segment(truncate=False, changes=changes)).refused
+            self._refused = {key: f"{refused.kind}: {refused.text}" for key, refused in found.items()}
+
+    def _record_outcome(self) -> None:
+        for key in self._refused:
+            # What was left out for the refused row is applied after all, as far as it can be.
+            if (before := self._before[key]) is None:
+                del self._fences[key]
+            else:
+                self._fences[key] = before
+        by_outcome: dict[Outcome, list[str]] = {Outcome.OVERTAKEN: self._newer}
+        for key, what in self._cures.items():
+            by_outcome.setdefault(Outcome.REFUSED if key in self._refused else what.outcome, []).append(key)
+        if resolves_letters(self._work.reading, self._work.claim.taken):
+            self._resolve([key for key in self._cures if key not in self._refused])
+        for outcome, keys in by_outcome.items():
+            if keys:
+                fences = {} if outcome is Outcome.OVERTAKEN else {key: self._fences.get(key) for key in keys}
+                self._store.record_outcomes(self._requests(keys), outcome, fences)
+                self.outcomes[outcome] += len(keys)
+        if self._refused:
+            log.warning("rows are refused by the collection", users=len(self._refused))
+            self._store.record_reasons(self._refused)
+
+    def _requests(self, keys: Iterable[str]) -> dict[str, str]:
+        return {key: self._work.claim.requests[key] for key in keys}

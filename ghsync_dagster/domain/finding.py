@@ -1,0 +1,51 @@
+"""A finding: the outcome of one check.
+
+Belongs here: what every check reports, of files and of changes alike. Not here: what a check judges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Final
+
+OFFENDERS: Final = 20
+"""How many of what broke a check a finding names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The outcome of one check.
+
+    Attributes:
+        check: The check's name.
+        passed: Whether what it holds is true.
+        summary: The outcome in one line of words.
+        counts: Exact numbers behind it.
+        offenders: Up to ``OFFENDERS`` of what broke it.
+        way_out: How to recover, or to end a risk; empty where there is nothing to do.
+    """
+
+    check: str
+    passed: bool
+    summary: str
+    counts: dict[str, int | float] = field(default_factory=dict)
+    offenders: list[dict[str, Any]] = field(default_factory=list)
+    way_out: str = ""
+
+    @classmethod
+    def judged(
+        cls,
+        check: str,
+        summary: str,
+        counts: dict[str, int | float],
+        *,
+        passed: bool,
+        offenders: Iterable[dict[str, Any]] = (),
+        way_out: str,
+    ) -> Finding:
+        """Return the finding of what was looked at: offenders and way out only where it failed."""
+        if passed:
+            return cls(check, passed, summary, counts)
+        return cls(check, passed, summary, counts, list(islice(offenders, OFFENDERS)), way_out)

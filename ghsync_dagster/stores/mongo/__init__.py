@@ -1,0 +1,1 @@
+"""MongoDB: the users and the books that the platform keeps of them."""

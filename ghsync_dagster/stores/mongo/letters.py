@@ -1,0 +1,271 @@
+"""MongoDB: the index of dead letters, one small document a letter; the topic of dead letters holds the records.
+
+Belongs here: single operations. Not here: which letters are settled (``domain.letters``), and the order of writing
+topic, index and offsets (``cdc.dead_letters.letters``). Conditions stand in the updates, see ``stores.mongo.users``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import pymongo
+from pymongo import ASCENDING, DESCENDING, UpdateOne
+
+from ghsync_dagster.domain.letters import Letter, LetterState
+from ghsync_dagster.stores.mongo.errors import mongo_errors
+from ghsync_dagster.stores.mongo.users import CHUNK, chunks, insert_new, merged_if
+
+if TYPE_CHECKING:
+    from ghsync_dagster.stores.mongo.schema import Document
+    from ghsync_dagster.stores.mongo.users import UserStore
+
+_KEYS: Final = 200
+"""How many keys one ``$in`` carries: some servers compare each document with the whole list."""
+_COMMAND_SECONDS: Final = 30.0
+"""How long one command may take."""
+
+
+class Indexed(NamedTuple):
+    """Up to where the topic of dead letters is in the index.
+
+    Attributes:
+        topic_id: The id of that topic; empty where the brokers give none.
+        lows: Where its partitions began.
+        ends: Where the index goes on, by partition.
+    """
+
+    topic_id: str
+    lows: Mapping[int, int]
+    ends: Mapping[int, int]
+
+
+class LetterIndex:
+    """The dead letters of one topic of changes.
+
+    Args:
+        store: The open store; its owner closes it.
+        topic: The topic of changes.
+    """
+
+    def __init__(self, store: UserStore, topic: str) -> None:
+        self.topic = topic
+        self._letters = store.companion("dead_letters")
+        self._indexed = f"indexed {topic}"
+
+    @contextmanager
+    def _command(self, what: str) -> Iterator[None]:
+        with mongo_errors(what), pymongo.timeout(_COMMAND_SECONDS):
+            yield
+
+    # Writing
+
+    def ensure(self) -> None:
+        """Create the indexes that reading needs."""
+        with self._command("Preparing the index of dead letters"):
+            self._letters.create_index([("topic", ASCENDING), ("state", ASCENDING), *_in_order(ASCENDING)])
+            self._letters.create_index([("user", ASCENDING)])
+
+    def add_refused(self, letters: Iterable[Letter]) -> None:
+        """Add letters that were refused just now: each is open, but for one of the same record that somebody closed.
+
+        A record that was resolved and is refused once more was read again after older ones of its user.
+        """
+        self._add(letters, lambda letter: {"$and": [{"$eq": ["$state", LetterState.CLOSED]}, _is_same_record(letter)]})
+
+    def add_found(self, letters: Iterable[Letter]) -> None:
+        """Add letters that the topic of dead letters holds, where the index has none that is as new."""
+
+        def is_known(letter: Letter) -> Document:
+            return {"$or": [{"$gte": ["$place.offset", letter.place[1]]}, _is_same_record(letter)]}
+
+        self._add(letters, is_known)
+
+    def _add(self, letters: Iterable[Letter], is_kept: Callable[[Letter], Document]) -> None:
+        """Insert letters; replace those that there are, unless they are kept."""
+        for part in chunks(letters):
+            # The last one of a record counts.
+            last = {letter.id: letter for letter in part}
+            with self._command("Adding dead letters to their index"):
+                known = insert_new(self._letters, [_document(letter) for letter in last.values()])
+                if known:
+                    self._letters.bulk_write(
+                        [
+                            UpdateOne({"_id": found["_id"]}, _replace_unless(is_kept(last[found["_id"]]), found))
+                            for found in known
+                        ],
+                        ordered=False,
+                    )
+
+    def settle(self, settled: Iterable[tuple[Letter, str]], state: LetterState, *, at: str = "") -> int:
+        """Give open letters, each with its reason, another state, unless their records were refused again meanwhile.
+
+        Args:
+            settled: The letters and reasons.
+            state: Which state.
+            at: Since when, ISO 8601 in UTC; empty: now.
+
+        Returns:
+            How many were still open.
+        """
+        count = 0
+        at = at or datetime.now(UTC).isoformat(timespec="milliseconds")
+        for part in chunks(settled):
+            writes = [
+                UpdateOne({"_id": letter.id}, _replace_if_open(letter, {"state": state, "reason": reason, "at": at}))
+                for letter, reason in part
+            ]
+            with self._command("Settling dead letters"):
+                count += self._letters.bulk_write(writes, ordered=False).modified_count
+        return count
+
+    def resolve_repaired(self, keys: Iterable[str], reason: str) -> int:
+        """Resolve the open letters of users that were repaired; return how many.
+
+        Args:
+            keys: The users.
+            reason: What was done, such as ``repaired from MySQL at …``.
+        """
+        return self.settle(((letter, reason) for letter in self.open_of(keys)), LetterState.RESOLVED)
+
+    # Reading
+
+    def find(
+        self,
+        *,
+        state: LetterState | None = None,
+        kind: str | None = None,
+        after: tuple[int, int] | None = None,
+        limit: int = 0,
+        newest: bool = False,
+    ) -> Iterator[Letter]:
+        """Yield letters in the order in which they were written.
+
+        Args:
+            state: Only those in this state.
+            kind: Only those of this kind.
+            after: Only those behind the one that has this place, its partition and offset.
+            limit: At most so many; 0 for all.
+            newest: Begin at the end.
+        """
+        query: Document = {"topic": self.topic, "state": state or {"$in": list(LetterState)}}
+        if kind is not None:
+            query["kind"] = kind
+        if after is not None:
+            partition, offset = after
+            beside = {"place.offset": offset, "place.partition": {"$gt": partition}}
+            query |= {"place.offset": {"$gte": offset}, "$or": [{"place.offset": {"$gt": offset}}, beside]}
+        order = DESCENDING if newest else ASCENDING
+        with mongo_errors("Reading the index of dead letters"):
+            found = self._letters.find(query, batch_size=CHUNK).sort(_in_order(order)).limit(limit)
+            yield from map(_letter, found)
+
+    def by_id(self, ids: Iterable[str]) -> dict[str, Letter]:
+        """Return those of the letters that there are, by id."""
+        found: dict[str, Letter] = {}
+        for part in chunks(ids, _KEYS):
+            with self._command("Reading the index of dead letters"):
+                found |= {entry["_id"]: _letter(entry) for entry in self._letters.find({"_id": {"$in": part}})}
+        return found
+
+    def of_users(self, keys: Iterable[str]) -> Iterator[Letter]:
+        """Yield the letters of users, of other topics of changes too."""
+        for part in chunks(keys, _KEYS):
+            with self._command("Reading the dead letters of users"):
+                found = [_letter(entry) for entry in self._letters.find({"user": {"$in": part}})]
+            yield from found
+
+    def open_of(self, keys: Iterable[str]) -> Iterator[Letter]:
+        """Yield the open letters of users, of other topics of changes too."""
+        return (letter for letter in self.of_users(keys) if letter.state is LetterState.OPEN)
+
+    def open_users(self) -> set[str | None]:
+        """Return the users that have an open letter, None among them where one names no user."""
+        with mongo_errors("Reading the users of open dead letters"):
+            query = {"topic": self.topic, "state": LetterState.OPEN}
+            return {entry["user"] for entry in self._letters.find(query, {"user": 1}, batch_size=10 * CHUNK)}
+
+    def open_by_kind(self) -> Counter[str]:
+        """Return how many letters are open, by kind."""
+        match = {"topic": self.topic, "state": LetterState.OPEN}
+        with mongo_errors("Counting open dead letters"):
+            found = self._letters.aggregate([{"$match": match}, {"$group": {"_id": "$kind", "count": {"$sum": 1}}}])
+            return Counter({entry["_id"]: entry["count"] for entry in found})
+
+    # How far the topic of dead letters is in here
+
+    def indexed(self) -> Indexed | None:
+        """Return up to where the topic of dead letters is in here; None where nothing is known of it."""
+        with self._command("Reading the index of dead letters"):
+            found = self._letters.find_one({"_id": self._indexed})
+        if found is None:
+            return None
+        lows, ends = ({int(number): int(at) for number, at in found[name].items()} for name in ("lows", "ends"))
+        return Indexed(found["topic_id"], lows, ends)
+
+    def keep_indexed(self, indexed: Indexed) -> None:
+        """Keep up to where the topic of dead letters is in here."""
+        lows, ends = ({str(number): at for number, at in part.items()} for part in indexed[1:])
+        with self._command("Keeping how far dead letters are indexed"):
+            self._letters.replace_one(
+                {"_id": self._indexed}, {"topic_id": indexed.topic_id, "lows": lows, "ends": ends}, upsert=True
+            )
+
+    def remove(self, partition: int | None = None, *, before: int = 0) -> int:
+        """Remove letters whose records are gone from the topic of dead letters.
+
+        Args:
+            partition: The partition there; None for every letter.
+            before: Of a partition, where it begins now.
+
+        Returns:
+            How many were open.
+        """
+        gone: Document = {"topic": self.topic, "state": {"$in": list(LetterState)}}
+        if partition is not None:
+            gone |= {"place.partition": partition, "place.offset": {"$lt": before}}
+        with mongo_errors("Removing dead letters from their index"):
+            still_open = self._letters.count_documents({**gone, "state": LetterState.OPEN})
+            self._letters.delete_many(gone)
+        return still_open
+
+
+def _in_order(order: int) -> list[tuple[str, int]]:
+    # Offsets of two partitions may be equal.
+    return [("place.offset", order), ("place.partition", order)]
+
+
+def _document(letter: Letter) -> Document:
+    partition, offset = letter.place
+    return {"_id": letter.id, **letter._asdict(), "place": {"partition": partition, "offset": offset}}
+
+
+def _letter(found: Document) -> Letter:
+    fields = {name: _plain(found[name]) for name in Letter._fields}
+    place = (int(found["place"]["partition"]), int(found["place"]["offset"]))
+    return Letter(**fields | {"place": place, "state": LetterState(found["state"])})
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    # The driver has a type of its own for large numbers, which no JSON encoder knows.
+    return int(value) if isinstance(value, int) else value
+
+
+def _is_same_record(letter: Letter) -> Document:
+    # Of a topic that was recreated another record may be at the same offset.
+    return {"$eq": ["$timestamp_ms", {"$literal": letter.timestamp_ms}]}
+
+
+def _replace_unless(condition: Document, document: Document) -> list[Document]:
+    # $literal, because a text that starts with $ would be read as a field path.
+    return [{"$replaceWith": {"$cond": [condition, "$$ROOT", {"$literal": document}]}}]
+
+
+def _replace_if_open(letter: Letter, fields: Document) -> list[Document]:
+    condition = {
+        "$and": [{"$eq": ["$state", LetterState.OPEN]}, {"$eq": ["$failed_at", {"$literal": letter.failed_at}]}]
+    }
+    return merged_if(condition, fields)
