@@ -15,7 +15,6 @@ import contextlib
 import json
 import random
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,6 +27,7 @@ from benchmarks.contenders import FIELDS, Content, Digest
 from benchmarks.harness import BenchmarkError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 DELETED_SHARE = 0.15

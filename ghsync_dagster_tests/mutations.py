@@ -21,7 +21,7 @@ _COPIED = ("ghsync_dagster", "ghsync_dagster_tests", "benchmarks", "docs", "pypr
 MODEL, REPAIR_MODEL = "unit/test_precedence.py", "unit/test_repair_model.py"
 APPLY, PLAN, SETTLE = "unit/test_apply_trace.py", "unit/test_plan_trace.py", "unit/test_settle_trace.py"
 REPAIR, COALESCE = "unit/test_repair_trace.py", "unit/test_coalesce.py"
-HISTORIES = "unit/test_stream_histories.py"
+HISTORIES, GUARD = "unit/test_stream_histories.py", "unit/test_guard.py"
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Mutation:
         return self.what.replace(" ", "-")
 
 
-_PRECEDENCE, _REPAIR = "domain/precedence.py", "domain/repair.py"
+_PRECEDENCE, _REPAIR, _COMMANDS = "domain/precedence.py", "domain/repair.py", "stores/mongo/commands.py"
 _APPLY, _PLAN, _SETTLE, _CARRY = "cdc/stream/apply.py", "batch/plan.py", "batch/settle.py", "cdc/stream/repair.py"
 
 MUTATIONS = (
@@ -168,7 +168,7 @@ MUTATIONS = (
     Mutation(
         "the deletion is recorded by the command that removes",
         _APPLY,
-        "StreamStep.RECORD_DELETED: store.record_deleted",
+        "StreamStep.RECORD_DELETED: writer.record_deleted",
         "StreamStep.RECORD_DELETED: self._remove",
         APPLY,
     ),
@@ -189,15 +189,15 @@ MUTATIONS = (
     Mutation(
         "a truncate removes whom it keeps",
         _APPLY,
-        "store.everyone(keep)",
-        "store.everyone(frozenset())",
+        "writer.everyone(keep)",
+        "writer.everyone(frozenset())",
         APPLY,
     ),
     Mutation(
         "a truncate comes after the changes behind it",
         _APPLY,
         "    applying.take(UPSERT_STEPS, upserts)\n    applied.upserts",
-        "    for keys in store.everyone(keep) if segment.truncate else ():\n"
+        "    for keys in writer.everyone(keep) if segment.truncate else ():\n"
         "        applying.take(DELETE_STEPS, keys)\n    applied.upserts",
         APPLY,
     ),
@@ -226,8 +226,8 @@ MUTATIONS = (
     Mutation(
         "a version entry of no document stays",
         _PLAN,
-        "if key in self._versions)\n",
-        "if key in self._deleted)\n",
+        "if key in self._versions])\n",
+        "if key in self._deleted])\n",
         PLAN,
     ),
     Mutation(
@@ -238,11 +238,11 @@ MUTATIONS = (
         PLAN,
     ),
     Mutation(
-        "a write does not ask for the lease",
-        _PLAN,
-        "                self._lease.assert_held()\n                self._writes",
-        "                self._writes",
-        PLAN,
+        "a command does not ask its guard",
+        _COMMANDS,
+        "        seconds = self.guard.allow()\n",
+        "        seconds = None\n",
+        GUARD,
     ),
     Mutation(
         "what is missing and marked counts as another's",
@@ -262,8 +262,8 @@ MUTATIONS = (
     Mutation(
         "the log is cleared before the marker goes",
         _SETTLE,
-        "            SettleStep.UNMARK: self._unmark,\n            SettleStep.FORGET_OLD: store.clear_undo,\n",
-        "            SettleStep.UNMARK: store.clear_undo,\n            SettleStep.FORGET_OLD: self._unmark,\n",
+        "            SettleStep.UNMARK: self._unmark,\n            SettleStep.FORGET_OLD: writer.clear_undo,\n",
+        "            SettleStep.UNMARK: writer.clear_undo,\n            SettleStep.FORGET_OLD: self._unmark,\n",
         SETTLE,
     ),
     Mutation(
@@ -281,16 +281,24 @@ MUTATIONS = (
         SETTLE,
     ),
     Mutation(
-        "settling writes without the lease",
-        _SETTLE,
-        "                self._lease.assert_held()\n                self._of_load",
-        "                self._of_load",
-        SETTLE,
+        "users are deleted past the guard",
+        "stores/mongo/writer.py",
+        '        return sum(self._users.delete({"user_id": {"$in": part}}) for part in chunks(keys, KEYS))\n',
+        '        found = [self.store.users.delete_many({"user_id": {"$in": part}}) for part in chunks(keys, KEYS)]\n'
+        "        return sum(each.deleted_count for each in found)\n",
+        GUARD,
+    ),
+    Mutation(
+        "a command whose time ran out is not in doubt",
+        _COMMANDS,
+        "        except UnavailableError:\n            self.in_doubt = True\n            raise\n",
+        "        except UnavailableError:\n            raise\n",
+        GUARD,
     ),
     Mutation(
         "nothing is put back",
         _SETTLE,
-        "        self._store.put_back(found.old[key] for key in found.due(Repair.PUT_BACK))\n",
+        "        self._writer.put_back(found.old[key] for key in found.due(Repair.PUT_BACK))\n",
         "",
         SETTLE,
     ),

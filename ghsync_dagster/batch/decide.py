@@ -15,7 +15,6 @@ import re
 import shlex
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import chain
@@ -42,6 +41,8 @@ from ghsync_dagster.domain.errors import ConfigError, GhsyncError, InputError, P
 from ghsync_dagster.domain.event import RAW_LIMIT, Event, Refused, event_decoder, event_shape
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -11,14 +11,16 @@ import io
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Final
+from typing import IO, TYPE_CHECKING, Final
 
 from ghsync_dagster.batch.heads import has_lines
 from ghsync_dagster.batch.unpack import DamagedError, as_utf8, is_utf16, packing_of, unpacked
 from ghsync_dagster.batch.versions import FileState  # noqa: TC001  msgspec looks it up
 from ghsync_dagster.domain.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 _FAULTS_SHOWN: Final = 5
 _HEAD: Final = 1 << 16

@@ -15,48 +15,47 @@ its holder stopped by itself.
 from __future__ import annotations
 
 import os
-import socket
 import threading
 import time
 import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
-
-import psutil
 
 from ghsync_dagster import clock
 from ghsync_dagster.domain.errors import GhsyncError, LeaseHeldError, LeaseLostError, TransientError
 from ghsync_dagster.logging import get_logger
+from ghsync_dagster.process import identity, is_gone
+from ghsync_dagster.stores.mongo.guard import WriterGuard
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ghsync_dagster.stores.mongo.users import Lease, UserStore
+    from ghsync_dagster.stores.mongo.books import Lease, LeaseBook
+    from ghsync_dagster.stores.mongo.users import UserStore
 
 TTL_SECONDS: Final = 30.0
 QUIET_SECONDS: Final = 6.0
 """How long a server may take for one command of a load: a thousand writes, or a bulk of five thousand inserts."""
 _RENEW_SECONDS: Final = 8.0
 _POLL_SECONDS: Final = 0.5
-_GONE_STATES: Final = "ZXx"
 log = get_logger("lease")
 
 
 @dataclass
-class HeldLease:
-    """A lease in hand. ``assert_held`` before each write."""
+class HeldLease(WriterGuard):
+    """A lease in hand: the guard of everything that a load writes."""
 
+    book: LeaseBook
     name: str
     token: str
     quiet_seconds: float = QUIET_SECONDS
     _renewed: float = field(default_factory=clock.now)
     _lost: bool = False
 
-    def assert_held(self) -> None:
-        """Raise if the lease may belong to another by now.
+    def allow(self) -> None:
+        """Raise if the lease may belong to another by now; a command has no limit, since the lease is renewed.
 
         Raises:
             LeaseLostError: It was taken, or could not be renewed in time.
@@ -75,11 +74,28 @@ class HeldLease:
         """Note that another holds the lease."""
         self._lost = True
 
+    def name_writer(self, writer: str) -> None:
+        """Name a process that writes for the holder and may outlive it.
+
+        Args:
+            writer: Its identity, see ``process``.
+
+        Raises:
+            LeaseLostError: Another holds the lease.
+        """
+        self.allow()
+        if not self.book.name_writer(self.name, self.token, writer):
+            self.lose()
+            self.allow()
+
 
 def holder_at_work(store: UserStore) -> str | None:
     """Return who holds the collection's lease now, in words; None where no load is on."""
-    standing = store.lease(_name(store))
-    if standing is None or standing.expires_at < store.server_time() or _is_dead(standing):
+    from ghsync_dagster.stores.mongo.books import LeaseBook
+
+    book = LeaseBook(store)
+    standing = book.standing(_name(store))
+    if standing is None or standing.expires_at < book.server_time() or _is_dead(standing):
         return None
     return _words(standing)
 
@@ -103,7 +119,7 @@ def hold_lease(store: UserStore, *, wait_seconds: float, quiet_seconds: float = 
     name = _name(store)
     held = _acquire(store, name, wait_seconds, quiet_seconds)
     stop = threading.Event()
-    renewer = threading.Thread(target=_renew, args=(store, held, stop), name="lease", daemon=True)
+    renewer = threading.Thread(target=_renew, args=(held, stop), name="lease", daemon=True)
     renewer.start()
     answered = False
     try:
@@ -112,23 +128,24 @@ def hold_lease(store: UserStore, *, wait_seconds: float, quiet_seconds: float = 
     finally:
         stop.set()
         renewer.join()
-        _give_back(store, held, answered=answered)
+        _give_back(held, answered=answered)
 
 
-def _give_back(store: UserStore, held: HeldLease, *, answered: bool) -> None:
+def _give_back(held: HeldLease, *, answered: bool) -> None:
     """Give the lease back: at once where every command was answered, else after the quiet time."""
     try:
         if answered:
-            store.release_lease(held.name, held.token)
+            held.book.release(held.name, held.token)
         else:
-            store.extend_lease(held.name, held.token, store.server_time() + timedelta(seconds=held.quiet_seconds))
+            held.book.extend(held.name, held.token, held.book.server_time() + timedelta(seconds=held.quiet_seconds))
     except GhsyncError as error:
         log.warning("the lease was not given back; it runs out by itself", reason=error.message)
 
 
 def _acquire(store: UserStore, name: str, wait_seconds: float, quiet_seconds: float) -> HeldLease:
-    from ghsync_dagster.stores.mongo.users import Lease
+    from ghsync_dagster.stores.mongo.books import Lease, LeaseBook
 
+    book = LeaseBook(store)
     deadline = clock.now() + wait_seconds
     token = uuid.uuid4().hex
     announced = False
@@ -136,16 +153,16 @@ def _acquire(store: UserStore, name: str, wait_seconds: float, quiet_seconds: fl
     last: Lease | None = None
     while True:
         asked = clock.now()
-        now = store.server_time()
-        standing = store.lease(name)
+        now = book.server_time()
+        standing = book.standing(name)
         dead = standing is not None and _is_dead(standing)
         if standing is not None and dead:
             dead_since.setdefault(standing.token, asked)
         quiet = dead and standing is not None and asked - dead_since[standing.token] >= quiet_seconds
         if standing is None or standing.expires_at < now or quiet:
             mine = Lease(token, identity(os.getpid()), now + timedelta(seconds=TTL_SECONDS))
-            if store.take_lease(name, mine, instead_of=standing):
-                return HeldLease(name, token, quiet_seconds, asked)
+            if book.take(name, mine, instead_of=standing):
+                return HeldLease(book, name, token, quiet_seconds, asked)
             continue
         if not dead and clock.now() >= deadline:
             last = last or standing
@@ -163,12 +180,12 @@ def _acquire(store: UserStore, name: str, wait_seconds: float, quiet_seconds: fl
         time.sleep(_POLL_SECONDS)
 
 
-def _renew(store: UserStore, held: HeldLease, stop: threading.Event) -> None:
+def _renew(held: HeldLease, stop: threading.Event) -> None:
     while not stop.wait(_RENEW_SECONDS):
         asked = clock.now()
         try:
-            end = store.server_time() + timedelta(seconds=TTL_SECONDS)
-            if not store.extend_lease(held.name, held.token, end):
+            end = held.book.server_time() + timedelta(seconds=TTL_SECONDS)
+            if not held.book.extend(held.name, held.token, end):
                 held.lose()
                 return
         except TransientError as error:
@@ -177,54 +194,9 @@ def _renew(store: UserStore, held: HeldLease, stop: threading.Event) -> None:
             held.renewed(asked)
 
 
-def identity(pid: int) -> str:
-    """Return who a process of this machine is: host, boot, process namespace, number and start.
-
-    So another process of the same machine can tell whether it is gone, even where its number is used again.
-    """
-    return f"{_machine()}|{pid}|{_started(pid)}"
-
-
-def _machine() -> str:
-    namespace = Path("/proc/self/ns/pid")
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    parts = [socket.gethostname(), str(namespace.readlink()) if namespace.is_symlink() else ""]
-    return "/".join([*parts, boot.read_text().strip() if boot.exists() else ""])
-
-
-def _started(pid: int) -> str | None:
-    """Return when a process started, in words that stay the same while it lives; None where it is gone.
-
-    Linux counts from the boot: a wall-clock time would change whenever the clock is set.
-    """
-    if Path("/proc/self/stat").exists():
-        try:
-            state, *fields = (
-                Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-            )
-        except (FileNotFoundError, ProcessLookupError):
-            return None
-        return None if state in _GONE_STATES else fields[18]
-    try:
-        return f"{psutil.Process(pid).create_time():.0f}"
-    except psutil.NoSuchProcess:
-        return None
-
-
 def _is_dead(lease: Lease) -> bool:
     """Tell whether the holder was a process of this very machine that is gone, and its writer with it."""
-    return _is_gone(lease.holder) and (lease.writer is None or _is_gone(lease.writer))
-
-
-def _is_gone(process: str) -> bool:
-    machine, _, rest = process.partition("|")
-    pid, _, started = rest.partition("|")
-    if machine != _machine() or not pid.isdigit():
-        return False
-    try:
-        return _started(int(pid)) != started
-    except (psutil.AccessDenied, PermissionError):
-        return False
+    return is_gone(lease.holder) and (lease.writer is None or is_gone(lease.writer))
 
 
 def _words(lease: Lease) -> str:

@@ -17,7 +17,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ghsync_dagster.batch.lease import hold_lease, identity
+from ghsync_dagster.batch.lease import hold_lease
 from ghsync_dagster.batch.plan import LEFT_TO_SPARK, Plan, make_plan, plan_missing
 from ghsync_dagster.batch.reports import LoadReport, count_rows, rows_of
 from ghsync_dagster.batch.settle import recover, settle_load
@@ -26,6 +26,7 @@ from ghsync_dagster.domain.finding import OFFENDERS
 from ghsync_dagster.domain.precedence import LoadState, LoadStep, SettleStep
 from ghsync_dagster.domain.user import USER_FIELDS
 from ghsync_dagster.logging import get_logger
+from ghsync_dagster.process import identity
 from ghsync_dagster.progress import telling
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.batch.lease import HeldLease
     from ghsync_dagster.batch.reports import FlattenReport
     from ghsync_dagster.stores.mongo.users import UserStore
+    from ghsync_dagster.stores.mongo.writer import UserWriter
 
 ROUNDS: Final = 3
 """How often missing rows are written again before verification counts as failed."""
@@ -104,15 +106,18 @@ def load_users(
         RefusedError: The collection is set up in another way, or rights are missing.
         UnavailableError: MongoDB went away; run again, the next load settles what is unfinished.
     """
+    from ghsync_dagster.stores.mongo.writer import UserWriter
+
     store.check_collection()
     with hold_lease(store, wait_seconds=lease_wait_seconds, quiet_seconds=lease_quiet_seconds) as lease:
         on_step(Step.LEASED)
-        return _Load(store, spark, users, run_id, scratch, lease, on_step).run()
+        return _Load(store, UserWriter(store, lease), spark, users, run_id, scratch, lease, on_step).run()
 
 
 @dataclass
 class _Load:
     store: UserStore
+    writer: UserWriter
     spark: Callable[[], SparkSession]
     users: FlattenReport
     run_id: str
@@ -129,12 +134,12 @@ class _Load:
             self.store.ensure_collection()
             self.on_step(Step.PREPARED)
         with self._phase("recover"):
-            recovered = recover(self.store, self.lease)
+            recovered = recover(self.writer)
             self.on_step(Step.RECOVERED)
         with self._phase("plan"):
             self._record(LoadState.RUNNING, started_at=datetime.now(UTC), run_id=self.run_id, users=self.users.users)
             self.on_step(Step.RECORDED)
-            plan = make_plan(self.store, Path(self.users.users_path), self.scratch / "plan", self.load_id, self.lease)
+            plan = make_plan(self.writer, Path(self.users.users_path), self.scratch / "plan", self.load_id)
             self._assert_all_planned(plan)
             self.left.update(plan.left)
             self.on_step(Step.PLANNED)
@@ -176,8 +181,7 @@ class _Load:
         )
 
     def _record(self, state: LoadState, **fields: object) -> None:
-        self.lease.assert_held()
-        self.store.record_load(self.load_id, state=state.value, **fields)
+        self.writer.record_load(self.load_id, state=state.value, **fields)
 
     def _assert_all_planned(self, plan: Plan) -> None:
         planned = plan.inserts + plan.replaced + plan.confirmed + sum(plan.left.values())
@@ -211,7 +215,7 @@ class _Load:
             done, pending = wait(pending, timeout=_LEASE_LOOK_SECONDS, return_when=FIRST_EXCEPTION)
             for task in done:
                 task.result()
-            self.lease.assert_held()
+            self.lease.allow()
 
     def _name_writer(self) -> None:
         """Name Spark's driver in the lease: it may go on writing for a moment after this process was killed."""
@@ -220,20 +224,16 @@ class _Load:
         with spark_errors("Asking Spark's driver"):
             gateway: Any = self.spark().sparkContext._gateway  # noqa: SLF001  pyspark has no public way
             driver = gateway.jvm.java.lang.ProcessHandle.current().pid()
-        self.lease.assert_held()
-        if not self.store.name_writer(self.lease.name, self.lease.token, identity(driver)):
-            self.lease.lose()
-            self.lease.assert_held()
+        self.lease.name_writer(identity(driver))
 
     def _append(self, path: Path) -> None:
         from ghsync_dagster.stores.spark import VERSIONED_USER_SCHEMA, DuplicateUserError, insert_users, spark_errors
 
         session = self.spark()
-        self.lease.assert_held()
         with spark_errors("Writing users"):
             session.sparkContext.setJobGroup(self.load_id, "Inserting users", interruptOnCancel=True)
         try:
-            insert_users(session.read.schema(VERSIONED_USER_SCHEMA).parquet(str(path)), self.store)
+            insert_users(session.read.schema(VERSIONED_USER_SCHEMA).parquet(str(path)), self.store, self.lease)
         except DuplicateUserError:
             # Verification finds what was not written, and why. Other tasks of the job may run on: wait for them first.
             self._stop_inserting()
@@ -265,7 +265,7 @@ class _Load:
 
     def _write_versions(self, path: Path) -> None:
         entries = ((row["user_id"], row["created_at"], row["event_id"]) for rows in rows_of(path) for row in rows)
-        self.store.insert_versions(entries, self.load_id, before_each=self.lease.assert_held)
+        self.writer.insert_versions(entries, self.load_id)
 
     def _verify(self, plan: Plan) -> _Outcome:
         """Compare what was to be written with what is stored; write the missing; repeat a bounded number of times."""
@@ -285,9 +285,7 @@ class _Load:
             if round_number == ROUNDS:
                 return outcome
             log.warning("rows are missing", missing=missing, round=round_number + 1)
-            again = plan_missing(
-                self.store, missing_path, self.scratch / f"again-{round_number}", self.load_id, self.lease
-            )
+            again = plan_missing(self.writer, missing_path, self.scratch / f"again-{round_number}", self.load_id)
             self.left.update(again.left)
             outcome.given_up_inserts += again.given_up_inserts
             outcome.given_up_replaced += again.given_up_replaced
@@ -316,10 +314,9 @@ class _Load:
     def _settle(self, plan: Plan, outcome: _Outcome) -> int:
         untouched = plan.replaced == 0 and outcome.given_up_inserts == 0
         return settle_load(
-            self.store,
+            self.writer,
             self.load_id,
             expected_marked=plan.inserts if untouched else None,
-            lease=self.lease,
             on_step=self._on_settled,
         )
 
@@ -329,7 +326,7 @@ class _Load:
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        self.lease.assert_held()
+        self.lease.allow()
         started = time.monotonic()
         with telling(f"at the load's phase {name}"):
             yield

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ghsync_dagster.batch.reports import Row, count_rows, rows_of
@@ -28,12 +27,13 @@ from ghsync_dagster.domain.user import MARKER_FIELD, USER_FIELDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
 
     import pyarrow.parquet as pq
 
-    from ghsync_dagster.batch.lease import HeldLease
-    from ghsync_dagster.stores.mongo.schema import Document
-    from ghsync_dagster.stores.mongo.users import StoredVersion, UserStore
+    from ghsync_dagster.stores.mongo.commands import Document
+    from ghsync_dagster.stores.mongo.users import StoredVersion
+    from ghsync_dagster.stores.mongo.writer import UserWriter
 
 LEFT_TO_SPARK: Final = frozenset({LoadStep.WRITE_DOCUMENT, LoadStep.WRITE_VERSION})
 """The steps of inserts that are taken for all users at once, after their plan is made."""
@@ -68,20 +68,20 @@ class Plan:
         return self.inserts + self.replaced
 
 
-def make_plan(store: UserStore, users: Path, target: Path, load_id: str, lease: HeldLease) -> Plan:
+def make_plan(writer: UserWriter, users: Path, target: Path, load_id: str) -> Plan:
     """Decide on every user, and carry out what needs no Spark."""
+    store = writer.store
     if store.is_empty() and not store.any_deleted():
-        lease.assert_held()
-        store.drop_all_versions()
+        writer.drop_all_versions()
         return Plan(insert_path=users, expected_path=users, inserts=count_rows(users))
     with _Sorter(target) as sorter:
         deletions = store.any_deleted()
         for rows in rows_of(users):
-            _Planning(store, rows, sorter, load_id, lease, deletions=deletions).decide()
+            _Planning(writer, rows, sorter, load_id, deletions=deletions).decide()
         return sorter.plan
 
 
-def plan_missing(store: UserStore, missing: Path, target: Path, load_id: str, lease: HeldLease) -> Plan:
+def plan_missing(writer: UserWriter, missing: Path, target: Path, load_id: str) -> Plan:
     """Decide on the users that verification found missing, and carry out what needs no Spark.
 
     A user that another stored or deleted meanwhile is left. One that this load stored wrongly is removed where it still
@@ -89,24 +89,23 @@ def plan_missing(store: UserStore, missing: Path, target: Path, load_id: str, le
     """
     with _Sorter(target) as sorter:
         for rows in rows_of(missing):
-            _Planning(store, rows, sorter, load_id, lease, deletions=True).decide_again()
+            _Planning(writer, rows, sorter, load_id, deletions=True).decide_again()
         return sorter.plan
 
 
 class _Planning:
-    """Takes the steps of a load for some of its users, but for LEFT_TO_SPARK; each only while the lease is held."""
+    """Takes the steps of a load for some of its users, but for LEFT_TO_SPARK."""
 
     def __init__(
         self,
-        store: UserStore,
+        writer: UserWriter,
         rows: Sequence[Row],
         sorter: _Sorter,
         load_id: str,
-        lease: HeldLease,
         *,
         deletions: bool,
     ) -> None:
-        self._store, self._sorter, self._load_id, self._lease = store, sorter, load_id, lease
+        self._writer, self._store, self._sorter, self._load_id = writer, writer.store, sorter, load_id
         self._rows = {row["user_id"]: row for row in rows}
         self._deletions = deletions
         self._documents: dict[str, Document] = {}
@@ -120,9 +119,9 @@ class _Planning:
         self._writes: dict[tuple[Action, LoadStep], Callable[[Sequence[Row]], None]] = {
             (Action.INSERT, LoadStep.REMOVE_WRONG): self._remove_wrong,
             (Action.INSERT, LoadStep.DROP_STALE): self._drop_stale,
-            (Action.INSERT, LoadStep.FORGET_LOGGED): lambda rows: store.forget_undo(_keys(rows)),
+            (Action.INSERT, LoadStep.FORGET_LOGGED): lambda rows: writer.forget_undo(_keys(rows)),
             (Action.BUMP, LoadStep.WRITE_VERSION): lambda rows: self._move_versions(rows, None),
-            (Action.REPLACE, LoadStep.LOG_OLD): lambda rows: store.write_undo(self._old(rows), load_id),
+            (Action.REPLACE, LoadStep.LOG_OLD): lambda rows: writer.write_undo(self._old(rows), load_id),
             (Action.REPLACE, LoadStep.WRITE_DOCUMENT): self._replace,
             (Action.REPLACE, LoadStep.WRITE_VERSION): lambda rows: self._move_versions(rows, load_id),
         }
@@ -165,7 +164,6 @@ class _Planning:
     def _write(self, action: Action, steps: Iterable[LoadStep], rows: Sequence[Row]) -> None:
         for step in steps:
             if rows and not (action is Action.INSERT and step in LEFT_TO_SPARK):
-                self._lease.assert_held()
                 self._writes[action, step](rows)
 
     def _stored(self, key: str) -> Stored:
@@ -187,27 +185,28 @@ class _Planning:
         step: to the model, a dead load writes no more.
         """
         late = [key for key, found in self._documents.items() if MARKER_FIELD in found and key not in self._versions]
-        self._lease.assert_held()
-        self._store.delete_marked(late)
+        self._writer.delete_marked(late)
         for key in late:
             del self._documents[key]
 
     def _remove_wrong(self, rows: Sequence[Row]) -> None:
-        self._store.delete_marked(key for key in _keys(rows) if key in self._documents)
+        self._writer.delete_marked(key for key in _keys(rows) if key in self._documents)
 
     def _drop_stale(self, rows: Sequence[Row]) -> None:
-        self._store.drop_versions(key for key in _keys(rows) if key in self._versions)
+        self._writer.drop_versions([key for key in _keys(rows) if key in self._versions])
 
     def _old(self, rows: Sequence[Row]) -> list[Document]:
         return [self._documents[key] for key in _keys(rows)]
 
     def _replace(self, rows: Sequence[Row]) -> None:
-        self._store.replace_unchanged(zip(self._old(rows), map(_user, rows), strict=True))
+        self._writer.replace_unchanged(zip(self._old(rows), map(_user, rows), strict=True))
 
     def _move_versions(self, rows: Sequence[Row], load: str | None) -> None:
-        from ghsync_dagster.stores.mongo.users import VersionMove
+        from ghsync_dagster.stores.mongo.writer import VersionMove
 
-        self._store.move_versions(VersionMove(row["user_id"], row["created_at"], row["event_id"], load) for row in rows)
+        self._writer.move_versions(
+            VersionMove(row["user_id"], row["created_at"], row["event_id"], load) for row in rows
+        )
 
 
 class _Sorter:

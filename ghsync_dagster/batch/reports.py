@@ -8,7 +8,6 @@ from __future__ import annotations
 import shutil
 import time
 import uuid
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
@@ -18,6 +17,7 @@ from ghsync_dagster.domain.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 Row = dict[str, Any]
 """A row of Parquet data; of users: the five fields, ``created_at`` and ``event_id``."""

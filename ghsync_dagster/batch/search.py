@@ -16,10 +16,9 @@ import re
 import shlex
 import stat
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote, urlsplit
 
 from ghsync_dagster.batch.files import InputFile, head_of, look_at, names_actors, together
@@ -28,6 +27,9 @@ from ghsync_dagster.batch.reports import LeftOut
 from ghsync_dagster.batch.unpack import packing_of
 from ghsync_dagster.batch.versions import FileState, InputState, state_of
 from ghsync_dagster.domain.errors import InputError, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
 
 KNOWN_NAMES: Final = "NAME.json, .jsonl or .ndjson, with or without .gz, .gzip, .bz2 or .zst, or part-*"
 OWN_FOLDERS: Final = ("batch", "connect", "dagster", "kafka", "mongo", "mysql", "spark")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Final
 
+from ghsync_dagster.chunks import chunks
 from ghsync_dagster.domain.precedence import OF_EACH_KEY, Found, LoadState, Repair, SettleStep, settle, steps_left
 from ghsync_dagster.domain.user import MARKER_FIELD
 from ghsync_dagster.logging import get_logger
@@ -18,78 +19,71 @@ from ghsync_dagster.logging import get_logger
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence, Set
 
-    from ghsync_dagster.batch.lease import HeldLease
-    from ghsync_dagster.stores.mongo.schema import Document
-    from ghsync_dagster.stores.mongo.users import UserStore
+    from ghsync_dagster.stores.mongo.commands import Document
+    from ghsync_dagster.stores.mongo.writer import UserWriter
 
 _DONE_TO_A_KEY: Final = [repair for repair in Repair if repair is not Repair.NOTHING]
 
 log = get_logger("settle")
 
 
-def recover(store: UserStore, lease: HeldLease) -> dict[str, int]:
+def recover(writer: UserWriter) -> dict[str, int]:
     """Settle what earlier loads left unfinished.
 
     Returns:
         How many keys were settled, by kind of repair; empty where nothing was left.
     """
     settled: Counter[str] = Counter()
+    store = writer.store
     for record in store.unfinished_loads():
         log.warning("settling an unfinished load", load=record["_id"], state=record["state"])
-        settling = _Settling(store, record["_id"], lease)
+        settling = _Settling(writer, record["_id"])
         settling.take(steps_left(LoadState(record["state"])))
         settled += settling.repaired
         settled["unmarked"] += settling.unmarked
     if store.count_marked():
-        settled += _settle_strays(store, lease)
+        settled += _settle_strays(writer)
     # Empty but for what a holder that had lost its lease wrote too late.
-    lease.assert_held()
-    store.clear_undo()
+    writer.clear_undo()
     return dict(+settled)
 
 
-def _settle_strays(store: UserStore, lease: HeldLease) -> Counter[str]:
+def _settle_strays(writer: UserWriter) -> Counter[str]:
     """Settle markers that no unfinished load accounts for: they stay users, but for what the stream deleted.
 
     Such are what a dead load's executors wrote after it was settled, and what another program marked.
     """
-    from ghsync_dagster.stores.mongo.users import chunks
-
-    removed = 0
+    store, removed = writer.store, 0
     for keys in chunks(user["user_id"] for user in store.marked()):
         deleted = store.deleted_among(keys)
         owned = store.versions_by_id(sorted(deleted))
-        lease.assert_held()
-        removed += store.delete_marked(deleted - owned.keys())
-    lease.assert_held()
-    return Counter({Repair.REMOVE.value: removed, "unmarked": store.unmark_all()})
+        removed += writer.delete_marked(deleted - owned.keys())
+    return Counter({Repair.REMOVE.value: removed, "unmarked": writer.unmark_all()})
 
 
 def settle_load(
-    store: UserStore,
+    writer: UserWriter,
     load_id: str,
     *,
     expected_marked: int | None,
-    lease: HeldLease,
     on_step: Callable[[SettleStep], None],
 ) -> int:
     """End a verified load: compare with the stream, make versions final, remove the marker.
 
     Args:
-        store: The store.
+        writer: Writes under the load's lease.
         load_id: The load.
         expected_marked: How many documents carry the marker if nobody touched one since; None: look at each.
-        lease: The lease that the load holds.
         on_step: Told of each step that is taken once a load when it is done.
 
     Returns:
         From how many documents the marker was removed.
     """
-    steps = steps_left(LoadState.RUNNING)
+    store, steps = writer.store, steps_left(LoadState.RUNNING)
     # As many marked as were inserted, and no deletion on record: the stream touched none of them, and all are kept.
     if expected_marked is not None and store.count_marked() == expected_marked and not store.any_deleted():
         steps = tuple(step for step in steps if step not in OF_EACH_KEY)
-    settling = _Settling(store, load_id, lease, on_step)
+    settling = _Settling(writer, load_id, on_step)
     settling.take(steps)
     return settling.unmarked
 
@@ -115,18 +109,17 @@ class _Keys:
 
 
 class _Settling:
-    """Takes the steps that settle one load; each write only while the lease is held."""
+    """Takes the steps that settle one load."""
 
     def __init__(
         self,
-        store: UserStore,
+        writer: UserWriter,
         load_id: str,
-        lease: HeldLease,
         on_step: Callable[[SettleStep], None] = lambda _: None,
     ) -> None:
         self.repaired: Counter[str] = Counter()
         self.unmarked = 0
-        self._store, self._load_id, self._lease, self._on_step = store, load_id, lease, on_step
+        self._writer, self._store, self._load_id, self._on_step = writer, writer.store, load_id, on_step
         self._of_keys: dict[SettleStep, Callable[[_Keys], None]] = {
             SettleStep.FIND_VERSION: self._find_version,
             SettleStep.FIND_DELETED: self._find_deleted,
@@ -136,7 +129,7 @@ class _Settling:
         self._of_load: dict[SettleStep, Callable[[], None]] = {
             SettleStep.RECORD_CHECKED: lambda: self._record(LoadState.CHECKED),
             SettleStep.UNMARK: self._unmark,
-            SettleStep.FORGET_OLD: store.clear_undo,
+            SettleStep.FORGET_OLD: writer.clear_undo,
             SettleStep.RECORD_DONE: lambda: self._record(LoadState.DONE),
         }
 
@@ -147,7 +140,6 @@ class _Settling:
                 self._settle_keys(tuple(some))
                 continue
             for step in some:
-                self._lease.assert_held()
                 self._of_load[step]()
                 self._on_step(step)
 
@@ -155,14 +147,11 @@ class _Settling:
         first, *others = steps
         for found in {SettleStep.FIND_MARKED: self._find_marked}[first]():
             for step in others:
-                self._lease.assert_held()
                 self._of_keys[step](found)
             self.repaired.update(found.repair(key).value for key in found.due(*_DONE_TO_A_KEY))
 
     def _find_marked(self) -> Iterator[_Keys]:
         """Yield all keys on which something of the load may be left: what is marked, then what has its entry alone."""
-        from ghsync_dagster.stores.mongo.users import chunks
-
         for keys in chunks(user["user_id"] for user in self._store.marked()):
             yield _Keys(marked=True, keys=keys, old=self._store.undo_by_id(keys))
         for keys in chunks(self._store.versions_of_load(self._load_id)):
@@ -179,16 +168,15 @@ class _Settling:
         found.deleted = self._store.deleted_among(found.keys)
 
     def _repair_document(self, found: _Keys) -> None:
-        self._store.put_back(found.old[key] for key in found.due(Repair.PUT_BACK))
-        self._store.delete_marked(found.due(Repair.REMOVE))
+        self._writer.put_back(found.old[key] for key in found.due(Repair.PUT_BACK))
+        self._writer.delete_marked(found.due(Repair.REMOVE))
 
     def _repair_version(self, found: _Keys) -> None:
-        self._store.drop_versions(
-            key for key in found.due(Repair.REMOVE, Repair.DROP_VERSION) if key in found.versioned
-        )
+        due = found.due(Repair.REMOVE, Repair.DROP_VERSION)
+        self._writer.drop_versions([key for key in due if key in found.versioned])
 
     def _record(self, state: LoadState) -> None:
-        self._store.record_load(self._load_id, state=state.value, unmarked=self.unmarked)
+        self._writer.record_load(self._load_id, state=state.value, unmarked=self.unmarked)
 
     def _unmark(self) -> None:
-        self.unmarked = self._store.unmark_all()
+        self.unmarked = self._writer.unmark_all()

@@ -11,13 +11,15 @@ import bz2
 import codecs
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from itertools import chain
 from json import JSONDecodeError, JSONDecoder
-from typing import IO, Any, Final
+from typing import IO, TYPE_CHECKING, Any, Final
 
 from ghsync_dagster.domain.event import REQUIRED_FIELDS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
 
 GZIP: Final = "gzip"
 BZIP2: Final = "bzip2"

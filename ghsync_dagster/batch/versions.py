@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import sys
 import uuid
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    import os
 
 UNKNOWN: Final = ""
 """A version of which nothing is known: equal to none, itself included."""

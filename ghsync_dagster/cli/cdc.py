@@ -20,7 +20,6 @@ from ghsync_dagster.logging import get_logger
 from ghsync_dagster.stopping import killed_when_frozen, stop_on_signals
 
 if TYPE_CHECKING:
-    from ghsync_dagster.settings import Settings
     from collections.abc import Iterator
 
     from ghsync_dagster.cdc.health.metrics import ChangeMetrics, MetricsSnapshot
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.dev.rehearsal import Rehearsal
     from ghsync_dagster.domain.connector import ConnectorState
     from ghsync_dagster.domain.finding import Finding
+    from ghsync_dagster.settings import Settings
 
 NOT_EQUAL = CHANGES_LOST = 1
 

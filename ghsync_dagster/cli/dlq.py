@@ -121,7 +121,7 @@ def _expect(option: str, given: str | None, known: Collection[str]) -> None:
 
 def _expect_kind(given: str | None) -> None:
     from ghsync_dagster.domain.envelope import Refusal
-    from ghsync_dagster.stores.mongo.stream import KINDS_OF_REFUSED
+    from ghsync_dagster.stores.mongo.writer import KINDS_OF_REFUSED
 
     _expect("--kind", given, [*(refusal.kind for refusal in Refusal), *sorted(KINDS_OF_REFUSED)])
 

@@ -52,7 +52,7 @@ def repair(
     from ghsync_dagster.cdc.health.repair_requests import Chosen, Selection, plan, refuse_too_many, select
     from ghsync_dagster.cdc.health.repair_requests import repair as request_repair
     from ghsync_dagster.retry import retrying
-    from ghsync_dagster.stores.mongo.repairs import RepairStore
+    from ghsync_dagster.stores.mongo.repairs import RepairRequests
     from ghsync_dagster.wiring import change_consumer, existing_kafka, open_mysql, store_opener
 
     settings = configured()
@@ -65,7 +65,7 @@ def repair(
     with store_opener(settings)() as store:
         if not dry_run:
             store.ensure_collection()
-        repairs = RepairStore(store)
+        repairs = RepairRequests(store)
 
         def chosen() -> Chosen:
             with open_mysql(settings) as mysql:

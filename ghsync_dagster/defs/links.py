@@ -5,7 +5,6 @@ Belongs here: links into the repository where GHSYNC_GIT_URL names it, else path
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,6 +14,8 @@ from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.settings import load_settings
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ghsync_dagster.settings import Settings
 
 _PACKAGE: Final = Path(__file__).parents[1]

@@ -13,7 +13,6 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -22,6 +21,8 @@ from ghsync_dagster.domain.user import USER_FIELDS
 from ghsync_dagster.logging import get_logger
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
     from ghsync_dagster.stores.mysql import Statement
 
 INSERT: Final = "insert"

@@ -10,13 +10,15 @@ truncate stay, though it wipes out what they write: it records as deleted what i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
 from ghsync_dagster.domain.change import Change, Op, RecordKind
 from ghsync_dagster.domain.user import USER_FIELDS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Set
 
 _WHOLE: Final = len(USER_FIELDS)
 

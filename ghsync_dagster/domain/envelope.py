@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from enum import Enum
-from typing import Annotated, Any, Final, Literal, TypeGuard
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeGuard
 
 import msgspec
 
@@ -27,6 +26,9 @@ from ghsync_dagster.domain.errors import UndecodableError
 from ghsync_dagster.domain.formats import format_of
 from ghsync_dagster.domain.text import shortened
 from ghsync_dagster.domain.user import USER_FIELDS, User
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 UNAVAILABLE: Final = "__debezium_unavailable_value"
 """Debezium's default for `unavailable.value.placeholder`: the row holds a value that the event does not tell."""

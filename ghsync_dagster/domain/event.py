@@ -11,17 +11,19 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache, partial
 from types import NoneType
-from typing import Any, Final, get_args
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 import msgspec
 
 from ghsync_dagster.domain.text import shortened
 from ghsync_dagster.domain.user import USER_FIELDS, Rule
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 RAW_LIMIT: Final = 2_000
 """How many characters of a refused line are kept."""

@@ -5,10 +5,12 @@ Belongs here: what every check reports, of files and of changes alike. Not here:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 OFFENDERS: Final = 20
 """How many of what broke a check a finding names."""

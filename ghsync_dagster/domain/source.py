@@ -7,14 +7,16 @@ asked (``stores.mysql``), where that log is, and what a command does about a pro
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from ghsync_dagster.domain.table import KEY, create_table, quoted
 from ghsync_dagster.domain.user import USER_FIELDS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
 
 _ESSENTIAL: Final = ("log_bin", "binlog_format", "binlog_row_image")
 SETTINGS: Final = (

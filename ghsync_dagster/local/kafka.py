@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import secrets
 import socket
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
@@ -20,6 +19,7 @@ from ghsync_dagster.logging import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
     from ghsync_dagster.local.supervisor import State
     from ghsync_dagster.settings import Settings

@@ -28,13 +28,14 @@ from ghsync_dagster.domain.event import event_shape
 from ghsync_dagster.domain.user import MARKER_FIELD, MARKER_VALUE, USER_FIELDS
 from ghsync_dagster.logging import redact
 from ghsync_dagster.progress import telling
-from ghsync_dagster.stores.mongo.users import CONFIRM_MS
+from ghsync_dagster.stores.mongo.client import CONFIRM_MS
 from ghsync_dagster.stores.spark_jvm import launch_jvm
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from pyspark.sql import DataFrame
 
+    from ghsync_dagster.stores.mongo.guard import WriterGuard
     from ghsync_dagster.stores.mongo.users import UserStore
 
 _SPARK_TYPES: Final = {int: LongType(), str: StringType()}
@@ -303,12 +304,15 @@ def to_arrow(frame: DataFrame) -> pa.Table:
     return collected[0]
 
 
-def insert_users(users: DataFrame, store: UserStore) -> None:
+def insert_users(users: DataFrame, store: UserStore, guard: WriterGuard) -> None:
     """Append users, marked, unordered; what the unique index refuses is left as it is.
+
+    The guard is asked before the job begins; who calls this has to cancel the job once it no longer allows a write.
 
     Raises:
         DuplicateUserError: A user was stored already; others of its batch may be missing.
     """
+    guard.allow()
     with spark_errors("Writing users"):
         (
             users.select(*USER_FIELDS, F.lit(MARKER_VALUE).alias(MARKER_FIELD))

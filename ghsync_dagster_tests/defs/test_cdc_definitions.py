@@ -6,7 +6,6 @@ import os
 import threading
 import time
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import dagster as dg
@@ -42,6 +41,7 @@ from ghsync_dagster.stores.kafka.client import KafkaSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
 

@@ -195,7 +195,7 @@ def after_first(
             for part, documents in held.items():
                 target.database[part].insert_many(documents)
             target.users.insert_many([dict(row) for row in STREAM])
-            target.deleted.insert_many([{"_id": str(key)} for key in DELETED])
+            target.book("deleted").insert_many([{"_id": str(key)} for key in DELETED])
             return {found["user_id"]: found["_id"] for found in target.users.find()}
 
     return restore

@@ -2,7 +2,7 @@
 
 The race has the whole stream, from the topic on, and lasts for ``TEST_FAULT_ROUNDS`` loads. Where a change comes at a
 certain step of a load, the stream is the real one from the segment on: ``cdc.stream.apply``
-over ``stores.mongo.stream``.
+over ``stores.mongo.writer``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from cdc_parts import until
+from guards import writer_of
 from long_campaign import ROUNDS
 
 from ghsync_dagster.batch.load import Step
@@ -24,7 +25,6 @@ from ghsync_dagster.batch.reports import FlattenReport, LoadReport
 from ghsync_dagster.cdc.stream.apply import apply
 from ghsync_dagster.domain.change import Change, Op, RecordKind
 from ghsync_dagster.domain.coalesce import Segment
-from ghsync_dagster.stores.mongo.stream import StreamStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -101,7 +101,7 @@ def stream(store: UserStore, state: State, key: str, login: str | None) -> None:
     """Apply one change as the consumer does: an insert, update, or with None a delete; note it in the state."""
     row = None if login is None else user(key, login)
     created = {key} if row and not state.get(key) else frozenset[str]()
-    applied = apply(StreamStore(store), Segment(truncate=False, changes=dict([change_of((key, row))]), created=created))
+    applied = apply(writer_of(store), Segment(truncate=False, changes=dict([change_of((key, row))]), created=created))
     assert not applied.refused
     state[key] = row
 
@@ -205,6 +205,6 @@ def test_a_change_of_the_stream_stands_at_whatever_step_of_a_load_it_comes(
 
 
 def assert_nothing_half_done(store: UserStore, of_loads: Iterable[str]) -> None:
-    assert set(store.versions.distinct("_id")) == set(of_loads)
+    assert set(store.book("versions").distinct("_id")) == set(of_loads)
     assert store.users.count_documents({"spark_temp": {"$exists": True}}) == 0
-    assert store.undo.count_documents({}) == 0
+    assert store.book("undo").count_documents({}) == 0

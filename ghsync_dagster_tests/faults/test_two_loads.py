@@ -22,12 +22,14 @@ import pytest
 from long_campaign import LONG, ROUNDS
 
 from ghsync_dagster.batch.lease import QUIET_SECONDS, hold_lease
+from ghsync_dagster.stores.mongo.client import LEASES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from ghsync_dagster.batch.flow import BatchFlow
     from ghsync_dagster.stores.mongo.users import UserStore
+from ghsync_dagster.stores.mongo.books import LeaseBook
 
 pytestmark = pytest.mark.faults
 
@@ -122,17 +124,17 @@ def assert_stored(store: UserStore, expected: dict[str, str]) -> None:
     assert len(stored) == len(expected)
     assert {found["user_id"]: found["login"] for found in stored} == expected
     assert not any("spark_temp" in found for found in stored)
-    assert set(store.versions.distinct("_id")) == expected.keys()
-    assert store.undo.count_documents({}) == 0
-    assert store.leases.count_documents({}) == 0
-    assert store.loads.distinct("state") == ["done"]
+    assert set(store.book("versions").distinct("_id")) == expected.keys()
+    assert store.book("undo").count_documents({}) == 0
+    assert store.database[LEASES].count_documents({}) == 0
+    assert store.book("loads").distinct("state") == ["done"]
 
 
 def assert_lease_ends_soon(store: UserStore) -> None:
     """Hold that the lease ends with the quiet time after the last command."""
-    lease = store.lease("load:Users")
+    lease = LeaseBook(store).standing("load:Users")
     assert lease is not None
-    assert (lease.expires_at - store.server_time()).total_seconds() <= QUIET_SECONDS
+    assert (lease.expires_at - LeaseBook(store).server_time()).total_seconds() <= QUIET_SECONDS
 
 
 @contextmanager
@@ -197,7 +199,7 @@ def test_a_load_that_is_asked_to_stop_gives_the_lease_up_and_leaves_no_process(
     if moment == "inserting":
         assert_lease_ends_soon(store)
     else:
-        assert store.leases.count_documents({}) == 0
+        assert store.database[LEASES].count_documents({}) == 0
     deadline = time.monotonic() + 20
     while left := one.left_behind():
         assert time.monotonic() < deadline, left

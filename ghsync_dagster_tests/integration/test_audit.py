@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from guards import writer_of
 
 from ghsync_dagster.cdc.health import audit as audit_module
 from ghsync_dagster.cdc.health.audit import Offender, Patience, audit
@@ -107,9 +108,7 @@ def test_what_mysql_holds_to_be_equal_is_compared_as_it_is(
 def test_users_that_only_files_brought_are_no_difference(mysql: MySqlStore, mongo: UserStore) -> None:
     put_rows(mysql, [user(1)])
     put_documents(mongo, [user(1), user(2), user(3)])
-    mongo.insert_versions(
-        [("2", "2015-01-01T00:00:00Z", 1), ("3", "2015-01-01T00:00:00Z", 2)], "load", before_each=lambda: None
-    )
+    writer_of(mongo).insert_versions([("2", "2015-01-01T00:00:00Z", 1), ("3", "2015-01-01T00:00:00Z", 2)], "load")
     # A load at work, or one that died: its mark stands where the entry is not written yet.
     mongo.users.insert_one({**user(4), MARKER_FIELD: MARKER_VALUE})
     found = audit(mysql, mongo, patience=NO_PATIENCE)
@@ -120,9 +119,9 @@ def test_users_that_only_files_brought_are_no_difference(mysql: MySqlStore, mong
 
 def test_a_deleted_user_that_came_back_is_extra_though_a_load_wrote_it(mysql: MySqlStore, mongo: UserStore) -> None:
     put_documents(mongo, [user(2)])
-    mongo.insert_versions([("2", "2015-01-01T00:00:00Z", 1)], "load", before_each=lambda: None)
+    writer_of(mongo).insert_versions([("2", "2015-01-01T00:00:00Z", 1)], "load")
     mongo.users.insert_one({**user(3), MARKER_FIELD: MARKER_VALUE})
-    mongo.deleted.insert_many([{"_id": "2"}, {"_id": "3"}])
+    mongo.book("deleted").insert_many([{"_id": "2"}, {"_id": "3"}])
     found = audit(mysql, mongo, patience=NO_PATIENCE)
     assert (found.extra, found.from_files) == (2, 0)
 
@@ -130,9 +129,7 @@ def test_a_deleted_user_that_came_back_is_extra_though_a_load_wrote_it(mysql: My
 def test_a_file_user_with_a_row_is_compared(mysql: MySqlStore, mongo: UserStore) -> None:
     put_rows(mysql, [user(1, login="row"), user(2)])
     put_documents(mongo, [user(1, login="file"), user(2)])
-    mongo.insert_versions(
-        [("1", "2015-01-01T00:00:00Z", 1), ("2", "2015-01-01T00:00:00Z", 2)], "load", before_each=lambda: None
-    )
+    writer_of(mongo).insert_versions([("1", "2015-01-01T00:00:00Z", 1), ("2", "2015-01-01T00:00:00Z", 2)], "load")
     found = audit(mysql, mongo, patience=NO_PATIENCE)
     assert (found.different, found.from_files) == (1, 0)
 
@@ -151,9 +148,7 @@ def test_counts_are_exact_beyond_the_bounded_number_of_suspects(
     put_rows(mysql, [user(key) for key in range(3_000)])
     put_documents(mongo, [user(key, login="old") for key in range(500, 3_000)])
     put_documents(mongo, [user(key) for key in range(5_000, 7_300)])
-    mongo.insert_versions(
-        [(str(key), "2015-01-01T00:00:00Z", key) for key in range(7_000, 7_300)], "load", before_each=lambda: None
-    )
+    writer_of(mongo).insert_versions([(str(key), "2015-01-01T00:00:00Z", key) for key in range(7_000, 7_300)], "load")
     found = audit(mysql, mongo, patience=NO_PATIENCE)
     assert (found.missing, found.different, found.extra, found.from_files) == (500, 2_500, 2_000, 300)
     assert found.reread == 5_000
@@ -350,11 +345,11 @@ def test_many_users_from_files_beside_few_rows_are_sorted_out_block_by_block(
     put_documents(mongo, [user(key) for key in range(3_000)])
     alone = [key for key in range(3_000) if key % 6]
     entries = [(str(key), "2015-01-01T00:00:00Z", key) for key in alone]
-    mongo.insert_versions(entries, "load", before_each=lambda: None)
+    writer_of(mongo).insert_versions(entries, "load")
     found = audit(mysql, mongo, patience=NO_PATIENCE)
     assert found.equal
     assert (found.rows, found.documents, found.from_files, found.reread) == (500, 3_000, 2_500, 0)
-    mongo.versions.delete_one({"_id": "1"})
+    mongo.book("versions").delete_one({"_id": "1"})
     assert audit(mysql, mongo, patience=NO_PATIENCE).offenders == (Offender("1", "extra"),)
 
 

@@ -7,19 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from guards import AskedGuard, writer_of
 from pymongo import MongoClient
 from pymongo.collection import Collection
 from pymongo.synchronous import pool
 
 from ghsync_dagster import clock
 from ghsync_dagster.cdc.stream.apply import Applied, apply
-from ghsync_dagster.cdc.stream.write import Membership
+from ghsync_dagster.cdc.stream.write import GroupFence
 from ghsync_dagster.domain.change import Change, Op, RecordKind
 from ghsync_dagster.domain.coalesce import Segment
 from ghsync_dagster.domain.errors import RefusedError, UnavailableError
 from ghsync_dagster.domain.user import MARKER_FIELD, MARKER_VALUE, json_schema
-from ghsync_dagster.stores.mongo.stream import KINDS_OF_REFUSED, StreamStore
+from ghsync_dagster.stores.mongo.books import GroupBook
 from ghsync_dagster.stores.mongo.users import UserStore
+from ghsync_dagster.stores.mongo.writer import KINDS_OF_REFUSED, UserWriter
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -48,7 +50,7 @@ def segment(*changes: Change, truncate: bool = False, created: bool = False) -> 
 
 
 def applied(store: UserStore, *changes: Change, truncate: bool = False, created: bool = False) -> Applied:
-    return apply(StreamStore(store), segment(*changes, truncate=truncate, created=created))
+    return apply(writer_of(store), segment(*changes, truncate=truncate, created=created))
 
 
 def stored(store: UserStore) -> dict[str, dict[str, Any]]:
@@ -70,7 +72,7 @@ def test_upserts_and_deletes_of_one_segment_are_all_applied(users: UserStore) ->
     result = applied(users, upsert(user("1", "renamed")), delete("2"), delete("9"), upsert(user("-4", None)))
     assert (result.upserts, result.deletes, result.refused) == (2, 2, {})
     assert stored(users) == {"1": user("1", "renamed"), "3": user("3"), "-4": user("-4", None)}
-    assert ids(users.deleted.find()) == {"2", "9"}
+    assert ids(users.book("deleted").find()) == {"2", "9"}
     assert list(users.users.find_one({"user_id": "1"}) or {}) == ["_id", *user("1")]
 
 
@@ -89,8 +91,8 @@ def test_a_write_whose_first_connection_is_refused_is_done_whole(
 
     monkeypatch.setattr(pool, CONNECT, refuse_once)
     with UserStore(mongo_uri, database, "Users") as fresh:
-        stream = StreamStore(fresh)
-        assert stream.write({"1": user("1", "renamed")}) == {}
+        stream = writer_of(fresh)
+        assert stream.upsert({"1": user("1", "renamed")}) == {}
         assert stream.remove(["2", "3"]) == 2
     assert len(refused) == 1
     assert stored(users) == {"1": user("1", "renamed")}
@@ -98,33 +100,33 @@ def test_a_write_whose_first_connection_is_refused_is_done_whole(
 
 def test_created_users_are_inserted_and_those_that_are_there_all_the_same_are_replaced(users: UserStore) -> None:
     users.users.insert_many([user("1", "before", url=None), {**user("2", "before"), MARKER_FIELD: MARKER_VALUE}])
-    users.deleted.insert_one({"_id": "3"})
+    users.book("deleted").insert_one({"_id": "3"})
     changes = [upsert(user(key, "after")) for key in "1234"]
     result = applied(users, *changes, upsert({"user_id": "5"}), delete("6"), created=True)
     assert (result.upserts, result.deletes, result.refused) == (5, 1, {})
     assert {key: stored(users)[key] for key in "1234"} == {key: user(key, "after") for key in "1234"}
     assert stored(users).keys() == set("12345")
-    assert ids(users.deleted.find()) == {"6"}
+    assert ids(users.book("deleted").find()) == {"6"}
     assert changes[3].user == user("4", "after")
 
 
 def test_a_user_that_comes_back_is_no_longer_recorded_as_deleted(users: UserStore) -> None:
     applied(users, delete("1"), delete("2"))
     applied(users, upsert(user("1")))
-    assert ids(users.deleted.find()) == {"2"}
+    assert ids(users.book("deleted").find()) == {"2"}
 
 
 def test_applying_again_changes_nothing(users: UserStore) -> None:
     for _ in range(3):
         applied(users, upsert(user("1")), delete("2"))
     assert stored(users) == {"1": user("1")}
-    assert ids(users.deleted.find()) == {"2"}
+    assert ids(users.book("deleted").find()) == {"2"}
 
 
 def test_version_entries_of_touched_keys_go_and_others_stay(users: UserStore) -> None:
-    users.versions.insert_many([{"_id": key, "created_at": "x", "id": 1, "load": "l"} for key in "123"])
+    users.book("versions").insert_many([{"_id": key, "created_at": "x", "id": 1, "load": "l"} for key in "123"])
     result = applied(users, upsert(user("1")), delete("2"))
-    assert ids(users.versions.find()) == {"3"}
+    assert ids(users.book("versions").find()) == {"3"}
     assert result.repeated == 0
 
 
@@ -159,22 +161,22 @@ def test_text_is_data(users: UserStore, text: str, *, whole: bool) -> None:
 
 
 def test_a_load_between_the_write_and_the_second_look_is_overwritten_once_more(users: UserStore) -> None:
-    class Racing(StreamStore):
+    class Racing(UserWriter):
         raced = 0
 
-        def write(self, *args: Any, **kwargs: Any) -> Any:
-            refused = super().write(*args, **kwargs)
+        def upsert(self, *args: Any, **kwargs: Any) -> Any:
+            refused = super().upsert(*args, **kwargs)
             if self.raced < 2:
                 # As a load that found the new document replaces it and writes its version.
                 self.raced += 1
                 users.users.update_one({"user_id": "1"}, {"$set": {"login": f"load-{self.raced}"}})
-                users.versions.insert_one({"_id": "1", "created_at": "x", "id": 1, "load": "l"})
+                users.book("versions").insert_one({"_id": "1", "created_at": "x", "id": 1, "load": "l"})
             return refused
 
-    result = apply(Racing(users), segment(upsert(user("1", "stream")), upsert(user("2"))))
+    result = apply(Racing(users, AskedGuard()), segment(upsert(user("1", "stream")), upsert(user("2"))))
     assert result.repeated == 2
     assert stored(users) == {"1": user("1", "stream"), "2": user("2")}
-    assert users.versions.count_documents({}) == 0
+    assert users.book("versions").count_documents({}) == 0
 
 
 # what the database refuses
@@ -185,7 +187,7 @@ def test_the_database_refuses_one_user_and_takes_the_others(users: UserStore, *,
     strict = json_schema()
     strict["properties"]["login"] = {"bsonType": "string", "maxLength": 5}
     users.database.command({"collMod": "Users", "validator": {"$jsonSchema": strict}})
-    users.deleted.insert_one({"_id": "2"})
+    users.book("deleted").insert_one({"_id": "2"})
     changes = [upsert(user("1")), upsert(user("2", "too long")), delete("3"), upsert({"user_id": "4"})]
     result = applied(users, *changes, created=created)
     assert set(result.refused) == {"2", "4"}
@@ -193,7 +195,7 @@ def test_the_database_refuses_one_user_and_takes_the_others(users: UserStore, *,
     assert "121" in result.refused["2"].text
     assert (result.upserts, result.deletes) == (1, 1)
     assert stored(users) == {"1": user("1")}
-    assert ids(users.deleted.find()) == {"2", "3"}
+    assert ids(users.book("deleted").find()) == {"2", "3"}
 
 
 @pytest.mark.parametrize("created", [False, True])
@@ -229,11 +231,11 @@ def test_however_many_entries_there_are_those_of_a_batch_are_found(users: UserSt
     ours = set(keys[: entries // 20])
     others = {f"other-{key}" for key in range(entries - len(ours))}
     if entries:
-        users.versions.insert_many([{"_id": key} for key in ours | others])
-    stream = StreamStore(users)
+        users.book("versions").insert_many([{"_id": key} for key in ours | others])
+    stream = writer_of(users)
     assert stream.drop_versions(keys) == ours
     assert stream.drop_versions(keys) == set()
-    assert ids(users.versions.find()) == others
+    assert ids(users.book("versions").find()) == others
 
 
 def test_a_collection_that_held_many_entries_is_not_read_whole_again_for_a_while(
@@ -245,7 +247,7 @@ def test_a_collection_that_held_many_entries_is_not_read_whole_again_for_a_while
         commands.append(30.0)
         return commands[-1]
 
-    stream = StreamStore(users, may_write=may_write)
+    stream = writer_of(users, may_write)
 
     def looked_up(keys: int) -> int:
         commands.clear()
@@ -253,8 +255,8 @@ def test_a_collection_that_held_many_entries_is_not_read_whole_again_for_a_while
         return len(commands)
 
     assert looked_up(1_000) == 1, "there are none: that takes one command"
-    users.deleted.insert_many([{"_id": f"other-{key}"} for key in range(300)])
-    monkeypatch.setattr("ghsync_dagster.stores.mongo.stream._REST", 1e9)
+    users.book("deleted").insert_many([{"_id": f"other-{key}"} for key in range(300)])
+    monkeypatch.setattr("ghsync_dagster.stores.mongo.writer._REST", 1e9)
     by_key = 1_000 // 200
     assert looked_up(1_000) == 1 + by_key, "reading them shows that there are many"
     assert looked_up(1_000) == by_key
@@ -263,8 +265,8 @@ def test_a_collection_that_held_many_entries_is_not_read_whole_again_for_a_while
     commands.clear()
     assert stream.drop_versions([str(key) for key in range(1_000)]) == set()
     assert len(commands) == 1, "of another collection nothing is known yet"
-    stream = StreamStore(users, may_write=may_write)
-    monkeypatch.setattr("ghsync_dagster.stores.mongo.stream._REST", 0)
+    stream = writer_of(users, may_write)
+    monkeypatch.setattr("ghsync_dagster.stores.mongo.writer._REST", 0)
     for _ in range(2):
         assert looked_up(1_000) == 1 + by_key, "it may hold few by now"
 
@@ -273,7 +275,7 @@ def test_an_entry_that_is_read_twice_makes_no_collection_that_was_cut_off_a_whol
     users: UserStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = [str(key) for key in range(1_000)]
-    users.deleted.insert_many([{"_id": key} for key in keys])
+    users.book("deleted").insert_many([{"_id": key} for key in keys])
     find = Collection.find
     looks: list[int] = []
 
@@ -291,39 +293,49 @@ def test_an_entry_that_is_read_twice_makes_no_collection_that_was_cut_off_a_whol
     monkeypatch.setattr(
         Collection, "find", lambda found, *args, **more: find(found, *args, **more) if args[0] else Twice(found)
     )
-    StreamStore(users).forget_deleted(keys)
+    writer_of(users).forget_deleted(keys)
     monkeypatch.undo()
     assert looks
-    assert ids(users.deleted.find()) == set()
+    assert ids(users.book("deleted").find()) == set()
 
 
-# notes
+# rewinds and the fence
 
 
-def test_a_note_is_forgotten_only_by_who_heeded_the_newest_asking(users: UserStore) -> None:
-    stream = StreamStore(users)
-    stream.ask_again({"g/0": 100})
-    heeded = stream.asked_again(["g/0", "g/1"])["g/0"]
-    assert heeded.offset == 100
-    stream.ask_again({"g/0": 120})
-    stream.went_back("g/0", heeded)
-    again = stream.asked_again(["g/0"])["g/0"]
+def test_a_rewind_is_cleared_only_by_who_carried_the_newest_request_out(users: UserStore) -> None:
+    book = GroupBook(users)
+    book.request_rewind({"g/0": 100})
+    done = book.pending_rewinds(["g/0", "g/1"])["g/0"]
+    assert done.offset == 100
+    book.request_rewind({"g/0": 120})
+    book.clear_rewind("g/0", done)
+    again = book.pending_rewinds(["g/0"])["g/0"]
     assert again.offset == 100, "the earliest counts"
-    stream.went_back("g/0", again)
-    assert stream.asked_again(["g/0"]) == {}
-    # One that does not tell who asked.
-    users.database["_ghsync_again"].insert_one({"_id": "g/0", "offset": 7})
-    stream.went_back("g/0", stream.asked_again(["g/0"])["g/0"])
-    assert stream.asked_again(["g/0"]) == {}
+    book.clear_rewind("g/0", again)
+    assert book.pending_rewinds(["g/0"]) == {}
 
 
-def test_sleep_counts_in_the_time_that_the_group_s_answer_is_good_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    membership = Membership(10)
+def test_what_a_build_before_left_to_be_consumed_again_is_a_rewind_request(users: UserStore) -> None:
+    old = users.database["_ghsync_again"]
+    old.insert_many([{"_id": "g/0", "offset": 7}, {"_id": "g/1", "offset": 9, "asking": "theirs"}])
+    GroupBook(users).request_rewind({"g/1": 5})
+    users.ensure_collection()
+    book = GroupBook(users)
+    pending = book.pending_rewinds(["g/0", "g/1"])
+    assert {name: rewind.offset for name, rewind in pending.items()} == {"g/0": 7, "g/1": 5}
+    assert old.name not in users.database.list_collection_names()
+    for name, rewind in pending.items():
+        book.clear_rewind(name, rewind)
+    assert book.pending_rewinds(["g/0", "g/1"]) == {}
+
+
+def test_sleep_counts_in_the_time_that_a_renewal_is_good_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    fence = GroupFence(10)
     asked = clock.now()
-    membership.confirmed(asked)
-    assert membership.is_fresh
+    fence.renewed(asked)
+    assert fence.is_recent
     monkeypatch.setattr(clock, "now", lambda: asked + 60)
-    assert membership.left == -50
+    assert fence.remaining == -50
 
 
 # truncates
@@ -331,18 +343,18 @@ def test_sleep_counts_in_the_time_that_the_group_s_answer_is_good_for(monkeypatc
 
 def test_a_truncate_removes_everyone_and_remembers_them_as_deleted(users: UserStore) -> None:
     users.users.insert_many([user("1"), {**user("2"), MARKER_FIELD: MARKER_VALUE}])
-    users.versions.insert_many([{"_id": key, "created_at": "x", "id": 1, "load": "l"} for key in ("2", "3")])
+    users.book("versions").insert_many([{"_id": key, "created_at": "x", "id": 1, "load": "l"} for key in ("2", "3")])
     result = applied(users, upsert(user("5")), truncate=True)
     assert result.truncated == 2
     assert stored(users) == {"5": user("5")}
-    assert users.versions.count_documents({}) == 0
-    assert ids(users.deleted.find()) == {"1", "2", "3"}
+    assert users.book("versions").count_documents({}) == 0
+    assert ids(users.book("deleted").find()) == {"1", "2", "3"}
 
 
 def test_a_truncate_removes_more_than_one_command_carries(users: UserStore) -> None:
     users.users.insert_many([user(str(key)) for key in range(12_001)])
     assert applied(users, truncate=True).truncated == 12_001
-    assert users.deleted.count_documents({}) == 12_001
+    assert users.book("deleted").count_documents({}) == 12_001
     assert stored(users) == {}
 
 
@@ -350,9 +362,9 @@ def test_a_truncate_removes_those_whose_id_is_no_text_and_keeps_whom_it_is_to_ke
     users.database.drop_collection("Users")
     odd: list[dict[str, Any]] = [{"user_id": None}, {"user_id": ["1"]}, {}, *({"user_id": key} for key in range(2_000))]
     users.users.insert_many([user("1"), user("2"), *odd])
-    assert apply(StreamStore(users), segment(truncate=True), {"2"}).truncated == len(odd) + 1
+    assert apply(writer_of(users), segment(truncate=True), {"2"}).truncated == len(odd) + 1
     assert stored(users) == {"2": user("2")}
-    assert ids(users.deleted.find()) == {"1"}
+    assert ids(users.book("deleted").find()) == {"1"}
 
 
 # faults
@@ -363,7 +375,7 @@ def test_a_server_that_is_away_is_a_transient_error() -> None:
         UserStore("mongodb://127.0.0.1:1", "nowhere", "Users", timeout_seconds=0.2) as away,
         pytest.raises(UnavailableError),
     ):
-        apply(StreamStore(away, may_write=lambda: 0.5), segment(upsert(user("1"))))
+        apply(writer_of(away, lambda: 0.5), segment(upsert(user("1"))))
 
 
 def test_who_may_not_write_any_more_sends_no_command(users: UserStore) -> None:
@@ -374,14 +386,14 @@ def test_who_may_not_write_any_more_sends_no_command(users: UserStore) -> None:
         raise GoneError
 
     with pytest.raises(GoneError):
-        apply(StreamStore(users, may_write=gone), segment(upsert(user("1")), delete("2")))
+        apply(writer_of(users, gone), segment(upsert(user("1")), delete("2")))
     assert stored(users) == {}
-    assert users.deleted.count_documents({}) == 0
+    assert users.book("deleted").count_documents({}) == 0
 
 
 def test_a_command_gets_no_more_time_than_is_left(users: UserStore) -> None:
     with pytest.raises(UnavailableError):
-        apply(StreamStore(users, may_write=lambda: 0.00001), segment(upsert(user("1"))))
+        apply(writer_of(users, lambda: 0.00001), segment(upsert(user("1"))))
 
 
 def test_refused_credentials_are_permanent(mongo_uri: str) -> None:

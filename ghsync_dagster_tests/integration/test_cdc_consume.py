@@ -42,8 +42,9 @@ from ghsync_dagster.stores.kafka.backlog import read_backlog
 from ghsync_dagster.stores.kafka.client import KafkaSettings, consumer_config
 from ghsync_dagster.stores.kafka.consumer import TopicConsumer
 from ghsync_dagster.stores.kafka.topics import TopicIds, read_to_end
-from ghsync_dagster.stores.mongo.stream import Refused, StreamStore
+from ghsync_dagster.stores.mongo.books import GroupBook
 from ghsync_dagster.stores.mongo.users import UserStore
+from ghsync_dagster.stores.mongo.writer import Refused, UserWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -64,7 +65,7 @@ def test_a_drain_applies_what_is_there_commits_it_and_ends(topic: Topic, parts: 
     assert report.records.keys() <= {"applied", "coalesced"}
     end = sum(report.records.values())
     assert topic.committed() == end
-    assert {found["_id"] for found in store.deleted.find()}.isdisjoint(topic.expected)
+    assert {found["_id"] for found in store.book("deleted").find()}.isdisjoint(topic.expected)
 
     again = parts.drain(topic)
     assert again.records == {}
@@ -143,7 +144,7 @@ def test_a_truncate_is_a_barrier_within_a_batch(topic: Topic, parts: Parts, stor
     topic.upsert(3)
     parts.drain(topic)
     assert stored(store) == topic.expected
-    assert {found["_id"] for found in store.deleted.find()} == {"1"}
+    assert {found["_id"] for found in store.book("deleted").find()} == {"1"}
 
 
 def test_broken_rules_are_counted_and_applied_all_the_same(topic: Topic, parts: Parts, store: UserStore) -> None:
@@ -266,7 +267,7 @@ def test_a_refused_batch_at_the_end_of_a_drain_is_not_committed(
 
     topic.upsert(1)
     topic.flush()
-    monkeypatch.setattr(StreamStore, "write", refuse)
+    monkeypatch.setattr(UserWriter, "upsert", refuse)
     with pytest.raises(RefusedError, match="The database refuses"):
         parts.consumer(topic).run(threading.Event(), until_end=True, seconds=20)
     # Where the batch begins may be committed, as a sign of life.
@@ -738,7 +739,7 @@ def test_a_truncate_is_put_in_the_order_of_the_binlog(
         topic.upsert(10 + number, f"u{number}", partition=number % 3)
     parts.drain(topic)
     assert stored(store) == topic.expected
-    assert {found["_id"] for found in store.deleted.find()} == {"1", "2", "7"}
+    assert {found["_id"] for found in store.book("deleted").find()} == {"1", "2", "7"}
 
 
 @pytest.mark.parametrize("failing", range(1, 6))
@@ -799,35 +800,35 @@ def test_who_goes_back_behind_a_truncate_of_another_partition_applies_it_again(
     topic.upsert(4, "new", partition=1, pos=120)
     parts.drain(topic)
     assert stored(store) == topic.expected
-    ask_to_go_back(topic, store, partition=1, offset=0)
+    request_rewind(topic, store, partition=1, offset=0)
     with parts.running(topic) as running:
-        until(lambda: running.metrics.snapshot().records >= 4 and notes(store) == 0)
+        until(lambda: running.metrics.snapshot().records >= 4 and rewinds(store) == 0)
         until(lambda: (topic.committed(0), topic.committed(1)) == (2, 2))
     assert stored(store) == topic.expected
     assert set(topic.expected) == {"4", "5"}
 
 
-def ask_to_go_back(topic: Topic, store: UserStore, *, partition: int, offset: int) -> None:
-    """Leave the note that a consumer leaves when it is not sure of a command."""
-    StreamStore(store).ask_again({f"{topic.kafka.group_name}/{partition}": offset})
+def request_rewind(topic: Topic, store: UserStore, *, partition: int, offset: int) -> None:
+    """Leave the request that a consumer leaves when it is in doubt of a command."""
+    GroupBook(store).request_rewind({f"{topic.kafka.group_name}/{partition}": offset})
 
 
 def let_a_command_come_late(topic: Topic, parts: Parts, store: UserStore) -> None:
-    """Apply four users, leave an older state of one as a late command does, and the note that is left then."""
+    """Apply four users, leave an older state of one as a late command does, and the request that is left then."""
     for key in range(4):
         topic.upsert(key, "right")
     parts.drain(topic)
     store.users.update_one({"user_id": "2"}, {"$set": {"login": "what a late command left"}})
-    ask_to_go_back(topic, store, partition=0, offset=1)
+    request_rewind(topic, store, partition=0, offset=1)
 
 
-def notes(store: UserStore) -> int:
-    """How many notes there are."""
-    return store.database["_ghsync_again"].count_documents({})
+def rewinds(store: UserStore) -> int:
+    """How many rewind requests there are."""
+    return store.database["_ghsync_rewinds"].count_documents({})
 
 
 @pytest.mark.parametrize("answered", [True, False])
-def test_a_note_to_go_back_is_heeded_also_where_the_commit_s_answer_is_lost(
+def test_a_rewind_is_carried_out_also_where_the_commit_s_answer_is_lost(
     topic: Topic, parts: Parts, store: UserStore, monkeypatch: pytest.MonkeyPatch, answered: bool
 ) -> None:
     let_a_command_come_late(topic, parts, store)
@@ -842,63 +843,63 @@ def test_a_note_to_go_back_is_heeded_also_where_the_commit_s_answer_is_lost(
 
     monkeypatch.setattr(TopicConsumer, "commit", lose_answer)
     with parts.running(topic) as running:
-        until(lambda: running.metrics.snapshot().records >= 3 and notes(store) == 0)
+        until(lambda: running.metrics.snapshot().records >= 3 and rewinds(store) == 0)
         until(lambda: topic.committed() == 4)
     assert bool(lost) is not answered
     assert stored(store) == topic.expected
 
 
-def test_a_drain_heeds_a_note_to_go_back_before_it_says_that_all_is_applied(
+def test_a_drain_carries_a_rewind_out_before_it_says_that_all_is_applied(
     topic: Topic, parts: Parts, store: UserStore
 ) -> None:
     let_a_command_come_late(topic, parts, store)
     parts.drain(topic)
     assert stored(store) == topic.expected
-    assert notes(store) == 0
+    assert rewinds(store) == 0
 
 
-def test_a_drain_looks_again_where_the_group_is_once_no_note_is_left(
+def test_a_drain_looks_again_where_the_group_is_once_no_rewind_is_pending(
     topic: Topic, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     topic.upsert(1)
     parts.drain(topic)
-    is_to_go_back, committed = write.Writer.is_to_go_back, TopicConsumer.committed
+    is_to_rewind, committed = write.Writer.is_to_rewind, TopicConsumer.committed
     heeded: list[str] = []
 
     def heed(writer: write.Writer, places: dict[int, int]) -> bool:
-        heeded.append("no note is left")
-        return is_to_go_back(writer, places)
+        heeded.append("no rewind is pending")
+        return is_to_rewind(writer, places)
 
     def went_back(consumer: TopicConsumer, partitions: Any) -> dict[int, int | None]:
-        if heeded == ["no note is left"]:
-            heeded.append("the group is where the note said")
+        if heeded == ["no rewind is pending"]:
+            heeded.append("the group is rewound")
             return {0: 0}
         return committed(consumer, partitions)
 
-    monkeypatch.setattr(write.Writer, "is_to_go_back", heed)
+    monkeypatch.setattr(write.Writer, "is_to_rewind", heed)
     monkeypatch.setattr(TopicConsumer, "committed", went_back)
     parts.drain(topic)
-    assert heeded == ["no note is left", "the group is where the note said", "no note is left"]
+    assert heeded == ["no rewind is pending", "the group is rewound", "no rewind is pending"]
 
 
-def test_of_a_note_and_one_that_is_to_be_left_the_earlier_counts(
+def test_of_a_rewind_and_one_that_is_to_be_requested_the_earlier_counts(
     topic: Topic, store: UserStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ask_to_go_back(topic, store, partition=0, offset=5)
+    request_rewind(topic, store, partition=0, offset=5)
 
     def fail(*_: Any) -> None:
         raise UnavailableError("away", way_out="wait")
 
-    monkeypatch.setattr(StreamStore, "ask_again", fail)
+    monkeypatch.setattr(GroupBook, "request_rewind", fail)
     monkeypatch.setattr(write, "_LAST_ATTEMPTS", 1)
-    membership = write.Membership(6)
+    fence = write.GroupFence(6)
     name = topic.kafka.group_name
-    writer = write.Writer(store, DeadLetters(topic.kafka, store), SilentListener(), membership, name=name)
+    writer = write.Writer(store, DeadLetters(topic.kafka, store), SilentListener(), fence, name=name)
     try:
-        assert writer.is_to_go_back({0: 6})
-        assert not writer.is_to_go_back({0: 5})
-        writer._to_ask = {0: 100}
-        assert writer.is_to_go_back({0: 100})
+        assert writer.is_to_rewind({0: 6})
+        assert not writer.is_to_rewind({0: 5})
+        writer._to_rewind = {0: 100}
+        assert writer.is_to_rewind({0: 100})
     finally:
         writer.close()
 
@@ -956,14 +957,14 @@ def test_a_sign_of_life_sets_back_no_partition_that_has_gone(
     run._begins = run._batch.begins
     with closing(run._topic), closing(run._writer), closing(run._consumer):
         for partitions in ({0, 1}, {0}, set[int]()):
-            run._membership = write.Membership(topic.kafka.session_timeout_seconds)
+            run._fence = write.GroupFence(topic.kafka.session_timeout_seconds)
             run._consumer.partitions = partitions
             run._confirm()
         run._consumer.partitions = set()
     assert committed == [{0: 0, 1: 0}, {0: 0}]
 
 
-def test_the_last_command_of_a_batch_that_came_late_leaves_a_note(
+def test_the_last_command_of_a_batch_that_came_late_requests_a_rewind(
     topic: Topic, parts: Parts, store: UserStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     topic.upsert(1)
@@ -990,13 +991,13 @@ def test_the_last_command_of_a_batch_that_came_late_leaves_a_note(
         with parts.running(topic) as running:
             until(lambda: slept[0] > 0)
             running.end()
-    assert [note["offset"] for note in store.database["_ghsync_again"].find()] == [1]
+    assert [note["offset"] for note in store.database["_ghsync_rewinds"].find()] == [1]
     parts.drain(topic)
     assert stored(store) == topic.expected == {}
-    assert notes(store) == 0
+    assert rewinds(store) == 0
 
 
-def test_a_batch_that_is_refused_after_a_command_that_may_come_late_leaves_a_note(
+def test_a_batch_that_is_refused_after_a_command_that_may_come_late_requests_a_rewind(
     topic: Topic, parts: Parts, store: UserStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     topic.upsert(1)
@@ -1008,23 +1009,23 @@ def test_a_batch_that_is_refused_after_a_command_that_may_come_late_leaves_a_not
 
     with monkeypatch.context() as patched:
         patched.setattr(Collection, "bulk_write", fail)
-        with pytest.raises(RefusedError, match="Writing users"):
+        with pytest.raises(RefusedError, match="Writing Users"):
             parts.consumer(topic).run(threading.Event(), seconds=20)
     assert answers == []
-    assert notes(store) == 1
+    assert rewinds(store) == 1
     parts.drain(topic)
     assert stored(store) == topic.expected
 
 
 @pytest.mark.parametrize("back", [True, False])
-def test_a_note_is_left_though_the_store_comes_back_only_after_the_end_or_the_run_fails(
+def test_a_rewind_is_requested_though_the_store_comes_back_only_after_the_end_or_the_run_fails(
     topic: Topic, parts: Parts, store: UserStore, monkeypatch: pytest.MonkeyPatch, back: bool
 ) -> None:
     proxy = Proxy(parts.uri)
     tries = threading.Semaphore(0)
-    ask_again = StreamStore.ask_again
+    ask_again = GroupBook.request_rewind
 
-    def ask(stream: StreamStore, names: dict[str, int]) -> None:
+    def ask(stream: GroupBook, names: dict[str, int]) -> None:
         try:
             ask_again(stream, names)
         finally:
@@ -1040,7 +1041,7 @@ def test_a_note_is_left_though_the_store_comes_back_only_after_the_end_or_the_ru
             met.set()
             raise
 
-    monkeypatch.setattr(StreamStore, "ask_again", ask)
+    monkeypatch.setattr(GroupBook, "request_rewind", ask)
     monkeypatch.setattr(write, "apply", tell)
     monkeypatch.setattr(write, "_LAST_ATTEMPTS", 7 if back else 2)
     topic.upsert(1)
@@ -1060,11 +1061,11 @@ def test_a_note_is_left_though_the_store_comes_back_only_after_the_end_or_the_ru
             if back:
                 proxy.join()
                 running.end()
-                assert notes(store) == 1
+                assert rewinds(store) == 1
             else:
                 with pytest.raises(UnavailableError, match=r"partition 0 from offset 1 .*operations\.md"):
                     running.end()
-                assert notes(store) == 0
+                assert rewinds(store) == 0
     finally:
         proxy.cut()
 

@@ -37,7 +37,7 @@ from ghsync_dagster.local.dagster_home import ensure_dagster_home
 from ghsync_dagster.settings import Settings, load_settings
 from ghsync_dagster.stores.kafka.backlog import read_backlog
 from ghsync_dagster.stores.kafka.client import consumer_config
-from ghsync_dagster.stores.mongo.stream import StreamStore
+from ghsync_dagster.stores.mongo.books import GroupBook
 from ghsync_dagster.stores.mongo.users import UserStore
 from ghsync_dagster.stores.mysql import MySqlStore
 from ghsync_dagster.wiring import existing_kafka
@@ -394,7 +394,7 @@ def test_a_drain_that_could_not_heed_a_note_to_go_back_fails(stack: Stack, runs:
     stack.await_topic(1)
     assert runs.run("cdc_drain_job").success
     with stack.store() as store:
-        StreamStore(store).ask_again({f"{stack.kafka.group_name}/0": 0})
+        GroupBook(store).request_rewind({f"{stack.kafka.group_name}/0": 0})
     # Another consumer has the partition, and hangs.
     hanging = Consumer(consumer_config(stack.kafka))
     try:
@@ -409,7 +409,7 @@ def test_a_drain_that_could_not_heed_a_note_to_go_back_fails(stack: Stack, runs:
     )
     assert runs.run("cdc_drain_job").success
     with stack.store() as store:
-        assert StreamStore(store).asked_again([f"{stack.kafka.group_name}/0"]) == {}
+        assert GroupBook(store).pending_rewinds([f"{stack.kafka.group_name}/0"]) == {}
 
 
 # Checks

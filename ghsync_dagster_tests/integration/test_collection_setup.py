@@ -11,6 +11,7 @@ from unittest.mock import Mock
 import pymongo
 import pytest
 from cdc_parts import free_port
+from guards import writer_of
 from pymongo import MongoClient, WriteConcern
 from pymongo.database import Database
 from pymongo.errors import AutoReconnect, DuplicateKeyError, OperationFailure, WriteError
@@ -20,8 +21,8 @@ from ghsync_dagster.cdc.stream.apply import apply
 from ghsync_dagster.domain.coalesce import Segment
 from ghsync_dagster.domain.errors import RefusedError, UnavailableError
 from ghsync_dagster.domain.user import json_schema
-from ghsync_dagster.stores.mongo import users as mongo
-from ghsync_dagster.stores.mongo.stream import StreamStore
+from ghsync_dagster.stores.mongo import client as mongo
+from ghsync_dagster.stores.mongo.client import LEASES
 from ghsync_dagster.stores.mongo.users import UserStore
 
 if TYPE_CHECKING:
@@ -336,13 +337,17 @@ def test_a_uri_can_t_weaken_what_a_write_waits_for(
     seen = WriteConcerns()
     monkeypatch.setattr(mongo, "MongoClient", partial(MongoClient, event_listeners=[seen]))
     with UserStore(f"{mongo_uri}/?{weak}", database, "Users", timeout_seconds=5) as store:
-        assert store.users.write_concern == store.leases.write_concern == WriteConcern("majority", wtimeout=60_000)
+        assert (
+            store.users.write_concern
+            == store.database[LEASES].write_concern
+            == WriteConcern("majority", wtimeout=60_000)
+        )
         store.database.create_collection("Users")
         store.ensure_collection()
-        stream = StreamStore(store)
-        assert stream.write({"1": USER, "2": USER | {"user_id": "2"}}, created={"1"}) == {}
+        stream = writer_of(store)
+        assert stream.upsert({"1": USER, "2": USER | {"user_id": "2"}}, created={"1"}) == {}
         assert stream.remove(["2", "3"]) == 1
-        store.record_load("a-load", state="done")
+        stream.record_load("a-load", state="done")
         with pytest.raises(DuplicateKeyError):
             store.users.insert_one(dict(USER))
         with pytest.raises(WriteError):
@@ -360,6 +365,6 @@ def test_a_truncate_that_finds_nobody_left_is_confirmed_too(
     with UserStore(mongo_uri, database, "Users", timeout_seconds=5) as store:
         store.ensure_collection()
         seen.sent.clear()
-        assert apply(StreamStore(store), Segment(truncate=True, changes={})).truncated == 0
+        assert apply(writer_of(store), Segment(truncate=True, changes={})).truncated == 0
     # A try before it may have deleted all of them without a majority's word.
     assert [(given or {}).get("w") for given in seen.sent["delete"]] == ["majority"]

@@ -87,7 +87,7 @@ class Both:
     def deleted(self) -> set[str]:
         """The keys that the stream recorded as deleted."""
         with store_opener(self.settings)() as store:
-            return {found["_id"] for found in store.deleted.find()}
+            return {found["_id"] for found in store.book("deleted").find()}
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from itertools import permutations
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -16,6 +15,7 @@ from ghsync_dagster.domain.user import BUILT_IN_RULES, USER_FIELDS, Rule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from ghsync_dagster.batch.flow import BatchFlow
     from ghsync_dagster.stores.spark import SparkHandle

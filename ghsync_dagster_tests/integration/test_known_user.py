@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 from cdc_parts import free_port
+from guards import writer_of
 from typer.testing import CliRunner
 
 from ghsync_dagster.cdc.health.known_user import EQUAL, NO_KEY, NO_ROW, KnownUser, known_user
 from ghsync_dagster.cli import app as cli
 from ghsync_dagster.domain.letters import Letter
 from ghsync_dagster.stores.mongo.letters import LetterIndex
-from ghsync_dagster.stores.mongo.repairs import RepairStore
-from ghsync_dagster.stores.mongo.stream import StreamStore
+from ghsync_dagster.stores.mongo.repairs import RepairRequests
 from ghsync_dagster.stores.mysql import MySqlStore
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def test_a_user_of_a_file_is_told_with_its_event_and_what_mysql_has_otherwise(
 ) -> None:
     store, mysql = sides
     store.users.insert_one(dict(USER))
-    store.insert_versions([("7", "2015-01-01T00:00:00Z", 42)], "a-load", before_each=lambda: None)
+    writer_of(store).insert_versions([("7", "2015-01-01T00:00:00Z", 42)], "a-load")
     found = look(sides)
     assert found.is_known
     assert found.stored == USER
@@ -67,8 +67,8 @@ def test_a_user_of_a_file_is_told_with_its_event_and_what_mysql_has_otherwise(
 
 def test_deletions_repairs_and_letters_are_told(sides: tuple[UserStore, MySqlStore]) -> None:
     store, _ = sides
-    StreamStore(store).record_deleted(["7"])
-    RepairStore(store).request(["7"])
+    writer_of(store).record_deleted(["7"])
+    RepairRequests(store).request(["7"])
     LetterIndex(store, TOPIC).add_refused([Letter(TOPIC, 0, 5, 50, "7", "not-json", "", "2026-01-01", (0, 0))])
     found = look(sides)
     assert found.deleted

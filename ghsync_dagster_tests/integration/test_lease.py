@@ -16,16 +16,19 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ghsync_dagster.batch import lease as lease_module
-from ghsync_dagster.batch.lease import hold_lease, identity
+from ghsync_dagster.batch.lease import hold_lease
 from ghsync_dagster.batch.load import Step
 from ghsync_dagster.batch.reports import FlattenReport
 from ghsync_dagster.domain.errors import LeaseHeldError, LeaseLostError, UnavailableError
-from ghsync_dagster.stores.mongo.users import Lease, UserStore
+from ghsync_dagster.process import identity
+from ghsync_dagster.stores.mongo.books import Lease, LeaseBook
+from ghsync_dagster.stores.mongo.client import LEASES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ghsync_dagster.batch.flow import BatchFlow
+    from ghsync_dagster.stores.mongo.users import UserStore
 
 pytestmark = pytest.mark.integration
 
@@ -44,7 +47,7 @@ with patch.multiple(lease, **times), UserStore(uri, database, "Users") as store:
         with lease.hold_lease(store, wait_seconds=0, quiet_seconds=ttl / 4) as held:
             print("held", flush=True)
             for line in sys.stdin:
-                held.assert_held()
+                held.allow()
                 store.database["written"].insert_one({"line": line.strip()})
                 print("wrote", flush=True)
     except LeaseLostError:
@@ -77,8 +80,10 @@ def tell(process: subprocess.Popen[str], line: str) -> None:
 
 def put_lease(store: UserStore, holder: str, seconds: float, writer: str | None = None) -> None:
     """Store a lease that ends in so many seconds."""
-    end = store.server_time() + timedelta(seconds=seconds)
-    store.leases.insert_one({"_id": NAME, "token": "theirs", "holder": holder, "writer": writer, "expires_at": end})
+    end = LeaseBook(store).server_time() + timedelta(seconds=seconds)
+    store.database[LEASES].insert_one(
+        {"_id": NAME, "token": "theirs", "holder": holder, "writer": writer, "expires_at": end}
+    )
 
 
 def test_a_second_load_waits_and_then_goes_on(mongo_uri: str, database: str, store: UserStore) -> None:
@@ -87,8 +92,8 @@ def test_a_second_load_waits_and_then_goes_on(mongo_uri: str, database: str, sto
         began = time.monotonic()
         with hold_lease(store, wait_seconds=30) as held:
             assert 0.5 < time.monotonic() - began < 20
-            held.assert_held()
-    assert store.lease(NAME) is None
+            held.allow()
+    assert LeaseBook(store).standing(NAME) is None
 
 
 def test_a_load_that_waited_long_enough_gives_up_and_names_the_holder(
@@ -96,15 +101,15 @@ def test_a_load_that_waited_long_enough_gives_up_and_names_the_holder(
 ) -> None:
     flow.artifacts.publish(FlattenReport("nowhere", 1, 0.0))
     with holder(mongo_uri, database) as process:
-        before = store.lease(NAME)
+        before = LeaseBook(store).standing(NAME)
         with pytest.raises(LeaseHeldError, match=rf"process {process.pid} on \S+, until ") as raised:
             replace(flow, lease_wait_seconds=0.7).load("run")
         assert "GHSYNC_LEASE_WAIT_SECONDS" in raised.value.way_out
-        after = store.lease(NAME)
+        after = LeaseBook(store).standing(NAME)
         assert before is not None
         assert after is not None
         assert after.token == before.token
-    assert store.loads.count_documents({}) == 0
+    assert store.book("loads").count_documents({}) == 0
 
 
 def test_a_killed_holder_of_this_machine_is_replaced_once_its_last_command_must_have_ended(
@@ -113,13 +118,13 @@ def test_a_killed_holder_of_this_machine_is_replaced_once_its_last_command_must_
     with holder(mongo_uri, database) as process:
         process.send_signal(signal.SIGKILL)
         process.wait()
-        standing = store.lease(NAME)
+        standing = LeaseBook(store).standing(NAME)
         assert standing is not None
-        assert standing.expires_at > store.server_time() + timedelta(seconds=10)
+        assert standing.expires_at > LeaseBook(store).server_time() + timedelta(seconds=10)
         asked = time.monotonic()
         with hold_lease(store, wait_seconds=0, quiet_seconds=1.5) as held:
             assert 1.5 <= time.monotonic() - asked < 10
-            held.assert_held()
+            held.allow()
 
 
 def test_a_killed_holder_is_replaced_before_its_parent_has_asked_for_its_end(
@@ -129,7 +134,7 @@ def test_a_killed_holder_is_replaced_before_its_parent_has_asked_for_its_end(
         process.send_signal(signal.SIGKILL)
         assert said(process) == ""
         with hold_lease(store, wait_seconds=1, quiet_seconds=0) as held:
-            held.assert_held()
+            held.allow()
         assert process.returncode is None
 
 
@@ -142,13 +147,13 @@ def test_a_killed_holder_is_replaced_only_when_its_sparks_driver_is_gone_too(sto
         driver.kill()
         driver.wait()
         with hold_lease(store, wait_seconds=0, quiet_seconds=0) as held:
-            held.assert_held()
+            held.allow()
 
 
 def test_a_process_number_that_is_used_again_is_not_taken_for_the_holder(store: UserStore) -> None:
     put_lease(store, identity(os.getpid()).rpartition("|")[0] + "|0", 30)
     with hold_lease(store, wait_seconds=0, quiet_seconds=0) as held:
-        held.assert_held()
+        held.allow()
 
 
 def test_this_very_process_counts_as_alive(store: UserStore) -> None:
@@ -161,22 +166,24 @@ def test_the_lease_of_another_machine_is_taken_when_it_ran_out_and_not_before(st
     put_lease(store, "elsewhere/pid:[1]/boot|1|1", 30)
     with pytest.raises(LeaseHeldError, match="process 1 on elsewhere"), hold_lease(store, wait_seconds=0):
         pass
-    store.leases.update_one({"_id": NAME}, {"$set": {"expires_at": store.server_time() - timedelta(seconds=1)}})
+    store.database[LEASES].update_one(
+        {"_id": NAME}, {"$set": {"expires_at": LeaseBook(store).server_time() - timedelta(seconds=1)}}
+    )
     with hold_lease(store, wait_seconds=0) as held:
-        held.assert_held()
-        standing = store.lease(NAME)
+        held.allow()
+        standing = LeaseBook(store).standing(NAME)
         assert standing is not None
         assert standing.holder == identity(os.getpid())
 
 
 def test_a_lease_that_was_renewed_since_it_was_read_is_not_taken(store: UserStore) -> None:
     put_lease(store, "elsewhere/pid:[1]/boot|1|1", -1)
-    standing = store.lease(NAME)
+    standing = LeaseBook(store).standing(NAME)
     assert standing is not None
-    assert store.extend_lease(NAME, "theirs", store.server_time() + timedelta(seconds=30))
-    mine = Lease("mine", "me", store.server_time() + timedelta(seconds=30))
-    assert not store.take_lease(NAME, mine, instead_of=standing)
-    assert store.extend_lease(NAME, "theirs", store.server_time())
+    assert LeaseBook(store).extend(NAME, "theirs", LeaseBook(store).server_time() + timedelta(seconds=30))
+    mine = Lease("mine", "me", LeaseBook(store).server_time() + timedelta(seconds=30))
+    assert not LeaseBook(store).take(NAME, mine, instead_of=standing)
+    assert LeaseBook(store).extend(NAME, "theirs", LeaseBook(store).server_time())
 
 
 def test_a_lease_outlives_its_time_while_its_holder_renews_it(
@@ -187,17 +194,17 @@ def test_a_lease_outlives_its_time_while_its_holder_renews_it(
     with hold_lease(store, wait_seconds=0, quiet_seconds=0.5) as held:
         with pytest.raises(LeaseHeldError), hold_lease(store, wait_seconds=3.5):
             pass
-        held.assert_held()
+        held.allow()
 
 
 def test_a_holder_whose_lease_was_taken_notices(store: UserStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease_module, "_RENEW_SECONDS", 0.1)
     with hold_lease(store, wait_seconds=0) as held:
-        held.assert_held()
-        store.leases.update_one({"_id": NAME}, {"$set": {"token": "another's"}})
+        held.allow()
+        store.database[LEASES].update_one({"_id": NAME}, {"$set": {"token": "another's"}})
         with pytest.raises(LeaseLostError):
             assert_until_lost(held, seconds=5)
-    standing = store.lease(NAME)
+    standing = LeaseBook(store).standing(NAME)
     assert standing is not None
     assert standing.token == "another's"
 
@@ -205,7 +212,7 @@ def test_a_holder_whose_lease_was_taken_notices(store: UserStore, monkeypatch: p
 def assert_until_lost(held: lease_module.HeldLease, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        held.assert_held()
+        held.allow()
         time.sleep(0.05)
 
 
@@ -219,8 +226,8 @@ def test_a_holder_that_was_suspended_writes_nothing_more(mongo_uri: str, databas
         with hold_lease(store, wait_seconds=20) as held:
             process.send_signal(signal.SIGCONT)
             assert said(process) == "lost"
-            held.assert_held()
-            standing = store.lease(NAME)
+            held.allow()
+            standing = LeaseBook(store).standing(NAME)
             assert standing is not None
             assert standing.token == held.token
     assert [found["line"] for found in written.find()] == ["before"]
@@ -234,24 +241,24 @@ def test_a_load_that_fails_keeps_the_lease_until_its_last_command_must_have_ende
 
     def fail(step: Step) -> None:
         assert step is Step.LEASED
-        assert store.lease(NAME) is not None
+        assert LeaseBook(store).standing(NAME) is not None
         raise error("the server is away", way_out="Wait.") if error is UnavailableError else error
 
     with pytest.raises(error):
         flow.load("run", fail)
-    standing = store.lease(NAME)
+    standing = LeaseBook(store).standing(NAME)
     assert standing is not None
-    left = (standing.expires_at - store.server_time()).total_seconds()
+    left = (standing.expires_at - LeaseBook(store).server_time()).total_seconds()
     assert flow.lease_quiet_seconds - 1.5 < left <= flow.lease_quiet_seconds
     assert not [thread for thread in threading.enumerate() if thread.name == "lease"]
     with hold_lease(store, wait_seconds=10):
-        assert store.server_time() > standing.expires_at
+        assert LeaseBook(store).server_time() > standing.expires_at
 
 
 def test_the_lease_is_given_back_at_once_when_all_went_well(store: UserStore) -> None:
     with hold_lease(store, wait_seconds=0):
-        assert store.lease(NAME) is not None
-    assert store.lease(NAME) is None
+        assert LeaseBook(store).standing(NAME) is not None
+    assert LeaseBook(store).standing(NAME) is None
 
 
 def test_what_a_dead_load_sent_last_is_done_before_another_begins(

@@ -18,12 +18,13 @@ from confluent_kafka.cimpl import NewTopic
 from long_campaign import ROUNDS
 from typer.testing import CliRunner
 
-from ghsync_dagster.cdc.dead_letters import letters as dead_letters
+from ghsync_dagster.cdc.dead_letters import closing
 from ghsync_dagster.cdc.dead_letters.index import catch_up, open_letters
 from ghsync_dagster.cdc.dead_letters.record import DeadLetter
+from ghsync_dagster.cdc.stream import letters as consumer_letters
 from ghsync_dagster.cdc.stream.consume import ChangeConsumer
 from ghsync_dagster.cli import app as cli
-from ghsync_dagster.cli import cdc as cli_cdc
+from ghsync_dagster.cli import common as cli_common
 from ghsync_dagster.domain.errors import RefusedError
 from ghsync_dagster.domain.letters import LetterState
 from ghsync_dagster.stores.kafka.topics import RecordWriter, read_to_end
@@ -222,7 +223,7 @@ def test_a_letter_that_was_closed_stays_closed_if_the_group_merely_goes_back(
     topic.raw(None, BROKEN)
     parts.drain(topic)
     index = index_of(topic, store)
-    assert len(list(dead_letters.close_letters(index, index.find(), "by hand"))) == 2
+    assert len(list(closing.close_letters(index, index.find(), "by hand"))) == 2
     topic.commit(0)
     parts.drain(topic)
     assert states(topic, store) == {0: "closed", 1: "closed"}
@@ -237,7 +238,7 @@ def test_a_letter_of_a_recreated_topic_is_open_whatever_became_of_the_one_with_i
     topic.upsert(2)
     parts.drain(topic)
     index = index_of(topic, store)
-    assert len(list(dead_letters.close_letters(index, index.find(), "by hand"))) == 2
+    assert len(list(closing.close_letters(index, index.find(), "by hand"))) == 2
     again = make_anew(topic, letters_too=letters_too, group="anew")
     again.raw({"user_id": 2}, BROKEN)
     parts.drain(again)
@@ -356,7 +357,7 @@ def test_a_lost_watermark_opens_nothing_that_is_settled(topic: Topic, parts: Par
     parts.drain(topic)
     index = index_of(topic, store)
     [second] = index.open_of(["2"])
-    assert [letter.id for letter in dead_letters.close_letters(index, [second], "by hand")] == [second.id]
+    assert [letter.id for letter in closing.close_letters(index, [second], "by hand")] == [second.id]
     expected = {0: "resolved", 1: "closed", 2: "open"}
     assert states(topic, store) == expected
     store.database["_ghsync_dead_letters"].delete_one({"_id": f"indexed {topic.kafka.topic}"})
@@ -397,7 +398,7 @@ def test_a_consumer_that_may_not_read_the_letters_consumes_all_the_same(
     def refuse(*_: Any) -> None:
         raise RefusedError("no right to read", way_out="grant it")
 
-    monkeypatch.setattr(dead_letters, "catch_up", refuse)
+    monkeypatch.setattr(consumer_letters, "catch_up", refuse)
     topic.raw({"user_id": 1}, BROKEN)
     topic.upsert(2)
     parts.drain(topic)
@@ -423,7 +424,7 @@ def run(topic: Topic, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> Callable
     """Return a function that runs ``ghsync dlq`` on the test's own topic and database."""
     for name, value in settings_of(topic, parts).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(cli_cdc, "configure_logging", lambda _: None)
+    monkeypatch.setattr(cli_common, "configure_logging", lambda _: None)
     return lambda *arguments: CliRunner().invoke(cli.app, ["dlq", *arguments])
 
 
@@ -512,8 +513,8 @@ def test_close_superseded_reads_the_topic_page_by_page_in_two_partitions(
     store.database.drop_collection("_ghsync_dead_letters")
     index = index_of(topic, store)
     catch_up(topic.kafka, index)
-    monkeypatch.setattr(dead_letters, "_PAGE", 3)
-    closed = list(dead_letters.close_superseded(topic.kafka, store, index))
+    monkeypatch.setattr(closing, "_PAGE", 3)
+    closed = list(closing.close_superseded(topic.kafka, store, index))
     assert sorted((letter.partition, letter.offset) for letter in closed) == [(0, key) for key in range(0, 10, 2)]
 
 
@@ -549,7 +550,7 @@ def test_what_others_settle_meanwhile_is_not_told_as_closed(topic: Topic, parts:
         index.add_refused([found[3]._replace(failed_at="2027-01-01T00:00:00.000+00:00")])
         yield from found
 
-    closed = list(dead_letters.close_letters(index, meanwhile(), "by hand"))
+    closed = list(closing.close_letters(index, meanwhile(), "by hand"))
     assert [letter.offset for letter in closed] == [0, 4, 5]
     assert {letter.state for letter in closed} == {LetterState.CLOSED}
     expected = dict.fromkeys((0, 2, 4, 5), "closed") | {1: "resolved", 3: "open"}
@@ -570,7 +571,7 @@ def test_close_superseded_takes_no_record_of_a_recreated_topic_for_a_newer_one_b
     parts.drain(again)
     index = index_of(again, store)
     assert states(again, store) == {1: "open"}
-    assert list(dead_letters.close_superseded(again.kafka, store, index)) == []
+    assert list(closing.close_superseded(again.kafka, store, index)) == []
     again.upsert(1)
     parts.drain(again)
     assert states(again, store) == {1: "resolved"}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from bson.codec_options import CodecOptions
 from bson.raw_bson import RawBSONDocument
+from guards import AskedGuard, writer_of
 
 from ghsync_dagster.batch.load import ROUNDS, Step
 from ghsync_dagster.domain.errors import InputError
@@ -59,7 +60,7 @@ class World:
 
     def versions(self) -> dict[str, tuple[str, int]]:
         """Return the version entries by user, without the load."""
-        return {found["_id"]: (found["created_at"], found["id"]) for found in self.store.versions.find()}
+        return {found["_id"]: (found["created_at"], found["id"]) for found in self.store.book("versions").find()}
 
     def bytes_of(self, name: str) -> list[bytes]:
         """Return the documents of a collection as the server holds them."""
@@ -73,9 +74,9 @@ class World:
     def assert_settled(self) -> None:
         """Hold that no load left anything half done."""
         assert self.store.users.count_documents({"spark_temp": {"$exists": True}}) == 0
-        assert self.store.undo.count_documents({}) == 0
-        assert self.store.loads.distinct("state") == ["done"]
-        assert self.store.leases.count_documents({}) == 0
+        assert self.store.book("undo").count_documents({}) == 0
+        assert self.store.book("loads").distinct("state") == ["done"]
+        assert self.store.database["_ghsync_leases"].count_documents({}) == 0
 
 
 def foreign(user_id: str, login: str) -> dict[str, Any]:
@@ -197,7 +198,7 @@ def test_a_recorded_deletion_is_not_brought_back(
 ) -> None:
     if others_stored:
         world.load(event_line(9, "nine", EARLY, 9))
-    world.store.deleted.insert_one({"_id": "1"})
+    world.store.book("deleted").insert_one({"_id": "1"})
     report = world.load(event_line(1, "gone", LATE, 1), event_line(2, "two", LATE, 2))
     assert report.left == {"deleted by the stream": 1}
     assert report.inserted == 1
@@ -213,12 +214,12 @@ def test_all_cases_in_one_load_are_counted(world: World, event_line: Callable[..
     replaced, confirmed, same, newer = range(1, 4), range(10, 15), range(20, 26), range(30, 37)
     inserted, streamed, deleted = range(40, 48), range(50, 59), range(60, 62)
     world.load(*(line for keys in (replaced, confirmed, same, newer) for line in lines(keys, "a", EARLY, 0)))
-    world.store.versions.update_many(
+    world.store.book("versions").update_many(
         {"_id": {"$in": [str(key) for key in newer]}}, {"$set": {"created_at": "2020-01-01T00:00:00Z"}}
     )
     for key in streamed:
         world.insert(str(key), f"stream-{key}")
-    world.store.deleted.insert_many([{"_id": str(key)} for key in deleted])
+    world.store.book("deleted").insert_many([{"_id": str(key)} for key in deleted])
     report = world.load(
         *lines(replaced, "b", LATE, 100),
         *lines(confirmed, "a", LATE, 100),
@@ -248,10 +249,10 @@ def test_all_cases_in_one_load_are_counted(world: World, event_line: Callable[..
 
 def test_a_version_entry_without_document_says_nothing(world: World, event_line: Callable[..., str]) -> None:
     entry = {"created_at": "2030-01-01T00:00:00Z", "id": 99, "load": "of-old"}
-    world.store.versions.insert_many([{"_id": "1", **entry}, {"_id": "2", **entry}])
+    world.store.book("versions").insert_many([{"_id": "1", **entry}, {"_id": "2", **entry}])
     world.load(event_line(1, "one", LATE, 1))
     assert world.versions() == {"1": (LATE, 1)}
-    world.store.versions.insert_one({"_id": "3", **entry})
+    world.store.book("versions").insert_one({"_id": "3", **entry})
     assert world.load(event_line(3, "three", LATE, 3)).inserted == 1
     assert world.versions() == {"1": (LATE, 1), "3": (LATE, 3)}
     assert world.logins() == {"1": "one", "3": "three"}
@@ -287,15 +288,15 @@ def test_any_text_survives_replacing_and_putting_back(store: UserStore, text: st
     store.ensure_collection()
     old, new = foreign("1", "one") | {"url": text}, foreign("1", "uno") | {"avatar_url": text}
     store.users.insert_one(dict(old))
-    store.write_undo([old], "load")
+    writer_of(store).write_undo([old], "load")
     assert store.undo_by_id(["1"]) == {"1": old}
-    store.replace_unchanged([(old, new)])
+    writer_of(store).replace_unchanged([(old, new)])
     assert store.users_by_id(["1"]) == {"1": new | MARKED}
-    store.replace_unchanged([(old, foreign("1", "not unchanged any more"))])
+    writer_of(store).replace_unchanged([(old, foreign("1", "not unchanged any more"))])
     assert store.users_by_id(["1"]) == {"1": new | MARKED}
-    store.put_back([old])
+    writer_of(store).put_back([old])
     assert store.users_by_id(["1"]) == {"1": old}
-    store.put_back([new])
+    writer_of(store).put_back([new])
     assert store.users_by_id(["1"]) == {"1": old}
 
 
@@ -303,14 +304,14 @@ def test_a_marked_document_is_not_replaced_as_unchanged(store: UserStore) -> Non
     store.ensure_collection()
     old = foreign("1", "one")
     store.users.insert_one(old | MARKED)
-    store.replace_unchanged([(old, foreign("1", "uno"))])
+    writer_of(store).replace_unchanged([(old, foreign("1", "uno"))])
     assert store.users_by_id(["1"]) == {"1": old | MARKED}
 
 
 def test_replacing_what_is_gone_creates_nothing(store: UserStore) -> None:
     store.ensure_collection()
-    store.replace_unchanged([(foreign("1", "one"), foreign("1", "uno"))])
-    store.put_back([foreign("1", "one")])
+    writer_of(store).replace_unchanged([(foreign("1", "one"), foreign("1", "uno"))])
+    writer_of(store).put_back([foreign("1", "one")])
     assert store.users_by_id(["1"]) == {}
 
 
@@ -338,7 +339,7 @@ def test_a_user_that_the_stream_writes_while_it_is_replaced_is_the_streams(
     world.load(event_line(1, "one", EARLY, 1), event_line(2, "two", EARLY, 2))
 
     def stream_writes() -> None:
-        world.store.versions.delete_one({"_id": "1"})
+        world.store.book("versions").delete_one({"_id": "1"})
         world.store.users.replace_one({"user_id": "1"}, foreign("1", "stream"))
 
     report = world.load(
@@ -389,7 +390,7 @@ def test_rows_that_stay_lost_fail_the_load_and_the_next_one_recovers(
     assert steps[Step.RECONCILED] == ROUNDS
     assert not steps[Step.CHECKED]
     assert world.store.users.count_documents(MARKED) == 5
-    assert world.store.loads.distinct("state") == ["running"]
+    assert world.store.book("loads").distinct("state") == ["running"]
 
     again = world.load(*lines)
     assert again.recovered["unmarked"] == 5
@@ -425,7 +426,7 @@ def test_a_replaced_user_that_is_lost_and_then_deleted_by_the_stream_stays_delet
         if step is Step.PLANNED:
             world.store.users.delete_one({"user_id": "1"})
         if step is Step.RECONCILED:
-            world.store.deleted.insert_one({"_id": "1"})
+            world.store.book("deleted").insert_one({"_id": "1"})
 
     report = world.load(event_line(1, "uno", LATE, 3), event_line(2, "due", LATE, 4), on_step=act)
     assert (report.missing, report.unresolved) == (1, 0)
@@ -458,7 +459,7 @@ def test_a_stray_marker_is_removed_and_counted_and_a_deleted_user_goes_with_it(
     world.load(event_line(9, "nine", EARLY, 9))
     world.insert("1", "somebody", **MARKED)
     world.insert("2", "gone", **MARKED)
-    world.store.deleted.insert_one({"_id": "2"})
+    world.store.book("deleted").insert_one({"_id": "2"})
     report = world.load(event_line(9, "nine", LATE, 10))
     assert report.recovered == {"unmarked": 1, "remove": 1}
     assert world.logins() == {"1": "somebody", "9": "nine"}
@@ -492,7 +493,7 @@ def test_what_spark_writes_waits_for_a_majority_whatever_the_uri_says(
         assert concern.asDocument().toJson() == '{"w": "majority", "wtimeout": 60000}'
         store.ensure_collection()
         users = session.createDataFrame([foreign("1", "one")], USER_SCHEMA)
-        insert_users(users, store)
+        insert_users(users, store, AskedGuard())
         with pytest.raises(DuplicateUserError):
-            insert_users(users, store)
+            insert_users(users, store, AskedGuard())
         assert store.count_marked() == 1

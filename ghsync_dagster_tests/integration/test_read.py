@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import io
 import json
 import os
 import random
@@ -37,6 +36,7 @@ from ghsync_dagster.stores.spark import to_arrow
 from ghsync_dagster.wiring import batch_flow
 
 if TYPE_CHECKING:
+    import io
     from collections.abc import Callable, Iterator, Sequence
 
     from pyspark.sql import DataFrame

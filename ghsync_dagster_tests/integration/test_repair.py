@@ -27,7 +27,7 @@ from ghsync_dagster.domain.errors import ConfigError, UnavailableError
 from ghsync_dagster.domain.letters import LetterState
 from ghsync_dagster.domain.repair import Outcome
 from ghsync_dagster.stores.mongo.letters import LetterIndex
-from ghsync_dagster.stores.mongo.repairs import RepairStore
+from ghsync_dagster.stores.mongo.repairs import RepairRequests, RepairWriter
 from ghsync_dagster.stores.mysql import MySqlStore
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class _Bench:
 
     def __init__(self, parts: Parts, topic: Topic, mysql: MySqlStore, url: str, store: UserStore) -> None:
         self.parts, self.topic, self.mysql, self.store, self.url = parts, topic, mysql, store, url
-        self.repairs = RepairStore(store)
+        self.repairs = RepairRequests(store)
 
     def source(self) -> MySqlStore:
         return MySqlStore(self.url, timeout_seconds=5)
@@ -104,7 +104,7 @@ def test_each_kind_of_difference_is_put_right_without_a_running_consumer(bench: 
     bench.row(1, "missing")
     bench.row(2, "right")
     bench.store.users.insert_many([user(2, "wrong"), user(3, "extra"), user(4, "file")])
-    bench.store.versions.insert_one({"_id": "4", "created_at": "2015-01-01T00:00:00Z", "id": 1, "load": "l"})
+    bench.store.book("versions").insert_one({"_id": "4", "created_at": "2015-01-01T00:00:00Z", "id": 1, "load": "l"})
     report = bench.repair(1, 2, 3, 4, 5)
     assert report.by_itself
     assert report.is_carried_out
@@ -402,13 +402,13 @@ def test_a_write_that_the_store_refuses_is_told_once_and_holds_up_no_change(
     readings = bench.store.database["_ghsync_readings"]
     bench.store.database.create_collection(readings.name, validator={"never": {"$exists": True}})
     tries: list[int] = []
-    record_fence = RepairStore.record_fence
+    record_fence = RepairWriter.record_fence
 
     def counted(*given: Any) -> set[str]:
         tries.append(1)
         return record_fence(*given)
 
-    monkeypatch.setattr(RepairStore, "record_fence", counted)
+    monkeypatch.setattr(RepairWriter, "record_fence", counted)
     with bench.parts.running(bench.topic, open_source=bench.source) as running:
         token = bench.repairs.request(["1"])
         until(lambda: len(tries) > 2)
@@ -578,7 +578,7 @@ def test_a_consumer_that_dies_after_the_fence_repeats_the_repair(
     bench.row(1, "old")
     bench.record(1, "u", "old", ahead=-1)
     bench.row(1, "right")
-    monkeypatch.setattr(RepairStore, "record_outcomes", _raise)
+    monkeypatch.setattr(RepairWriter, "record_outcomes", _raise)
     with pytest.raises(_DiedError):
         bench.repair(1)
     assert bench.login(1) == "right"

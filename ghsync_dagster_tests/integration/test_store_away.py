@@ -238,7 +238,7 @@ def assert_complete(flow: BatchFlow) -> None:
     with flow.open_store() as store:
         assert sorted(int(found["user_id"]) for found in store.users.find()) == list(range(1, USERS + 1))
         assert store.count_marked() == 0
-        assert store.versions.count_documents({}) == USERS
+        assert store.book("versions").count_documents({}) == USERS
         assert store.unfinished_loads() == []
 
 
@@ -266,7 +266,7 @@ def test_a_load_whose_server_dies_raises_and_the_next_one_completes(
     server.start()
     with flattened.open_store() as store:
         # As when its time is over: the holder, this very process, still lives.
-        store.leases.delete_many({})
+        store.database["_ghsync_leases"].delete_many({})
     report = flattened.load("second")
     assert report.unresolved == 0
     assert bool(report.recovered) == (last in {Step.VERSIONED, Step.COMPARED, Step.CHECKED})

@@ -16,7 +16,7 @@ from ghsync_dagster.domain.precedence import DELETE_STEPS, GOES_BACK, UPSERT_STE
 if TYPE_CHECKING:
     from collections.abc import Iterator, Set
 
-    from ghsync_dagster.stores.mongo.stream import StreamStore
+    from ghsync_dagster.stores.mongo.writer import UserWriter
 
 AGAIN = UPSERT_STEPS[UPSERT_STEPS.index(GOES_BACK[StreamStep.DROP_VERSION_AGAIN]) :]
 """The steps of a key that goes back, and of those the ones that are repeated."""
@@ -62,7 +62,7 @@ def test_each_key_takes_the_steps_of_its_table_in_their_order(
     store = _TracedStore([])
     store.overtaken, store.refused = dict(overtaken), refused
     segment = Segment(truncate=False, changes={key: change(key, upsert=upsert) for key, upsert in upserts.items()})
-    applied = apply(cast("StreamStore", store), segment)
+    applied = apply(cast("UserWriter", store), segment)
     assert store.trace.keys() == upserts.keys()
     repeats = 0
     for key, upsert in upserts.items():
@@ -86,7 +86,7 @@ def test_a_truncate_deletes_each_key_that_it_does_not_keep_before_anything_else(
 ) -> None:
     store = _TracedStore(pages)
     segment = Segment(truncate=True, changes={key: change(key, upsert=upsert) for key, upsert in upserts.items()})
-    applied = apply(cast("StreamStore", store), segment, keep)
+    applied = apply(cast("UserWriter", store), segment, keep)
     found = [key for page in pages for key in page if key not in keep]
     assert store.confirmed_after == {key: list(DELETE_STEPS) * found.count(key) for key in found}
     assert applied.truncated == len(found) + 1

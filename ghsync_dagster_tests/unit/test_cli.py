@@ -201,7 +201,8 @@ def test_an_interrupt_is_told_in_one_word() -> None:
 
 PRINTS = """
 from ghsync_dagster.cli import app as cli
-cli.app.command("rich")(lambda: cli._console().print("x"))
+from ghsync_dagster.cli.common import console
+cli.app.command("rich")(lambda: console().print("x"))
 cli.app.command("plain")(lambda: cli.typer.echo("x" * 100_000))
 cli.main()
 """

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import permutations
+from typing import TYPE_CHECKING
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 from ghsync_dagster.domain.change import Change, Op, Position, RecordKind
 from ghsync_dagster.domain.coalesce import Segment, coalesce
 from ghsync_dagster.domain.user import USER_FIELDS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 User = dict[str, str | None]
 

@@ -105,8 +105,10 @@ def test_each_job_and_sensor_that_is_named_is_defined(page: Path) -> None:
 
 
 def test_each_collection_beside_the_users_is_in_the_list_of_them() -> None:
-    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "ghsync_dagster" / "stores").glob("*.py"))
-    found = set(re.findall(r'\.companion\("([a-z_]+)"\)', sources))
+    modules = (ROOT / "ghsync_dagster" / "stores" / "mongo").glob("*.py")
+    sources = "".join(path.read_text(encoding="utf-8") for path in modules)
+    # What an earlier build kept is only moved.
+    found = set(re.findall(r'\.book\("([a-z_]+)"\)', sources)) - {"again"}
     listed = set(re.findall(r"(?m)^\| `_ghsync_([a-z_]+)`", (ROOT / "docs" / "batch.md").read_text(encoding="utf-8")))
     assert {"repairs", "readings", "dead_letters", "versions"} <= found
     assert found <= listed

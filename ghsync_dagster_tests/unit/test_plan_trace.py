@@ -32,8 +32,7 @@ from ghsync_dagster.stores.mongo.users import StoredVersion
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from ghsync_dagster.batch.lease import HeldLease
-    from ghsync_dagster.stores.mongo.users import UserStore, VersionMove
+    from ghsync_dagster.stores.mongo.writer import UserWriter, VersionMove
 
 LOAD = "load"
 AT = "2015-01-01T15:00:00Z"
@@ -72,10 +71,11 @@ class _TracedStore:
         self.trace: dict[str, list[LoadStep]] = defaultdict(list)
         self.late: list[str] = []
         self.is_again = False
+        self.store = self
+        """What is read: a writer and its store in one."""
 
     def _wrote(self, step: LoadStep, keys: Iterable[str]) -> None:
-        assert self.lease.is_asked
-        self.lease.is_asked = False
+        self.lease.allow()
         for key in keys:
             self.trace[key].append(step)
 
@@ -117,9 +117,9 @@ class _TracedStore:
             self.late += keys
         return len(keys)
 
-    def drop_versions(self, keys: Iterable[str]) -> int:
+    def drop_versions(self, keys: Iterable[str]) -> set[str]:
         self._wrote(LoadStep.DROP_STALE, keys)
-        return 0
+        return set(keys)
 
     def forget_undo(self, keys: Iterable[str]) -> None:
         self._wrote(LoadStep.FORGET_LOGGED, keys)
@@ -150,7 +150,7 @@ def content_of(content: str) -> tuple[str, ...]:
     return (content,) * len(USER_FIELDS[1:])
 
 
-def planned(store: _TracedStore, lease: TracedLease, *, again: bool) -> Plan:
+def planned(store: _TracedStore, *, again: bool) -> Plan:
     """Plan the users of all keys, from a Parquet folder as ``flatten`` leaves it."""
     store.is_again = again
     with TemporaryDirectory() as folder:
@@ -161,7 +161,7 @@ def planned(store: _TracedStore, lease: TracedLease, *, again: bool) -> Plan:
         schema = pa.schema([*fields, ("event_id", pa.int64())])
         pq.write_table(pa.Table.from_pylist(rows, schema), users / "part-0.parquet")
         make = plan_missing if again else make_plan
-        plan = make(cast("UserStore", store), users, target, LOAD, cast("HeldLease", lease))
+        plan = make(cast("UserWriter", store), users, target, LOAD)
         plan.insert_path = Path("-".join(pq.read_table(plan.insert_path).column("user_id").to_pylist()))
     return plan
 
@@ -186,9 +186,8 @@ def steps_of(key: Key, action: Action) -> list[LoadStep]:
 
 @given(some_keys)
 def test_each_key_takes_the_steps_of_its_action_in_their_order(keys: dict[str, Key]) -> None:
-    lease = TracedLease()
-    store = _TracedStore(keys, lease)
-    plan = planned(store, lease, again=False)
+    store = _TracedStore(keys, TracedLease())
+    plan = planned(store, again=False)
     found = {name: key.stored._replace(content=None) if key.is_late else key.stored for name, key in keys.items()}
     incoming = Incoming(content_of(INCOMING), Version(AT, EVENT))
     # Their own id is one of the fields.
@@ -208,9 +207,8 @@ WRITE_ORDER = (Action.INSERT, Action.REPLACE, Action.BUMP)
 
 @given(some_keys)
 def test_each_key_that_is_missing_takes_the_steps_of_a_second_insert(keys: dict[str, Key]) -> None:
-    lease = TracedLease()
-    store = _TracedStore(keys, lease)
-    plan = planned(store, lease, again=True)
+    store = _TracedStore(keys, TracedLease())
+    plan = planned(store, again=True)
     actions = {name: classify_missing(key.stored, marked=key.marked) for name, key in keys.items()}
     conditions = {LoadStep.REMOVE_WRONG: "content", LoadStep.DROP_STALE: "event"}
     for name, key in keys.items():

@@ -33,7 +33,7 @@ from ghsync_dagster.stores.mysql import LockedRows
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from ghsync_dagster.stores.mongo.repairs import RepairStore
+    from ghsync_dagster.stores.mongo.repairs import RepairRequests, RepairWriter
     from ghsync_dagster.stores.mysql import MySqlStore
 
 Step = RepairStep | StreamStep
@@ -45,6 +45,8 @@ class _TracedStore(Traced[RepairStep]):
 
     def __init__(self, stored: Mapping[str, StoredUser] | None = None) -> None:
         super().__init__()
+        self.users = self
+        """What writes users: all of it in one."""
         self.outcomes: dict[str, Outcome] = {}
         self.problem = ""
         self.was_told = threading.Event()
@@ -131,7 +133,7 @@ def test_each_user_takes_the_steps_of_the_tables_in_their_order(found: dict[str,
     resolved: list[str] = []
     reading = Reading("r", at(100))
     work = RepairWork(Claim(dict.fromkeys(found, "token")), reading, rows)
-    outcomes = carry_out(cast("RepairStore", store), work, fences, resolved.extend)
+    outcomes = carry_out(cast("RepairWriter", store), work, fences, resolved.extend)
     for key, (stored, has_row) in found.items():
         assert store.trace[key] == expected(stored, has_row=has_row)
         assert store.outcomes[key] is cure(stored, has_row=has_row).outcome
@@ -148,7 +150,7 @@ def test_a_row_that_the_database_refuses_leaves_the_fence_that_was_there_before(
     fences, resolved = {"1": before}, list[str]()
     reading = Reading("r", at(100))
     work = RepairWork(Claim(dict.fromkeys("123", "token")), reading, {key: row(key) for key in "123"})
-    outcomes = carry_out(cast("RepairStore", store), work, fences, resolved.extend)
+    outcomes = carry_out(cast("RepairWriter", store), work, fences, resolved.extend)
     assert fences == {"1": before, "3": Fence(reading, True)}
     assert store.kept == {"1": before, "2": None, "3": Fence(reading, True)}
     assert outcomes == {Outcome.REFUSED: 2, Outcome.WRITTEN: 1}
@@ -184,7 +186,7 @@ def test_the_reader_claims_before_it_reads_and_leaves_locked_users_open() -> Non
     store = _TracedStore()
     store.requests = {str(key): "token" for key in range(1, 9)}
     source = _TracedSource(store, {"3"})
-    reader = SourceReader(cast("RepairStore", store), lambda: cast("MySqlStore", source), float("inf"))
+    reader = SourceReader(cast("RepairRequests", store), lambda: cast("MySqlStore", source), float("inf"))
     source.reader = reader
     try:
         reader.owns({0, 1}, {0, 1})
@@ -208,7 +210,7 @@ def test_a_record_that_is_taken_while_the_store_is_asked_for_requests_has_to_be_
     store = _TracedStore()
     store.requests = {"1": "token"}
     source = _TracedSource(store, set())
-    reader = SourceReader(cast("RepairStore", store), lambda: cast("MySqlStore", source))
+    reader = SourceReader(cast("RepairRequests", store), lambda: cast("MySqlStore", source))
     store.while_asked = lambda: reader.took({0: at(500)})
     reader.owns({0}, {0})
     assert store.was_told.wait(10)
@@ -228,7 +230,7 @@ def test_the_end_of_the_topic_is_asked_for_again_after_a_reading_that_seemed_beh
     # The server has begun its binlog anew: what was taken before is no position of the new one.
     ends = iter([at(900), at(90)])
     reader = SourceReader(
-        cast("RepairStore", store), lambda: cast("MySqlStore", source), ends=lambda: ((), {0: next(ends)})
+        cast("RepairRequests", store), lambda: cast("MySqlStore", source), ends=lambda: ((), {0: next(ends)})
     )
     reader.owns({0}, {0})
     until(lambda: reader.is_ready)
@@ -242,7 +244,7 @@ def test_nothing_is_claimed_before_the_end_of_the_topic_is_known(monkeypatch: py
     # The request comes right after nobody was found to ask.
     store.requests, store.is_any_known = {"1": "token"}, False
     source = _TracedSource(store, set())
-    reader = SourceReader(cast("RepairStore", store), lambda: cast("MySqlStore", source))
+    reader = SourceReader(cast("RepairRequests", store), lambda: cast("MySqlStore", source))
     reader.owns({0}, {0})
     until(lambda: store.trace["1"].count(RepairStep.CLAIM) > 2)
     assert source.reads == 0
@@ -255,7 +257,7 @@ def test_who_is_no_owner_reads_nothing_and_says_so() -> None:
     store = _TracedStore()
     store.requests = {"1": "token"}
     reader = SourceReader(
-        cast("RepairStore", store), lambda: cast("MySqlStore", _TracedSource(store, set())), float("inf")
+        cast("RepairRequests", store), lambda: cast("MySqlStore", _TracedSource(store, set())), float("inf")
     )
     reader.owns({0}, {0, 1})
     assert store.was_told.wait(10)
@@ -341,7 +343,7 @@ def test_a_reading_that_the_stream_has_overtaken_is_not_written() -> None:
     absent = StoredUser(document=False, marked=False, versioned=False, deleted=False)
     store = _TracedStore(dict.fromkeys(claim.requests, absent))
     outcomes = carry_out(
-        cast("RepairStore", store),
+        cast("RepairWriter", store),
         RepairWork(claim, Reading("r", at(100)), {key: row(key) for key in claim.requests}),
         {},
         lambda _: None,
@@ -365,7 +367,7 @@ def test_a_user_that_was_requested_again_gets_no_fence_and_no_write() -> None:
     store.requested_again = {"1"}
     fences: dict[str, Fence] = {}
     work = RepairWork(Claim({"1": "token", "2": "token"}), Reading("r", at(100)), {"1": row("1"), "2": row("2")})
-    carry_out(cast("RepairStore", store), work, fences, lambda _: None)
+    carry_out(cast("RepairWriter", store), work, fences, lambda _: None)
     assert store.trace["1"] == [RepairStep.READ_STORED, RepairStep.RECORD_FENCE]
     assert store.outcomes == {"2": Outcome.WRITTEN}
     assert fences.keys() == {"2"}
@@ -431,7 +433,7 @@ def test_a_record_that_was_committed_after_the_reading_is_of_another_binlog() ->
 
 def test_a_refused_record_makes_the_source_be_read_again() -> None:
     store = _TracedStore()
-    reader = SourceReader(cast("RepairStore", store), lambda: cast("MySqlStore", _TracedSource(store, set())))
+    reader = SourceReader(cast("RepairRequests", store), lambda: cast("MySqlStore", _TracedSource(store, set())))
     claim = Claim({"1": "token"})
     reader._claims = [claim]
     reader.note(batch_of(upsert("1", 120)), left_out(batch_of(), {}))

@@ -28,8 +28,7 @@ from ghsync_dagster.stores.mongo.users import StoredVersion
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from ghsync_dagster.batch.lease import HeldLease
-    from ghsync_dagster.stores.mongo.users import UserStore
+    from ghsync_dagster.stores.mongo.writer import UserWriter
 
 LOAD = "load"
 RUNNING = LoadState.RUNNING
@@ -59,16 +58,17 @@ class _TracedStore:
         self.keys, self.state, self.lease = dict(keys), state, lease
         self.trace: dict[str, list[SettleStep]] = defaultdict(list)
         self.endings: list[SettleStep] = []
+        self.store = self
+        """What is read: a writer and its store in one."""
 
     def _wrote(self, step: SettleStep, keys: Iterable[str]) -> None:
-        assert self.lease.is_asked
+        self.lease.allow()
         assert not (self.endings and step in OF_EACH_KEY)
         for key in keys:
             self.trace[key].append(step)
 
     def _ended(self, step: SettleStep) -> None:
-        assert self.lease.is_asked
-        self.lease.is_asked = False
+        self.lease.allow()
         self.endings.append(step)
 
     def marked(self) -> Iterator[dict[str, Any]]:
@@ -122,18 +122,17 @@ class _TracedStore:
                 self.keys[name] = self.keys[name]._replace(content=None, marked=False)
         return 0
 
-    def drop_versions(self, keys: Iterable[str]) -> int:
+    def drop_versions(self, keys: Iterable[str]) -> set[str]:
         for name in keys:
             self._wrote(SettleStep.REPAIR_VERSION, [name])
             self.keys[name] = self.keys[name]._replace(load=None)
-        return 0
+        return set(keys)
 
     def record_load(self, load: str, *, state: str, **_: object) -> None:
         assert load == LOAD
+        ends = {LoadState.CHECKED: SettleStep.RECORD_CHECKED, LoadState.DONE: SettleStep.RECORD_DONE}
+        self._ended(ends[LoadState(state)])
         self.state = LoadState(state)
-        if self.state is not LoadState.RUNNING:
-            ends = {LoadState.CHECKED: SettleStep.RECORD_CHECKED, LoadState.DONE: SettleStep.RECORD_DONE}
-            self._ended(ends[self.state])
 
     def unmark_all(self) -> int:
         self._ended(SettleStep.UNMARK)
@@ -196,9 +195,7 @@ def test_each_key_takes_the_steps_of_the_table_and_ends_as_decided(keys: dict[st
     lease = TracedLease()
     store = _TracedStore(keys, RUNNING, lease)
     told: list[SettleStep] = []
-    settle_load(
-        cast("UserStore", store), LOAD, expected_marked=None, lease=cast("HeldLease", lease), on_step=told.append
-    )
+    settle_load(cast("UserWriter", store), LOAD, expected_marked=None, on_step=told.append)
     assert {name: store.trace[name] for name in keys} == {name: steps_of(key) for name, key in keys.items()}
     assert store.keys == {name: settled(key) for name, key in keys.items()}
     assert store.endings == told == ENDINGS
@@ -211,11 +208,11 @@ def test_a_load_that_dies_anywhere_is_settled_by_the_next_to_the_same_end(
     lease = TracedLease(asks)
     store = _TracedStore(keys, state, lease)
     try:
-        recover(cast("UserStore", store), cast("HeldLease", lease))
+        recover(cast("UserWriter", store))
     except LeaseLostError:
         store.endings, store.lease = [], TracedLease()
         left = steps_left(store.state)
-        recover(cast("UserStore", store), cast("HeldLease", store.lease))
+        recover(cast("UserWriter", store))
         assert store.endings == [step for step in left if step not in OF_EACH_KEY]
     kept = state is LoadState.CHECKED
     as_is = {name: key._replace(marked=False, old=None) for name, key in keys.items()}
@@ -230,8 +227,7 @@ def test_keys_are_looked_at_unless_all_are_marked_and_nothing_was_deleted(
     lease = TracedLease()
     keys = {"1": Key("a", marked=True, load=LOAD), "2": Key("b", marked=True, load=LOAD)}
     store = _TracedStore(keys | {"3": Key(deleted=deleted)}, RUNNING, lease)
-    held = cast("HeldLease", lease)
-    unmarked = settle_load(cast("UserStore", store), LOAD, expected_marked=expected, lease=held, on_step=print)
+    unmarked = settle_load(cast("UserWriter", store), LOAD, expected_marked=expected, on_step=print)
     assert unmarked == 2
     assert bool(store.trace) == looks
     assert store.endings == ENDINGS

@@ -7,9 +7,8 @@ was committed, and a store. Only the middle is the real code: decoding and coale
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from envelopes import KEY_FORMS, TOMBSTONES, WRAPPERS, dump, envelope, flattened, key, row
@@ -20,6 +19,9 @@ from ghsync_dagster.domain.change import Change, Op
 from ghsync_dagster.domain.coalesce import Segment, coalesce
 from ghsync_dagster.domain.envelope import UNAVAILABLE, ChangeDecoder
 from ghsync_dagster.domain.user import USER_FIELDS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 Record = tuple[bytes | None, bytes | None]
 User = dict[str, str | None]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ghsync_dagster.domain.errors import LeaseLostError
 from ghsync_dagster.domain.precedence import StreamStep
-from ghsync_dagster.stores.mongo.stream import Refused
+from ghsync_dagster.stores.mongo.writer import Refused
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -36,11 +36,11 @@ class Traced(Generic[Step]):
             self.trace[key].append(step)
 
     def record_deleted(self, keys: Iterable[str]) -> None:
-        """As the stream's store."""
+        """As ``UserWriter``."""
         self.note(StreamStep.RECORD_DELETED, keys)
 
     def drop_versions(self, keys: Iterable[str]) -> set[str]:
-        """As the stream's store; the first time there is an entry of each key, which is of no matter."""
+        """As ``UserWriter``; the first time there is an entry of each key, which is of no matter."""
         found = set()
         for key in keys:
             is_again = self.trace[key][-1:] == [StreamStep.WRITE_DOCUMENT]
@@ -52,37 +52,35 @@ class Traced(Generic[Step]):
                 found.add(key)
         return found
 
-    def write(self, upserts: Mapping[str, Any], **_: Any) -> dict[str, Refused]:
-        """As the stream's store."""
+    def upsert(self, upserts: Mapping[str, Any], **_: Any) -> dict[str, Refused]:
+        """As ``UserWriter``."""
         self.note(StreamStep.WRITE_DOCUMENT, upserts)
         return {key: REFUSED for key in upserts if key in self.refused}
 
     def remove(self, keys: Iterable[str]) -> int:
-        """As the stream's store."""
+        """As ``UserWriter``."""
         keys = list(keys)
         self.note(StreamStep.REMOVE_DOCUMENT, keys)
         return len(keys)
 
     def forget_deleted(self, keys: Iterable[str]) -> None:
-        """As the stream's store."""
+        """As ``UserWriter``."""
         self.note(StreamStep.FORGET_DELETED, keys)
 
 
 class TracedLease:
-    """Knows whether it was asked since the last write.
+    """A lease that is lost after some commands.
 
     Args:
-        asks: How often it is held when it is asked; None: always.
+        asks: How often it allows a command; None: always.
     """
 
     def __init__(self, asks: int | None = None) -> None:
-        self.is_asked = False
         self._asks = asks
 
-    def assert_held(self) -> None:
-        """As a lease in hand."""
+    def allow(self) -> None:
+        """As a lease in hand, which each command asks."""
         if self._asks is not None:
             self._asks -= 1
             if self._asks < 0:
                 raise LeaseLostError("planted", way_out="none")
-        self.is_asked = True

@@ -6,7 +6,6 @@ supersedes a letter, which is ``domain.letters``'s, and a consumer's own (``cdc.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Final
@@ -18,9 +17,11 @@ from ghsync_dagster.domain.errors import UndecodableError
 from ghsync_dagster.domain.letters import Applied, Letter, LetterState, Mark
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from ghsync_dagster.stores.kafka.client import KafkaSettings
+    from ghsync_dagster.stores.mongo.books import GroupBook
     from ghsync_dagster.stores.mongo.letters import LetterIndex
-    from ghsync_dagster.stores.mongo.stream import StreamStore
     from ghsync_dagster.stores.mongo.users import UserStore
 
 _PAGE: Final = 50_000
@@ -51,7 +52,7 @@ def close_superseded(kafka: KafkaSettings, store: UserStore, index: LetterIndex)
 
 
 def _closed(index: LetterIndex, letters: Iterable[tuple[Letter, str]]) -> Iterator[Letter]:
-    from ghsync_dagster.stores.mongo.users import chunks
+    from ghsync_dagster.chunks import chunks
 
     for part in chunks(letters):
         at = datetime.now(UTC).isoformat()
@@ -67,7 +68,7 @@ def _applied_after(kafka: KafkaSettings, store: UserStore, index: LetterIndex, l
     """Return what the group has applied since the first of some letters, as far as it is about their users."""
     from ghsync_dagster.stores.kafka.backlog import read_backlog
     from ghsync_dagster.stores.kafka.topics import place, read_ranges, timestamp_ms
-    from ghsync_dagster.stores.mongo.stream import StreamStore
+    from ghsync_dagster.stores.mongo.books import GroupBook
 
     starts: dict[int, int] = {}
     for letter in letters:
@@ -90,15 +91,15 @@ def _applied_after(kafka: KafkaSettings, store: UserStore, index: LetterIndex, l
         if change.key in users or change.kind is RecordKind.TRUNCATE:
             partition, offset = place(message)
             applied.add(change, partition, Mark(offset, timestamp_ms(message)))
-    add_other_partitions(applied, StreamStore(store), kafka.group_name)
+    add_other_partitions(applied, GroupBook(store), kafka.group_name)
     return applied
 
 
-def add_other_partitions(applied: Applied, stream: StreamStore, group: str) -> None:
+def add_other_partitions(applied: Applied, book: GroupBook, group: str) -> None:
     """Add where the last truncate that was applied stands in the other partitions."""
     if not applied.truncates:
         return
-    last = stream.last_truncate(group)
+    last = book.last_truncate(group)
     mark = None if last is None else applied.truncates.get(last.partition)
     if last is None or mark is None or mark.offset != last.offset:
         return

@@ -5,8 +5,6 @@ Belongs here: adding to the index what only the topic holds, and finding letters
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -17,6 +15,9 @@ from ghsync_dagster.domain.letters import Letter, LetterState
 from ghsync_dagster.logging import get_logger
 
 if TYPE_CHECKING:
+    from collections import Counter
+    from collections.abc import Iterable
+
     from ghsync_dagster.stores.kafka.client import KafkaSettings
     from ghsync_dagster.stores.mongo.letters import LetterIndex
     from ghsync_dagster.stores.mongo.users import UserStore

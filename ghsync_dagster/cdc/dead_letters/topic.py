@@ -5,13 +5,14 @@ Belongs here: reading whole letters. Not here: writing them, which a consumer do
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from ghsync_dagster.cdc.dead_letters.record import DeadLetter, parse
 from ghsync_dagster.logging import get_logger
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from ghsync_dagster.domain.letters import Letter
     from ghsync_dagster.stores.kafka.client import KafkaSettings
 

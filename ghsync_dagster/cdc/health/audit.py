@@ -451,7 +451,7 @@ class _Audit:
 
     def _settle(self) -> None:
         """Read the suspects again until all are in step or the patience ends; count what they are then."""
-        from ghsync_dagster.stores.mongo.users import chunks
+        from ghsync_dagster.chunks import chunks
 
         self._reread += len(self._suspects)
         waits = self._patience.waits()

@@ -6,7 +6,6 @@ raise, and never look like failed data.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -17,6 +16,8 @@ from ghsync_dagster.domain.finding import OFFENDERS, Finding
 from ghsync_dagster.domain.source import OTHER_ENGINE, Effect, problems_of
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
     from ghsync_dagster.cdc.dead_letters.index import OpenLetters
     from ghsync_dagster.cdc.health.audit import AuditResult
     from ghsync_dagster.cdc.health.connector import ConnectorReport

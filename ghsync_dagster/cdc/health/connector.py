@@ -7,7 +7,6 @@ state means (``domain.connector``), and the judgement (``cdc.health.checks``).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -16,6 +15,8 @@ from ghsync_dagster.domain.errors import GhsyncError, UnavailableError
 from ghsync_dagster.logging import get_logger
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ghsync_dagster.stores.connect import ConnectWorker
     from ghsync_dagster.stores.mysql import MySqlStore
 

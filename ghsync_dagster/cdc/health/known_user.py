@@ -12,13 +12,13 @@ from ghsync_dagster.domain.errors import GhsyncError
 from ghsync_dagster.domain.letters import LetterState
 from ghsync_dagster.domain.user import USER_FIELDS
 from ghsync_dagster.stores.mongo.letters import LetterIndex
-from ghsync_dagster.stores.mongo.repairs import RepairStore
+from ghsync_dagster.stores.mongo.repairs import RepairRequests
 from ghsync_dagster.stores.mysql import is_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ghsync_dagster.stores.mongo.schema import Document
+    from ghsync_dagster.stores.mongo.commands import Document
     from ghsync_dagster.stores.mongo.users import StoredVersion, UserStore
     from ghsync_dagster.stores.mysql import MySqlStore
 
@@ -87,7 +87,7 @@ def known_user(store: UserStore, topic: str, user_id: str, open_mysql: Callable[
         stored=stored,
         version=store.versions_by_id([user_id]).get(user_id),
         deleted=bool(store.deleted_among([user_id])),
-        repair=RepairStore(store).newest_of(user_id),
+        repair=RepairRequests(store).newest_of(user_id),
         open_letters=sorted(letter.id for letter in letters if letter.state is LetterState.OPEN),
         mysql=_compared(user_id, stored, open_mysql),
     )

@@ -14,7 +14,6 @@ import threading
 import time
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,6 +23,8 @@ from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.logging import get_logger
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+
     from hdrh.histogram import HdrHistogram
     from prometheus_client.metrics_core import Metric
 

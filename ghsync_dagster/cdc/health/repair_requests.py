@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -22,9 +21,11 @@ from ghsync_dagster.logging import get_logger
 from ghsync_dagster.stopping import killed_when_frozen
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+
     from ghsync_dagster.cdc.stream.consume import ChangeConsumer
     from ghsync_dagster.stores.kafka.client import KafkaSettings
-    from ghsync_dagster.stores.mongo.repairs import RefusedUser, RepairProgress, RepairStore
+    from ghsync_dagster.stores.mongo.repairs import RefusedUser, RepairProgress, RepairRequests
     from ghsync_dagster.stores.mongo.users import UserStore
     from ghsync_dagster.stores.mysql import MySqlStore
 
@@ -141,7 +142,7 @@ def refuse_too_many(count: int, limit: int) -> None:
         )
 
 
-def plan(mysql: MySqlStore, store: UserStore, repairs: RepairStore, keys: Collection[str]) -> RepairReport:
+def plan(mysql: MySqlStore, store: UserStore, repairs: RepairRequests, keys: Collection[str]) -> RepairReport:
     """Return what a repair of users would come to now; write nothing.
 
     Raises:
@@ -149,7 +150,7 @@ def plan(mysql: MySqlStore, store: UserStore, repairs: RepairStore, keys: Collec
         RefusedError: A server refuses.
     """
     from ghsync_dagster.cdc.health.audit import matches
-    from ghsync_dagster.stores.mongo.users import chunks
+    from ghsync_dagster.chunks import chunks
 
     started = time.monotonic()
     found: Counter[str] = Counter()
@@ -168,7 +169,7 @@ def plan(mysql: MySqlStore, store: UserStore, repairs: RepairStore, keys: Collec
 
 def repair(
     kafka: KafkaSettings,
-    repairs: RepairStore,
+    repairs: RepairRequests,
     keys: Collection[str],
     own_consumer: Callable[[], ChangeConsumer],
     *,
@@ -215,7 +216,7 @@ class _Waiting:
     def __init__(
         self,
         kafka: KafkaSettings,
-        repairs: RepairStore,
+        repairs: RepairRequests,
         request: tuple[str, int],
         own_consumer: Callable[[], ChangeConsumer],
         stop: threading.Event,
@@ -388,7 +389,7 @@ def _of_open_letters(kafka: KafkaSettings, store: UserStore) -> tuple[set[str], 
 
 
 def _with_several_documents(store: UserStore, keys: Iterable[str]) -> set[str]:
-    from ghsync_dagster.stores.mongo.users import chunks
+    from ghsync_dagster.chunks import chunks
 
     if store.has_unique_index():
         return set()

@@ -9,15 +9,16 @@ to be applied again.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ghsync_dagster.domain.precedence import DELETE_STEPS, GOES_BACK, UPSERT_STEPS, StreamStep
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence, Set
+
     from ghsync_dagster.domain.coalesce import Segment
-    from ghsync_dagster.stores.mongo.stream import Refused, StreamStore
+    from ghsync_dagster.stores.mongo.writer import Refused, UserWriter
 
 
 @dataclass(slots=True)
@@ -39,11 +40,11 @@ class Applied:
     refused: dict[str, Refused] = field(default_factory=dict)
 
 
-def apply(store: StreamStore, segment: Segment, keep: Set[str] = frozenset()) -> Applied:
+def apply(writer: UserWriter, segment: Segment, keep: Set[str] = frozenset()) -> Applied:
     """Apply one segment: the truncate, then one operation a key.
 
     Args:
-        store: Where users are stored.
+        writer: Writes users, under the guard of whoever applies.
         segment: What is to be applied.
         keep: Users that the truncate does not remove.
 
@@ -52,12 +53,12 @@ def apply(store: StreamStore, segment: Segment, keep: Set[str] = frozenset()) ->
         RefusedError: MongoDB refuses the writes as such.
     """
     applied = Applied()
-    applying = _Applying(store, segment, applied)
+    applying = _Applying(writer, segment, applied)
     if segment.truncate:
         # What a load is about to insert counts as stored once its entry is: it finds the deletion when it ends.
-        for keys in store.everyone(keep):
+        for keys in writer.everyone(keep):
             applying.take(DELETE_STEPS, keys)
-        applied.truncated = applying.removed + store.remove_nameless()
+        applied.truncated = applying.removed + writer.remove_nameless()
     upserts = [key for key, change in segment.changes.items() if change.user is not None]
     deletes = [key for key, change in segment.changes.items() if change.user is None]
     applying.take(DELETE_STEPS, deletes)
@@ -70,16 +71,16 @@ def apply(store: StreamStore, segment: Segment, keep: Set[str] = frozenset()) ->
 class _Applying:
     """Takes the steps of tables for many keys; the store has one command a step."""
 
-    def __init__(self, store: StreamStore, segment: Segment, applied: Applied) -> None:
+    def __init__(self, writer: UserWriter, segment: Segment, applied: Applied) -> None:
         self.removed = 0
-        self._store, self._segment, self._applied = store, segment, applied
+        self._writer, self._segment, self._applied = writer, segment, applied
         self._commands = {
-            StreamStep.RECORD_DELETED: store.record_deleted,
-            StreamStep.DROP_VERSION: store.drop_versions,
+            StreamStep.RECORD_DELETED: writer.record_deleted,
+            StreamStep.DROP_VERSION: writer.drop_versions,
             StreamStep.WRITE_DOCUMENT: self._write,
             StreamStep.REMOVE_DOCUMENT: self._remove,
-            StreamStep.DROP_VERSION_AGAIN: store.drop_versions,
-            StreamStep.FORGET_DELETED: store.forget_deleted,
+            StreamStep.DROP_VERSION_AGAIN: writer.drop_versions,
+            StreamStep.FORGET_DELETED: writer.forget_deleted,
         }
 
     def take(self, steps: Sequence[StreamStep], keys: Collection[str]) -> None:
@@ -96,7 +97,7 @@ class _Applying:
 
     def _write(self, keys: Collection[str]) -> None:
         users = {key: user for key in keys if (user := self._segment.changes[key].user) is not None}
-        self._applied.refused |= self._store.write(users, created=self._segment.created)
+        self._applied.refused |= self._writer.upsert(users, created=self._segment.created)
 
     def _remove(self, keys: Collection[str]) -> None:
-        self.removed += self._store.remove(keys)
+        self.removed += self._writer.remove(keys)

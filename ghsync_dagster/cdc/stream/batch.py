@@ -6,7 +6,6 @@ Belongs here: what is known of a batch's records, and its segments. Not here: ap
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -19,6 +18,8 @@ from ghsync_dagster.domain.errors import TransientError, UndecodableError
 from ghsync_dagster.logging import get_logger
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Sequence
+
     from confluent_kafka import Message
 
     from ghsync_dagster.domain.envelope import ChangeDecoder

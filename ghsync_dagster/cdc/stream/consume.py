@@ -11,10 +11,8 @@ store takes in about a second: more of its changes are then of the same keys, an
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -27,7 +25,7 @@ from ghsync_dagster.cdc.stream.listener import KAFKA, MONGO, AppliedBatch, Chang
 from ghsync_dagster.cdc.stream.order import OrderedTruncates, Truncate, nexts, topic_ends
 from ghsync_dagster.cdc.stream.repair import SourceReader
 from ghsync_dagster.cdc.stream.topic_guard import TopicGuard
-from ghsync_dagster.cdc.stream.write import Membership, Trouble, Writer, Written
+from ghsync_dagster.cdc.stream.write import GroupFence, Trouble, Writer, Written
 from ghsync_dagster.domain.change import Change
 from ghsync_dagster.domain.envelope import ChangeDecoder
 from ghsync_dagster.domain.errors import GhsyncError, TransientError
@@ -36,6 +34,9 @@ from ghsync_dagster.logging import get_logger
 from ghsync_dagster.retry import retrying, waits
 
 if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable, Mapping, Sequence
+
     from ghsync_dagster.domain.user import Rule
     from ghsync_dagster.stores.kafka.client import KafkaSettings
     from ghsync_dagster.stores.mongo.users import UserStore
@@ -137,8 +138,8 @@ class ChangeConsumer:
         Raises:
             PermanentError: Credentials, rights or settings are wrong, changes are gone from the topic, or a truncate
                 can't be put in order. What was not applied is not committed.
-            UnavailableError: ``until_end``: nobody tells where the topic ends, or which topic it is. Or a note that
-                changes are to be applied again can't be left, see ``cdc.stream.write``.
+            UnavailableError: ``until_end``: nobody tells where the topic ends, or which topic it is. Or a rewind
+                can't be requested, see ``cdc.stream.write``.
         """
         tally = _Tally()
         listener = Listeners(tally, self.listener)
@@ -238,7 +239,7 @@ class _Run:
 
     def __init__(self, owner: ChangeConsumer, store: UserStore, listener: ChangeListener, until: _Until) -> None:
         from ghsync_dagster.stores.kafka.consumer import TopicConsumer
-        from ghsync_dagster.stores.mongo.repairs import RepairStore
+        from ghsync_dagster.stores.mongo.repairs import RepairRequests
 
         self._until = until
         self._topic = TopicGuard(owner.kafka, store)
@@ -270,12 +271,12 @@ class _Run:
         self._trouble = Trouble("changes can't be consumed")
         self._unacknowledged = Trouble("changes can't be acknowledged")
         self._consumer = TopicConsumer(owner.kafka, assigned=self._assigned, revoked=self._revoked, lost=self._lost)
-        self._membership = Membership(owner.kafka.session_timeout_seconds)
+        self._fence = GroupFence(owner.kafka.session_timeout_seconds)
         self._reader = (
             None
             if owner.open_source is None
             else SourceReader(
-                RepairStore(store),
+                RepairRequests(store),
                 owner.open_source,
                 owner.repair_users_a_second,
                 lambda: topic_ends(owner.kafka),
@@ -288,7 +289,7 @@ class _Run:
             store,
             self._letters,
             listener,
-            self._membership,
+            self._fence,
             owner.rules,
             name=owner.kafka.group_name,
             reader=self._reader,
@@ -426,18 +427,18 @@ class _Run:
             self._commit(met)
 
     def _go_back(self) -> None:
-        """Go back in partitions of which another consumer, or this one before, left a note."""
-        for partition, asked in self._writer.asked_again(self._consumer.partitions).items():
+        """Rewind partitions for which another consumer, or this one before, left a request."""
+        for partition, asked in self._writer.pending_rewinds(self._consumer.partitions).items():
             committed = self._consumer.committed([partition])[partition] or 0
             if asked.offset < committed:
                 offset = max(asked.offset, self._consumer.offsets(partition)[0])
                 log.warning("going back, as a command may have come late", partition=partition, offset=offset)
-                self._writer.ask_for_truncate_behind(partition, offset)
+                self._writer.request_truncate_after(partition, offset)
                 # Before the commit, whose answer may be lost.
                 self._to_rewind = True
                 # Committed, so that whoever has the partition next goes back too.
                 self._commit({partition: offset})
-            self._writer.went_back(partition, asked)
+            self._writer.rewound(partition, asked)
 
     def _rewind(self) -> None:
         """Go on from what is committed, where what was taken since is forgotten."""
@@ -504,7 +505,7 @@ class _Run:
 
     def _confirm(self) -> None:
         """Have the group confirm now and then that this consumer is in it, for the batch at work to go on."""
-        if not self._membership.is_fresh:
+        if not self._fence.is_recent:
             # What stands before the batch is committed already, or there is nothing before it. What went meanwhile is
             # another's to commit.
             begins = self._begins
@@ -517,7 +518,7 @@ class _Run:
         self._committed |= offsets
         if self._topic.is_to_keep(offsets):
             self._next_topic, self._to_see = 0.0, True
-        self._membership.confirmed(asked)
+        self._fence.renewed(asked)
 
     def _acknowledge(self) -> None:
         """Commit the batch that is written, if there is one, and tell of it; else see that the writer may go on."""
@@ -648,9 +649,9 @@ class _Run:
         if met:
             self._commit(met)
         places = {partition: met.get(partition) or committed[partition] or 0 for partition in ends}
-        if any(places[partition] < end for partition, end in ends.items()) or self._writer.is_to_go_back(places):
+        if any(places[partition] < end for partition, end in ends.items()) or self._writer.is_to_rewind(places):
             return False
-        # Another consumer may have heeded a note, and forgotten it, since the places were asked for.
+        # Another consumer may have carried a rewind out, and cleared it, since the places were asked for.
         now = self._consumer.committed(ends)
         is_applied = all((now[partition] or 0) >= end for partition, end in ends.items())
         # What was left out of the last records may have requested users again.

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _SWITCH_SECONDS: Final = 0.0005
 """How long a thread may keep the interpreter while another one waits for it; 5 ms by default."""

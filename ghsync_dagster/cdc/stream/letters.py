@@ -11,7 +11,6 @@ the index by ``catch_up``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -24,6 +23,8 @@ from ghsync_dagster.domain.letters import Applied, LetterState, Mark
 from ghsync_dagster.logging import get_logger
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from ghsync_dagster.cdc.dead_letters.record import DeadLetter
     from ghsync_dagster.cdc.stream.batch import Batch
     from ghsync_dagster.stores.kafka.client import KafkaSettings
@@ -44,13 +45,13 @@ class DeadLetters:
 
     def __init__(self, kafka: KafkaSettings, store: UserStore) -> None:
         from ghsync_dagster.stores.kafka.topics import RecordWriter
+        from ghsync_dagster.stores.mongo.books import GroupBook
         from ghsync_dagster.stores.mongo.letters import LetterIndex
-        from ghsync_dagster.stores.mongo.stream import StreamStore
 
         self._kafka = kafka
         self._writer = RecordWriter(kafka, kafka.dead_letter_topic)
         self._index = LetterIndex(store, kafka.topic)
-        self._stream = StreamStore(store)
+        self._book = GroupBook(store)
         self._decoder = ChangeDecoder()
         self._users: set[str | None] = set()
         """The users that have open letters; None among them where a letter names no user."""
@@ -152,7 +153,7 @@ class DeadLetters:
             partition, offset = place(message)
             if (partition, offset) not in dead:
                 applied.add(change, partition, Mark(offset, timestamp_ms(message)))
-        add_other_partitions(applied, self._stream, self._kafka.group_name)
+        add_other_partitions(applied, self._book, self._kafka.group_name)
         return applied
 
     def close(self) -> None:

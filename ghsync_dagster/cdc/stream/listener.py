@@ -7,9 +7,11 @@ return quickly and must not raise.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping
 
 APPLIED: Final = "applied"
 """Written and acknowledged by the store."""

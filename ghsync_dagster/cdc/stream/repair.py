@@ -14,7 +14,6 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Final
@@ -45,9 +44,11 @@ from ghsync_dagster.logging import get_logger
 from ghsync_dagster.retry import waits
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
     from ghsync_dagster.cdc.stream.batch import Batch
     from ghsync_dagster.domain.user import User
-    from ghsync_dagster.stores.mongo.repairs import RepairStore
+    from ghsync_dagster.stores.mongo.repairs import RepairRequests, RepairWriter
     from ghsync_dagster.stores.mysql import MySqlStore
 
 CHUNK: Final = 200
@@ -201,7 +202,7 @@ class SourceReader:
     """Claims requests and reads the source, in a thread of its own.
 
     Args:
-        store: Not used by another thread.
+        requests: Not used by another thread.
         open_source: Opens MySQL, or raises what is in the way.
         users_a_second: How many users are read a second at most.
         ends: Returns the oldest record in each partition of the topic, and the position of the newest one; None where
@@ -210,12 +211,12 @@ class SourceReader:
 
     def __init__(
         self,
-        store: RepairStore,
+        requests: RepairRequests,
         open_source: Callable[[], MySqlStore],
         users_a_second: float = float("inf"),
         ends: Callable[[], tuple[Sequence[Change | None], Mapping[int, Position | None]]] = lambda: ((), {}),
     ) -> None:
-        self._store = store
+        self._requests = requests
         self._open_source = open_source
         self._users_a_second = users_a_second
         self._ends = ends
@@ -294,7 +295,7 @@ class SourceReader:
             return False
         now = time.monotonic()
         locked = [key for key, (_, since) in list(self._locked.items()) if now - since > _LOCK_NOTED_SECONDS]
-        return bool(self._store.open_requests(1, leave_out=locked))
+        return bool(self._requests.open_requests(1, leave_out=locked))
 
     @property
     def is_ready(self) -> bool:
@@ -382,8 +383,8 @@ class SourceReader:
             owner, is_owner = self._owner, self._is_owner
         if not is_owner or self._closing:
             self._claimed = None
-            if self._shared and (requests := self._store.open_requests(CHUNK)):
-                self._store.note_problem(requests, f"{self._shared}{WAY_OUT}{_ONE_CONSUMER}")
+            if self._shared and (requests := self._requests.open_requests(CHUNK)):
+                self._requests.note_problem(requests, f"{self._shared}{WAY_OUT}{_ONE_CONSUMER}")
             return False
         self._look_at_ends()
         for step in READING_STEPS:
@@ -395,8 +396,8 @@ class SourceReader:
 
     def _look_at_ends(self) -> None:
         """See once what the topic holds; drop now and then the fences that no record is from before."""
-        is_due = time.monotonic() >= self._next_drop and self._store.has_fences()
-        if not is_due and (self._taken is not None or not self._store.is_any_open()):
+        is_due = time.monotonic() >= self._next_drop and self._requests.has_fences()
+        if not is_due and (self._taken is not None or not self._requests.is_any_open()):
             return
         with self._changed:
             # From here on no record is taken without being noted.
@@ -411,7 +412,7 @@ class SourceReader:
             self._keep_newest(taken, newest)
         if is_due and oldest:
             self._next_drop = time.monotonic() + _DROP_SECONDS
-            dropped = self._store.drop_fences(
+            dropped = self._requests.drop_fences(
                 lambda reading: all(
                     record is not None and reading.includes(record.position, record.committed_ms) is False
                     for record in oldest
@@ -428,7 +429,7 @@ class SourceReader:
                 leave_out = [key for claim in self._claims for key in claim.requests]
             leave_out += [key for key, (until, _) in self._locked.items() if until > now]
             # To look for open requests costs the store more than to give many of them.
-            self._open = self._store.open_requests(_CHUNKS * CHUNK, leave_out=leave_out)
+            self._open = self._requests.open_requests(_CHUNKS * CHUNK, leave_out=leave_out)
         keys = list(islice(self._open, self._chunk))
         # A token that is old by now gets no fence: its user is claimed again.
         self._claimed = Claim({key: self._open.pop(key) for key in keys}) if keys else None
@@ -505,7 +506,7 @@ class SourceReader:
             _, since = self._locked.get(key, (now, now))
             self._locked[key] = (now + min(max(now - since, _LOCKED_SECONDS), _LONGEST_LOCKED_SECONDS), since)
         if old := [key for key in locked if now - self._locked[key][1] > _LOCK_NOTED_SECONDS]:
-            self._store.note_problem(old, "Another transaction in MySQL has the row locked, or alters the table.")
+            self._requests.note_problem(old, "Another transaction in MySQL has the row locked, or alters the table.")
 
     def _release(self, *claims: Claim) -> None:
         with self._changed:
@@ -531,7 +532,7 @@ class SourceReader:
             log.warning("repairs wait; retrying", at=part, reason=error.message, way_out=error.way_out)
         if claim is not None:
             try:
-                self._store.note_problem(claim.requests, str(error))
+                self._requests.note_problem(claim.requests, str(error))
             except GhsyncError:
                 log.debug("the problem cannot be noted")
         return seconds
@@ -551,7 +552,7 @@ class SourceReader:
 
 
 def carry_out(
-    store: RepairStore, work: RepairWork, fences: dict[str, Fence], resolve: Callable[[Iterable[str]], object]
+    store: RepairWriter, work: RepairWork, fences: dict[str, Fence], resolve: Callable[[Iterable[str]], object]
 ) -> Counter[Outcome]:
     """Carry out the writing steps for all users of a reading; users do not touch each other.
 
@@ -579,7 +580,7 @@ class _Writing:
 
     def __init__(
         self,
-        store: RepairStore,
+        store: RepairWriter,
         work: RepairWork,
         fences: dict[str, Fence],
         resolve: Callable[[Iterable[str]], object],
@@ -624,7 +625,7 @@ class _Writing:
             if what.op is not Op.SKIP
         }
         if changes:
-            found = apply(self._store, Segment(truncate=False, changes=changes)).refused
+            found = apply(self._store.users, Segment(truncate=False, changes=changes)).refused
             self._refused = {key: f"{refused.kind}: {refused.text}" for key, refused in found.items()}
 
     def _record_outcome(self) -> None:

@@ -9,7 +9,6 @@ nothing is kept, and nothing can be seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from ghsync_dagster.domain.errors import PermanentError
@@ -17,6 +16,8 @@ from ghsync_dagster.logging import get_logger
 from ghsync_dagster.stores.kafka.backlog import read_backlog
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
     from ghsync_dagster.stores.kafka.client import KafkaSettings
     from ghsync_dagster.stores.mongo.users import UserStore
 
@@ -33,11 +34,11 @@ class TopicGuard:
 
     def __init__(self, kafka: KafkaSettings, store: UserStore) -> None:
         from ghsync_dagster.stores.kafka.topics import TopicIds
-        from ghsync_dagster.stores.mongo.stream import StreamStore
+        from ghsync_dagster.stores.mongo.books import GroupBook
 
         self._kafka = kafka
         self._ids = TopicIds(kafka)
-        self._store = StreamStore(store)
+        self._book = GroupBook(store)
         self._kept: set[int] = set()
         self.held: frozenset[int] = frozenset()
         """Partitions that were added, of which nothing may be applied yet."""
@@ -52,7 +53,7 @@ class TopicGuard:
             RefusedError: Credentials or rights.
         """
         self._ids.of(self._kafka.topic)
-        self._store.topic_of(self._kafka.group_name)
+        self._book.topic_of(self._kafka.group_name)
 
     def close(self) -> None:
         """Drop the connection to the brokers."""
@@ -65,7 +66,7 @@ class TopicGuard:
             UnavailableError: A server is away, or there is no such topic.
             RefusedError: Credentials or rights.
         """
-        known = self._store.topic_of(self._kafka.group_name)
+        known = self._book.topic_of(self._kafka.group_name)
         return known is not None and self._ids.of(self._kafka.topic) not in {known.topic_id, ""}
 
     def placed(self) -> frozenset[int]:
@@ -75,7 +76,7 @@ class TopicGuard:
             UnavailableError: The store is away.
             RefusedError: Credentials or rights.
         """
-        known = self._store.topic_of(self._kafka.group_name)
+        known = self._book.topic_of(self._kafka.group_name)
         return frozenset() if known is None else known.placed
 
     def see(self, committed: Callable[[], Mapping[int, int | None]]) -> None:
@@ -92,7 +93,7 @@ class TopicGuard:
         kafka = self._kafka
         found, partitions = self._ids.describe(kafka.topic)
         name = kafka.group_name
-        known = self._store.keep_topic(name, found) if found else self._store.topic_of(name)
+        known = self._book.keep_topic(name, found) if found else self._book.topic_of(name)
         self._is_known = known is not None
         if known is None:
             return
@@ -110,7 +111,7 @@ class TopicGuard:
                 "was, as they do when it has no member for long: changes may be gone that were never applied."
             )
         if new := here - known.placed:
-            self._store.keep_places(name, new)
+            self._book.keep_places(name, new)
         self._kept |= here
         self._see_partitions(known.partitions, partitions)
 
@@ -139,7 +140,7 @@ class TopicGuard:
             if not self._awaited or any(committed[partition] < end for partition, end in self._awaited.items()):
                 return
         if known != number:
-            self._store.keep_partitions(self._kafka.group_name, number)
+            self._book.keep_partitions(self._kafka.group_name, number)
         self.held, self._awaited = frozenset(), {}
 
     def is_to_keep(self, partitions: Iterable[int]) -> bool:

@@ -10,11 +10,11 @@ before its next command.
 
 Still a command may come late: a process can be frozen between this look and the sending, or a server between taking and
 doing it. It would write a state that a key had over a newer one. So who gives a batch up and is in doubt of a command
-leaves a note in the database from which offset on its partitions are to be consumed again, and whoever has them goes
-back to it within a second or so. A user that was repaired stays as it is then, so it is asked for again too. What
-remains: a process that is killed after it sent a command late and before it left the note; a server that does a command
-after it has refused or forgotten the connection that it came by; and a command that the network brings to the server
-only after its time was over and the batch was written by another one.
+leaves a request in the database to rewind its partitions to an offset, and whoever has them carries it out within a
+second or so. A user that was repaired stays as it is then, so it is asked for again too. What remains: a process that
+is killed after it sent a command late and before it left the request; a server that does a command after it has refused
+or forgotten the connection that it came by; and a command that the network brings to the server only after its time was
+over and the batch was written by another one.
 """
 
 from __future__ import annotations
@@ -46,27 +46,28 @@ from ghsync_dagster.domain.user import broken_rule_names
 from ghsync_dagster.logging import get_logger
 from ghsync_dagster.retry import retrying, waits
 from ghsync_dagster.stopping import leave_behind
+from ghsync_dagster.stores.mongo.guard import WriterGuard
 
 if TYPE_CHECKING:
-    from ghsync_dagster.cdc.stream.letters import DeadLetters
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from ghsync_dagster.cdc.stream.batch import Part
+    from ghsync_dagster.cdc.stream.letters import DeadLetters
     from ghsync_dagster.cdc.stream.listener import ChangeListener
     from ghsync_dagster.cdc.stream.repair import RepairWork, SourceReader
     from ghsync_dagster.domain.repair import Fence
     from ghsync_dagster.domain.user import RuleTest
-    from ghsync_dagster.stores.mongo.stream import Note
+    from ghsync_dagster.stores.mongo.books import Rewind
     from ghsync_dagster.stores.mongo.users import UserStore
 
 _UNDECODABLE: Final = "undecodable"
 """What stands for ``Change.kind`` in the counts of records that can't be decoded."""
-_NOTE_SECONDS: Final = 1.0
-"""How often to look for notes to go back."""
+_REWIND_SECONDS: Final = 1.0
+"""How often to look for rewind requests."""
 _LAST_ATTEMPTS: Final = 7
-"""Tries to leave notes at the end, which take up to a minute."""
+"""Tries to leave rewind requests at the end, which take up to a minute."""
 _END_SECONDS: Final = 120.0
-"""How long the thread may take to end besides the time of a command at work: for letters and for notes."""
+"""How long the thread may take to end besides the time of a command at work: for letters and for rewind requests."""
 _LEAST_SECONDS: Final = 1.0
 """The least time that a command is given."""
 _TELLING: Final = 200
@@ -105,7 +106,7 @@ class Trouble:
             self._since = None
 
 
-class Membership:
+class GroupFence:
     """Until when the group is sure to take this consumer for the owner of its partitions.
 
     Args:
@@ -116,19 +117,30 @@ class Membership:
         self.session_seconds = session_seconds
         self._until = float("-inf")
 
-    def confirmed(self, asked: float) -> None:
-        """Note that the group answered to what it was asked at this time of ``clock.now``."""
+    def renewed(self, asked: float) -> None:
+        """Renew the fence: the group answered to what it was asked at this time of ``clock.now``."""
         self._until = asked + self.session_seconds
 
     @property
-    def left(self) -> float:
-        """Seconds that are left of the last answer."""
+    def remaining(self) -> float:
+        """Seconds that remain of the last renewal."""
         return self._until - clock.now()
 
     @property
-    def is_fresh(self) -> bool:
-        """Whether most of the time is left."""
-        return self.left > self.session_seconds * 2 / 3
+    def is_recent(self) -> bool:
+        """Whether most of the time remains."""
+        return self.remaining > self.session_seconds * 2 / 3
+
+
+class _WhileOwner(WriterGuard):
+    """Guards what is written by ownership of the partitions."""
+
+    def __init__(self, allow: Callable[[], float]) -> None:
+        self._allow = allow
+
+    def allow(self) -> float:
+        """Return how many seconds the next command may take, see ``Writer``."""
+        return self._allow()
 
 
 class Writer:
@@ -138,9 +150,9 @@ class Writer:
         store: Where users are stored.
         letters: Where refused records go.
         listener: Hears of what goes wrong.
-        membership: Says how long the thread may write.
+        fence: Says how long the thread may write.
         rules: Rules whose breaking is counted.
-        name: Names the group and the topic in notes.
+        name: Names the group and the topic in rewind requests.
         reader: Reads users that are to be repaired.
     """
 
@@ -149,13 +161,15 @@ class Writer:
         store: UserStore,
         letters: DeadLetters,
         listener: ChangeListener,
-        membership: Membership,
+        fence: GroupFence,
         rules: Sequence[RuleTest] = (),
         *,
         name: str = "",
         reader: SourceReader | None = None,
     ) -> None:
-        from ghsync_dagster.stores.mongo.repairs import RepairStore
+        from ghsync_dagster.stores.mongo.books import GroupBook
+        from ghsync_dagster.stores.mongo.repairs import RepairWriter
+        from ghsync_dagster.stores.mongo.writer import UserWriter
 
         self.rate = _FIRST_RATE
         """Operations that the store takes a second."""
@@ -163,10 +177,12 @@ class Writer:
         """Why the batch at work is not done yet, if something is in its way."""
         self.failure: BaseException | None = None
         """What ended the work for good."""
-        self._store = RepairStore(store, may_write=self._may_write)
+        self._users = UserWriter(store, _WhileOwner(self._may_write))
+        self._repairs = RepairWriter(self._users)
+        self._book = GroupBook(store)
         self._letters = letters
         self._listener = listener
-        self._membership = membership
+        self._fence = fence
         self._rules = rules
         self._reader = reader
         self._task: Batch | RepairWork | None = None
@@ -174,14 +190,14 @@ class Writer:
         self._asked = MONGO
         self._name = name
         self._partitions: list[int] = []
-        self._to_ask: dict[int, int] = {}
+        self._to_rewind: dict[int, int] = {}
         self._to_repair: set[str] = set()
         """Users that are to be asked for again, since a command that wrote them may come late."""
         self._fences: dict[str, Fence] | None = None
         """The fence of each user that was repaired; None until they are read."""
         self._assignments = 0
-        self._asked_again: dict[int, Note] = {}
-        self._went_back: dict[int, Note] = {}
+        self._pending: dict[int, Rewind] = {}
+        self._rewound: dict[int, Rewind] = {}
         self._next_look = 0.0
         self._closing = False
         self._changed = threading.Condition()
@@ -227,17 +243,17 @@ class Writer:
             written, self._written = self._written, None
             return written
 
-    def asked_again(self, partitions: Iterable[int]) -> dict[int, Note]:
-        """Say which partitions this consumer has, and return where some of them are to go back to."""
+    def pending_rewinds(self, partitions: Iterable[int]) -> dict[int, Rewind]:
+        """Say which partitions this consumer has, and return the rewind requests for them."""
         with self._changed:
             self._partitions = sorted(partitions)
-            asked, self._asked_again = self._asked_again, {}
-            return {partition: note for partition, note in asked.items() if partition in self._partitions}
+            pending, self._pending = self._pending, {}
+            return {partition: rewind for partition, rewind in pending.items() if partition in self._partitions}
 
-    def went_back(self, partition: int, note: Note) -> None:
-        """Have a note that was heeded forgotten."""
+    def rewound(self, partition: int, rewind: Rewind) -> None:
+        """Have a rewind request cleared that was carried out."""
         with self._changed:
-            self._went_back[partition] = note
+            self._rewound[partition] = rewind
 
     def keep_truncate(self, partition: int, offset: int, stops: Mapping[int, int]) -> None:
         """Keep the place of a truncate that is about to be applied, and where other partitions are from behind it.
@@ -245,42 +261,42 @@ class Writer:
         Raises:
             UnavailableError: The store is away.
         """
-        from ghsync_dagster.stores.mongo.stream import Truncated
+        from ghsync_dagster.stores.mongo.books import Truncated
 
-        self._store.keep_truncate(self._name, Truncated(partition, offset, dict(stops)))
+        self._book.keep_truncate(self._name, Truncated(partition, offset, dict(stops)))
 
-    def ask_for_truncate_behind(self, partition: int, offset: int) -> None:
+    def request_truncate_after(self, partition: int, offset: int) -> None:
         """Have the last truncate applied again where it came after what a partition is to apply again.
 
         Raises:
             UnavailableError: The store is away.
         """
-        last = self._store.last_truncate(self._name)
+        last = self._book.last_truncate(self._name)
         if last is not None and last.partition != partition and offset < last.stops.get(partition, 0):
-            self._store.ask_again({self._note(last.partition): last.offset})
+            self._book.request_rewind({self._at(last.partition): last.offset})
 
-    def is_to_go_back(self, places: Mapping[int, int]) -> bool:
+    def is_to_rewind(self, places: Mapping[int, int]) -> bool:
         """Whether partitions, each applied up to a place, are to be applied again from before it.
 
         Raises:
             UnavailableError: The store is away.
         """
-        notes = self._store.asked_again([self._note(partition) for partition in places])
-        left = {partition: notes[name].offset for partition in places if (name := self._note(partition)) in notes}
+        found = self._book.pending_rewinds([self._at(partition) for partition in places])
+        left = {partition: found[name].offset for partition in places if (name := self._at(partition)) in found}
         with self._changed:
-            left = {p: min(left.get(p, at), at) for p, at in {**left, **self._to_ask}.items()}
+            left = {p: min(left.get(p, at), at) for p, at in {**left, **self._to_rewind}.items()}
         return any(offset < places.get(partition, 0) for partition, offset in left.items())
 
     def give_up(self, written: Written) -> None:
         """Forget a batch that is written and can't be committed."""
-        self._given_up(written.batch, unsure=written.unsure)
+        self._given_up(written.batch, in_doubt=written.in_doubt)
 
     def stop_batch(self) -> None:
         """Have the batch at work end before its next command."""
         self._stopped.set()
 
     def close(self) -> None:
-        """End the thread, before the next command of the batch at work and with every note left, or ``failure`` set.
+        """End the thread before the next command of the batch at work, with every rewind requested, or ``failure`` set.
 
         A thread that does not end in time is left behind, see ``stopping.leave_behind``.
         """
@@ -288,13 +304,13 @@ class Writer:
             self._closing = True
             self._stopped.set()
             self._changed.notify_all()
-        self._thread.join(self._membership.session_seconds + _END_SECONDS)
+        self._thread.join(self._fence.session_seconds + _END_SECONDS)
         if not self._thread.is_alive():
             self._letters.close()
             return
         leave_behind("the thread that writes does not end: the database or Kafka does not answer")
         with self._changed:
-            is_unfinished = self._task is not None or self._to_ask or self._to_repair
+            is_unfinished = self._task is not None or self._to_rewind or self._to_repair
         if is_unfinished:
             self.failure = self.failure or UnavailableError(
                 f"{self._name}: a batch or repair at work did not end in time; its last command may come late.",
@@ -307,23 +323,23 @@ class Writer:
         self._letters.begin()
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._task is not None or self._closing, timeout=_NOTE_SECONDS)
+                self._changed.wait_for(lambda: self._task is not None or self._closing, timeout=_REWIND_SECONDS)
                 work, closing = self._task, self._closing
             written: Written | None = None
             try:
                 if closing or time.monotonic() >= self._next_look:
-                    self._look_at_notes()
+                    self._look_at_rewinds()
                 if isinstance(work, Batch):
                     written = self._work(work)
                 elif work is not None:
                     self._repair(work)
                 elif closing:
-                    retrying("Noting what is to be applied again", self._leave_notes, attempts=_LAST_ATTEMPTS)
+                    retrying("Requesting rewinds", self._request_rewinds, attempts=_LAST_ATTEMPTS)
             except BaseException as error:  # noqa: BLE001  the thread that takes records raises it
                 if not isinstance(error, _StoppedError):
                     self.failure = self.failure or error
                 if isinstance(work, Batch):
-                    self._given_up(work, unsure=self._store.unsure)
+                    self._given_up(work, in_doubt=self._users.commands.in_doubt)
             if work is None and closing:
                 return
             if work is not None:
@@ -335,11 +351,11 @@ class Writer:
     def _repair(self, work: RepairWork) -> None:
         """Carry out what was read of the source. Where that cannot be done, its requests stay open."""
         assert self._reader is not None  # noqa: S101  it has read the work
-        self._store.unsure = False
+        self._users.commands.in_doubt = False
         failure: Exception | None = None
         started = time.monotonic()
         try:
-            outcomes = carry_out(self._store, work, self._known_fences(), self._letters.resolve_repaired)
+            outcomes = carry_out(self._repairs, work, self._known_fences(), self._letters.resolve_repaired)
         except _StoppedError:
             raise
         except Exception as error:
@@ -354,9 +370,9 @@ class Writer:
             for outcome, count in outcomes.items():
                 self._listener.repaired(outcome.value, count)
         finally:
-            if self._store.unsure:
+            if self._users.commands.in_doubt:
                 self._to_repair |= work.claim.requests.keys()
-                self._leave_notes_soon({})
+                self._request_rewinds_soon({})
             self._reader.finished(work, failure)
 
     def _known_fences(self) -> dict[str, Fence]:
@@ -365,86 +381,86 @@ class Writer:
                 fences, epoch = self._fences, self._assignments
             if fences is not None:
                 return fences
-            found = self._store.fences()
+            found = self._repairs.fences()
             with self._changed:
                 # Partitions that came meanwhile may bring users that another consumer has repaired since.
                 if epoch == self._assignments:
                     self._fences = found
 
-    def _given_up(self, batch: Batch, *, unsure: bool) -> None:
+    def _given_up(self, batch: Batch, *, in_doubt: bool) -> None:
         """Have what was not committed applied again, where a command of it may come late."""
         begins = batch.begins
-        log.info("a batch was given up", begins=begins, unsure=unsure)
-        if unsure:
+        log.info("batch given up", begins=begins, in_doubt=in_doubt)
+        if in_doubt:
             with self._changed:
-                self._to_ask = {p: min(begins.get(p, at), at) for p, at in {**begins, **self._to_ask}.items()}
+                self._to_rewind = {p: min(begins.get(p, at), at) for p, at in {**begins, **self._to_rewind}.items()}
             self._to_repair |= {key for key in batch.keys if key is not None}
-            self._leave_notes_soon(begins)
+            self._request_rewinds_soon(begins)
 
-    def _leave_notes_soon(self, begins: Mapping[int, int]) -> None:
-        """Leave notes before the partitions are another's; where that fails, it is tried again."""
+    def _request_rewinds_soon(self, begins: Mapping[int, int]) -> None:
+        """Request rewinds before the partitions are another's; where that fails, it is tried again."""
         try:
-            self._leave_notes()
+            self._request_rewinds()
         except GhsyncError as error:
-            log.warning("a note is to be left; retrying", offsets=dict(begins), reason=error.message)
+            log.warning("rewind not requested yet; retrying", offsets=dict(begins), reason=error.message)
 
-    def _leave_notes(self) -> None:
-        """Leave the notes that are to be left.
+    def _request_rewinds(self) -> None:
+        """Make the rewind requests that are to be made.
 
         Raises:
             UnavailableError: The store is away.
             RefusedError: The store refuses.
         """
         with self._changed:
-            asked = dict(self._to_ask)
+            asked = dict(self._to_rewind)
         if asked:
-            self._ask_again(asked)
+            self._request_rewind(asked)
         if self._to_repair:
             # Users that were never repaired are put right by the records that come again.
-            self._store.request_fenced(self._to_repair)
+            self._repairs.request_fenced(self._to_repair)
             self._to_repair = set()
 
-    def _ask_again(self, asked: Mapping[int, int]) -> None:
-        """Leave a note from which offset on each partition is to be applied again."""
+    def _request_rewind(self, asked: Mapping[int, int]) -> None:
+        """Request that each partition is applied again from an offset on."""
         try:
-            self._store.ask_again({self._note(partition): offset for partition, offset in asked.items()})
+            self._book.request_rewind({self._at(partition): offset for partition, offset in asked.items()})
         except GhsyncError as error:
             places = ", ".join(f"partition {partition} from offset {offset}" for partition, offset in asked.items())
             raise type(error)(
                 f"{self._name}: {places} is to be applied again, since a command to the store may have come late, and "
-                f"this can't be noted: {error.message}",
+                f"the rewind can't be requested: {error.message}",
                 way_out="Set the group back to them where it is beyond, before another consumer runs; see "
                 "docs/operations.md.",
             ) from error
-        log.warning("changes are to be applied again, as a command may have come late", offsets=dict(asked))
+        log.warning("rewind requested: a command may have come late", offsets=dict(asked))
         with self._changed:
-            self._to_ask = {p: offset for p, offset in self._to_ask.items() if asked.get(p) != offset}
+            self._to_rewind = {p: offset for p, offset in self._to_rewind.items() if asked.get(p) != offset}
 
-    def _look_at_notes(self) -> None:
-        """Leave notes, forget those that were heeded, and look for new ones."""
-        self._next_look = time.monotonic() + _NOTE_SECONDS
+    def _look_at_rewinds(self) -> None:
+        """Request rewinds, clear those that were carried out, and look for new ones."""
+        self._next_look = time.monotonic() + _REWIND_SECONDS
         with self._changed:
-            heeded, self._went_back = self._went_back, {}
+            done, self._rewound = self._rewound, {}
             partitions = self._partitions
         try:
-            self._leave_notes()
-            for partition, note in heeded.items():
-                self._store.went_back(self._note(partition), note)
+            self._request_rewinds()
+            for partition, rewind in done.items():
+                self._book.clear_rewind(self._at(partition), rewind)
             if partitions and not self._closing:
-                asked = self._store.asked_again([self._note(partition) for partition in partitions])
-                found = {p: asked[self._note(p)] for p in partitions if self._note(p) in asked}
+                pending = self._book.pending_rewinds([self._at(partition) for partition in partitions])
+                found = {p: pending[self._at(p)] for p in partitions if self._at(p) in pending}
                 with self._changed:
-                    self._asked_again = {p: note for p, note in found.items() if self._went_back.get(p) != note}
+                    self._pending = {p: rewind for p, rewind in found.items() if self._rewound.get(p) != rewind}
         except TransientError:
             with self._changed:
-                self._went_back = heeded | self._went_back
+                self._rewound = done | self._rewound
 
-    def _note(self, partition: int) -> str:
+    def _at(self, partition: int) -> str:
         return f"{self._name}/{partition}"
 
     def _work(self, batch: Batch) -> Written:
         """Write a batch, however long the servers are away."""
-        self._store.unsure = False
+        self._users.commands.in_doubt = False
         written: Written | None = None
         for seconds in waits():
             try:
@@ -464,7 +480,7 @@ class Writer:
                 # One whose partitions were given up meanwhile must not be committed any more.
                 self._go_on()
                 self._said.is_over()
-                written.unsure = self._store.unsure
+                written.in_doubt = self._users.commands.in_doubt
                 return written
         raise AssertionError("waits have no end")
 
@@ -490,7 +506,7 @@ class Writer:
             for letter in written.letters:
                 self._reader.doubt(self._letters.user_of(letter))
         for part in batch.parts():
-            applied = apply(self._store, part.segment, left.keep.get(part.start, frozenset()))
+            applied = apply(self._users, part.segment, left.keep.get(part.start, frozenset()))
             operations += applied.upserts + applied.deletes + applied.truncated
             written.applied.update([change.kind for change in part.segment.changes.values()])
             if part.segment.truncate:
@@ -500,7 +516,7 @@ class Writer:
             if self._rules:
                 self._count_broken_rules(written, part)
         if left.request_again:
-            self._store.request_again(left.request_again)
+            self._repairs.request_again(left.request_again)
         written.seconds = time.monotonic() - started
         written.acknowledged_ms = time.time_ns() // 1_000_000
         if operations:
@@ -519,7 +535,7 @@ class Writer:
         """Apply the records of one key one by one, since its last state was refused: the others may be good."""
         written.applied[part.segment.changes[key].kind] -= 1
         for message, change in written.batch.history(part, key):
-            refused = apply(self._store, Segment(truncate=False, changes={key: change})).refused
+            refused = apply(self._users, Segment(truncate=False, changes={key: change})).refused
             if key in refused:
                 if self._reader is not None:
                     self._reader.doubt(key)
@@ -531,7 +547,7 @@ class Writer:
     def _may_write(self) -> float:
         """Return how long a command to the store may take; see the module's beginning."""
         self._go_on()
-        left = self._membership.left
+        left = self._fence.remaining
         if left < _LEAST_SECONDS:
             self._asked = KAFKA
             raise UnavailableError(
@@ -557,7 +573,7 @@ class Written:
         broken_rules: Applied records that break a rule, by rule.
         seconds: How long the store took.
         acknowledged_ms: When it had all, in milliseconds since 1970 UTC.
-        unsure: Whether a command may still reach the store, or reached it after its time.
+        in_doubt: Whether a command may still reach the store, or reached it after its time.
     """
 
     def __init__(self, batch: Batch) -> None:
@@ -569,7 +585,7 @@ class Written:
         self.broken_rules: Counter[str] = Counter()
         self.seconds = 0.0
         self.acknowledged_ms = 0
-        self.unsure = False
+        self.in_doubt = False
 
     @property
     def kinds(self) -> Counter[str]:

@@ -88,7 +88,7 @@ def repair_users(context: dg.OpExecutionContext, config: RepairConfig, changes: 
 
 def _repaired(config: RepairConfig, changes: ChangesResource) -> RepairReport:
     from ghsync_dagster.cdc.stream.listener import SilentListener
-    from ghsync_dagster.stores.mongo.repairs import RepairStore
+    from ghsync_dagster.stores.mongo.repairs import RepairRequests
 
     settings = changes.settings()
     selection = Selection(tuple(config.user_ids), config.from_audit, config.everyone, config.dead_letters)
@@ -99,7 +99,7 @@ def _repaired(config: RepairConfig, changes: ChangesResource) -> RepairReport:
     with changes.open_store() as store:
         if not config.dry_run:
             store.ensure_collection()
-        repairs = RepairStore(store)
+        repairs = RepairRequests(store)
 
         def chosen() -> Chosen:
             with changes.open_mysql() as mysql:

@@ -10,10 +10,12 @@ that is repeated, or that lost its cursor, decides the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 AT_ONCE: Final = 2
 """Slices that may live at the same time."""

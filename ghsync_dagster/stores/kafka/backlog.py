@@ -7,11 +7,12 @@ running consumer tells of itself (``cdc.stream.listener``).
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ghsync_dagster.stores.kafka.client import KafkaSettings
 
 _POLL_SECONDS: Final = 0.5

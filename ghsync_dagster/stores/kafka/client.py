@@ -5,16 +5,18 @@ Not here: the member of a group (``stores.kafka.consumer``), and topics and thei
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
 from ghsync_dagster.domain.errors import ConfigError, GhsyncError, RefusedError, UnavailableError
 from ghsync_dagster.logging import redact
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 _REFUSED: Final = frozenset(
     {

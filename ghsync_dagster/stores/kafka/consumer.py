@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
@@ -22,6 +21,9 @@ from ghsync_dagster.stores.kafka.client import (
     kafka_errors,
 )
 from ghsync_dagster.stores.kafka.topics import PARTITION_EOF, bounds_of, partitions_of, place
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
 
 _NO_OFFSET: Final = KafkaError._AUTO_OFFSET_RESET  # noqa: SLF001  the library's own name of its local error
 _LOOK_SECONDS: Final = 1.0

@@ -6,9 +6,8 @@ Not here: the member of the group that consumes the changes (``stores.kafka.cons
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from confluent_kafka import (
     TIMESTAMP_NOT_AVAILABLE,
@@ -37,6 +36,9 @@ from ghsync_dagster.stores.kafka.client import (
     kafka_errors,
     producer_config,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
 
 Headers = list[tuple[str, str | bytes | None]]
 

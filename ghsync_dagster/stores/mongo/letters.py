@@ -1,30 +1,29 @@
 """MongoDB: the index of dead letters, one small document a letter; the topic of dead letters holds the records.
 
 Belongs here: single operations. Not here: which letters are settled (``domain.letters``), and the order of writing
-topic, index and offsets (``cdc.dead_letters.letters``). Conditions stand in the updates, see ``stores.mongo.users``.
+topic, index and offsets (``cdc.stream.letters``). Conditions stand in the updates, see ``writer``.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-import pymongo
 from pymongo import ASCENDING, DESCENDING, UpdateOne
 
+from ghsync_dagster.chunks import CHUNK, chunks
 from ghsync_dagster.domain.letters import Letter, LetterState
+from ghsync_dagster.stores.mongo.commands import KEYS, Commands, changed_where
 from ghsync_dagster.stores.mongo.errors import mongo_errors
-from ghsync_dagster.stores.mongo.users import CHUNK, chunks, insert_new, merged_if
+from ghsync_dagster.stores.mongo.guard import TimeLimit
 
 if TYPE_CHECKING:
-    from ghsync_dagster.stores.mongo.schema import Document
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from ghsync_dagster.stores.mongo.commands import Document
     from ghsync_dagster.stores.mongo.users import UserStore
 
-_KEYS: Final = 200
-"""How many keys one ``$in`` carries: some servers compare each document with the whole list."""
 _COMMAND_SECONDS: Final = 30.0
 """How long one command may take."""
 
@@ -53,21 +52,16 @@ class LetterIndex:
 
     def __init__(self, store: UserStore, topic: str) -> None:
         self.topic = topic
-        self._letters = store.companion("dead_letters")
+        self._commands = Commands(TimeLimit(_COMMAND_SECONDS))
+        self._letters = self._commands.on(store.book("dead_letters"))
         self._indexed = f"indexed {topic}"
-
-    @contextmanager
-    def _command(self, what: str) -> Iterator[None]:
-        with mongo_errors(what), pymongo.timeout(_COMMAND_SECONDS):
-            yield
 
     # Writing
 
     def ensure(self) -> None:
         """Create the indexes that reading needs."""
-        with self._command("Preparing the index of dead letters"):
-            self._letters.create_index([("topic", ASCENDING), ("state", ASCENDING), *_in_order(ASCENDING)])
-            self._letters.create_index([("user", ASCENDING)])
+        self._letters.ensure_index([("topic", ASCENDING), ("state", ASCENDING), *_in_order(ASCENDING)])
+        self._letters.ensure_index([("user", ASCENDING)])
 
     def add_refused(self, letters: Iterable[Letter]) -> None:
         """Add letters that were refused just now: each is open, but for one of the same record that somebody closed.
@@ -89,16 +83,13 @@ class LetterIndex:
         for part in chunks(letters):
             # The last one of a record counts.
             last = {letter.id: letter for letter in part}
-            with self._command("Adding dead letters to their index"):
-                known = insert_new(self._letters, [_document(letter) for letter in last.values()])
-                if known:
-                    self._letters.bulk_write(
-                        [
-                            UpdateOne({"_id": found["_id"]}, _replace_unless(is_kept(last[found["_id"]]), found))
-                            for found in known
-                        ],
-                        ordered=False,
-                    )
+            known = self._letters.insert_new([_document(letter) for letter in last.values()])
+            self._letters.bulk(
+                [
+                    UpdateOne({"_id": found["_id"]}, _replace_unless(is_kept(last[found["_id"]]), found))
+                    for found in known
+                ]
+            )
 
     def settle(self, settled: Iterable[tuple[Letter, str]], state: LetterState, *, at: str = "") -> int:
         """Give open letters, each with its reason, another state, unless their records were refused again meanwhile.
@@ -118,8 +109,7 @@ class LetterIndex:
                 UpdateOne({"_id": letter.id}, _replace_if_open(letter, {"state": state, "reason": reason, "at": at}))
                 for letter, reason in part
             ]
-            with self._command("Settling dead letters"):
-                count += self._letters.bulk_write(writes, ordered=False).modified_count
+            count += self._letters.bulk(writes)
         return count
 
     def resolve_repaired(self, keys: Iterable[str], reason: str) -> int:
@@ -160,22 +150,22 @@ class LetterIndex:
             query |= {"place.offset": {"$gte": offset}, "$or": [{"place.offset": {"$gt": offset}}, beside]}
         order = DESCENDING if newest else ASCENDING
         with mongo_errors("Reading the index of dead letters"):
-            found = self._letters.find(query, batch_size=CHUNK).sort(_in_order(order)).limit(limit)
+            found = self._letters.reads.find(query, batch_size=CHUNK).sort(_in_order(order)).limit(limit)
             yield from map(_letter, found)
 
     def by_id(self, ids: Iterable[str]) -> dict[str, Letter]:
         """Return those of the letters that there are, by id."""
         found: dict[str, Letter] = {}
-        for part in chunks(ids, _KEYS):
-            with self._command("Reading the index of dead letters"):
-                found |= {entry["_id"]: _letter(entry) for entry in self._letters.find({"_id": {"$in": part}})}
+        for part in chunks(ids, KEYS):
+            with self._commands.send("Reading the index of dead letters"):
+                found |= {entry["_id"]: _letter(entry) for entry in self._letters.reads.find({"_id": {"$in": part}})}
         return found
 
     def of_users(self, keys: Iterable[str]) -> Iterator[Letter]:
         """Yield the letters of users, of other topics of changes too."""
-        for part in chunks(keys, _KEYS):
-            with self._command("Reading the dead letters of users"):
-                found = [_letter(entry) for entry in self._letters.find({"user": {"$in": part}})]
+        for part in chunks(keys, KEYS):
+            with self._commands.send("Reading the dead letters of users"):
+                found = [_letter(entry) for entry in self._letters.reads.find({"user": {"$in": part}})]
             yield from found
 
     def open_of(self, keys: Iterable[str]) -> Iterator[Letter]:
@@ -186,21 +176,23 @@ class LetterIndex:
         """Return the users that have an open letter, None among them where one names no user."""
         with mongo_errors("Reading the users of open dead letters"):
             query = {"topic": self.topic, "state": LetterState.OPEN}
-            return {entry["user"] for entry in self._letters.find(query, {"user": 1}, batch_size=10 * CHUNK)}
+            return {entry["user"] for entry in self._letters.reads.find(query, {"user": 1}, batch_size=10 * CHUNK)}
 
     def open_by_kind(self) -> Counter[str]:
         """Return how many letters are open, by kind."""
         match = {"topic": self.topic, "state": LetterState.OPEN}
         with mongo_errors("Counting open dead letters"):
-            found = self._letters.aggregate([{"$match": match}, {"$group": {"_id": "$kind", "count": {"$sum": 1}}}])
+            found = self._letters.reads.aggregate(
+                [{"$match": match}, {"$group": {"_id": "$kind", "count": {"$sum": 1}}}]
+            )
             return Counter({entry["_id"]: entry["count"] for entry in found})
 
     # How far the topic of dead letters is in here
 
     def indexed(self) -> Indexed | None:
         """Return up to where the topic of dead letters is in here; None where nothing is known of it."""
-        with self._command("Reading the index of dead letters"):
-            found = self._letters.find_one({"_id": self._indexed})
+        with self._commands.send("Reading the index of dead letters"):
+            found = self._letters.reads.find_one({"_id": self._indexed})
         if found is None:
             return None
         lows, ends = ({int(number): int(at) for number, at in found[name].items()} for name in ("lows", "ends"))
@@ -209,10 +201,8 @@ class LetterIndex:
     def keep_indexed(self, indexed: Indexed) -> None:
         """Keep up to where the topic of dead letters is in here."""
         lows, ends = ({str(number): at for number, at in part.items()} for part in indexed[1:])
-        with self._command("Keeping how far dead letters are indexed"):
-            self._letters.replace_one(
-                {"_id": self._indexed}, {"topic_id": indexed.topic_id, "lows": lows, "ends": ends}, upsert=True
-            )
+        document = {"topic_id": indexed.topic_id, "lows": lows, "ends": ends}
+        self._letters.replace({"_id": self._indexed}, document, upsert=True)
 
     def remove(self, partition: int | None = None, *, before: int = 0) -> int:
         """Remove letters whose records are gone from the topic of dead letters.
@@ -228,8 +218,8 @@ class LetterIndex:
         if partition is not None:
             gone |= {"place.partition": partition, "place.offset": {"$lt": before}}
         with mongo_errors("Removing dead letters from their index"):
-            still_open = self._letters.count_documents({**gone, "state": LetterState.OPEN})
-            self._letters.delete_many(gone)
+            still_open = self._letters.reads.count_documents({**gone, "state": LetterState.OPEN})
+        self._letters.delete(gone)
         return still_open
 
 
@@ -268,4 +258,4 @@ def _replace_if_open(letter: Letter, fields: Document) -> list[Document]:
     condition = {
         "$and": [{"$eq": ["$state", LetterState.OPEN]}, {"$eq": ["$failed_at", {"$literal": letter.failed_at}]}]
     }
-    return merged_if(condition, fields)
+    return changed_where(condition, fields)

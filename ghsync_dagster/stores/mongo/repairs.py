@@ -1,4 +1,4 @@
-"""MongoDB as repairs use it: who asked for which user, the fences, and what came of it.
+"""MongoDB: the book of repairs: who asked for which user, the fences, and what came of it.
 
 Belongs here: single operations. Not here: their order, which is ``domain.repair``'s and ``cdc.stream.repair``'s.
 
@@ -10,22 +10,24 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pymongo import UpdateOne
 
+from ghsync_dagster.chunks import CHUNK, chunks
 from ghsync_dagster.domain.change import Position
 from ghsync_dagster.domain.repair import Fence, Outcome, Reading, StoredUser
 from ghsync_dagster.domain.user import MARKER_FIELD
-from ghsync_dagster.stores.mongo.errors import mongo_errors
-from ghsync_dagster.stores.mongo.stream import StreamStore, limited
-from ghsync_dagster.stores.mongo.users import CHUNK, chunks, insert_new, merged_if
+from ghsync_dagster.stores.mongo.commands import KEYS, Commands, changed_where, limited
+from ghsync_dagster.stores.mongo.guard import TimeLimit
 
 if TYPE_CHECKING:
-    from ghsync_dagster.stores.mongo.schema import Document
+    from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+
+    from ghsync_dagster.stores.mongo.commands import Document
     from ghsync_dagster.stores.mongo.users import UserStore
+    from ghsync_dagster.stores.mongo.writer import UserWriter
 
 _REQUESTED: Final = "requested"
 _DONE: Final = "done"
@@ -33,7 +35,7 @@ _ASKED_KEPT: Final = 20
 """How many of the requests for a user, of which each had others before it, are told what became of it."""
 _READINGS: Final = 100
 _TEXT: Final = 300
-_LIST_SECONDS: Final = 60.0
+_COMMAND_SECONDS: Final = 60.0
 """How long a command may take that is about very many users."""
 _FENCES_SECONDS: Final = 600.0
 """The same for all fences, without which no batch may be applied: a million take 13 s."""
@@ -63,20 +65,18 @@ class RefusedUser(NamedTuple):
     why: str
 
 
-class RepairStore(StreamStore):
-    """The users' collection as the stream writes it, with the requests and fences of repairs.
+class RepairRequests:
+    """The requests for repairs, which anybody may make.
 
     Args:
         store: The open store; its owner closes it.
-        may_write: Called before each command, see ``StreamStore``.
     """
 
-    def __init__(self, store: UserStore, *, may_write: Callable[[], float] | None = None) -> None:
-        super().__init__(store, **({} if may_write is None else {"may_write": may_write}))
-        self._repairs = store.repairs
-        self._readings = store.companion("readings")
-
-    # Asking, which anybody may do
+    def __init__(self, store: UserStore) -> None:
+        self._store, self._users = store, store.users
+        self._commands = Commands(TimeLimit(_COMMAND_SECONDS))
+        self._repairs = self._commands.on(store.book("repairs"))
+        self._readings = self._commands.on(store.book("readings"))
 
     def request(self, keys: Iterable[str]) -> str:
         """Request repairs of users; return the token that names this request. A user may be requested again."""
@@ -100,56 +100,58 @@ class RepairStore(StreamStore):
             update["$push"] = {"asked": {"$each": [token], "$slice": -_ASKED_KEPT}}
         first = entry | ({"asked": [token]} if is_awaited else {})
         for part in chunks(keys):
-            with limited("Requesting repairs", _LIST_SECONDS):
+            with self._commands.send("Reading repairs"):
                 # Far cheaper than an upsert each.
-                known = {found["_id"] for found in self._repairs.find({"_id": {"$in": part}}, {"_id": 1})}
-                new = [{"_id": key, **first} for key in part if key not in known]
-                # Who requested one of them at the same time was first.
-                known |= {entry["_id"] for entry in insert_new(self._repairs, new)}
-                if known:
-                    self._repairs.update_many({"_id": {"$in": list(known)}}, update)
+                known = {found["_id"] for found in self._repairs.reads.find({"_id": {"$in": part}}, {"_id": 1})}
+            new = [{"_id": key, **first} for key in part if key not in known]
+            # Who requested one of them at the same time was first.
+            known |= {entry["_id"] for entry in self._repairs.insert_new(new)}
+            if known:
+                self._repairs.update_all({"_id": {"$in": list(known)}}, update)
 
     def _fenced_among(self, keys: list[str]) -> list[str]:
-        with mongo_errors("Reading fences"):
-            found = self._repairs.find({"_id": {"$in": keys}}, {"reading": 1})
+        with self._commands.send("Reading fences"):
+            found = self._repairs.reads.find({"_id": {"$in": keys}}, {"reading": 1})
             return [entry["_id"] for entry in found if entry.get("reading")]
 
     def progress(self, token: str) -> RepairProgress:
         """Return how far the users of a request are; the store looks at open requests only."""
         group = {"_id": None, "open": {"$sum": 1}, "problem": {"$max": "$problem"}}
-        with mongo_errors("Reading repairs"):
+        with self._commands.send("Reading repairs"):
             found = list(
-                self._repairs.aggregate([{"$match": {"state": _REQUESTED, "asked": token}}, {"$group": group}])
+                self._repairs.reads.aggregate([{"$match": {"state": _REQUESTED, "asked": token}}, {"$group": group}])
             )
         return RepairProgress(found[0]["open"], found[0].get("problem") or "") if found else RepairProgress(0)
 
     def outcomes(self, token: str) -> Counter[Outcome]:
         """Return what became of the users of a request, as far as they are repaired."""
         match = {"state": _DONE, "asked": token}
-        with limited("Reading repairs", _LIST_SECONDS):
+        with self._commands.send("Reading repairs"):
             # A long list of users is counted by the server.
-            found = self._repairs.aggregate([{"$match": match}, {"$group": {"_id": "$outcome", "users": {"$sum": 1}}}])
+            found = self._repairs.reads.aggregate(
+                [{"$match": match}, {"$group": {"_id": "$outcome", "users": {"$sum": 1}}}]
+            )
             return Counter({Outcome(outcome["_id"]): outcome["users"] for outcome in found})
 
     def is_any_open(self) -> bool:
         """Tell whether any user is still to be repaired."""
-        with mongo_errors("Reading repairs"):
-            return self._repairs.find_one({"state": _REQUESTED}, {"_id": 1}) is not None
+        with self._commands.send("Reading repairs"):
+            return self._repairs.reads.find_one({"state": _REQUESTED}, {"_id": 1}) is not None
 
     def refused_users(self, token: str, limit: int) -> list[RefusedUser]:
         """Return users of a request whose row the database refuses."""
-        with mongo_errors("Reading repairs"):
-            found = self._repairs.find({"asked": token, "outcome": Outcome.REFUSED.value, "state": _DONE}).limit(limit)
+        with self._commands.send("Reading repairs"):
+            found = self._repairs.reads.find({"asked": token, "outcome": Outcome.REFUSED.value, "state": _DONE}).limit(
+                limit
+            )
             return [RefusedUser(entry["_id"], entry.get("text", "")) for entry in found]
-
-    # Carrying out, which is the owner's alone
 
     def open_requests(self, limit: int, leave_out: Iterable[str] = ()) -> dict[str, str]:
         """Return the token of each user that is still to be repaired."""
         others = set(leave_out)
         found: dict[str, str] = {}
-        with mongo_errors("Reading repairs"):
-            cursor = self._repairs.find({"state": _REQUESTED}, {"token": 1}).limit(limit + len(others))
+        with self._commands.send("Reading repairs"):
+            cursor = self._repairs.reads.find({"state": _REQUESTED}, {"token": 1}).limit(limit + len(others))
             for entry in cursor:
                 if entry["_id"] not in others and len(found) < limit:
                     found[entry["_id"]] = entry["token"]
@@ -157,22 +159,91 @@ class RepairStore(StreamStore):
 
     def note_problem(self, keys: Iterable[str], problem: str) -> None:
         """Note why requests cannot be carried out now, for who waits for them."""
-        with mongo_errors("Noting a problem"):
-            for part in chunks(keys):
-                self._repairs.update_many({"_id": {"$in": part}}, {"$set": {"problem": problem[:_TEXT]}})
+        for part in chunks(keys):
+            self._repairs.update_all({"_id": {"$in": part}}, {"$set": {"problem": problem[:_TEXT]}})
 
     def stored_users(self, keys: Iterable[str]) -> dict[str, StoredUser]:
         """Return what is stored of users: their document first, then version entry and deletion."""
+        return self._stored_users(self._commands, keys)
+
+    def _stored_users(self, commands: Commands, keys: Iterable[str]) -> dict[str, StoredUser]:
         found: dict[str, StoredUser] = {}
-        for part in chunks(keys):
-            with self._command("Reading users"):
-                cursor = self.store.users.find({"user_id": {"$in": part}}, {"_id": 0, "user_id": 1, MARKER_FIELD: 1})
+        for part in chunks(keys, KEYS):
+            with commands.send("Reading users"):
+                cursor = self._users.find({"user_id": {"$in": part}}, {"_id": 0, "user_id": 1, MARKER_FIELD: 1})
                 documents = {user["user_id"]: MARKER_FIELD in user for user in cursor}
-            versioned = self._among(self.store.versions, part, "versions")
-            deleted = self._among(self.store.deleted, part, "deletions")
+            versioned, deleted = (self._among(commands, book, part) for book in ("versions", "deleted"))
             for key in part:
                 found[key] = StoredUser(key in documents, documents.get(key, False), key in versioned, key in deleted)
         return found
+
+    def _among(self, commands: Commands, book: str, keys: list[str]) -> set[str]:
+        collection = self._store.book(book)
+        with commands.send(f"Reading {collection.name}"):
+            return {entry["_id"] for entry in collection.find({"_id": {"$in": keys}}, {"_id": 1})}
+
+    def newest_of(self, key: str) -> Document | None:
+        """Return what became of the newest request for a user; None where nobody asked."""
+        with self._commands.send("Reading repairs"):
+            fields = {"_id": 0, "state": 1, "outcome": 1, "requested_at": 1, "at": 1, "text": 1, "problem": 1}
+            found: Document | None = self._repairs.reads.find_one({"_id": key}, fields)
+        return found
+
+    def fences(self) -> dict[str, Fence]:
+        """Return the fence of each user that has one."""
+        with limited("Reading fences", _FENCES_SECONDS):
+            readings = {found["_id"]: _reading(found) for found in self._readings.reads.find({})}
+            if not readings:
+                return {}
+            cursor = self._repairs.reads.find({}, {"reading": 1, "has_row": 1}, batch_size=CHUNK)
+            return {
+                entry["_id"]: Fence(readings[name], entry.get("has_row", True))
+                for entry in cursor
+                if (name := entry.get("reading")) in readings
+            }
+
+    def has_fences(self) -> bool:
+        """Tell whether there is any fence."""
+        with self._commands.send("Reading fences"):
+            return self._readings.reads.find_one({}, {"_id": 1}) is not None
+
+    def drop_fences(self, is_over: Callable[[Reading], bool], kept_seconds: float) -> int:
+        """Drop readings that nothing needs any more, with the closed requests that refer to them.
+
+        Args:
+            is_over: Says of a reading whether no record from before it can come any more.
+            kept_seconds: How old a reading must be.
+
+        Returns:
+            How many readings were dropped.
+        """
+        # Who waits for an outcome has read it by then.
+        before = datetime.now(UTC) - timedelta(seconds=kept_seconds)
+        with self._commands.send("Reading fences"):
+            old = self._readings.reads.find({"at": {"$lt": before}})
+            over = [reading.id for found in old if is_over(reading := _reading(found))]
+        for part in chunks(over, _READINGS):
+            self._repairs.delete({"reading": {"$in": part}, "state": _DONE})
+            self._readings.delete({"_id": {"$in": part}})
+        return len(over)
+
+
+class RepairWriter(RepairRequests):
+    """The requests, and what their owner writes of them under its guard: fences and outcomes.
+
+    Args:
+        users: Writes the users, under the owner's guard.
+    """
+
+    def __init__(self, users: UserWriter) -> None:
+        super().__init__(users.store)
+        self.users = users
+        self._owned = users.commands.on(self._repairs.reads)
+        self._owned_readings = users.commands.on(self._readings.reads)
+
+    def stored_users(self, keys: Iterable[str]) -> dict[str, StoredUser]:
+        """Return what is stored of users: their document first, then version entry and deletion."""
+        return self._stored_users(self.users.commands, keys)
 
     def record_fence(self, requests: Mapping[str, str], reading: Reading, rows: Container[str]) -> set[str]:
         """Let users have the fence of a reading, where their request is still open with its token.
@@ -194,18 +265,16 @@ class RepairStore(StreamStore):
             "read_ms": reading.read_ms,
             "at": datetime.now(UTC),
         }
-        with self._command("Recording fences"):
-            self._readings.update_one({"_id": reading.id}, {"$set": fields}, upsert=True)
+        self._owned_readings.update({"_id": reading.id}, {"$set": fields}, upsert=True)
         for has_row in (True, False):
             of_kind = {key: token for key, token in requests.items() if (key in rows) == has_row}
             for token, keys in _by_token(of_kind):
-                with self._command("Recording fences"):
-                    is_open = {"$and": [{"$eq": ["$token", token]}, {"$eq": ["$state", _REQUESTED]}]}
-                    self._repairs.update_many(
-                        {"_id": {"$in": keys}}, merged_if(is_open, {"reading": reading.id, "has_row": has_row})
-                    )
-        with self._command("Reading fences"):
-            found = self._repairs.find({"_id": {"$in": list(requests)}}, {"reading": 1})
+                is_open = {"$and": [{"$eq": ["$token", token]}, {"$eq": ["$state", _REQUESTED]}]}
+                self._owned.update_all(
+                    {"_id": {"$in": keys}}, changed_where(is_open, {"reading": reading.id, "has_row": has_row})
+                )
+        with self.users.commands.send("Reading fences"):
+            found = self._owned.reads.find({"_id": {"$in": list(requests)}}, {"reading": 1})
             return {entry["_id"] for entry in found if entry.get("reading") == reading.id}
 
     def record_outcomes(
@@ -234,62 +303,13 @@ class RepairStore(StreamStore):
             if has_changed:
                 fields["reading"], fields["has_row"] = (fence.reading.id, fence.has_row) if fence else (None, None)
             for token, keys in _by_token(of_kind):
-                with self._command("Recording outcomes"):
-                    is_same = {"$eq": ["$token", token]}
-                    self._repairs.update_many({"_id": {"$in": keys}}, merged_if(is_same, fields))
+                is_same = {"$eq": ["$token", token]}
+                self._owned.update_all({"_id": {"$in": keys}}, changed_where(is_same, fields))
 
     def record_reasons(self, reasons: Mapping[str, str]) -> None:
         """Add to closed requests why the database refused their users."""
         for part in chunks(reasons.items()):
-            with self._command("Recording outcomes"):
-                self._repairs.bulk_write(
-                    [UpdateOne({"_id": key}, {"$set": {"text": why[:_TEXT]}}) for key, why in part], ordered=False
-                )
-
-    def newest_of(self, key: str) -> Document | None:
-        """Return what became of the newest request for a user; None where nobody asked."""
-        with self._command("Reading repairs"):
-            fields = {"_id": 0, "state": 1, "outcome": 1, "requested_at": 1, "at": 1, "text": 1, "problem": 1}
-            found: Document | None = self._repairs.find_one({"_id": key}, fields)
-        return found
-
-    def fences(self) -> dict[str, Fence]:
-        """Return the fence of each user that has one."""
-        with limited("Reading fences", _FENCES_SECONDS):
-            readings = {found["_id"]: _reading(found) for found in self._readings.find({})}
-            if not readings:
-                return {}
-            cursor = self._repairs.find({}, {"reading": 1, "has_row": 1}, batch_size=CHUNK)
-            return {
-                entry["_id"]: Fence(readings[name], entry.get("has_row", True))
-                for entry in cursor
-                if (name := entry.get("reading")) in readings
-            }
-
-    def has_fences(self) -> bool:
-        """Tell whether there is any fence."""
-        with mongo_errors("Reading fences"):
-            return self._readings.find_one({}, {"_id": 1}) is not None
-
-    def drop_fences(self, is_over: Callable[[Reading], bool], kept_seconds: float) -> int:
-        """Drop readings that nothing needs any more, with the closed requests that refer to them.
-
-        Args:
-            is_over: Says of a reading whether no record from before it can come any more.
-            kept_seconds: How old a reading must be.
-
-        Returns:
-            How many readings were dropped.
-        """
-        # Who waits for an outcome has read it by then.
-        before = datetime.now(UTC) - timedelta(seconds=kept_seconds)
-        with mongo_errors("Dropping fences"):
-            old = self._readings.find({"at": {"$lt": before}})
-            over = [reading.id for found in old if is_over(reading := _reading(found))]
-            for part in chunks(over, _READINGS):
-                self._repairs.delete_many({"reading": {"$in": part}, "state": _DONE})
-                self._readings.delete_many({"_id": {"$in": part}})
-        return len(over)
+            self._owned.bulk([UpdateOne({"_id": key}, {"$set": {"text": why[:_TEXT]}}) for key, why in part])
 
 
 def _by_token(requests: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:

@@ -9,24 +9,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import pymongo
-from pymongo.errors import CollectionInvalid, ConnectionFailure, OperationFailure, PyMongoError
+from pymongo.errors import ConnectionFailure, OperationFailure, PyMongoError
 
 from ghsync_dagster.domain.errors import RefusedError, UnavailableError
 from ghsync_dagster.domain.user import USER_FIELDS, json_schema
+from ghsync_dagster.stores.mongo.client import LEASES, LOOK_SECONDS, MongoStore
+from ghsync_dagster.stores.mongo.commands import Commands, Document
 from ghsync_dagster.stores.mongo.errors import mongo_errors
+from ghsync_dagster.stores.mongo.guard import TimeLimit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from pymongo.collection import Collection
-    from pymongo.database import Database
-
-Document = dict[str, Any]
-
 UNIQUE_INDEX: Final = "user_id_unique"
-_NAMESPACE_EXISTS: Final = 48
-LOOK_SECONDS: Final = 2.5
-"""How long the look before a run waits for DNS, and for the server: a mistyped address is told at once."""
+BOOKS: Final = ("versions", "deleted", "undo", "loads")
+"""The books that loads and the stream both write."""
+_COMMAND_SECONDS: Final = 60.0
+"""How long one command may take that sets the collection up."""
 _ACTIONS: Final = frozenset({"find", "insert", "update", "remove"})
 _OTHER_COLLECTION: Final = "name another collection (MONGODB_COLLECTION)"
 
@@ -68,22 +67,8 @@ class _Index:
         return self.unique and fields != {"_id"} and covers_some and ("user_id" not in fields or bool(self.collation))
 
 
-class UsersCollection:
-    """The users' collection with what belongs to it, seen from outside: is it as it has to be, and how it is made so.
-
-    Attributes:
-        database: Where it is.
-        users: The collection itself.
-        companions: The platform's own collections beside it.
-        repairs: Another of these, with an index.
-        timeout_ms: How long one command waits for a server.
-    """
-
-    database: Database[Document]
-    users: Collection[Document]
-    companions: Sequence[Collection[Document]]
-    repairs: Collection[Document]
-    timeout_ms: int
+class UsersCollection(MongoStore):
+    """The users' collection with its books, seen from outside: is it as it has to be, and how it is made so."""
 
     def ping(self) -> None:
         """Ask within seconds whether the server can be reached and takes the account.
@@ -160,26 +145,36 @@ class UsersCollection:
         Raises:
             RefusedError: The collection is set up in another way; nothing is changed then.
         """
+        commands = Commands(TimeLimit(_COMMAND_SECONDS))
         with mongo_errors(f"Preparing {self.users.full_name}"):
             self._look()
             present = set(self.database.list_collection_names())
-            # Not left to the first write: where a load and the stream both make it, not every server takes it well.
-            for companion in self.companions:
-                if companion.name not in present:
-                    self._create(companion.name)
-            if self.repairs.name not in present:
-                # Makes the collection too.
-                self.repairs.create_index("state")
-            if self.users.name not in present:
-                self._create(self.users.name, validator=_contract())
-            if not self._options().get("validator"):
-                change = {"validator": _contract(), "validationLevel": "strict", "validationAction": "error"}
-                # A plain command takes no write concern from the database.
-                self.database.command(
-                    {"collMod": self.users.name, **change, "writeConcern": self.database.write_concern.document}
-                )
-            if not self.has_unique_index():
-                self.users.create_index("user_id", unique=True, name=UNIQUE_INDEX)
+        # Not left to the first write: where a load and the stream both make it, not every server takes it well.
+        for book in (*map(self.book, BOOKS), self.database[LEASES]):
+            if book.name not in present:
+                commands.make_collection(self.database, book.name)
+        if (repairs := self.book("repairs")).name not in present:
+            # Makes the collection too.
+            commands.on(repairs).ensure_index("state")
+        if self.users.name not in present:
+            commands.make_collection(self.database, self.users.name, validator=_contract())
+        if not self.validator():
+            change = {"validator": _contract(), "validationLevel": "strict", "validationAction": "error"}
+            commands.change_collection(self.database, self.users.name, **change)
+        if not self.has_unique_index():
+            commands.on(self.users).ensure_index("user_id", unique=True, name=UNIQUE_INDEX)
+        self._move_rewinds(commands)
+
+    def _move_rewinds(self, commands: Commands) -> None:
+        """Move what a build before 0.2 left in ``_ghsync_again``, which is the book of rewind requests now."""
+        old = commands.on(self.book("again"))
+        with mongo_errors("Reading rewind requests"):
+            left = list(old.reads.find({}))
+        for request in left:
+            fields = {"$min": {"offset": request["offset"]}, "$set": {"token": request.get("asking")}}
+            commands.on(self.book("rewinds")).update({"_id": request["_id"]}, fields, upsert=True)
+        if left:
+            old.discard()
 
     def validator(self) -> Document | None:
         """Return the collection's validator; None where it has none or does not exist."""
@@ -189,13 +184,6 @@ class UsersCollection:
     def has_unique_index(self) -> bool:
         """Tell whether exactly ``user_id`` is under a unique index that covers every document."""
         return any(index.keeps_users_apart for index in self._indexes())
-
-    def _create(self, name: str, **options: Any) -> None:  # noqa: ANN401  as pymongo declares them
-        try:
-            self.database.create_collection(name, **options)
-        except (CollectionInvalid, OperationFailure) as error:
-            if isinstance(error, OperationFailure) and error.code != _NAMESPACE_EXISTS:
-                raise
 
     def _listed(self) -> Document:
         """Return the collection as the server lists it; nothing where it does not exist."""

@@ -1,0 +1,387 @@
+"""MongoDB: the users as a load and the stream write them, under one guard.
+
+Belongs here: single writes of users and of the books that say whose they are, each once. Not here: the order of writes,
+which is ``domain.precedence``'s.
+
+Conditions on other fields than the key stand in the update itself (``$cond``): atomic for one document on every
+deployment, and an index look-up on every server.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from bson.errors import BSONError
+from pymongo import InsertOne, ReplaceOne, UpdateOne
+
+from ghsync_dagster.chunks import CHUNK, chunks
+from ghsync_dagster.domain.errors import UnavailableError
+from ghsync_dagster.domain.user import MARKER_FIELD, MARKER_VALUE, USER_FIELDS
+from ghsync_dagster.stores.mongo.commands import KEYS, TEXT, Commands, Document, GuardedCollection, replaced_where
+from ghsync_dagster.stores.mongo.errors import DUPLICATE_KEY
+from ghsync_dagster.stores.mongo.users import NAMELESS
+
+if TYPE_CHECKING:
+    from collections.abc import Collection as Collected
+    from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+
+    from ghsync_dagster.stores.mongo.guard import WriterGuard
+    from ghsync_dagster.stores.mongo.users import UserStore
+
+_MANY_TIMES: Final = 4
+"""How many times more keys there must be than entries for all entries to be read."""
+_REST: Final = 100
+"""How many times longer than it took to find too many entries their collection is not read whole again."""
+_LEAST: Final = 100
+_MOST: Final = 5_000
+"""The least and the most writes that one command carries, and between how many seconds it should take."""
+_QUICK_SECONDS: Final = 0.25
+_SLOW_SECONDS: Final = 1.0
+_RACES: Final = 10
+"""How often an upsert that lost a race against another insert of its key is tried again."""
+_MARKED: Final = {MARKER_FIELD: MARKER_VALUE}
+
+_OWN_KEYS: Final = frozenset({"user_id", "_id"})
+"""Fields of unique indexes on which another write of the same user, or the same write sent twice, may be met."""
+_KINDS: Final = {
+    121: "validator",
+    10334: "too-large",
+    17280: "index-key-too-long",
+    17419: "too-large",
+    17420: "too-large",
+    2: "bad-value",
+    9: "bad-value",
+    14: "bad-value",
+    52: "bad-value",
+    DUPLICATE_KEY: "unique-index",
+}
+"""The error codes of one write that are about the user in it: another user can be stored all the same."""
+_UNENCODABLE: Final = "unencodable"
+KINDS_OF_REFUSED: Final = frozenset({*_KINDS.values(), _UNENCODABLE})
+"""The kinds of all that the database does not take."""
+
+_Write = tuple[str, InsertOne[dict[str, Any]] | ReplaceOne[dict[str, Any]] | UpdateOne]
+"""A key and how its document is written."""
+
+
+class Refused(NamedTuple):
+    """Why the database does not take a user.
+
+    Attributes:
+        kind: A slug, one of ``KINDS_OF_REFUSED``.
+        text: The database's own words, cut to size. They may hold values of the user: for dead letters, not for logs.
+    """
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class VersionMove:
+    """A version entry's way to a newer event.
+
+    Attributes:
+        key: The user.
+        created_at: The newer event's time.
+        event_id: The newer event's id.
+        load: The load that replaces the document too; None where only the version moves.
+    """
+
+    key: str
+    created_at: str
+    event_id: int
+    load: str | None = None
+
+    def as_update(self) -> UpdateOne:
+        """Return the move as one update that creates nothing."""
+        new = {"created_at": self.created_at, "id": self.event_id}
+        return UpdateOne({"_id": self.key}, {"$set": new if self.load is None else {**new, "load": self.load}})
+
+
+class UserWriter:
+    """The users' collection and its books, as whoever holds a guard may write them.
+
+    Args:
+        store: The open store; its owner closes it.
+        guard: Asked before each command.
+    """
+
+    def __init__(self, store: UserStore, guard: WriterGuard) -> None:
+        self.store = store
+        self.commands = Commands(guard)
+        on = self.commands.on
+        self._users = on(store.users)
+        self._versions, self._deleted = on(store.book("versions")), on(store.book("deleted"))
+        self._undo, self._loads = on(store.book("undo")), on(store.book("loads"))
+        self._size = CHUNK
+        self._large_until: dict[str, float] = {}
+        """Until when a collection, by name, is taken to hold too many entries to be read whole."""
+
+    # The books of versions and deletions
+
+    def insert_versions(self, entries: Iterable[tuple[str, str, int]], load: str) -> int:
+        """Write version entries ``(user_id, created_at, event id)``; return how many.
+
+        An entry that is there already is kept: what stood there before the load was dropped first, so it is this
+        load's own.
+        """
+        written = 0
+        for part in chunks(entries, 5 * CHUNK):
+            documents = [{"_id": key, "created_at": at, "id": number, "load": load} for key, at, number in part]
+            written += len(part) - len(self._versions.insert_new(documents))
+        return written
+
+    def move_versions(self, moves: Iterable[VersionMove]) -> None:
+        """Move version entries on to newer events; an entry that is gone stays gone."""
+        for part in chunks(moves):
+            self._versions.bulk([move.as_update() for move in part])
+
+    def drop_versions(self, keys: Collected[str]) -> set[str]:
+        """Drop the version entries of ``keys``; return which keys had one.
+
+        A key that is not returned had none at some moment of this call.
+        """
+        return self._drop(self._versions, keys)
+
+    def drop_all_versions(self) -> None:
+        """Drop every version entry."""
+        self._versions.delete({})
+
+    def record_deleted(self, keys: Iterable[str]) -> None:
+        """Record that the stream deleted ``keys``; what is recorded already stays."""
+        for part in chunks(keys):
+            self._deleted.insert_new([{"_id": key} for key in part])
+
+    def forget_deleted(self, keys: Collected[str]) -> None:
+        """Forget that the stream ever deleted ``keys``."""
+        self._drop(self._deleted, keys)
+
+    def _drop(self, book: GuardedCollection, keys: Collected[str]) -> set[str]:
+        found = self.among(book.reads.name, keys)
+        for part in chunks(found, KEYS):
+            book.delete({"_id": {"$in": part}})
+        return found
+
+    def among(self, book: str, keys: Collected[str]) -> set[str]:
+        """Return those of ``keys`` that are an ``_id`` in a book, by the collection's name."""
+        collection = self.store.database[book]
+        if len(keys) > KEYS and time.monotonic() >= self._large_until.get(book, 0.0):
+            all_of_it = self._if_few(book, len(keys) // _MANY_TIMES)
+            if all_of_it is not None:
+                return all_of_it.intersection(keys)
+        found: set[str] = set()
+        for part in chunks(keys, KEYS):
+            with self.commands.send(f"Reading {book}"):
+                found.update([entry["_id"] for entry in collection.find({"_id": {"$in": part}}, {"_id": 1})])
+        return found
+
+    def _if_few(self, book: str, few: int) -> set[str] | None:
+        """Return every ``_id`` of a book that holds less than ``few``, as it mostly does; else None, for a while.
+
+        To look many keys up costs more. But some servers read all that there is, however few are asked for.
+        """
+        started = time.monotonic()
+        with self.commands.send(f"Reading {book}"):
+            # One that is dropped and comes anew meanwhile may be read twice: what is read counts against the limit.
+            found = [entry["_id"] for entry in self.store.database[book].find({}, {"_id": 1}).limit(few)]
+        if len(found) < few:
+            return set(found)
+        now = time.monotonic()
+        self._large_until[book] = now + _REST * (now - started)
+        return None
+
+    # Users
+
+    def upsert(
+        self, upserts: Mapping[str, dict[str, str | None]], *, created: Set[str] = frozenset()
+    ) -> dict[str, Refused]:
+        """Replace or insert users, unmarked.
+
+        Args:
+            upserts: Users by key. One that lacks fields keeps what is stored of them; they are null where nothing is.
+            created: Keys that are most likely not stored: to insert them is tried first, since it costs less.
+
+        Returns:
+            Why the database refused a user, by key, in the order of the upserts; it kept what it had of that user.
+
+        Raises:
+            UnavailableError: The server went away; any part may be written.
+            RefusedError: The server refuses the writes as such.
+        """
+        refused: dict[str, Refused] = {}
+        # One kind a bulk: PyMongo 4.20 keeps only the first kind of one that it tries again after a refused connection.
+        new = {key: user for key, user in upserts.items() if key in created and len(user) == len(USER_FIELDS)}
+        stored = set(self._insert([(key, InsertOne(dict(user))) for key, user in new.items()], refused))
+        others = {key: user for key, user in upserts.items() if key not in new or key in stored}
+        self._replace([(key, _upsert(key, user)) for key, user in others.items()], refused)
+        return {key: refused[key] for key in upserts if key in refused}
+
+    def remove(self, keys: Iterable[str]) -> int:
+        """Delete users, marked or not; return how many documents there were."""
+        return sum(self._users.delete({"user_id": {"$in": part}}) for part in chunks(keys, KEYS))
+
+    def remove_nameless(self) -> int:
+        """Delete the documents whose ``user_id`` is no text, which break the contract; return how many.
+
+        At the end a majority confirms what came before it, also what a try that failed had done already.
+        """
+        removed = 0
+        while True:
+            with self.commands.send("Reading users"):
+                found = [user["_id"] for user in self.store.users.find(NAMELESS, {"_id": 1}).limit(CHUNK)]
+            removed += self._users.delete({"_id": {"$in": found}})
+            if not found:
+                return removed
+
+    def _insert(self, writes: list[_Write], refused: dict[str, Refused]) -> list[str]:
+        """Insert users; return the keys that are stored already, and add what the database refuses."""
+        return [key for part in self._commands(writes) for key, _ in self._write_once(part, refused)]
+
+    def _replace(self, writes: list[_Write], refused: dict[str, Refused]) -> None:
+        """Replace or insert users, and add what the database refuses."""
+        for part in self._commands(writes):
+            lost = part
+            for _ in range(_RACES):
+                lost = self._write_once(lost, refused)
+                if not lost:
+                    break
+            else:
+                raise UnavailableError(
+                    f"Writing users: {len(lost)} upserts lost against other inserts of their keys {_RACES} times.",
+                    way_out="Run again; look for another program that inserts and deletes the same users.",
+                )
+
+    def _commands(self, writes: list[_Write]) -> Iterator[list[_Write]]:
+        """Yield what the next command carries: it must end before this process may no longer write."""
+        while writes:
+            part, writes = writes[: self._size], writes[self._size :]
+            yield part
+
+    def _write_once(self, part: list[_Write], refused: dict[str, Refused]) -> list[_Write]:
+        """Send writes in one command; return those that lost a race, and add what the database refuses."""
+        try:
+            with self._timed(len(part)):
+                failed = self._users.try_bulk([write for _, write in part], _KINDS.keys())
+        except (BSONError, UnicodeError) as error:
+            unencodable = type(error).__name__
+        else:
+            return _judge(failed, part, refused)
+        # Nothing tells which one it is, and others may have been sent: to write them again changes nothing.
+        if len(part) == 1:
+            refused[part[0][0]] = Refused(_UNENCODABLE, f"The user can't be put into BSON ({unencodable}).")
+            return []
+        middle = len(part) // 2
+        return self._write_once(part[:middle], refused) + self._write_once(part[middle:], refused)
+
+    @contextmanager
+    def _timed(self, writes: int) -> Iterator[None]:
+        """Learn from a command's time how many writes the next one may carry."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = time.monotonic() - started
+            if seconds > _SLOW_SECONDS:
+                self._size = max(writes // 2, _LEAST)
+            elif seconds < _QUICK_SECONDS and writes >= self._size:
+                self._size = min(2 * self._size, _MOST)
+
+    def everyone(self, keep: Set[str]) -> Iterator[list[str]]:
+        """Yield the keys of all users and then of all version entries, until none but what is kept is there.
+
+        Args:
+            keep: Users that are not told. All others have to be gone before the next ones are asked for.
+        """
+        for collection, field in ((self.store.users, "user_id"), (self.store.book("versions"), "_id")):
+            is_found = True
+            while is_found:
+                is_found = False
+                cursor = collection.find({}, {field: 1}, batch_size=CHUNK)
+                while True:
+                    with self.commands.send(f"Reading {collection.name}"):
+                        read = list(islice(cursor, CHUNK))
+                    if not read:
+                        break
+                    names = [name for entry in read if isinstance(name := entry.get(field), str) and name not in keep]
+                    if names:
+                        is_found = True
+                        yield names
+
+    def replace_unchanged(self, changes: Iterable[tuple[Document, Document]]) -> None:
+        """For each ``(old, new)`` replace the user that is still exactly ``old`` by ``new``, marked."""
+        for part in chunks(changes):
+            self._users.bulk([_replace_if(_is_exactly(old), old["user_id"], {**new, **_MARKED}) for old, new in part])
+
+    # What a load has marked
+
+    def put_back(self, old: Iterable[Document]) -> None:
+        """Put users back as they were, where the document still carries the marker."""
+        marked = {"$eq": [f"${MARKER_FIELD}", MARKER_VALUE]}
+        for part in chunks(old):
+            self._users.bulk([_replace_if(marked, user["user_id"], user) for user in part])
+
+    def delete_marked(self, keys: Iterable[str]) -> int:
+        """Delete those of the users ``keys`` that still carry the marker; return how many."""
+        return sum(self._users.delete({"user_id": {"$in": part}, **_MARKED}) for part in chunks(keys))
+
+    def unmark_all(self) -> int:
+        """Remove the marker wherever it is; return from how many documents."""
+        return self._users.update_all({MARKER_FIELD: {"$exists": True}}, {"$unset": {MARKER_FIELD: ""}})
+
+    def write_undo(self, old: Iterable[Document], load: str) -> None:
+        """Keep the documents that ``load`` is about to replace, so that recovery can put them back.
+
+        The log is empty when a load begins, so a user that is in it already is refused.
+        """
+        for part in chunks(old):
+            self._undo.bulk([InsertOne({"_id": user["user_id"], "user": user, "load": load}) for user in part])
+
+    def forget_undo(self, keys: Iterable[str]) -> None:
+        """Forget the undo entries of ``keys``."""
+        for part in chunks(keys):
+            self._undo.delete({"_id": {"$in": part}})
+
+    def clear_undo(self) -> None:
+        """Forget every undo entry."""
+        self._undo.delete({})
+
+    def record_load(self, load: str, **fields: object) -> None:
+        """Create or update the record of one load."""
+        self._loads.update({"_id": load}, {"$set": fields}, upsert=True)
+
+
+def _upsert(key: str, user: dict[str, str | None]) -> ReplaceOne[Document] | UpdateOne:
+    if len(user) == len(USER_FIELDS):
+        return ReplaceOne({"user_id": key}, user, upsert=True)
+    known = {field: value for field, value in user.items() if field != "user_id"}
+    nulls = dict.fromkeys(field for field in USER_FIELDS if field not in user and field != "user_id")
+    update = {"$set": known, "$setOnInsert": nulls, "$unset": {MARKER_FIELD: ""}}
+    # Some servers refuse an operator without fields.
+    return UpdateOne({"user_id": key}, {name: fields for name, fields in update.items() if fields}, upsert=True)
+
+
+def _judge(failed: Sequence[Document], part: Sequence[_Write], refused: dict[str, Refused]) -> list[_Write]:
+    """Return the writes of a bulk that lost a race, and add those that the database refuses for what is in them."""
+    lost = []
+    for item in failed:
+        key, write = part[item["index"]]
+        if item["code"] == DUPLICATE_KEY and _OWN_KEYS.issuperset(item.get("keyPattern", _OWN_KEYS)):
+            lost.append((key, write))
+        else:
+            refused[key] = Refused(_KINDS[item["code"]], f"code {item['code']}: {str(item.get('errmsg'))[:TEXT]}")
+    return lost
+
+
+def _is_exactly(user: Document) -> Document:
+    """Return the condition that a document holds exactly these five fields, unmarked."""
+    fields = [{"$eq": [f"${field}", {"$literal": user.get(field)}]} for field in USER_FIELDS]
+    return {"$and": [*fields, {"$eq": [{"$type": f"${MARKER_FIELD}"}, "missing"]}]}
+
+
+def _replace_if(condition: Document, key: str, new: Document) -> UpdateOne:
+    body = {"_id": "$_id", **{field: {"$literal": value} for field, value in new.items()}}
+    return UpdateOne({"user_id": key}, replaced_where(condition, body))
