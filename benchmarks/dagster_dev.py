@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 # Looking costs what is measured: Dagster's storage is read.
 LOOK_SECONDS = 5.0
-_CAME = '"event": "partitions came"'
+_CAME = '"event": "partitions assigned"'
 _STARTED = "Started process for run (pid: "
 
 

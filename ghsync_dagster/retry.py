@@ -53,7 +53,9 @@ def retrying(
                 return action()
             except Exception as error:
                 if again(error) is not False:
-                    log.warning("a transient fault", what=what, attempt=attempt.num, of=attempts, reason=_reason(error))
+                    log.warning(
+                        "transient fault; retrying", what=what, attempt=attempt.num, of=attempts, reason=_reason(error)
+                    )
                 raise
     raise AssertionError("stamina either returns or raises")
 

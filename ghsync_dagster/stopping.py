@@ -37,7 +37,7 @@ def leave_behind(what: str) -> None:
         what: The call and its consequence, in words.
     """
     _left_behind.append(what)
-    log.error("a library hangs; the process goes on to its end without it", what=what)
+    log.error("library hangs; leaving it behind", what=what)
 
 
 def end_past_what_hangs(code: int) -> None:

@@ -139,7 +139,7 @@ def _give_back(held: HeldLease, *, answered: bool) -> None:
         else:
             held.book.extend(held.name, held.token, held.book.server_time() + timedelta(seconds=held.quiet_seconds))
     except GhsyncError as error:
-        log.warning("the lease was not given back; it runs out by itself", reason=error.message)
+        log.warning("lease not released; it expires by itself", reason=error.message)
 
 
 def _acquire(store: UserStore, name: str, wait_seconds: float, quiet_seconds: float) -> HeldLease:
@@ -189,7 +189,7 @@ def _renew(held: HeldLease, stop: threading.Event) -> None:
                 held.lose()
                 return
         except TransientError as error:
-            log.warning("the lease could not be renewed", reason=error.message)
+            log.warning("lease renewal failed", reason=error.message)
         else:
             held.renewed(asked)
 

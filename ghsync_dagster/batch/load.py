@@ -237,7 +237,7 @@ class _Load:
         except DuplicateUserError:
             # Verification finds what was not written, and why. Other tasks of the job may run on: wait for them first.
             self._stop_inserting()
-            log.warning("some users were stored meanwhile; verification tells which")
+            log.warning("users stored meanwhile; verification finds them")
 
     def _stop_inserting(self) -> None:
         """Cancel the inserts and wait until no task of this Spark application runs any more."""
@@ -261,7 +261,7 @@ class _Load:
             try:
                 aside.submit(stop).result()
             except Py4JError as error:
-                log.warning("Spark's driver is gone", reason=type(error).__name__)
+                log.warning("Spark driver gone", reason=type(error).__name__)
 
     def _write_versions(self, path: Path) -> None:
         entries = ((row["user_id"], row["created_at"], row["event_id"]) for rows in rows_of(path) for row in rows)
@@ -284,7 +284,7 @@ class _Load:
             outcome.offenders = _first_keys(missing_path, OFFENDERS)
             if round_number == ROUNDS:
                 return outcome
-            log.warning("rows are missing", missing=missing, round=round_number + 1)
+            log.warning("rows missing; writing them again", missing=missing, round=round_number + 1)
             again = plan_missing(self.writer, missing_path, self.scratch / f"again-{round_number}", self.load_id)
             self.left.update(again.left)
             outcome.given_up_inserts += again.given_up_inserts

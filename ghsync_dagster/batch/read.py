@@ -92,9 +92,9 @@ def read_events(
     state = found.state
     # A shell may have made very many of one glob.
     paths = [shown(path) for path in events_paths[:_PATHS_SHOWN]]
-    log.info("looking at the files", files=len(state.files), megabytes=state.size // _MIB, paths=paths)
+    log.info("scanning files", files=len(state.files), megabytes=state.size // _MIB, paths=paths)
     try:
-        with telling("looking at the files", lambda: {"files": found.looked}, every=_PROGRESS_SECONDS):
+        with telling("scanning files", lambda: {"files": found.looked}, every=_PROGRESS_SECONDS):
             files = found.look()
     finally:
         # Told beside a refusal too.

@@ -36,7 +36,7 @@ def recover(writer: UserWriter) -> dict[str, int]:
     settled: Counter[str] = Counter()
     store = writer.store
     for record in store.unfinished_loads():
-        log.warning("settling an unfinished load", load=record["_id"], state=record["state"])
+        log.warning("settling unfinished load", load=record["_id"], state=record["state"])
         settling = _Settling(writer, record["_id"])
         settling.take(steps_left(LoadState(record["state"])))
         settled += settling.repaired

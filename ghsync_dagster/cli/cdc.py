@@ -254,7 +254,7 @@ def _reporting(metrics: ChangeMetrics, settings: Settings) -> Iterator[None]:
             if now.held_up is None:
                 log.info("consuming", **_brief(now))
             else:
-                log.warning("nothing can be consumed", reason=now.held_up, **_brief(now))
+                log.warning("consumption blocked", reason=now.held_up, **_brief(now))
 
     thread = threading.Thread(target=report, name="cdc-report", daemon=True)
     thread.start()

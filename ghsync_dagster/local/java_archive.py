@@ -65,7 +65,7 @@ def make_archive(settings: Settings) -> bool:
             psutil.wait_procs(_users(archive), timeout=_EXIT_SECONDS)
         except (OSError, subprocess.SubprocessError) as error:
             part.unlink(missing_ok=True)
-            log.warning("the training run failed", reason=_last_words(error))
+            log.warning("training run failed", reason=_last_words(error))
         finally:
             with uninterrupted():
                 _stop_server(folder, environment)
@@ -118,7 +118,7 @@ def _stop_server(folder: str, environment: dict[str, str]) -> None:
     try:
         _ghsync(folder, environment, "down")
     except (OSError, subprocess.SubprocessError) as error:
-        log.warning("the training run's server was not stopped", reason=_last_words(error))
+        log.warning("training run's server not stopped", reason=_last_words(error))
 
 
 def _last_words(error: Exception) -> str:

@@ -388,7 +388,7 @@ def test_a_long_search_and_a_long_look_are_told(
         raise InterruptedError
 
     monkeypatch.setattr(read, "find_files", slow("looking for files", find_files))
-    monkeypatch.setattr("ghsync_dagster.batch.search.look_at", slow("looking at the files", look_at))
+    monkeypatch.setattr("ghsync_dagster.batch.search.look_at", slow("scanning files", look_at))
     with pytest.raises(InterruptedError):
         read.read_events(no_session, [str(tmp_path)], tmp_path / "out", ())
-    assert told("looking at the files")[0]["files"] == 0
+    assert told("scanning files")[0]["files"] == 0

@@ -67,11 +67,11 @@ def catch_up(kafka: KafkaSettings, index: LetterIndex) -> bool:
         index.ensure()
         known = Indexed(topic_id, {}, {})
     elif known.topic_id != topic_id or any(at > ranges.get(number, (0, 0))[1] for number, at in known.ends.items()):
-        log.warning("the topic of dead letters was recreated", topic=topic, open_letters_gone=index.remove())
+        log.warning("dead-letter topic recreated", topic=topic, open_letters_gone=index.remove())
         known = Indexed(topic_id, {}, {})
     for partition, (low, _) in ranges.items():
         if low > known.lows.get(partition, 0) and (gone := index.remove(partition, before=low)):
-            log.warning("open dead letters were removed from their topic", topic=topic, letters=gone)
+            log.warning("open dead letters gone from their topic", topic=topic, letters=gone)
     starts = {partition: max(low, known.ends.get(partition, low)) for partition, (low, _) in ranges.items()}
     unread = {partition: (start, ranges[partition][1]) for partition, start in starts.items()}
     decoder = ChangeDecoder()
@@ -163,7 +163,7 @@ def users_with_letters(kafka: KafkaSettings, store: UserStore) -> set[str]:
     try:
         found = caught_up_index(kafka, store).open_users()
     except GhsyncError as error:
-        log.warning("the dead letters can't be read", reason=error.message)
+        log.warning("dead letters not read", reason=error.message)
         return set()
     return {user for user in found if user is not None}
 

@@ -54,7 +54,7 @@ def read_dead_letters(kafka: KafkaSettings, since: Mapping[int, int] | None = No
             seen.add(letter.id)
             yield letter
     if strangers:
-        log.warning("records among the dead letters that are none", topic=kafka.dead_letter_topic, records=strangers)
+        log.warning("foreign records in the dead-letter topic", topic=kafka.dead_letter_topic, records=strangers)
 
 
 def whole_letter(kafka: KafkaSettings, letter: Letter) -> DeadLetter | None:

@@ -167,6 +167,6 @@ def watch_connector(probe: ConnectorProbe | None, tell: Callable[[ConnectorRepor
     try:
         report = probe.report(with_log=False)
     except GhsyncError as error:
-        log.warning("the connector was not asked", reason=error.message)
+        log.warning("connector not asked", reason=error.message)
     else:
         tell(report)

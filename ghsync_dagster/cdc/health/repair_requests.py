@@ -195,7 +195,7 @@ def repair(
     if not keys:
         return RepairReport(0, {})
     token = repairs.request(keys)
-    log.info("repairs are requested", users=len(keys))
+    log.info("repairs requested", users=len(keys))
     waiting = _Waiting(kafka, repairs, (token, len(keys)), own_consumer, stop, still_seconds)
     found = waiting.until_done(progress)
     outcomes = repairs.outcomes(token)

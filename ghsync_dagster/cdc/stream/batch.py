@@ -99,7 +99,7 @@ class RecordDecoder:
             return next(iter(read_range(self._kafka, partition, offset, offset + 1)), None)
         except TransientError as error:
             # What was taken must not be lost. A dead letter too many is no harm.
-            log.warning("the record before a tombstone could not be read", partition=partition, reason=error.message)
+            log.warning("record before a tombstone not read", partition=partition, reason=error.message)
             return None
 
     def _kind(self, key: bytes | None, value: str | bytes | None) -> RecordKind | None:

@@ -25,7 +25,7 @@ from ghsync_dagster.cdc.stream.listener import KAFKA, MONGO, AppliedBatch, Chang
 from ghsync_dagster.cdc.stream.order import OrderedTruncates, Truncate, nexts, topic_ends
 from ghsync_dagster.cdc.stream.repair import SourceReader
 from ghsync_dagster.cdc.stream.topic_guard import TopicGuard
-from ghsync_dagster.cdc.stream.write import GroupFence, Trouble, Writer, Written
+from ghsync_dagster.cdc.stream.write import GroupFence, LastingFault, Writer, Written
 from ghsync_dagster.domain.change import Change
 from ghsync_dagster.domain.envelope import ChangeDecoder
 from ghsync_dagster.domain.errors import GhsyncError, TransientError
@@ -208,7 +208,7 @@ class _Until:
 
 def _ready_store(open_store: Callable[[], UserStore], until: _Until, listener: ChangeListener) -> UserStore | None:
     """Open and prepare the store, however long it is away; None where the end comes first."""
-    trouble = Trouble("the store can't be opened")
+    trouble = LastingFault("opening the store")
     for seconds in waits():
         if until.over:
             return None
@@ -220,12 +220,12 @@ def _ready_store(open_store: Callable[[], UserStore], until: _Until, listener: C
                 store.close()
                 raise
         except TransientError as error:
-            trouble.goes_on(error)
+            trouble.failed(error)
             listener.retried(type(error).__name__)
             listener.connection(MONGO, up=False)
             until.wait(seconds)
         else:
-            trouble.is_over()
+            trouble.recovered()
             return store
     raise AssertionError("waits have no end")
 
@@ -268,8 +268,8 @@ class _Run:
         """Whether this consumer has only just joined the group, and waits for partitions."""
         self._to_own = False
         """Whether partitions came since it was last seen whether this consumer has all of them."""
-        self._trouble = Trouble("changes can't be consumed")
-        self._unacknowledged = Trouble("changes can't be acknowledged")
+        self._trouble = LastingFault("consuming")
+        self._unacknowledged = LastingFault("acknowledging")
         self._consumer = TopicConsumer(owner.kafka, assigned=self._assigned, revoked=self._revoked, lost=self._lost)
         self._fence = GroupFence(owner.kafka.session_timeout_seconds)
         self._reader = (
@@ -312,7 +312,7 @@ class _Run:
                     # What is to be kept of the topic is kept before the end.
                     reached = ends is not None and not self._is_look_due and self._reached(ends)
                 except TransientError as error:
-                    self._trouble.goes_on(error)
+                    self._trouble.failed(error)
                     self._listener.retried(type(error).__name__)
         finally:
             # Gives the partitions back, for which the batch at work is finished.
@@ -379,10 +379,10 @@ class _Run:
                 elif is_ready:
                     self._hand_over()
         except TransientError as error:
-            self._unacknowledged.goes_on(error)
+            self._unacknowledged.failed(error)
             self._listener.retried(type(error).__name__)
             return False
-        self._unacknowledged.is_over()
+        self._unacknowledged.recovered()
         return True
 
     def _get_ready(self) -> None:
@@ -432,7 +432,7 @@ class _Run:
             committed = self._consumer.committed([partition])[partition] or 0
             if asked.offset < committed:
                 offset = max(asked.offset, self._consumer.offsets(partition)[0])
-                log.warning("going back, as a command may have come late", partition=partition, offset=offset)
+                log.warning("rewinding: a command may have come late", partition=partition, offset=offset)
                 self._writer.request_truncate_after(partition, offset)
                 # Before the commit, whose answer may be lost.
                 self._to_rewind = True
@@ -545,7 +545,7 @@ class _Run:
         self._writer.forget_fences()
         self._to_own = True
         self._letters.reload()
-        log.info("partitions came", partitions=sorted(partitions), all=sorted(self._consumer.partitions))
+        log.info("partitions assigned", partitions=sorted(partitions), all=sorted(self._consumer.partitions))
         self._listener.assigned(self._consumer.partitions)
 
     def _revoked(self, partitions: set[int]) -> None:
@@ -553,7 +553,7 @@ class _Run:
 
     def _lost(self, partitions: set[int]) -> None:
         log.warning(
-            "partitions were lost: the group has not heard from this consumer for too long",
+            "partitions lost: the group has not heard from this consumer for too long",
             partitions=sorted(partitions),
         )
         self._give_up(partitions, 0)
@@ -570,7 +570,7 @@ class _Run:
         for partition in partitions:
             self._committed.pop(partition, None)
         self._pending = self._pending.without(partitions)
-        log.info("partitions went", partitions=sorted(partitions))
+        log.info("partitions revoked", partitions=sorted(partitions))
         self._listener.assigned(self._consumer.partitions - partitions)
 
     def _finished(self, seconds: float) -> bool:
@@ -581,12 +581,12 @@ class _Run:
         if not in_time:
             self._writer.stop_batch()
             if not self._writer.wait(self._consumer.kafka.session_timeout_seconds + _GIVE_UP_SECONDS):
-                log.error("the store does not answer; a command may still reach it")
+                log.error("store does not answer; a command may still arrive")
         if in_time and seconds > 0:
             try:
                 self._acknowledge()
             except GhsyncError as error:
-                log.warning("a batch is written, but can't be committed", reason=error.message)
+                log.warning("commit failed after the batch was written", reason=error.message)
         finished = in_time and not self._is_writing
         if (written := self._written or self._writer.take_written()) is not None:
             self._writer.give_up(written)
@@ -621,14 +621,14 @@ class _Run:
                     breathe(_TURN_SECONDS)
                 self._raise_failure()
 
-        log.info("a truncate is put in order", partition=truncate.partition, offset=truncate.offset)
+        log.info("ordering a truncate", partition=truncate.partition, offset=truncate.offset)
         truncates = OrderedTruncates(self._consumer, write, breathe, self._writer.keep_truncate, self._truncate_wait)
         self._consumer.pause()
         try:
             write(first)
             truncates.apply(truncate)
         except _InterruptedError:
-            log.info("putting a truncate in order was interrupted", partition=truncate.partition)
+            log.info("truncate ordering interrupted", partition=truncate.partition)
 
     # The end, and the lag
 
@@ -684,9 +684,9 @@ class _Run:
         self._next_lag = now + _LAG_SECONDS
         self._consumer.look_again()
         if (trouble := self._consumer.trouble) is not None:
-            self._trouble.goes_on(trouble)
+            self._trouble.failed(trouble)
         else:
-            self._trouble.is_over()
+            self._trouble.recovered()
         self._listener.connection(KAFKA, up=trouble is None)
         for partition in sorted(self._consumer.partitions if trouble is None else ()):
             self._tell_lag(partition)

@@ -65,7 +65,7 @@ class DeadLetters:
         except GhsyncError as error:
             # Nothing is lost: whoever lists the letters catches up. A consumer may have no right to read them.
             self._has_begun = isinstance(error, PermanentError)
-            log.warning("dead letters of before can't be read", reason=error.message)
+            log.warning("earlier dead letters not read", reason=error.message)
 
     def reload(self) -> None:
         """Have the users with open letters read again, since partitions came. Any thread may call this."""
@@ -136,7 +136,7 @@ class DeadLetters:
         found = self._index.find(state=LetterState.OPEN) if truncated else self._index.open_of(users)
         resolved = ((letter, reason) for letter in found if (reason := applied.supersedes(letter)) is not None)
         if count := self._index.settle(resolved, LetterState.RESOLVED):
-            log.info("dead letters are superseded", letters=count)
+            log.info("dead letters superseded", letters=count)
         if truncated:
             self._users = self._index.open_users()
         else:

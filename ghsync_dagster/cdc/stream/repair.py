@@ -368,7 +368,7 @@ class SourceReader:
                 is_at_work = self._go_on()
             except Exception as error:
                 if not isinstance(error, GhsyncError):
-                    log.exception("a repair failed unexpectedly; retrying")
+                    log.exception("repair failed unexpectedly; retrying")
                 self._wait(self._report(_READING, _as_ours(error), self._claimed))
             else:
                 if not is_at_work:
@@ -534,7 +534,7 @@ class SourceReader:
             try:
                 self._requests.note_problem(claim.requests, str(error))
             except GhsyncError:
-                log.debug("the problem cannot be noted")
+                log.debug("problem not recorded")
         return seconds
 
     def _clear(self, part: str) -> None:
@@ -646,7 +646,7 @@ class _Writing:
                 self._store.record_outcomes(self._requests(keys), outcome, fences)
                 self.outcomes[outcome] += len(keys)
         if self._refused:
-            log.warning("rows are refused by the collection", users=len(self._refused))
+            log.warning("rows refused by the collection", users=len(self._refused))
             self._store.record_reasons(self._refused)
 
     def _requests(self, keys: Iterable[str]) -> dict[str, str]:

@@ -135,7 +135,7 @@ class TopicGuard:
                     for found in backlog
                     if found.partition < known
                 }
-                log.warning("partitions were added; waiting for the others", held=sorted(self.held))
+                log.warning("partitions added; waiting for the others", held=sorted(self.held))
             committed = {found.partition: found.committed or 0 for found in backlog}
             if not self._awaited or any(committed[partition] < end for partition, end in self._awaited.items()):
                 return

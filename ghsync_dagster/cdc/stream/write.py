@@ -82,27 +82,31 @@ class _StoppedError(Exception):
     """The batch must not go on."""
 
 
-class Trouble:
-    """Logs a fault that lasts: at once, again after growing times, and its end."""
+class LastingFault:
+    """Logs a fault that lasts: at once, again after growing times, and its end.
+
+    Args:
+        what: What fails, such as ``batch write``.
+    """
 
     def __init__(self, what: str) -> None:
         self._what = what
         self._since: float | None = None
         self._said = 0.0
 
-    def goes_on(self, error: GhsyncError) -> None:
-        """Tell of the fault, unless that was done of late."""
+    def failed(self, error: GhsyncError) -> None:
+        """Log the fault, unless that was done recently."""
         now = time.monotonic()
         if self._since is None:
             self._since, self._said = now, float("-inf")
         if now - self._said >= min(5.0 + (now - self._since) / 2, 300.0):
             self._said = now
-            log.warning(f"{self._what}, and is tried on", seconds=round(now - self._since, 1), reason=error.message)
+            log.warning(f"{self._what} failed; retrying", seconds=round(now - self._since, 1), reason=error.message)
 
-    def is_over(self) -> None:
-        """Tell that it is over, if there was one."""
+    def recovered(self) -> None:
+        """Log that the fault is over, if there was one."""
         if self._since is not None:
-            log.info(f"{self._what}: over", seconds=round(time.monotonic() - self._since, 1))
+            log.info(f"{self._what} recovered", seconds=round(time.monotonic() - self._since, 1))
             self._since = None
 
 
@@ -202,7 +206,7 @@ class Writer:
         self._closing = False
         self._changed = threading.Condition()
         self._stopped = threading.Event()
-        self._said = Trouble("a batch can't be written")
+        self._said = LastingFault("batch write")
         self._thread = threading.Thread(target=self._run, name="cdc-write", daemon=True)
         self._thread.start()
 
@@ -364,7 +368,7 @@ class Writer:
             if isinstance(error, TransientError):
                 self._listener.connection(MONGO, up=False)
             elif not isinstance(error, GhsyncError):
-                log.exception("a repair failed unexpectedly; retrying")
+                log.exception("repair failed unexpectedly; retrying")
         else:
             self._reader.wrote(work, time.monotonic() - started)
             for outcome, count in outcomes.items():
@@ -473,13 +477,13 @@ class Writer:
                 self.trouble = error
                 self._listener.retried(type(error).__name__)
                 self._listener.connection(self._asked, up=False)
-                self._said.goes_on(error)
+                self._said.failed(error)
                 if self._stopped.wait(seconds):
                     raise _StoppedError from None
             else:
                 # One whose partitions were given up meanwhile must not be committed any more.
                 self._go_on()
-                self._said.is_over()
+                self._said.recovered()
                 written.in_doubt = self._users.commands.in_doubt
                 return written
         raise AssertionError("waits have no end")
@@ -488,7 +492,7 @@ class Writer:
         if written.letters:
             self._go_on()
             written.letters = self._letters.write(written.letters)
-            log.warning("records went to the dead letters", records=len(written.letters), kinds=dict(written.kinds))
+            log.warning("records dead-lettered", records=len(written.letters), kinds=dict(written.kinds))
         self._asked = MONGO
         self._letters.settle(written.batch, written.letters)
 

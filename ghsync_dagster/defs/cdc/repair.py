@@ -154,9 +154,7 @@ def cdc_repair_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | 
     if not count:
         return dg.SensorResult(skip_reason="The newest audit compared nothing.", cursor=cursor)
     if count > settings.repair_max_users:
-        log.error(
-            "too many differences to be repaired without a person", differences=count, limit=settings.repair_max_users
-        )
+        log.error("too many differences to repair unattended", differences=count, limit=settings.repair_max_users)
         reason = (
             f"{count} differences are more than GHSYNC_REPAIR_MAX_USERS={settings.repair_max_users}: see the check."
         )

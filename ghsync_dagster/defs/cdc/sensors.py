@@ -76,7 +76,7 @@ def cdc_supervisor(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.Sk
         return dg.SkipReason(" ".join([*done, decision.why]))
     if missing := _kafka_is_missing(settings):
         return dg.SkipReason(" ".join([*done, f"Nothing is started: {missing}"]))
-    log.info("a slice starts", why=decision.why, after=decision.after)
+    log.info("slice started", why=decision.why, after=decision.after)
     return run_request(settings, decision.after, rules)
 
 
@@ -168,7 +168,7 @@ def _waiting(settings: Settings) -> int | None:
     try:
         return read_backlog(replace(existing_kafka(settings), timeout_seconds=_PROBE_SECONDS)).waiting
     except TransientError as error:
-        log.warning("the lag is not known", reason=error.message)
+        log.warning("lag unknown", reason=error.message)
         return None
 
 
@@ -189,7 +189,7 @@ def end_slice(instance: dg.DagsterInstance, decision: Replace) -> None:
     run = instance.get_run_by_id(run_id)
     if run is None or run.is_finished:
         return
-    log.warning("a slice is ended", run=run_id, why=decision.why)
+    log.warning("slice ended", run=run_id, why=decision.why)
     instance.add_run_tags(run_id, {REPLACED_TAG: decision.why[:200]})
     asked_before = run.status == dg.DagsterRunStatus.CANCELING
     if asked_before or not _terminate(instance, run_id):
@@ -203,7 +203,7 @@ def _terminate(instance: dg.DagsterInstance, run_id: str) -> bool:
     try:
         return bool(instance.run_coordinator.cancel_run(run_id))
     except Exception as error:  # noqa: BLE001  launchers raise what their platforms raise; the run is noted as failed
-        log.warning("a run's process was not reached", run=run_id, error=type(error).__name__)
+        log.warning("run's process not reached", run=run_id, error=type(error).__name__)
         return False
 
 

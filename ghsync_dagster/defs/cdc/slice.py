@@ -121,7 +121,7 @@ def consume(
 def _await_end(future: Future[ConsumerReport], seconds: float) -> None:
     """Wait until the consumer has ended; one that does not takes its process along, or it would live for ever."""
     if not wait([future], timeout=seconds).done:
-        log.error("the consumer does not end: its process is ended")
+        log.error("consumer does not end; ending its process")
         os._exit(os.EX_SOFTWARE)
 
 
@@ -159,7 +159,7 @@ class _Observer:
             if self._heartbeat.silence < _SILENT_SECONDS:
                 self.observe()
             else:
-                log.warning("the consumer says nothing", seconds=round(self._heartbeat.silence, 1))
+                log.warning("consumer silent", seconds=round(self._heartbeat.silence, 1))
             if _told_to_end(self._context):
                 stop.set()
 
@@ -171,7 +171,7 @@ class _Observer:
         try:
             self._context.log_event(observation)
         except SQLAlchemyError as error:
-            log.warning("an observation was not kept", error=type(error).__name__)
+            log.warning("observation not recorded", error=type(error).__name__)
         else:
             self._last = now
 
@@ -206,6 +206,6 @@ def _told_to_end(context: dg.OpExecutionContext) -> bool:
     try:
         run = context.instance.get_run_by_id(context.run_id)
     except SQLAlchemyError as error:
-        log.warning("the run's state is not known", error=type(error).__name__)
+        log.warning("run state unknown", error=type(error).__name__)
         return False
     return run is None or run.status in _TOLD_TO_END
