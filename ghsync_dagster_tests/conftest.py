@@ -23,7 +23,6 @@ import pytest
 import structlog
 from confluent_kafka import OFFSET_END, Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient
-from real_mysql import NotToBeHadError, real_mysql
 from xdist.scheduler import LoadFileScheduling
 
 from ghsync_dagster.batch.flow import BatchFlow
@@ -38,13 +37,16 @@ from ghsync_dagster.settings import Settings, load_settings
 from ghsync_dagster.stores.mongo.users import UserStore
 from ghsync_dagster.stores.mysql_url import parse_mysql_url
 from ghsync_dagster.wiring import spark_handle
+from ghsync_dagster_tests.support.real_mysql import NotToBeHadError, real_mysql
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from ghsync_dagster.stores.spark import SparkHandle
 
-pytest_plugins = ("alert_parts", "cdc_parts", "hanging", "source_parts")
+pytest_plugins = tuple(
+    f"ghsync_dagster_tests.support.{name}" for name in ("cdc_parts", "alert_parts", "hanging", "source_parts")
+)
 
 MEMORY = Path("/dev/shm")
 MEMORY_BYTES = 6 * 1024**3

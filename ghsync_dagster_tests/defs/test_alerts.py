@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import pytest
-from alert_parts import SECRET
 
 from ghsync_dagster.defs.errors import as_failure
 from ghsync_dagster.defs.ops import alerts
 from ghsync_dagster.defs.ops.alerts import alerts_sensor
 from ghsync_dagster.domain.errors import ConfigError, RefusedError, UnavailableError
+from ghsync_dagster_tests.support.alert_parts import SECRET
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from alert_parts import Webhook
+    from ghsync_dagster_tests.support.alert_parts import Webhook
 
     Logged = Callable[[], list[dict[str, Any]]]
 

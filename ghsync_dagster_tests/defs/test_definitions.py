@@ -15,7 +15,6 @@ import pyarrow as pa
 import pytest
 from dagster import serialize_value
 from dagster._core.remote_representation.external_data import RepositorySnap, active_presets_from_job_def
-from long_campaign import HANG_SECONDS
 from pyspark.sql.types import StructType
 
 from ghsync_dagster.batch.decide import quarantine_schema
@@ -29,6 +28,7 @@ from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.domain.user import USER_FIELDS, json_schema
 from ghsync_dagster.settings import Settings, load_settings
 from ghsync_dagster.stores.spark import EVENT_SCHEMA, VERSIONED_USER_SCHEMA
+from ghsync_dagster_tests.support.long_campaign import HANG_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

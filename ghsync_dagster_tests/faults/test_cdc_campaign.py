@@ -18,8 +18,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from cdc_parts import Parts, child, kill, until
-from long_campaign import ONLY_LONG, ROUNDS
 
 from ghsync_dagster.cdc.dead_letters.topic import read_dead_letters
 from ghsync_dagster.cdc.health.audit import Patience, audit
@@ -27,6 +25,8 @@ from ghsync_dagster.dev.workload import Workload
 from ghsync_dagster.local import stack
 from ghsync_dagster.stores.mysql import MySqlStore
 from ghsync_dagster.wiring import existing_kafka
+from ghsync_dagster_tests.support.cdc_parts import Parts, child, kill, until
+from ghsync_dagster_tests.support.long_campaign import ONLY_LONG, ROUNDS
 
 if TYPE_CHECKING:
     import subprocess

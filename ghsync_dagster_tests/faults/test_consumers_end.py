@@ -13,19 +13,19 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import long_campaign
 import pytest
-from cdc_parts import until
 from confluent_kafka.admin import AdminClient
 
 from ghsync_dagster import stopping
 from ghsync_dagster.domain.errors import GhsyncError
 from ghsync_dagster.stores.kafka.consumer import TopicConsumer
+from ghsync_dagster_tests.support import long_campaign
+from ghsync_dagster_tests.support.cdc_parts import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from cdc_parts import Topic
+    from ghsync_dagster_tests.support.cdc_parts import Topic
 
 ROUNDS = 20 if long_campaign.ROUNDS else 5
 AT_ONCE = 10

@@ -20,8 +20,6 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from kill_child import Order
-from long_campaign import HANG_SECONDS, ROUNDS
 from pymongo import MongoClient
 
 from ghsync_dagster.batch.flow import BatchFlow
@@ -29,6 +27,8 @@ from ghsync_dagster.batch.load import Step
 from ghsync_dagster.batch.reports import Artifacts, FlattenReport, LoadReport
 from ghsync_dagster.domain.user import BUILT_IN_RULES
 from ghsync_dagster.stores.mongo.users import UserStore
+from ghsync_dagster_tests.support import kill_child
+from ghsync_dagster_tests.support.long_campaign import HANG_SECONDS, ROUNDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -125,8 +125,8 @@ class World:
         """Load in a process that kills itself; return the load's milliseconds if it was through before."""
         self.children += 1
         home = self.folder / f"child-{self.children}"
-        order = Order(self.uri, self.database, str(home), str(self.flow.artifacts.root), **moment)
-        command = [sys.executable, str(Path(__file__).with_name("kill_child.py")), msgspec.json.encode(order).decode()]
+        order = kill_child.Order(self.uri, self.database, str(home), str(self.flow.artifacts.root), **moment)
+        command = [sys.executable, kill_child.__file__, msgspec.json.encode(order).decode()]
         environment = os.environ | {"GHSYNC_LOG_LEVEL": "ERROR"}
         done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, env=environment)
         assert done.returncode == -9, done.stderr[-3000:]

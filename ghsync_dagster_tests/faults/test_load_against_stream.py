@@ -16,23 +16,22 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from cdc_parts import until
-from guards import writer_of
-from long_campaign import ROUNDS
 
 from ghsync_dagster.batch.load import Step
 from ghsync_dagster.batch.reports import FlattenReport, LoadReport
 from ghsync_dagster.cdc.stream.apply import apply
 from ghsync_dagster.domain.change import Change, Op, RecordKind
 from ghsync_dagster.domain.coalesce import Segment
+from ghsync_dagster_tests.support.cdc_parts import until
+from ghsync_dagster_tests.support.guards import writer_of
+from ghsync_dagster_tests.support.long_campaign import ROUNDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from cdc_parts import Parts, Topic
-
     from ghsync_dagster.batch.flow import BatchFlow
     from ghsync_dagster.stores.mongo.users import UserStore
+    from ghsync_dagster_tests.support.cdc_parts import Parts, Topic
 
 pytestmark = pytest.mark.faults
 

@@ -12,8 +12,19 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from long_campaign import ROUNDS
-from mutations import APPLY, MODEL, MUTATIONS, PLAN, REPAIR_MODEL, SETTLE, Mutation, copied, tried
+
+from ghsync_dagster_tests.support.long_campaign import ROUNDS
+from ghsync_dagster_tests.support.mutations import (
+    APPLY,
+    MODEL,
+    MUTATIONS,
+    PLAN,
+    REPAIR_MODEL,
+    SETTLE,
+    Mutation,
+    copied,
+    tried,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
-from cdc_parts import StrictStore, make_strict, stored, user
 
 from ghsync_dagster.cdc.dead_letters.closing import close_letters
 from ghsync_dagster.cdc.dead_letters.index import open_letters
@@ -23,13 +22,13 @@ from ghsync_dagster.cdc.stream.consume import ChangeConsumer, ConsumerReport
 from ghsync_dagster.domain.letters import LetterState
 from ghsync_dagster.domain.user import json_schema
 from ghsync_dagster.stores.mongo.letters import LetterIndex
+from ghsync_dagster_tests.support.cdc_parts import StrictStore, make_strict, stored, user
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from cdc_parts import Parts, Topic
-
     from ghsync_dagster.stores.mongo.users import UserStore
+    from ghsync_dagster_tests.support.cdc_parts import Parts, Topic
 
 pytestmark = pytest.mark.faults
 

@@ -19,14 +19,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import long_campaign
 import psutil
 import pytest
-from cdc_parts import GHSYNC, until, user
 
 from ghsync_dagster.cdc.health.audit import Patience, audit
 from ghsync_dagster.stores.mongo.users import UserStore
 from ghsync_dagster.stores.mysql import MySqlStore
+from ghsync_dagster_tests.support import long_campaign, watched_consumer
+from ghsync_dagster_tests.support.cdc_parts import GHSYNC, until, user
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,7 +43,6 @@ MOST_TIMES_STEADY = 2
 """How much longer a change may take while repairs go on: its p99 in the median round, over the steady one."""
 DROPPED = 100_000 if FULL else 3_000
 DROPPED_RATE = 500 if FULL else 100
-WATCHED = Path(__file__).with_name("watched_consumer.py")
 STATES = "states"
 EXTRA = 5_000_000
 """Where the keys begin that MySQL does not have."""
@@ -68,7 +67,7 @@ def _environment(settings: Settings, **more: str) -> dict[str, str]:
 @contextmanager
 def _consumer(settings: Settings, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     log = folder / "consumer.log"
-    command = [sys.executable, str(WATCHED), str(folder / STATES)]
+    command = [sys.executable, watched_consumer.__file__, str(folder / STATES)]
     with log.open("ab") as stderr:
         process = subprocess.Popen(command, env=_environment(settings), cwd=Path.home(), stderr=stderr)
     try:

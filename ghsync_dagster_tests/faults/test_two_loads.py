@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
-from long_campaign import LONG, ROUNDS
 
 from ghsync_dagster.batch.lease import QUIET_SECONDS, hold_lease
 from ghsync_dagster.stores.mongo.client import LEASES
+from ghsync_dagster_tests.support.long_campaign import LONG, ROUNDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -8,7 +8,6 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from guards import writer_of
 
 from ghsync_dagster.cdc.health import audit as audit_module
 from ghsync_dagster.cdc.health.audit import Offender, Patience, audit
@@ -17,6 +16,7 @@ from ghsync_dagster.domain.errors import ConfigError, RefusedError, UnavailableE
 from ghsync_dagster.domain.user import MARKER_FIELD, MARKER_VALUE, USER_FIELDS
 from ghsync_dagster.stores.mongo.users import UserStore
 from ghsync_dagster.stores.mysql import MySqlStore, Span, hash_sum
+from ghsync_dagster_tests.support.guards import writer_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

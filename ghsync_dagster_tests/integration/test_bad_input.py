@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
-from long_campaign import LONG
+
+from ghsync_dagster_tests.support.long_campaign import LONG
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,7 +9,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from process_parts import is_java, left_by_a_signal
 
 from benchmarks import cdc, cdc_results, harness, results
 from benchmarks.cdc_contenders import OURS, RAW, SINK, Bench
@@ -22,6 +21,7 @@ from ghsync_dagster.domain.envelope import ChangeDecoder
 from ghsync_dagster.local import kafka
 from ghsync_dagster.local.jars import ensure_jars, locked_set
 from ghsync_dagster.local.java import find_java
+from ghsync_dagster_tests.support.process_parts import is_java, left_by_a_signal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

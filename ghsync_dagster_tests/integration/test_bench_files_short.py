@@ -8,9 +8,9 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from long_campaign import LONG
 
 from benchmarks import files, files_once, harness
+from ghsync_dagster_tests.support.long_campaign import LONG
 
 if TYPE_CHECKING:
     from pathlib import Path

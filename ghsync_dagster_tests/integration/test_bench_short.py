@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from long_campaign import ROUNDS
-from process_parts import children_of, is_java, left_by_a_signal, words
 
 from benchmarks import contenders, harness, results
+from ghsync_dagster_tests.support.long_campaign import ROUNDS
+from ghsync_dagster_tests.support.process_parts import children_of, is_java, left_by_a_signal, words
 
 pytestmark = pytest.mark.integration
 

@@ -8,8 +8,6 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from long_campaign import LONG
-from process_parts import left_by_a_signal, words
 
 from benchmarks import cdc_probes, harness
 from benchmarks.cdc_probes import FIRST_KEY, paired
@@ -17,6 +15,8 @@ from benchmarks.contenders import inherited_environment
 from benchmarks.tellers import Teller, now_ms
 from ghsync_dagster.domain.user import USER_FIELDS
 from ghsync_dagster.stores.mongo.users import UserStore
+from ghsync_dagster_tests.support.long_campaign import LONG
+from ghsync_dagster_tests.support.process_parts import left_by_a_signal, words
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from guards import AskedGuard, writer_of
 from pymongo import MongoClient
 from pymongo.collection import Collection
 from pymongo.synchronous import pool
@@ -22,6 +21,7 @@ from ghsync_dagster.domain.user import MARKER_FIELD, MARKER_VALUE, json_schema
 from ghsync_dagster.stores.mongo.books import GroupBook
 from ghsync_dagster.stores.mongo.users import UserStore
 from ghsync_dagster.stores.mongo.writer import KINDS_OF_REFUSED, UserWriter
+from ghsync_dagster_tests.support.guards import AskedGuard, writer_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from cdc_parts import Parts, StrictStore, make_anew, make_strict, stored, until, user
 from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition, Uuid
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewPartitions
@@ -45,13 +44,13 @@ from ghsync_dagster.stores.kafka.topics import TopicIds, read_to_end
 from ghsync_dagster.stores.mongo.books import GroupBook
 from ghsync_dagster.stores.mongo.users import UserStore
 from ghsync_dagster.stores.mongo.writer import Refused, UserWriter
+from ghsync_dagster_tests.support.cdc_parts import Parts, StrictStore, make_anew, make_strict, stored, until, user
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from cdc_parts import Topic
-
     from ghsync_dagster.cdc.stream.listener import AppliedBatch
+    from ghsync_dagster_tests.support.cdc_parts import Topic
 
 pytestmark = pytest.mark.integration
 

@@ -17,12 +17,9 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 import psutil
 import pytest
-from cdc_parts import free_port
 from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from dagster._core.storage.tags import SENSOR_NAME_TAG
-from long_campaign import HANG_SECONDS, LONG
-from process_parts import children_of, kill_family, words
 
 from ghsync_dagster.cdc.stream.consume import ChangeConsumer, ConsumerReport
 from ghsync_dagster.definitions import build_defs
@@ -41,6 +38,9 @@ from ghsync_dagster.stores.mongo.books import GroupBook
 from ghsync_dagster.stores.mongo.users import UserStore
 from ghsync_dagster.stores.mysql import MySqlStore
 from ghsync_dagster.wiring import existing_kafka
+from ghsync_dagster_tests.support.cdc_parts import free_port
+from ghsync_dagster_tests.support.long_campaign import HANG_SECONDS, LONG
+from ghsync_dagster_tests.support.process_parts import children_of, kill_family, words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

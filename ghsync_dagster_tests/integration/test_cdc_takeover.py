@@ -10,17 +10,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
-from cdc_parts import child, stored, until
-from long_campaign import ROUNDS
 
 from ghsync_dagster.cdc.dead_letters.topic import read_dead_letters
+from ghsync_dagster_tests.support.cdc_parts import child, stored, until
+from ghsync_dagster_tests.support.long_campaign import ROUNDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from cdc_parts import Parts, Topic
-
     from ghsync_dagster.stores.mongo.users import UserStore
+    from ghsync_dagster_tests.support.cdc_parts import Parts, Topic
 
 pytestmark = pytest.mark.faults
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from cdc_parts import free_port
-from long_campaign import HANG_SECONDS
+
+from ghsync_dagster_tests.support.cdc_parts import free_port
+from ghsync_dagster_tests.support.long_campaign import HANG_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,8 +10,6 @@ from unittest.mock import Mock
 
 import pymongo
 import pytest
-from cdc_parts import free_port
-from guards import writer_of
 from pymongo import MongoClient, WriteConcern
 from pymongo.database import Database
 from pymongo.errors import AutoReconnect, DuplicateKeyError, OperationFailure, WriteError
@@ -24,6 +22,8 @@ from ghsync_dagster.domain.user import json_schema
 from ghsync_dagster.stores.mongo import client as mongo
 from ghsync_dagster.stores.mongo.client import LEASES
 from ghsync_dagster.stores.mongo.users import UserStore
+from ghsync_dagster_tests.support.cdc_parts import free_port
+from ghsync_dagster_tests.support.guards import writer_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

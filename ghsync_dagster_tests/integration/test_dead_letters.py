@@ -14,7 +14,6 @@ from confluent_kafka import Consumer, KafkaError, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.admin._config import ConfigResource
 from confluent_kafka.cimpl import NewTopic
-from long_campaign import HANG_SECONDS
 
 from ghsync_dagster.cdc.dead_letters.record import DeadLetter
 from ghsync_dagster.cdc.dead_letters.topic import read_dead_letters
@@ -22,9 +21,10 @@ from ghsync_dagster.domain.errors import RefusedError, UnavailableError
 from ghsync_dagster.stores.kafka import topics as kafka_topics
 from ghsync_dagster.stores.kafka.client import KafkaSettings
 from ghsync_dagster.stores.kafka.topics import RecordWriter, place, read_to_end
+from ghsync_dagster_tests.support.long_campaign import HANG_SECONDS
 
 if TYPE_CHECKING:
-    from cdc_parts import Parts, Topic
+    from ghsync_dagster_tests.support.cdc_parts import Parts, Topic
 
 pytestmark = pytest.mark.integration
 

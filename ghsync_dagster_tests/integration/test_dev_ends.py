@@ -7,8 +7,9 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from cdc_parts import free_port
-from process_parts import left_by_a_signal
+
+from ghsync_dagster_tests.support.cdc_parts import free_port
+from ghsync_dagster_tests.support.process_parts import left_by_a_signal
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -6,8 +6,6 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
-from cdc_parts import free_port
-from guards import writer_of
 from typer.testing import CliRunner
 
 from ghsync_dagster.cdc.health.known_user import EQUAL, NO_KEY, NO_ROW, KnownUser, known_user
@@ -16,6 +14,8 @@ from ghsync_dagster.domain.letters import Letter
 from ghsync_dagster.stores.mongo.letters import LetterIndex
 from ghsync_dagster.stores.mongo.repairs import RepairRequests
 from ghsync_dagster.stores.mysql import MySqlStore
+from ghsync_dagster_tests.support.cdc_parts import free_port
+from ghsync_dagster_tests.support.guards import writer_of
 
 if TYPE_CHECKING:
     from ghsync_dagster.stores.mongo.users import UserStore

@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
-from cdc_parts import GHSYNC, StrictStore, make_anew, make_strict, stored, user
 from confluent_kafka import OFFSET_END, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
-from long_campaign import ROUNDS
 from typer.testing import CliRunner
 
 from ghsync_dagster.cdc.dead_letters import closing
@@ -29,15 +27,17 @@ from ghsync_dagster.domain.errors import RefusedError
 from ghsync_dagster.domain.letters import LetterState
 from ghsync_dagster.stores.kafka.topics import RecordWriter, read_to_end
 from ghsync_dagster.stores.mongo.letters import LetterIndex
+from ghsync_dagster_tests.support.cdc_parts import GHSYNC, StrictStore, make_anew, make_strict, stored, user
+from ghsync_dagster_tests.support.long_campaign import ROUNDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from cdc_parts import Parts, Topic
     from typer.testing import Result
 
     from ghsync_dagster.domain.letters import Letter
     from ghsync_dagster.stores.mongo.users import UserStore
+    from ghsync_dagster_tests.support.cdc_parts import Parts, Topic
 
 pytestmark = pytest.mark.integration
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from bson.codec_options import CodecOptions
 from bson.raw_bson import RawBSONDocument
-from guards import AskedGuard, writer_of
 
 from ghsync_dagster.batch.load import ROUNDS, Step
 from ghsync_dagster.domain.errors import InputError
 from ghsync_dagster.stores.mongo.users import UserStore
 from ghsync_dagster.stores.spark import USER_SCHEMA, DuplicateUserError, insert_users, write_options
+from ghsync_dagster_tests.support.guards import AskedGuard, writer_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
-from long_campaign import HANG_SECONDS
 
 from ghsync_dagster.domain.errors import ConfigError, PermanentError, UnavailableError
 from ghsync_dagster.local.jars import ROOTS, Jar, ensure_jars, ensure_unpacked, locked_set, read_lock, write_lock
 from ghsync_dagster.settings import Settings, load_settings
+from ghsync_dagster_tests.support.long_campaign import HANG_SECONDS
 
 if TYPE_CHECKING:
     from pathlib import Path

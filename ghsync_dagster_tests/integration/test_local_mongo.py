@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
-from cdc_parts import kill
-from long_campaign import HANG_SECONDS
 from pymongo import MongoClient
 
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
 from ghsync_dagster.local import mongo, stack, supervisor
 from ghsync_dagster.local.supervisor import _born
 from ghsync_dagster.settings import Settings, load_settings
+from ghsync_dagster_tests.support.cdc_parts import kill
+from ghsync_dagster_tests.support.long_campaign import HANG_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

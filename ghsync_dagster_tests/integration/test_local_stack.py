@@ -18,15 +18,15 @@ import httpx
 import psutil
 import pymysql
 import pytest
-from cdc_parts import kill
 from confluent_kafka import Consumer, TopicPartition
-from long_campaign import HANG_SECONDS, LONG
 from pymongo import MongoClient
 
 from ghsync_dagster.domain.errors import UnavailableError
 from ghsync_dagster.local import connect, kafka, mysql, stack
 from ghsync_dagster.settings import Settings, load_settings
 from ghsync_dagster.stores.mysql_url import parse_mysql_url
+from ghsync_dagster_tests.support.cdc_parts import kill
+from ghsync_dagster_tests.support.long_campaign import HANG_SECONDS, LONG
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,11 +8,11 @@ from urllib.parse import urlsplit
 
 import pymysql
 import pytest
-from cdc_parts import until
 
 from ghsync_dagster.dev.workload import ODD_TEXTS, Mix, Workload
 from ghsync_dagster.domain.errors import ConfigError, RefusedError, UnavailableError
 from ghsync_dagster.stores.mysql import KEY_MAX, KEY_MIN, LockedRows, MySqlStore, is_key
+from ghsync_dagster_tests.support.cdc_parts import until
 
 pytestmark = pytest.mark.integration
 

@@ -20,8 +20,6 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from cdc_parts import until
-from odd_lines import GOOD, KINDS
 from py4j.protocol import Py4JNetworkError
 
 from ghsync_dagster import folders
@@ -34,6 +32,8 @@ from ghsync_dagster.domain.user import BUILT_IN_RULES, Rule
 from ghsync_dagster.settings import load_settings
 from ghsync_dagster.stores.spark import to_arrow
 from ghsync_dagster.wiring import batch_flow
+from ghsync_dagster_tests.support.cdc_parts import until
+from ghsync_dagster_tests.support.odd_lines import GOOD, KINDS
 
 if TYPE_CHECKING:
     import io

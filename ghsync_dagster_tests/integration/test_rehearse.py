@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
-from cdc_parts import until
 from confluent_kafka import Producer
-from long_campaign import HANG_SECONDS
-from process_parts import children_of, kill_family, words
 
 from ghsync_dagster.local import stack
+from ghsync_dagster_tests.support.cdc_parts import until
+from ghsync_dagster_tests.support.long_campaign import HANG_SECONDS
+from ghsync_dagster_tests.support.process_parts import children_of, kill_family, words
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,7 +6,6 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from cdc_parts import Parts, Topic, make_strict, stored, until, user
 from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient
 
@@ -29,6 +28,7 @@ from ghsync_dagster.domain.repair import Outcome
 from ghsync_dagster.stores.mongo.letters import LetterIndex
 from ghsync_dagster.stores.mongo.repairs import RepairRequests, RepairWriter
 from ghsync_dagster.stores.mysql import MySqlStore
+from ghsync_dagster_tests.support.cdc_parts import Parts, Topic, make_strict, stored, until, user
 
 if TYPE_CHECKING:
     import io
@@ -459,7 +459,7 @@ class _Strict:
         self._bench = bench
 
     def consumer(self) -> Any:
-        from cdc_parts import StrictStore
+        from ghsync_dagster_tests.support.cdc_parts import StrictStore
 
         found = self._bench.consumer()
         parts = self._bench.parts

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import pytest
-from cdc_parts import GHSYNC, stored, until
-from long_campaign import HANG_SECONDS
 
 from ghsync_dagster.defs.cdc.checks import in_step_with_mysql
 from ghsync_dagster.defs.cdc.repair import REPAIR_JOB, REPAIR_OP, cdc_repair_sensor
 from ghsync_dagster.stores.mongo.users import UserStore
 from ghsync_dagster.stores.mysql import MySqlStore
+from ghsync_dagster_tests.support.cdc_parts import GHSYNC, stored, until
+from ghsync_dagster_tests.support.long_campaign import HANG_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pymongo
 import pytest
-from long_campaign import HANG_SECONDS, ONLY_LONG
-from process_parts import children_of, words
 
 from ghsync_dagster.domain.errors import ConfigError, RefusedError, UnavailableError
 from ghsync_dagster.stores.mongo.users import UserStore
+from ghsync_dagster_tests.support.long_campaign import HANG_SECONDS, ONLY_LONG
+from ghsync_dagster_tests.support.process_parts import children_of, words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

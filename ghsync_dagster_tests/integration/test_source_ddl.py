@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from long_campaign import LONG, ONLY_LONG
-from odd_ddl import FOLLOWED, NOT_FOLLOWED, SHIFTING
-from source_parts import Source, StoppedError
 
 from ghsync_dagster.cdc.health.audit import Patience
+from ghsync_dagster_tests.support.long_campaign import LONG, ONLY_LONG
+from ghsync_dagster_tests.support.odd_ddl import FOLLOWED, NOT_FOLLOWED, SHIFTING
+from ghsync_dagster_tests.support.source_parts import Source, StoppedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

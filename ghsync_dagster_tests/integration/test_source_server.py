@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 import pytest
-from cdc_parts import GHSYNC, until
-from long_campaign import HANG_SECONDS
 
 from ghsync_dagster.defs.cdc.source_watch import source_watch
 from ghsync_dagster.defs.ops.alerts import alerts_sensor
@@ -19,6 +17,8 @@ from ghsync_dagster.domain.table import create_table
 from ghsync_dagster.stores.mysql import MySqlStore
 from ghsync_dagster.stores.mysql_url import parse_mysql_url
 from ghsync_dagster.wiring import look_at_source
+from ghsync_dagster_tests.support.cdc_parts import GHSYNC, until
+from ghsync_dagster_tests.support.long_campaign import HANG_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
-from odd_ddl import BOTH, MARIADB, MYSQL, TUTORIAL
 
 from ghsync_dagster.domain.user import USER_FIELDS
+from ghsync_dagster_tests.support.odd_ddl import BOTH, MARIADB, MYSQL, TUTORIAL
 
 if TYPE_CHECKING:
-    from source_parts import Source
+    from ghsync_dagster_tests.support.source_parts import Source
 
 pytestmark = pytest.mark.integration
 

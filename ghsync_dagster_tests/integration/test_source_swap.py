@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from long_campaign import ROUNDS
-from odd_ddl import MARIADB, MYSQL
 
 from ghsync_dagster.cdc.health.audit import Patience
 from ghsync_dagster.domain.user import USER_FIELDS
+from ghsync_dagster_tests.support.long_campaign import ROUNDS
+from ghsync_dagster_tests.support.odd_ddl import MARIADB, MYSQL
 
 if TYPE_CHECKING:
-    from source_parts import Source
+    from ghsync_dagster_tests.support.source_parts import Source
 
 pytestmark = pytest.mark.integration
 

@@ -9,7 +9,8 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from long_campaign import HANG_SECONDS
+
+from ghsync_dagster_tests.support.long_campaign import HANG_SECONDS
 
 if TYPE_CHECKING:
     from pathlib import Path

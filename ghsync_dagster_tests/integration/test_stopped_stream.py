@@ -17,25 +17,24 @@ from typing import TYPE_CHECKING, NamedTuple
 import httpx
 import psutil
 import pytest
-from alert_parts import daemon
-from cdc_parts import GHSYNC, until
-from long_campaign import LONG
 
 from ghsync_dagster.cdc.health import checks
 from ghsync_dagster.defs.cdc.connector_watch import Memory, look
 from ghsync_dagster.local import stack
 from ghsync_dagster.settings import Settings, load_settings
 from ghsync_dagster.wiring import change_consumer, connector_probe, existing_kafka, open_mysql, store_opener
+from ghsync_dagster_tests.support.alert_parts import daemon
+from ghsync_dagster_tests.support.cdc_parts import GHSYNC, until
+from ghsync_dagster_tests.support.long_campaign import LONG
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from alert_parts import Webhook
-
     from ghsync_dagster.domain.connector import ConnectorState
     from ghsync_dagster.domain.finding import Finding
     from ghsync_dagster.stores.mysql import MySqlStore
+    from ghsync_dagster_tests.support.alert_parts import Webhook
 
 pytestmark = pytest.mark.integration
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 import psutil
 import pytest
-from long_campaign import ONLY_LONG
 from pymongo.errors import BulkWriteError, OperationFailure, WriteConcernError, WTimeoutError
 from pyspark.errors import PySparkException
 
@@ -24,6 +23,7 @@ from ghsync_dagster.settings import Settings, load_settings
 from ghsync_dagster.stores.mongo.errors import mongo_errors
 from ghsync_dagster.stores.mongo.users import UserStore
 from ghsync_dagster.stores.spark import spark_errors
+from ghsync_dagster_tests.support.long_campaign import ONLY_LONG
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -20,12 +20,12 @@ from urllib.parse import quote
 
 import psutil
 import pytest
-from cdc_parts import free_port
 from playwright.sync_api import BrowserContext, Locator, Page, Response, expect, sync_playwright
 
 from ghsync_dagster.defs.batch.columns import OF_USERS
 from ghsync_dagster.local import stack
 from ghsync_dagster.settings import load_settings
+from ghsync_dagster_tests.support.cdc_parts import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, cast
 
 from hypothesis import given
 from hypothesis import strategies as st
-from traced import Traced
 
 from ghsync_dagster.cdc.stream.apply import apply
 from ghsync_dagster.domain.change import Change, Op, RecordKind
 from ghsync_dagster.domain.coalesce import Segment
 from ghsync_dagster.domain.precedence import DELETE_STEPS, GOES_BACK, UPSERT_STEPS, StreamStep
+from ghsync_dagster_tests.support.traced import Traced
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Set

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from confluent_kafka import Message
-from envelopes import NO_KEYS, TOMBSTONES, dump, envelope, flattened, key, row
 
 from ghsync_dagster.cdc.stream.batch import Batch, RecordDecoder
 from ghsync_dagster.domain.change import Change, Op, RecordKind
 from ghsync_dagster.domain.envelope import ChangeDecoder, Refusal
 from ghsync_dagster.domain.errors import UnavailableError, UndecodableError
 from ghsync_dagster.stores.kafka import topics as kafka_topics
+from ghsync_dagster_tests.support.envelopes import NO_KEYS, TOMBSTONES, dump, envelope, flattened, key, row
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

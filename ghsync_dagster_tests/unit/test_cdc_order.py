@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from confluent_kafka import Message
-from envelopes import envelope, key, row, source
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +16,7 @@ from ghsync_dagster.cdc.stream.order import OrderedTruncates, Truncate, first_af
 from ghsync_dagster.domain.change import Position
 from ghsync_dagster.domain.errors import PermanentError
 from ghsync_dagster.stores.kafka import topics as kafka_topics
+from ghsync_dagster_tests.support.envelopes import envelope, key, row, source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

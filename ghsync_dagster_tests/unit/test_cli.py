@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 import typer
-from cdc_parts import until
 from typer.testing import CliRunner, Result
 
 from ghsync_dagster import wiring
@@ -35,6 +34,7 @@ from ghsync_dagster.domain.errors import (
 )
 from ghsync_dagster.local import kafka
 from ghsync_dagster.settings import load_settings
+from ghsync_dagster_tests.support.cdc_parts import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 import pytest
-from odd_ddl import FOLLOWED, NOT_FOLLOWED, SHIFTING
 
 from ghsync_dagster.local.connector import NO_COLUMNS
+from ghsync_dagster_tests.support.odd_ddl import FOLLOWED, NOT_FOLLOWED, SHIFTING
 
 LEFT_OUT = (
     "CREATE USER a",

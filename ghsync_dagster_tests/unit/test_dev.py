@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from cdc_parts import free_port
 
 from ghsync_dagster import progress
 from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.local import dev
 from ghsync_dagster.settings import load_settings
 from ghsync_dagster.stopping import SIGNALS
+from ghsync_dagster_tests.support.cdc_parts import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

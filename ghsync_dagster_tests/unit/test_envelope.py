@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from envelopes import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ghsync_dagster.domain.change import Change, Op, Position, RecordKind
+from ghsync_dagster.domain.envelope import UNAVAILABLE, ChangeDecoder, Refusal, decode
+from ghsync_dagster.domain.errors import PermanentError, UndecodableError
+from ghsync_dagster.domain.user import USER_FIELDS
+from ghsync_dagster_tests.support.envelopes import (
     KEY_FORMS,
     NO_KEYS,
     TOMBSTONES,
@@ -23,13 +30,6 @@ from envelopes import (
     user,
     wrapped,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from ghsync_dagster.domain.change import Change, Op, Position, RecordKind
-from ghsync_dagster.domain.envelope import UNAVAILABLE, ChangeDecoder, Refusal, decode
-from ghsync_dagster.domain.errors import PermanentError, UndecodableError
-from ghsync_dagster.domain.user import USER_FIELDS
 
 SERVER = "223344/mysql-bin"
 GTID = "3e11fa47-71ca-11e1-9e33-c80aa9429562:23"

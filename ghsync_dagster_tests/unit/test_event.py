@@ -11,11 +11,11 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from odd_lines import ACTOR, EVENT, GOOD, INT64, KINDS, Odd, encoded, line
 
 from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.domain.event import Actor, Event, Refused, Repo, _Pairs, event_decoder, latest_time
 from ghsync_dagster.domain.user import BUILT_IN_RULES, Rule
+from ghsync_dagster_tests.support.odd_lines import ACTOR, EVENT, GOOD, INT64, KINDS, Odd, encoded, line
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
-from guards import AskedGuard, writer_of
 
 from ghsync_dagster import clock
 from ghsync_dagster.domain.change import Position
@@ -19,6 +18,7 @@ from ghsync_dagster.stores.mongo.guard import TimeLimit
 from ghsync_dagster.stores.mongo.repairs import RepairRequests, RepairWriter
 from ghsync_dagster.stores.mongo.users import UserStore
 from ghsync_dagster.stores.mongo.writer import UserWriter, VersionMove
+from ghsync_dagster_tests.support.guards import AskedGuard, writer_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -103,8 +103,8 @@ def test_the_tables_here_name_every_method_that_writes() -> None:
 
 
 def test_a_command_whose_answer_is_missing_is_in_doubt(nowhere: UserStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not Commands(TimeLimit(5)).in_doubt
     commands = Commands(TimeLimit(5))
-    assert not commands.in_doubt
     with pytest.raises(UnavailableError), commands.send("Reading"):
         nowhere.client.admin.command("ping")
     assert commands.in_doubt

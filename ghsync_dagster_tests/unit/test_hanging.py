@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parents[1]
+from ghsync_dagster_tests.support import hanging
+
+ROOT = Path(__file__).parents[2]
+PYTEST = (sys.executable, "-m", "pytest")
 _SECONDS = 60
 
 CONSUMER = """
@@ -59,7 +62,7 @@ def ended(program: str, folder: Path) -> tuple[int, float, str]:
     process = subprocess.run(
         [sys.executable, "-c", program],
         cwd=folder,
-        env=environment | {"PYTHONPATH": str(TESTS.parent)},
+        env=environment | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=_SECONDS,
@@ -123,9 +126,9 @@ def test_a_test_that_hangs_in_a_library_fails_the_run_within_its_timeout(
     (tmp_path / "test_it.py").write_text(textwrap.dedent(HANGS).format(library=library))
     began = time.monotonic()
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "hanging", "-n", str(processes), "--max-worker-restart=1", "test_it.py"],
+        [*PYTEST, "-p", hanging.__name__, "-n", str(processes), "--max-worker-restart=1", "test_it.py"],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(TESTS), "PYTEST_ADDOPTS": ""},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": ""},
         capture_output=True,
         text=True,
         timeout=_SECONDS,

@@ -12,7 +12,6 @@ from unittest.mock import MagicMock
 
 import httpx
 import pytest
-from cdc_parts import free_port
 from filelock import FileLock
 
 from ghsync_dagster import progress
@@ -23,6 +22,7 @@ from ghsync_dagster.local.supervisor import ServerSpec, ServiceStatus, Superviso
 from ghsync_dagster.settings import load_settings
 from ghsync_dagster.stores import connect as stores_connect
 from ghsync_dagster.wiring import existing_kafka, open_mysql
+from ghsync_dagster_tests.support.cdc_parts import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import given
 from hypothesis import strategies as st
-from traced import TracedLease
 
 from ghsync_dagster.batch.plan import LEFT_TO_SPARK, Plan, make_plan, plan_missing
 from ghsync_dagster.domain.precedence import (
@@ -28,6 +27,7 @@ from ghsync_dagster.domain.precedence import (
 )
 from ghsync_dagster.domain.user import MARKER_FIELD, USER_FIELDS
 from ghsync_dagster.stores.mongo.users import StoredVersion
+from ghsync_dagster_tests.support.traced import TracedLease
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

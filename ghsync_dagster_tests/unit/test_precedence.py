@@ -8,15 +8,6 @@ from itertools import permutations, product
 from typing import TypeVar
 
 import pytest
-from precedence_model import (
-    DELETE,
-    Doc,
-    Entry,
-    Protocol,
-    Scenario,
-    Store,
-    Walk,
-)
 
 from ghsync_dagster.domain.precedence import (
     DELETE_STEPS,
@@ -38,6 +29,15 @@ from ghsync_dagster.domain.precedence import (
     classify,
     classify_missing,
     settle,
+)
+from ghsync_dagster_tests.support.models.precedence import (
+    DELETE,
+    Doc,
+    Entry,
+    Protocol,
+    Scenario,
+    Store,
+    Walk,
 )
 
 OLD = Version("2015-01-01T15:00:00Z", 100)

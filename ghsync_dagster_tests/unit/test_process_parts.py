@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
-from process_parts import left_by_a_signal
+
+from ghsync_dagster_tests.support.process_parts import left_by_a_signal
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from precedence_model import Doc, Store
-from repair_model import FILES, Event, RepairProtocol, Row, Scenario, Walk
 
 from ghsync_dagster.domain.change import Op
 from ghsync_dagster.domain.precedence import UPSERT_STEPS, StreamStep
@@ -21,6 +19,8 @@ from ghsync_dagster.domain.repair import (
     disposition,
     overtaken,
 )
+from ghsync_dagster_tests.support.models.precedence import Doc, Store
+from ghsync_dagster_tests.support.models.repair import FILES, Event, RepairProtocol, Row, Scenario, Walk
 
 if TYPE_CHECKING:
     from ghsync_dagster.domain.change import Position

@@ -7,10 +7,8 @@ from itertools import repeat
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
-from cdc_parts import until
 from hypothesis import given
 from hypothesis import strategies as st
-from traced import Traced
 
 from ghsync_dagster.cdc.stream import repair
 from ghsync_dagster.cdc.stream.batch import Batch
@@ -29,6 +27,8 @@ from ghsync_dagster.domain.repair import (
     resolves_letters,
 )
 from ghsync_dagster.stores.mysql import LockedRows
+from ghsync_dagster_tests.support.cdc_parts import until
+from ghsync_dagster_tests.support.traced import Traced
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from traced import TracedLease
 
 from ghsync_dagster.batch.settle import recover, settle_load
 from ghsync_dagster.domain.errors import LeaseLostError
@@ -24,6 +23,7 @@ from ghsync_dagster.domain.precedence import (
 )
 from ghsync_dagster.domain.user import MARKER_FIELD
 from ghsync_dagster.stores.mongo.users import StoredVersion
+from ghsync_dagster_tests.support.traced import TracedLease
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

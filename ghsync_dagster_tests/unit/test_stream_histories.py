@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from envelopes import KEY_FORMS, TOMBSTONES, WRAPPERS, dump, envelope, flattened, key, row
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +18,7 @@ from ghsync_dagster.domain.change import Change, Op
 from ghsync_dagster.domain.coalesce import Segment, coalesce
 from ghsync_dagster.domain.envelope import UNAVAILABLE, ChangeDecoder
 from ghsync_dagster.domain.user import USER_FIELDS
+from ghsync_dagster_tests.support.envelopes import KEY_FORMS, TOMBSTONES, WRAPPERS, dump, envelope, flattened, key, row
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from odd_lines import EVENT
 
 from ghsync_dagster.batch import unpack
 from ghsync_dagster.batch.unpack import (
@@ -29,6 +28,7 @@ from ghsync_dagster.batch.unpack import (
     weight_of,
 )
 from ghsync_dagster.domain.event import Event, event_decoder
+from ghsync_dagster_tests.support.odd_lines import EVENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -1,7 +1,7 @@
 """A model of one user that executes the steps of `domain/repair.py` in every order, beside its source and a load.
 
 Belongs here: the source with its binlog, the owner that applies records and repairs, and the invariants. Not here: the
-walk itself (interleavings.py), loads (precedence_model.py), which scenarios and mutations are tried
+walk itself (interleavings.py), loads (precedence.py), which scenarios and mutations are tried
 (test_repair_model.py).
 
 A state of the row is a number: 0 at the start, and one more by each transaction. A record of the binlog has the number
@@ -12,11 +12,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
-
-import interleavings
-import precedence_model
-from interleavings import Actor
-from precedence_model import DELETE, Doc, Entry, Load, Loads, Protocol, Store
 
 from ghsync_dagster.domain.change import Op, Position
 from ghsync_dagster.domain.precedence import DELETE_STEPS, GOES_BACK, UPSERT_STEPS, StreamStep
@@ -35,6 +30,9 @@ from ghsync_dagster.domain.repair import (
     is_current,
     overtaken,
 )
+from ghsync_dagster_tests.support.models import interleavings, precedence
+from ghsync_dagster_tests.support.models.interleavings import Actor
+from ghsync_dagster_tests.support.models.precedence import DELETE, Doc, Entry, Load, Loads, Protocol, Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -520,7 +518,7 @@ class Walk(interleavings.Walk[World]):
         self.scenario = scenario
         loads = Loads(Protocol(), scenario.loads)
         owners, sources = Owners(protocol, is_replica=scenario.is_replica), Sources(scenario)
-        self.later = (*scenario.loads, precedence_model.LATER)
+        self.later = (*scenario.loads, precedence.LATER)
 
         def load_moves(world: World) -> list[tuple[str, World]]:
             if not scenario.loads:

@@ -12,7 +12,6 @@ import pymysql
 import pytest
 from confluent_kafka import OFFSET_END, Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient
-from odd_ddl import MARIADB, MYSQL
 
 from ghsync_dagster.cdc.health.audit import AuditResult, Patience, audit
 from ghsync_dagster.domain.connector import CONNECTOR, ConnectorState
@@ -23,6 +22,7 @@ from ghsync_dagster.stores.connect import ConnectWorker, client_of
 from ghsync_dagster.stores.mysql import MySqlStore
 from ghsync_dagster.stores.mysql_url import parse_mysql_url
 from ghsync_dagster.wiring import change_consumer, existing_kafka, store_opener
+from ghsync_dagster_tests.support.odd_ddl import MARIADB, MYSQL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

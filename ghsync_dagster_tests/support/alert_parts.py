@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 import psutil
 import pytest
-from cdc_parts import until
 from dagster._core.scheduler.instigation import TickStatus
 
 from ghsync_dagster.local.dagster_home import ensure_dagster_home
 from ghsync_dagster.settings import load_settings
+from ghsync_dagster_tests.support.cdc_parts import until
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping

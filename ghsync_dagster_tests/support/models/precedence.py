@@ -10,9 +10,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
-import interleavings
-from interleavings import Actor
-
 from ghsync_dagster.domain.precedence import (
     DELETE_STEPS,
     GOES_BACK,
@@ -36,6 +33,8 @@ from ghsync_dagster.domain.precedence import (
     steps_left,
 )
 from ghsync_dagster.domain.precedence import settle as settle_key
+from ghsync_dagster_tests.support.models import interleavings
+from ghsync_dagster_tests.support.models.interleavings import Actor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -1,7 +1,7 @@
 """The walk over every interleaving of the steps of a model: how many there are, or the first state that is wrong.
 
 Belongs here: states as numbers, the count and the shortest way to what is wrong. Not here: who takes steps and what
-must hold (precedence_model.py).
+must hold (precedence.py).
 """
 
 from __future__ import annotations

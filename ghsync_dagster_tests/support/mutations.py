@@ -13,9 +13,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from long_campaign import HANG_SECONDS
+from ghsync_dagster_tests.support.long_campaign import HANG_SECONDS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 _COPIED = ("ghsync_dagster", "ghsync_dagster_tests", "benchmarks", "docs", "pyproject.toml")
 
 MODEL, REPAIR_MODEL = "unit/test_precedence.py", "unit/test_repair_model.py"

@@ -1,0 +1,1 @@
+"""What holds on real servers, which the tests start."""

@@ -1,0 +1,1 @@
+"""Models of the protocols, and what walks all interleavings of their steps."""

@@ -1,0 +1,1 @@
+"""What a unit does, without servers; property-based where a law exists."""
