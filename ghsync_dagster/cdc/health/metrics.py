@@ -3,6 +3,9 @@
 Belongs here: the listener that measures (`ChangeMetrics`), its snapshot, and how it looks to Prometheus. Not here: what
 is applied, or which value is too high.
 
+What only grows is kept in a counter of Prometheus's own. What may be unknown has no instrument there: a collector shows
+it at each scrape, or leaves it out.
+
 Latency is taken per record, from the database's commit and from Kafka's timestamp to the store's acknowledgement of the
 batch. Values are gathered by ``Counter`` in slots of a second and go to an HDR histogram once a slot, so that a record
 costs a fraction of a microsecond. A latency keeps 11 leading bits: exact below 2.048 s, to 0.1 % above.
@@ -14,6 +17,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,10 +27,10 @@ from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.logging import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-
+    import prometheus_client
     from hdrh.histogram import HdrHistogram
     from prometheus_client.metrics_core import Metric
+    from prometheus_client.samples import Sample
 
     from ghsync_dagster.cdc.health.connector import ConnectorReport
     from ghsync_dagster.cdc.stream.listener import AppliedBatch
@@ -270,27 +274,45 @@ class ChangeMetrics:
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        from prometheus_client import CollectorRegistry, ProcessCollector, disable_created_metrics
+
+        # A series with the moment of its birth beside each counter tells nothing here.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = CollectorRegistry(auto_describe=False)
+        self._records = self._counter(
+            "records", "Change records, by what they were and what became of them.", "what", "outcome"
+        )
+        self._batches = self._counter("batches", "Batches written and acknowledged.")
+        self._write_seconds = self._counter("write_seconds", "Seconds spent in writes.")
+        self._retries = self._counter(
+            "retries", "Steps tried again after a transient fault, by the error's class.", "error"
+        )
+        self._errors = self._counter("errors", "Errors that ended the loop, by class.", "error")
+        self._dead_letters = self._counter("dead_letters", "Records that went to the dead letters, by kind.", "kind")
+        self._repaired = self._counter(
+            "repaired_users", "Users that were put right by asking MySQL, by outcome.", "outcome"
+        )
+        self._broken_rules = self._counter("broken_rules", "Applied records that break a business rule.", "rule")
+        self._unknown_columns = self._counter("unknown_columns", "Records with a column that nobody knows.", "column")
+        self._disconnections = self._counter("disconnections", "How often a server stopped to answer.", "server")
+        self.registry.register(PrometheusView(self))
+        ProcessCollector(registry=self.registry)
         self._clock = clock
         self._lock = threading.Lock()
         self._started = clock()
-        self._counts: Counter[tuple[str, str]] = Counter()
-        self._batches = 0
-        self._write_seconds = 0.0
         self._last_write: float | None = None
         self._commit = _Clock()
         self._kafka = _Clock()
         self._slots: deque[_Slot] = deque()
         self._slot = _Slot(self._started)
         self._lag: dict[int, PartitionLag | None] = {}
-        self._retries: Counter[str] = Counter()
-        self._errors: Counter[str] = Counter()
-        self._dead_letters: Counter[str] = Counter()
-        self._repaired: Counter[str] = Counter()
-        self._broken_rules: Counter[str] = Counter()
-        self._unknown_columns: Counter[str] = Counter()
         self._connections: dict[str, bool] = {}
-        self._disconnections: Counter[str] = Counter()
         self._connector: ConnectorReport | None = None
+
+    def _counter(self, name: str, words: str, *labels: str) -> prometheus_client.Counter:
+        import prometheus_client
+
+        return prometheus_client.Counter(f"ghsync_cdc_{name}", words, labels, registry=self.registry)
 
     # What the loop tells
 
@@ -300,15 +322,18 @@ class ChangeMetrics:
             now = self._clock()
             if now - self._slot.began >= _SLOT_SECONDS:
                 self._finish_slot(now)
-            self._counts.update(batch.counts)
+            for (what, outcome), count in batch.counts.items():
+                self._records.labels(what, outcome).inc(count)
             self._slot.records += sum(batch.counts.values())
             self._commit.gather(batch.committed_ms, batch.acknowledged_ms, self._slot.commit)
             self._kafka.gather(batch.appended_ms, batch.acknowledged_ms, self._slot.kafka)
-            self._batches += 1
-            self._write_seconds += batch.write_seconds
+            self._batches.inc()
+            self._write_seconds.inc(batch.write_seconds)
             self._last_write = now
-            self._broken_rules.update(batch.broken_rules)
-            self._unknown_columns.update(batch.unknown_columns)
+            for rule, count in batch.broken_rules.items():
+                self._broken_rules.labels(rule).inc(count)
+            for column, count in batch.unknown_columns.items():
+                self._unknown_columns.labels(column).inc(count)
 
     def lag(self, partition: int, records: int, seconds: float) -> None:
         """Note how far a partition is behind."""
@@ -322,23 +347,19 @@ class ChangeMetrics:
 
     def retried(self, kind: str) -> None:
         """Count a step that is tried again."""
-        with self._lock:
-            self._retries[kind] += 1
+        self._retries.labels(kind).inc()
 
     def failed(self, kind: str) -> None:
         """Count an error that ended the loop."""
-        with self._lock:
-            self._errors[kind] += 1
+        self._errors.labels(kind).inc()
 
     def dead_letter(self, kind: str, count: int = 1) -> None:
         """Count dead letters."""
-        with self._lock:
-            self._dead_letters[kind] += count
+        self._dead_letters.labels(kind).inc(count)
 
     def repaired(self, outcome: str, count: int = 1) -> None:
         """Count repaired users."""
-        with self._lock:
-            self._repaired[outcome] += count
+        self._repaired.labels(outcome).inc(count)
 
     def connection(self, name: str, *, up: bool) -> None:
         """Note whether a server answers; what waits in Kafka is not known while that does not."""
@@ -346,7 +367,7 @@ class ChangeMetrics:
             if name == listener.KAFKA and not up:
                 self._lag = dict.fromkeys(self._lag)
             if self._connections.get(name, True) and not up:
-                self._disconnections[name] += 1
+                self._disconnections.labels(name).inc()
             self._connections[name] = up
 
     def connector(self, report: ConnectorReport) -> None:
@@ -371,28 +392,32 @@ class ChangeMetrics:
             covered = max(window, now - recent[0].began if recent else 0.0)
             in_window = sum(slot.records for slot in recent)
             lag = self._total_lag()
+            counts = _by_labels(self._records)
+            outcomes: Counter[str] = Counter()
+            for by_outcome in counts.values():
+                outcomes.update(by_outcome)
             return MetricsSnapshot(
                 seconds=round(now - self._started, 3),
                 window_seconds=round(covered, 3),
-                records=self._counts.total(),
+                records=outcomes.total(),
                 records_a_minute=round(60 * in_window / covered, 1) if covered else 0.0,
-                counts=self._counts_by_what(),
-                outcomes=self._counts_by_outcome(),
-                batches=self._batches,
-                write_seconds=round(self._write_seconds, 3),
+                counts=counts,
+                outcomes=dict(outcomes),
+                batches=int(_samples(self._batches)[0].value),
+                write_seconds=round(_samples(self._write_seconds)[0].value, 3),
                 commit=self._commit.latency(sum((slot.commit for slot in recent), Counter())),
                 kafka=self._kafka.latency(sum((slot.kafka for slot in recent), Counter())),
                 lag=dict(self._lag),
                 lag_records=lag.records if lag else None,
                 lag_seconds=lag.seconds if lag else None,
-                retries=dict(self._retries),
-                errors=dict(self._errors),
-                dead_letters=dict(self._dead_letters),
-                repaired=dict(self._repaired),
-                broken_rules=dict(self._broken_rules),
-                unknown_columns=dict(self._unknown_columns),
+                retries=_by_label(self._retries),
+                errors=_by_label(self._errors),
+                dead_letters=_by_label(self._dead_letters),
+                repaired=_by_label(self._repaired),
+                broken_rules=_by_label(self._broken_rules),
+                unknown_columns=_by_label(self._unknown_columns),
                 connections=dict(self._connections),
-                disconnections=dict(self._disconnections),
+                disconnections=_by_label(self._disconnections),
                 seconds_since_write=None if self._last_write is None else round(now - self._last_write, 3),
                 **self._of_connector(),
             )
@@ -424,18 +449,6 @@ class ChangeMetrics:
         while self._slots and self._slots[0].began < now - LONGEST_WINDOW_SECONDS - _SLOT_SECONDS:
             self._slots.popleft()
 
-    def _counts_by_what(self) -> dict[str, dict[str, int]]:
-        found: dict[str, dict[str, int]] = {}
-        for (what, outcome), count in sorted(self._counts.items()):
-            found.setdefault(what, {})[outcome] = count
-        return found
-
-    def _counts_by_outcome(self) -> dict[str, int]:
-        found: Counter[str] = Counter()
-        for (_, outcome), count in sorted(self._counts.items()):
-            found[outcome] += count
-        return dict(found)
-
     def cumulative_buckets(self, clock: str) -> tuple[list[tuple[str, int]], float]:
         """Return the Prometheus buckets of ``COMMIT`` or ``KAFKA`` since the start, and the sum in seconds."""
         with self._lock:
@@ -450,30 +463,42 @@ class ChangeMetrics:
             return found, measured.sum_ms / _MS
 
 
+def _samples(counter: prometheus_client.Counter) -> Sequence[Sample]:
+    [family] = counter.collect()
+    return family.samples
+
+
+def _by_label(counter: prometheus_client.Counter) -> dict[str, int]:
+    return {value: int(sample.value) for sample in _samples(counter) for value in sample.labels.values()}
+
+
+def _by_labels(counter: prometheus_client.Counter) -> dict[str, dict[str, int]]:
+    """Return the values of a counter with two labels, in order."""
+    found: dict[str, dict[str, int]] = {}
+    for (first, second), count in sorted((tuple(one.labels.values()), int(one.value)) for one in _samples(counter)):
+        found.setdefault(first, {})[second] = count
+    return found
+
+
 class PrometheusView:
-    """A collector that shows one ``ChangeMetrics`` under names ``ghsync_cdc_*``."""
+    """A collector that shows what one ``ChangeMetrics`` knows at the moment of a scrape."""
 
     def __init__(self, metrics: ChangeMetrics) -> None:
         self._metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
-        """Yield every metric as it stands."""
+        """Yield what is known."""
         now = self._metrics.snapshot(WINDOW_SECONDS)
-        yield from _counters(now)
         yield from _gauges(now)
         yield from self._latencies(now)
 
     def _latencies(self, now: MetricsSnapshot) -> Iterator[Metric]:
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+        from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
         negative = CounterMetricFamily(
             "ghsync_cdc_negative_latencies", "Records whose time lay in the future: clocks differ.", labels=["since"]
         )
-        recent = GaugeMetricFamily(
-            "ghsync_cdc_recent_latency_seconds",
-            f"Percentiles (HDR) of the last {WINDOW_SECONDS:.0f} s, up to the store's acknowledgement.",
-            labels=["since", "quantile"],
-        )
+        recent = {}
         for since, words, latency in (
             (COMMIT, "the database's commit", now.commit),
             (KAFKA, "Kafka's timestamp", now.kafka),
@@ -488,76 +513,49 @@ class PrometheusView:
             negative.add_metric([since], latency.negative)
             window = latency.window
             for quantile, value in (("0.5", window.p50), ("0.95", window.p95), ("0.99", window.p99), ("1", window.max)):
-                recent.add_metric([since, quantile], value / _MS)
+                recent[since, quantile] = value / _MS
         yield negative
-        yield recent
+        yield _gauge(
+            "recent_latency_seconds",
+            f"Percentiles (HDR) of the last {WINDOW_SECONDS:.0f} s, up to the store's acknowledgement.",
+            recent,
+            "since",
+            "quantile",
+        )
 
 
-def _counters(now: MetricsSnapshot) -> Iterator[Metric]:
-    from prometheus_client.core import CounterMetricFamily
+def _gauge(name: str, words: str, values: Mapping[Any, float], *labels: str) -> Metric:
+    from prometheus_client.core import GaugeMetricFamily
 
-    records = CounterMetricFamily(
-        "ghsync_cdc_records", "Change records, by what they were and what became of them.", labels=["what", "outcome"]
-    )
-    for what, outcomes in now.counts.items():
-        for outcome, count in outcomes.items():
-            records.add_metric([what, outcome], count)
-    yield records
-    yield CounterMetricFamily("ghsync_cdc_batches", "Batches written and acknowledged.", value=now.batches)
-    yield CounterMetricFamily("ghsync_cdc_write_seconds", "Seconds spent in writes.", value=now.write_seconds)
-    for name, words, label, counts in (
-        ("retries", "Steps tried again after a transient fault, by the error's class.", "error", now.retries),
-        ("errors", "Errors that ended the loop, by class.", "error", now.errors),
-        ("dead_letters", "Records that went to the dead letters, by kind.", "kind", now.dead_letters),
-        ("repaired_users", "Users that were put right by asking MySQL, by outcome.", "outcome", now.repaired),
-        ("broken_rules", "Applied records that break a business rule.", "rule", now.broken_rules),
-        ("unknown_columns", "Records with a column that nobody knows.", "column", now.unknown_columns),
-        ("disconnections", "How often a server stopped to answer.", "server", now.disconnections),
-    ):
-        family = CounterMetricFamily(f"ghsync_cdc_{name}", words, labels=[label])
-        for value, count in counts.items():
-            family.add_metric([value], count)
-        yield family
+    family = GaugeMetricFamily(f"ghsync_cdc_{name}", words, labels=labels)
+    for label, value in values.items():
+        family.add_metric(label, value)
+    return family
 
 
 def _gauges(now: MetricsSnapshot) -> Iterator[Metric]:
-    from prometheus_client.core import GaugeMetricFamily
-
-    records = GaugeMetricFamily("ghsync_cdc_lag_records", "Records that wait in a partition.", labels=["partition"])
-    seconds = GaugeMetricFamily(
-        "ghsync_cdc_lag_seconds", "Seconds since the oldest waiting record was appended.", labels=["partition"]
-    )
-    for partition, lag in now.lag.items():
-        if lag is not None:
-            records.add_metric([str(partition)], lag.records)
-            seconds.add_metric([str(partition)], lag.seconds)
-    yield records
-    yield seconds
-    yield GaugeMetricFamily("ghsync_cdc_assigned_partitions", "Partitions of this consumer.", value=len(now.lag))
-    up = GaugeMetricFamily("ghsync_cdc_connection_up", "1 where a server answers, 0 where not.", labels=["server"])
-    for server, answers in now.connections.items():
-        up.add_metric([server], float(answers))
-    yield up
+    known = {(str(partition),): lag for partition, lag in now.lag.items() if lag is not None}
+    records = {partition: lag.records for partition, lag in known.items()}
+    seconds = {partition: lag.seconds for partition, lag in known.items()}
+    up = {(server,): float(answers) for server, answers in now.connections.items()}
+    yield _gauge("lag_records", "Records that wait in a partition.", records, "partition")
+    yield _gauge("lag_seconds", "Seconds since the oldest waiting record was appended.", seconds, "partition")
+    yield _gauge("assigned_partitions", "Partitions of this consumer.", {(): len(now.lag)})
+    yield _gauge("connection_up", "1 where a server answers, 0 where not.", up, "server")
+    yield _gauge("records_per_minute", f"Over the last {WINDOW_SECONDS:.0f} s.", {(): now.records_a_minute})
     if now.connector is not None:
-        states = GaugeMetricFamily(
-            "ghsync_cdc_connector_state", "1 for the state that the connector is in.", labels=["state"]
-        )
-        for state in dict.fromkeys((*_CONNECTOR_STATES, now.connector)):
-            states.add_metric([state], float(state == now.connector))
-        yield states
-    if now.connector_event_age is not None:
-        yield GaugeMetricFamily(
-            "ghsync_cdc_connector_last_event_age_seconds",
+        states = {(state,): float(state == now.connector) for state in (*_CONNECTOR_STATES, now.connector)}
+        yield _gauge("connector_state", "1 for the state that the connector is in.", states, "state")
+    for name, words, age in (
+        (
+            "connector_last_event_age_seconds",
             "Since the database wrote the last event that the connector has handled.",
-            value=now.connector_event_age,
-        )
-    yield GaugeMetricFamily(
-        "ghsync_cdc_records_per_minute", f"Over the last {WINDOW_SECONDS:.0f} s.", value=now.records_a_minute
-    )
-    if now.seconds_since_write is not None:
-        yield GaugeMetricFamily(
-            "ghsync_cdc_seconds_since_write", "Since the last acknowledged batch.", value=now.seconds_since_write
-        )
+            now.connector_event_age,
+        ),
+        ("seconds_since_write", "Since the last acknowledged batch.", now.seconds_since_write),
+    ):
+        if age is not None:
+            yield _gauge(name, words, {(): age})
 
 
 class MetricsEndpoint:
@@ -576,13 +574,10 @@ class MetricsEndpoint:
     """
 
     def __init__(self, metrics: ChangeMetrics, *, host: str = "127.0.0.1", port: int = 0) -> None:
-        from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+        from prometheus_client import start_http_server
 
-        registry = CollectorRegistry(auto_describe=False)
-        registry.register(PrometheusView(metrics))
-        ProcessCollector(registry=registry)
         try:
-            self._server, self._thread = start_http_server(port, addr=host, registry=registry)
+            self._server, self._thread = start_http_server(port, addr=host, registry=metrics.registry)
         except OSError as error:
             raise ConfigError(
                 f"The metrics endpoint can't listen on {host}:{port} ({error.strerror or error}).",
