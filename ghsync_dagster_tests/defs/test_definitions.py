@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 HEAVY = {
     *("pyspark", "py4j", "pymongo", "bson", "pandas", "numpy", "matplotlib", "pyarrow", "httpx", "jgo"),
-    *("confluent_kafka", "pymysql", "hdrh", "prometheus_client", "dagster_pyspark", "dagster_spark"),
+    *("confluent_kafka", "pymysql", "prometheus_client", "dagster_pyspark", "dagster_spark"),
 }
 CHECKS = {
     "quarantined_ratio": "raw_events",

@@ -7,8 +7,9 @@ What only grows is kept in a counter of Prometheus's own. What may be unknown ha
 it at each scrape, or leaves it out.
 
 Latency is taken per record, from the database's commit and from Kafka's timestamp to the store's acknowledgement of the
-batch. Values are gathered by ``Counter`` in slots of a second and go to an HDR histogram once a slot, so that a record
-costs a fraction of a microsecond. A latency keeps 11 leading bits: exact below 2.048 s, to 0.1 % above.
+batch. ``Counter`` gathers it in slots of a second, and each slot joins the total once: a record costs a fraction of a
+microsecond. A latency in the total keeps 11 leading bits: exact below 2.048 s, to 0.1 % above. Percentiles of a window
+and the histograms are read off these counts; a histogram of Prometheus's own takes one record at a time.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
 
 from ghsync_dagster.cdc.stream import listener
@@ -28,7 +30,6 @@ from ghsync_dagster.logging import get_logger
 
 if TYPE_CHECKING:
     import prometheus_client
-    from hdrh.histogram import HdrHistogram
     from prometheus_client.metrics_core import Metric
     from prometheus_client.samples import Sample
 
@@ -42,9 +43,7 @@ _SLOT_SECONDS: Final = 1.0
 
 BUCKETS_MS: Final = (5, 10, 25, 50, 75, 100, 150, 250, 500, 750, 1_000, 2_500, 5_000, 10_000, 30_000, 60_000, 300_000)
 """Upper bounds of the Prometheus histograms, in ms."""
-_QUANTILES: Final = (50, 95, 99)
-_HIGHEST_MS: Final = 7 * 24 * 3_600_000
-_DIGITS: Final = 3
+_PERCENTS: Final = (50, 95, 99)
 _BITS: Final = 11
 _MS: Final = 1_000
 _COARSE_GRAIN_MS: Final = 1_000
@@ -188,41 +187,32 @@ class _Slot:
     """What one second brought: records, and latencies in ms with how often each was seen."""
 
     began: float
-    records: int = 0
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     commit: Counter[int] = field(default_factory=Counter)
     kafka: Counter[int] = field(default_factory=Counter)
 
 
-def _histogram() -> HdrHistogram:
-    from hdrh.histogram import HdrHistogram
+def percentiles(latencies: Mapping[int, int], slowest: int = 0) -> Percentiles:
+    """Return the distribution of latencies, given as how many records took so many ms.
 
-    return HdrHistogram(1, _HIGHEST_MS, _DIGITS)
-
-
-def percentiles(latencies: Mapping[int, int]) -> Percentiles:
-    """Return the distribution of latencies, given as how many records took so many ms."""
-    histogram = _histogram()
-    for milliseconds, records in latencies.items():
-        histogram.record_value(milliseconds, records)
-    return _percentiles(histogram, max(latencies, default=0))
-
-
-def _percentiles(histogram: HdrHistogram, slowest: int) -> Percentiles:
-    if not histogram.get_total_count():
+    Args:
+        latencies: Records by ms.
+        slowest: The slowest in ms, where ``latencies`` are less exact than it.
+    """
+    if not latencies:
         return Percentiles()
-    found = histogram.get_percentile_to_value_dict(list(_QUANTILES))
-    # The histogram gives the upper end of a value's range, which may lie above the slowest.
-    p50, p95, p99 = (min(int(found[quantile]), slowest) for quantile in _QUANTILES)
-    return Percentiles(int(histogram.get_total_count()), p50, p95, p99, slowest)
+    ordered = sorted(latencies)
+    up_to = list(accumulate(latencies[latency] for latency in ordered))
+    ranks = (max((up_to[-1] * percent + 50) // 100, 1) for percent in _PERCENTS)
+    p50, p95, p99 = (ordered[bisect_left(up_to, rank)] for rank in ranks)
+    return Percentiles(up_to[-1], p50, p95, p99, max(slowest, ordered[-1]))
 
 
 class _Clock:
     """The latencies from one clock since the start: flat memory, whatever the number of records."""
 
     def __init__(self) -> None:
-        self.histogram = _histogram()
-        self.buckets = [0] * (len(BUCKETS_MS) + 1)
-        self.sum_ms = 0
+        self.latencies: Counter[int] = Counter()
         self.negative = 0
         self.slowest = 0
         self.whole_seconds = True
@@ -232,37 +222,30 @@ class _Clock:
         moments = [at for at in times if at is not None]
         if not moments:
             return
-        if self.whole_seconds:
-            self.whole_seconds = not any(at % _COARSE_GRAIN_MS for at in moments)
+        self.whole_seconds = self.whole_seconds and not any(at % _COARSE_GRAIN_MS for at in moments)
         latencies = [until_ms - at for at in moments]
-        fastest = min(latencies)
+        fastest, slowest = min(latencies), max(latencies)
         if fastest < 0:
-            self.negative += sum(1 for latency in latencies if latency < 0)
+            self.negative += sum(latency < 0 for latency in latencies)
             latencies = [max(latency, 0) for latency in latencies]
-            fastest = 0
-        slowest = max(latencies)
         self.slowest = max(self.slowest, slowest)
+        # Where even the fastest has more bits than are kept, a slot stays small.
         drop = max(fastest.bit_length() - _BITS, 0)
         into.update([latency >> drop << drop for latency in latencies] if drop else latencies)
 
     def keep(self, latencies: Mapping[int, int]) -> None:
-        """Take a finished slot's latencies into the histograms."""
+        """Take a finished slot's latencies into those since the start."""
         for latency, count in latencies.items():
-            self.histogram.record_value(min(latency, _HIGHEST_MS), count)
-            self.buckets[bisect_left(BUCKETS_MS, latency)] += count
-            self.sum_ms += latency * count
+            drop = max(latency.bit_length() - _BITS, 0)
+            self.latencies[latency >> drop << drop] += count
 
     def latency(self, window: Mapping[int, int]) -> Latency:
         """Return what is known; ``window`` holds the latencies of the window."""
-        recent = _histogram()
-        for latency, count in window.items():
-            recent.record_value(min(latency, _HIGHEST_MS), count)
-        seen = self.histogram.get_total_count() > 0
         return Latency(
-            window=_percentiles(recent, max(window, default=0)),
-            total=_percentiles(self.histogram, self.slowest),
+            window=percentiles(window),
+            total=percentiles(self.latencies, self.slowest),
             negative=self.negative,
-            grain_ms=_COARSE_GRAIN_MS if seen and self.whole_seconds else 1,
+            grain_ms=_COARSE_GRAIN_MS if self.latencies and self.whole_seconds else 1,
         )
 
 
@@ -274,29 +257,30 @@ class ChangeMetrics:
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        from prometheus_client import CollectorRegistry, ProcessCollector, disable_created_metrics
+        import prometheus_client
 
         # A series with the moment of its birth beside each counter tells nothing here.
-        disable_created_metrics()  # type: ignore[no-untyped-call]
-        self.registry = CollectorRegistry(auto_describe=False)
-        self._records = self._counter(
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = prometheus_client.CollectorRegistry(auto_describe=False)
+        # The first in a scrape, as it takes the open slot into the counters.
+        self.registry.register(PrometheusView(self))
+
+        def counter(name: str, words: str, *labels: str) -> prometheus_client.Counter:
+            return prometheus_client.Counter(f"ghsync_cdc_{name}", words, labels, registry=self.registry)
+
+        self._records = counter(
             "records", "Change records, by what they were and what became of them.", "what", "outcome"
         )
-        self._batches = self._counter("batches", "Batches written and acknowledged.")
-        self._write_seconds = self._counter("write_seconds", "Seconds spent in writes.")
-        self._retries = self._counter(
-            "retries", "Steps tried again after a transient fault, by the error's class.", "error"
-        )
-        self._errors = self._counter("errors", "Errors that ended the loop, by class.", "error")
-        self._dead_letters = self._counter("dead_letters", "Records that went to the dead letters, by kind.", "kind")
-        self._repaired = self._counter(
-            "repaired_users", "Users that were put right by asking MySQL, by outcome.", "outcome"
-        )
-        self._broken_rules = self._counter("broken_rules", "Applied records that break a business rule.", "rule")
-        self._unknown_columns = self._counter("unknown_columns", "Records with a column that nobody knows.", "column")
-        self._disconnections = self._counter("disconnections", "How often a server stopped to answer.", "server")
-        self.registry.register(PrometheusView(self))
-        ProcessCollector(registry=self.registry)
+        self._batches = counter("batches", "Batches written and acknowledged.")
+        self._write_seconds = counter("write_seconds", "Seconds spent in writes.")
+        self._retries = counter("retries", "Steps tried again after a transient fault, by the error's class.", "error")
+        self._errors = counter("errors", "Errors that ended the loop, by class.", "error")
+        self._dead_letters = counter("dead_letters", "Records that went to the dead letters, by kind.", "kind")
+        self._repaired = counter("repaired_users", "Users that were put right by asking MySQL, by outcome.", "outcome")
+        self._broken_rules = counter("broken_rules", "Applied records that break a business rule.", "rule")
+        self._unknown_columns = counter("unknown_columns", "Records with a column that nobody knows.", "column")
+        self._disconnections = counter("disconnections", "How often a server stopped to answer.", "server")
+        prometheus_client.ProcessCollector(registry=self.registry)
         self._clock = clock
         self._lock = threading.Lock()
         self._started = clock()
@@ -309,11 +293,6 @@ class ChangeMetrics:
         self._connections: dict[str, bool] = {}
         self._connector: ConnectorReport | None = None
 
-    def _counter(self, name: str, words: str, *labels: str) -> prometheus_client.Counter:
-        import prometheus_client
-
-        return prometheus_client.Counter(f"ghsync_cdc_{name}", words, labels, registry=self.registry)
-
     # What the loop tells
 
     def batch_applied(self, batch: AppliedBatch) -> None:
@@ -322,9 +301,7 @@ class ChangeMetrics:
             now = self._clock()
             if now - self._slot.began >= _SLOT_SECONDS:
                 self._finish_slot(now)
-            for (what, outcome), count in batch.counts.items():
-                self._records.labels(what, outcome).inc(count)
-            self._slot.records += sum(batch.counts.values())
+            self._slot.counts.update(batch.counts)
             self._commit.gather(batch.committed_ms, batch.acknowledged_ms, self._slot.commit)
             self._kafka.gather(batch.appended_ms, batch.acknowledged_ms, self._slot.kafka)
             self._batches.inc()
@@ -390,7 +367,7 @@ class ChangeMetrics:
             window = min(window_seconds, LONGEST_WINDOW_SECONDS, now - self._started)
             recent = [slot for slot in self._slots if slot.began >= now - window - _SLOT_SECONDS / 2]
             covered = max(window, now - recent[0].began if recent else 0.0)
-            in_window = sum(slot.records for slot in recent)
+            in_window = sum(slot.counts.total() for slot in recent)
             lag = self._total_lag()
             counts = _by_labels(self._records)
             outcomes: Counter[str] = Counter()
@@ -441,7 +418,9 @@ class ChangeMetrics:
 
     def _finish_slot(self, now: float) -> None:
         """Take the open slot into the totals and begin another; forget slots that no window reaches."""
-        if self._slot.records:
+        if self._slot.counts:
+            for (what, outcome), count in self._slot.counts.items():
+                self._records.labels(what, outcome).inc(count)
             self._commit.keep(self._slot.commit)
             self._kafka.keep(self._slot.kafka)
             self._slots.append(self._slot)
@@ -449,18 +428,11 @@ class ChangeMetrics:
         while self._slots and self._slots[0].began < now - LONGEST_WINDOW_SECONDS - _SLOT_SECONDS:
             self._slots.popleft()
 
-    def cumulative_buckets(self, clock: str) -> tuple[list[tuple[str, int]], float]:
-        """Return the Prometheus buckets of ``COMMIT`` or ``KAFKA`` since the start, and the sum in seconds."""
+    def latencies(self, since: str) -> dict[int, int]:
+        """Return how many records took so many ms, from ``COMMIT`` or ``KAFKA``, since the start."""
         with self._lock:
             self._finish_slot(self._clock())
-            measured = self._commit if clock == COMMIT else self._kafka
-            found, so_far = [], 0
-            for bound, count in zip(
-                (*(str(bound / _MS) for bound in BUCKETS_MS), "+Inf"), measured.buckets, strict=True
-            ):
-                so_far += count
-                found.append((bound, so_far))
-            return found, measured.sum_ms / _MS
+            return dict((self._commit if since == COMMIT else self._kafka).latencies)
 
 
 def _samples(counter: prometheus_client.Counter) -> Sequence[Sample]:
@@ -493,7 +465,7 @@ class PrometheusView:
         yield from self._latencies(now)
 
     def _latencies(self, now: MetricsSnapshot) -> Iterator[Metric]:
-        from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+        from prometheus_client.core import CounterMetricFamily
 
         negative = CounterMetricFamily(
             "ghsync_cdc_negative_latencies", "Records whose time lay in the future: clocks differ.", labels=["since"]
@@ -503,12 +475,10 @@ class PrometheusView:
             (COMMIT, "the database's commit", now.commit),
             (KAFKA, "Kafka's timestamp", now.kafka),
         ):
-            buckets, total = self._metrics.cumulative_buckets(since)
-            yield HistogramMetricFamily(
-                f"ghsync_cdc_{since}_to_write_seconds",
+            yield _histogram(
+                f"{since}_to_write_seconds",
                 f"Seconds from {words} to the store's acknowledgement.",
-                buckets=buckets,
-                sum_value=total,
+                self._metrics.latencies(since),
             )
             negative.add_metric([since], latency.negative)
             window = latency.window
@@ -517,11 +487,27 @@ class PrometheusView:
         yield negative
         yield _gauge(
             "recent_latency_seconds",
-            f"Percentiles (HDR) of the last {WINDOW_SECONDS:.0f} s, up to the store's acknowledgement.",
+            f"Percentiles of the last {WINDOW_SECONDS:.0f} s, up to the store's acknowledgement.",
             recent,
             "since",
             "quantile",
         )
+
+
+def _histogram(name: str, words: str, latencies: Mapping[int, int]) -> Metric:
+    from prometheus_client.core import HistogramMetricFamily
+
+    counts: Counter[int] = Counter()
+    for latency, count in latencies.items():
+        counts[bisect_left(BUCKETS_MS, latency)] += count
+    bounds = [*(str(bound / _MS) for bound in BUCKETS_MS), "+Inf"]
+    up_to = accumulate(counts[bucket] for bucket in range(len(bounds)))
+    return HistogramMetricFamily(
+        f"ghsync_cdc_{name}",
+        words,
+        buckets=list(zip(bounds, up_to, strict=True)),
+        sum_value=sum(latency * count for latency, count in latencies.items()) / _MS,
+    )
 
 
 def _gauge(name: str, words: str, values: Mapping[Any, float], *labels: str) -> Metric:
