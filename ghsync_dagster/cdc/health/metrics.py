@@ -249,7 +249,7 @@ class _Clock:
         )
 
 
-class ChangeMetrics:
+class ChangeMetrics(listener.ChangeListener):
     """The ``ChangeListener`` that measures. All methods may be called from any thread.
 
     Args:

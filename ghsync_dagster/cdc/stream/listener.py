@@ -8,7 +8,7 @@ return quickly and must not raise.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
@@ -54,8 +54,8 @@ class AppliedBatch:
     unknown_columns: Mapping[str, int] = field(default_factory=dict)
 
 
-class ChangeListener(Protocol):
-    """Hears what the loop does. Derive from ``SilentListener`` to implement only a part."""
+class ChangeListener:
+    """Hears what the loop does. Derive from it, and implement only what matters: the rest goes unheard."""
 
     def batch_applied(self, batch: AppliedBatch) -> None:
         """A batch is written and acknowledged."""
@@ -88,35 +88,11 @@ class ChangeListener(Protocol):
         """A server answers (``up``) or does not. ``name`` is ``MONGO`` or ``KAFKA``; repeated news is welcome."""
 
 
-class SilentListener:
-    """A listener that does nothing with what it hears."""
-
-    def batch_applied(self, batch: AppliedBatch) -> None:
-        """Hear of a batch."""
-
-    def lag(self, partition: int, records: int, seconds: float) -> None:
-        """Hear of a lag."""
-
-    def assigned(self, partitions: Collection[int]) -> None:
-        """Hear of an assignment."""
-
-    def retried(self, kind: str) -> None:
-        """Hear of a retry."""
-
-    def failed(self, kind: str) -> None:
-        """Hear of the error that ends the loop."""
-
-    def dead_letter(self, kind: str, count: int = 1) -> None:
-        """Hear of dead letters."""
-
-    def repaired(self, outcome: str, count: int = 1) -> None:
-        """Hear of repaired users."""
-
-    def connection(self, name: str, *, up: bool) -> None:
-        """Hear of a server's state."""
+class SilentListener(ChangeListener):
+    """Hears nothing."""
 
 
-class Listeners:
+class Listeners(ChangeListener):
     """Tells several listeners, in order."""
 
     def __init__(self, *listeners: ChangeListener) -> None:
