@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TESTS := ghsync_dagster_tests
 BOOTSTRAP := $(PYTHON) ghsync_dagster/local/bootstrap.py
 
 .DEFAULT_GOAL := help
@@ -40,11 +41,13 @@ dev: setup ## serve the Dagster UI with daemon and sensors on 127.0.0.1, PORT (3
 packages: ## install the locked packages alone: all that checks need
 	@$(BOOTSTRAP) --dev --packages
 
-check: packages ## lint, format, types, import rules
+check: packages ## lint, format, types, import rules, declared packages
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+	@$(BIN)/deptry . --extend-exclude 'benchmarks|$(TESTS)'
+	@$(BIN)/deptry . $(TESTS) $(TESTS)/unit $(TESTS)/faults --ignore DEP002,DEP004
 
 bench: bench-batch bench-files bench-cdc bench-supervised bench-audit ## run all benchmarks against their peers
 

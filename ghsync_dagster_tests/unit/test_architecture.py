@@ -27,6 +27,12 @@ def ruff(tree: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=60)
 
 
+def deptry(tree: Path) -> subprocess.CompletedProcess[str]:
+    """Hold the packages that pyproject.toml declares against what the package in ``tree`` imports."""
+    command = [str(BIN / "deptry"), "--no-ansi", ".", "--extend-exclude", "benchmarks|ghsync_dagster_tests"]
+    return subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=60)
+
+
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     """A copy of the package and its rules, to plant faults in."""
@@ -78,7 +84,9 @@ def test_an_import_into_the_wrong_room_is_found(
     result = lint_imports(copy, tmp_path / "cache")
     assert result.returncode == 1, result.stdout
     broken = [outcome for outcome in result.stdout.splitlines() if outcome.endswith(" BROKEN")]
-    assert [outcome.startswith(contract) for outcome in broken] == [True], result.stdout
+    contracts = contract.split("; ")
+    assert len(broken) == len(contracts), result.stdout
+    assert all(map(str.startswith, broken, contracts)), result.stdout
 
 
 @pytest.mark.parametrize(
@@ -106,6 +114,37 @@ def test_stores_may_import_their_library_at_the_top(copy: Path) -> None:
         module.write("\nimport pyspark\n")
     result = ruff(copy)
     assert result.returncode == 0, result.stdout
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported(copy: Path) -> None:
+    result = deptry(copy)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "rule", "name"),
+    [
+        ("import nobody_has_this", "DEP001", "nobody_has_this"),
+        ("def hidden() -> None:\n    import urllib3", "DEP003", "urllib3"),
+        ("from hypothesis import given", "DEP004", "hypothesis"),
+    ],
+)
+def test_an_undeclared_import_is_found(copy: Path, line: str, rule: str, name: str) -> None:
+    with (copy / PACKAGE / "domain" / "user.py").open("a") as module:
+        module.write(f"\n\n{line}\n")
+    result = deptry(copy)
+    assert result.returncode == 1, result.stderr
+    [found] = [words for words in result.stderr.splitlines() if " DEP" in words]
+    assert found.startswith(f"{PACKAGE}/domain/user.py:")
+    assert f"{rule} '{name}'" in found
+
+
+def test_a_package_that_nothing_imports_is_found(copy: Path) -> None:
+    project = copy / "pyproject.toml"
+    project.write_text(project.read_text().replace("\ndependencies = [\n", '\ndependencies = [\n  "urllib3",\n', 1))
+    result = deptry(copy)
+    assert result.returncode == 1, result.stderr
+    assert "DEP002 'urllib3'" in result.stderr
 
 
 def test_the_domain_imports_nothing_but_the_standard_library_and_the_record_library() -> None:
