@@ -71,14 +71,11 @@ def look_at(state: FileState) -> InputFile | None:
     head = head_of(path, _HEAD)
     packing = packing_of(head)
     try:
-        text = _first(head, packing, is_whole=len(head) == size)
+        text, utf16 = _text_of(head, packing, is_whole=len(head) == size)
         # A line that is longer, or a block that is packed as one, says nothing yet.
         if len(head) == _HEAD and (b"\n" not in text if packing is None else not text):
             head = head_of(path, _LONG_HEAD)
-            text = _first(head, packing, is_whole=len(head) == size)
-        utf16 = is_utf16(text)
-        if utf16:
-            text = _drained(as_utf8([text]), is_whole=len(head) == size)
+            text, utf16 = _text_of(head, packing, is_whole=len(head) == size)
     except DamagedError as error:
         raise damaged(path, str(error)) from None
     if not text and len(head) < size:
@@ -92,9 +89,7 @@ def names_actors(file: InputFile) -> bool:
     """Tell whether the head of a file has the key ``actor``, as each event has."""
     head = head_of(file.path, _LONG_HEAD)
     # What ends early is told when the file is read.
-    text = _first(head, file.packing, is_whole=False)
-    if file.is_utf16:
-        text = _drained(as_utf8([text]), is_whole=False)
+    text, _ = _text_of(head, file.packing, is_whole=False)
     return _ACTOR.search(text) is not None
 
 
@@ -125,8 +120,11 @@ def head_of(path: str, size: int) -> bytes:
         raise unreadable(path, error) from None
 
 
-def _first(head: bytes, packing: str | None, *, is_whole: bool) -> bytes:
-    return _drained(unpacked(io.BytesIO(head), packing), is_whole=is_whole) if packing else head
+def _text_of(head: bytes, packing: str | None, *, is_whole: bool) -> tuple[bytes, bool]:
+    """Return what a head becomes as UTF-8, and whether it was UTF-16."""
+    text = _drained(unpacked(io.BytesIO(head), packing), is_whole=is_whole) if packing else head
+    utf16 = is_utf16(text)
+    return _drained(as_utf8([text]), is_whole=is_whole) if utf16 else text, utf16
 
 
 def _drained(parts: Iterator[bytes], *, is_whole: bool) -> bytes:
