@@ -56,12 +56,15 @@ def saying(progress: Callable[[str], None], what: str) -> Iterator[None]:
 
 
 @contextmanager
-def repeating(tell: Callable[[], None], every: float) -> Iterator[threading.Event]:
+def repeating(
+    tell: Callable[[], None], every: float, *, join_seconds: float | None = None
+) -> Iterator[threading.Event]:
     """Tell every few seconds, in a thread of its own, until the event that is yielded is set, or the end.
 
     Args:
         tell: Tells it.
         every: Seconds between two times; the first comes after as many.
+        join_seconds: How long the end waits for one that is being told; None for as long as it takes.
     """
     done = threading.Event()
 
@@ -75,4 +78,4 @@ def repeating(tell: Callable[[], None], every: float) -> Iterator[threading.Even
         yield done
     finally:
         done.set()
-        thread.join()
+        thread.join(join_seconds)

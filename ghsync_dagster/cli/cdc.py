@@ -240,30 +240,24 @@ def _connector(settings: Settings) -> ConnectorState | None:
 def _reporting(metrics: ChangeMetrics, settings: Settings) -> Iterator[None]:
     """Log what the consumer does, or what is in its way, now and then."""
     from ghsync_dagster.cdc.health.connector import watch_connector
+    from ghsync_dagster.progress import repeating
     from ghsync_dagster.wiring import connector_probe
 
-    ended = threading.Event()
     probe = connector_probe(settings)
 
     def report() -> None:
-        while not ended.wait(settings.cdc_report_seconds):
-            watch_connector(probe, metrics.connector)
-            if ended.is_set():
-                return
-            now = metrics.snapshot(settings.cdc_report_seconds)
-            if now.held_up is None:
-                log.info("consuming", **_brief(now))
-            else:
-                log.warning("consumption blocked", reason=now.held_up, **_brief(now))
+        watch_connector(probe, metrics.connector)
+        if ended.is_set():
+            return
+        now = metrics.snapshot(settings.cdc_report_seconds)
+        if now.held_up is None:
+            log.info("consuming", **_brief(now))
+        else:
+            log.warning("consumption blocked", reason=now.held_up, **_brief(now))
 
-    thread = threading.Thread(target=report, name="cdc-report", daemon=True)
-    thread.start()
-    try:
+    # At the end it may wait for a worker's answer.
+    with repeating(report, settings.cdc_report_seconds, join_seconds=_REPORT_END_SECONDS) as ended:
         yield
-    finally:
-        ended.set()
-        # It may wait for a worker's answer.
-        thread.join(_REPORT_END_SECONDS)
 
 
 def _brief(snapshot: MetricsSnapshot) -> dict[str, Any]:
