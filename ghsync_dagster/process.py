@@ -6,6 +6,7 @@ Belongs here: the identity of a process of this machine. Not here: what is done 
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -15,27 +16,51 @@ _GONE_STATES: Final = "ZXx"
 
 
 def identity(pid: int) -> str:
-    """Return who a process of this machine is: host, boot, process namespace, number and start.
-
-    So another process of the same machine can tell whether it is gone, even where its number is used again.
-    """
+    """Return who a process is among those of all machines: host, process namespace, boot, number and start."""
     return f"{_machine()}|{pid}|{_started(pid)}"
+
+
+def is_gone(process: str) -> bool:
+    """Tell whether a process, by its ``identity``, was of this machine and is gone."""
+    machine, _, rest = process.partition("|")
+    pid, _, started = rest.partition("|")
+    if machine != _machine() or not pid.isdigit():
+        return False
+    try:
+        return _started(int(pid)) != started
+    except (psutil.AccessDenied, PermissionError):
+        return False
+
+
+def born(pid: int) -> str | None:
+    """Return what tells a process of this machine from any other of its number; None where it is gone.
+
+    Unlike its identity this holds no name of the machine, which may change while the process lives.
+    """
+    started = _started(pid)
+    return None if started is None else f"{_boot()}/{started}"
 
 
 def _machine() -> str:
     namespace = Path("/proc/self/ns/pid")
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    parts = [socket.gethostname(), str(namespace.readlink()) if namespace.is_symlink() else ""]
-    return "/".join([*parts, boot.read_text().strip() if boot.exists() else ""])
+    return "/".join([socket.gethostname(), str(namespace.readlink()) if namespace.is_symlink() else "", _boot()])
+
+
+def _boot() -> str:
+    """Return the number of this boot; an empty one where it is not told, such as in a sandbox."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    return ""
 
 
 def _started(pid: int) -> str | None:
     """Return when a process started, in words that stay the same while it lives; None where it is gone.
 
-    Linux counts from the boot: a wall-clock time would change whenever the clock is set.
+    Linux counts from the boot (proc(5), field 22 of ``stat``): a time of day changes whenever the clock is set.
     """
     if Path("/proc/self/stat").exists():
         try:
+            # The program's name stands in parentheses and may hold any character.
             state, *fields = (
                 Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
             )
@@ -46,15 +71,3 @@ def _started(pid: int) -> str | None:
         return f"{psutil.Process(pid).create_time():.0f}"
     except psutil.NoSuchProcess:
         return None
-
-
-def is_gone(process: str) -> bool:
-    """Tell whether a process, by its identity, was of this machine and is gone."""
-    machine, _, rest = process.partition("|")
-    pid, _, started = rest.partition("|")
-    if machine != _machine() or not pid.isdigit():
-        return False
-    try:
-        return _started(int(pid)) != started
-    except (psutil.AccessDenied, PermissionError):
-        return False

@@ -21,6 +21,7 @@ import psutil
 
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
 from ghsync_dagster.folders import ensure_folder
+from ghsync_dagster.process import born
 from ghsync_dagster.progress import saying
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class Record(msgspec.Struct, frozen=True):
         log: Its log file.
         port: Where it serves.
         pid: Its process; None before it is started and after it was stopped.
-        born: When that process began, see ``_born``: tells it from a later one of the same pid.
+        born: When that process began, see ``process.born``: tells it from a later one of the same pid.
         started: Whether a start was begun that no stop has ended.
         other_ports: Where it listens besides.
         folder: Names the folder that this was written in, see ``_named``; None where it is not told.
@@ -283,8 +284,8 @@ class Supervisor:
             if record.pid is None or record.born is None:
                 return _search(record)
             process = psutil.Process(record.pid)
-            return process if _born(process) == record.born and _is_server(process, record) else None
-        except psutil.Error:
+            return process if born(record.pid) == record.born and _is_server(process, record) else None
+        except (psutil.Error, PermissionError):
             return None
 
     def _unknown(self) -> ServiceStatus:
@@ -308,12 +309,11 @@ class Supervisor:
 
     def _adopt(self, record: Record, process: psutil.Process) -> ServiceStatus:
         """Wait for a server that was found running, such as one whose starter was killed."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if record.pid is None or record.born is None:
-                record = msgspec.structs.replace(record, pid=process.pid, born=_born(process))
-                self._write(record)
-            if self._await_ready(process, record):
-                return self._status(record, "up", process.pid)
+        if record.pid is None or record.born is None:
+            record = msgspec.structs.replace(record, pid=process.pid, born=born(process.pid))
+            self._write(record)
+        if self._await_ready(process, record):
+            return self._status(record, "up", process.pid)
         what = "runs but does not answer" if _alive(process) else "ended before it answered"
         raise UnavailableError(
             f"{record.server}, process {process.pid}, {what} on port {record.port}. "
@@ -330,8 +330,8 @@ class Supervisor:
             log_start = self._prepare(spec)
             # Written before the start too: whoever is killed in between leaves enough to find the server by.
             self._write(record)
-            process, born = self._spawn(spec, ports)
-            record = msgspec.structs.replace(record, pid=process.pid, born=born)
+            process, since = self._spawn(spec, ports)
+            record = msgspec.structs.replace(record, pid=process.pid, born=since)
             self._write(record)
             if self._await_ready(process, record):
                 progress(f"{self._service}: {spec.server} is up after {time.monotonic() - started:.1f} s")
@@ -354,7 +354,7 @@ class Supervisor:
             raise self._unusable_folder(error) from None
         return size
 
-    def _spawn(self, spec: ServerSpec, ports: tuple[int, ...]) -> tuple[psutil.Process, str]:
+    def _spawn(self, spec: ServerSpec, ports: tuple[int, ...]) -> tuple[psutil.Process, str | None]:
         """Start the server in a session of its own, which no terminal or parent takes along; tell when it began."""
         command = spec.command(*ports)
         try:
@@ -373,11 +373,11 @@ class Supervisor:
                 way_out="Make it executable, or take it off PATH.",
             ) from None
         process = psutil.Process(child.pid)
-        # Asked while nothing can have reaped a server that ended at once.
-        born = _born(process)
+        # Asked while nothing can have reaped a server that ended at once, whose number might be used again.
+        since = born(child.pid)
         # A parent that outlives the server must reap it, else it stays as a zombie.
         threading.Thread(target=child.wait, name=f"reap-{child.pid}", daemon=True).start()
-        return process, born
+        return process, since
 
     def _await_ready(self, process: psutil.Process, record: Record) -> bool:
         """Wait until the server serves; False once it ended or the time is over."""
@@ -484,28 +484,6 @@ def _is_named(folder: Path, record: Record) -> bool:
         return False
 
 
-def _born(process: psutil.Process) -> str:
-    """Return what tells a process from any other of its pid: when it began, by a clock that nobody sets.
-
-    Linux counts the start of a process in ticks from boot (proc(5), field 22 of ``stat``); its time of day moves with
-    the system's clock. Where the boot is not told, such as in a sandbox, the ticks have to do.
-
-    Raises:
-        psutil.NoSuchProcess: It is gone.
-    """
-    if not psutil.LINUX:
-        return str(process.create_time())
-    try:
-        stat = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        raise psutil.NoSuchProcess(process.pid) from None
-    boot = ""
-    with contextlib.suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-    # The program's name stands in parentheses and may hold any character.
-    return f"{boot}/{stat.rpartition(')')[2].split()[19]}"
-
-
 def _await_end(process: psutil.Process, seconds: float) -> bool:
     """Wait until a process has ended; one that its parent has not reaped yet, which may take long, has ended too."""
     deadline = time.monotonic() + seconds
@@ -540,10 +518,7 @@ def _search(record: Record) -> psutil.Process | None:
 
 
 def _alive(process: psutil.Process) -> bool:
-    try:
-        return bool(process.is_running()) and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    return bool(process.is_running()) and born(process.pid) is not None
 
 
 def _listens(process: psutil.Process, port: int) -> bool:

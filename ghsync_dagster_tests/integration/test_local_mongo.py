@@ -20,7 +20,7 @@ from pymongo import MongoClient
 
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
 from ghsync_dagster.local import mongo, stack, supervisor
-from ghsync_dagster.local.supervisor import _born
+from ghsync_dagster.process import born
 from ghsync_dagster.settings import Settings, load_settings
 from ghsync_dagster_tests.support.cdc_parts import kill
 from ghsync_dagster_tests.support.long_campaign import HANG_SECONDS
@@ -151,7 +151,7 @@ def test_a_state_file_whose_pid_now_belongs_to_another_process(settings: Setting
     first = start(settings)
     kill(first)
     own = psutil.Process()
-    content = state(settings) | {"pid": own.pid, "born": _born(own)}
+    content = state(settings) | {"pid": own.pid, "born": born(own.pid)}
     state_file(settings).write_text(json.dumps(content))
     assert stack.status(settings)["mongo"].state == "failed"
     assert stack.down(settings, progress=print)["mongo"].state == "down"
@@ -309,13 +309,16 @@ def test_a_found_server_that_dies_just_then_is_an_error_with_its_last_words(
     first = start(settings)
     state_file(settings).write_text(json.dumps(state(settings) | {"pid": None, "born": None}))
 
-    def born(process: psutil.Process) -> str:
-        process.kill()
-        process.wait(30)
-        return _born(process)
+    search = supervisor._search
+
+    def find_and_end(record: supervisor.Record) -> psutil.Process | None:
+        if process := search(record):
+            process.kill()
+            process.wait(30)
+        return process
 
     with monkeypatch.context() as patched:
-        patched.setattr(supervisor, "_born", born)
+        patched.setattr(supervisor, "_search", find_and_end)
         with pytest.raises(UnavailableError, match=rf"(?s)process {first.pid}, ended .*End of its log .*ghsync up"):
             start(settings)
     assert stack.status(settings)["mongo"].state == "failed"
