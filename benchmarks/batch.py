@@ -153,7 +153,7 @@ def _write_input(scratch: Path, size: int) -> Path:
 
 
 def _connector_jar(given: Path | None) -> Path:
-    from ghsync_dagster.local.jars import ensure_jars
+    from ghsync_dagster.jvm.jars import ensure_jars
     from ghsync_dagster.settings import load_settings
 
     if given:
@@ -163,7 +163,7 @@ def _connector_jar(given: Path | None) -> Path:
 
 
 def _java_home() -> Path:
-    from ghsync_dagster.local.java import find_java
+    from ghsync_dagster.jvm.java import find_java
     from ghsync_dagster.settings import load_settings
 
     return find_java(load_settings()).home

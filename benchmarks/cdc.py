@@ -141,9 +141,9 @@ def measure_latency(
 @contextlib.contextmanager
 def _bench(folder: Path, scratch: Path, timeout_seconds: float) -> Iterator[tuple[Bench, dict[str, object]]]:
     """Start a broker on a folder of its own, give the bench and facts on the machine, and stop it again."""
+    from ghsync_dagster.jvm.jars import ensure_jars, locked_set
+    from ghsync_dagster.jvm.java import find_java
     from ghsync_dagster.local import kafka
-    from ghsync_dagster.local.jars import ensure_jars, locked_set
-    from ghsync_dagster.local.java import find_java
 
     with tempfile.TemporaryDirectory(prefix="ghsync-broker-", dir=folder) as home:
         settings = local_settings(Path(home))

@@ -312,7 +312,7 @@ def write_results(out: Path, facts: dict[str, object], run: SupervisedRun, warni
 
 
 def _facts(folder: Path) -> dict[str, object]:
-    from ghsync_dagster.local.java import find_java
+    from ghsync_dagster.jvm.java import find_java
     from ghsync_dagster.settings import load_settings
 
     packages = ("dagster", "confluent-kafka", "pymongo", "secantusdb")

@@ -20,9 +20,9 @@ import dagster as dg
 
 from benchmarks import harness
 from benchmarks.harness import BenchmarkError
+from ghsync_dagster.dagster_home import ensure_dagster_home
 from ghsync_dagster.defs.cdc.sensors import read_slices
 from ghsync_dagster.defs.cdc.supervisor import Phase
-from ghsync_dagster.local.dagster_home import ensure_dagster_home
 
 if TYPE_CHECKING:
     from collections.abc import Callable

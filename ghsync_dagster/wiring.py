@@ -1,6 +1,7 @@
 """Which real parts a process is wired to: settings become a Spark session, a store, and the flows over them.
 
-Belongs here: the one place that knows both the flows and the local servers. Not here: any decision of a flow.
+Belongs here: the one place that knows the flows and, for what no setting names, where the local servers are.
+Not here: any decision of a flow.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from ghsync_dagster.batch.reports import Artifacts
 from ghsync_dagster.batch.rules import load_rules
 from ghsync_dagster.domain.errors import UnavailableError
 from ghsync_dagster.domain.source import STATEMENT_HOURS
+from ghsync_dagster.local import endpoints
 from ghsync_dagster.logging import get_logger
 
 if TYPE_CHECKING:
@@ -42,8 +44,8 @@ def spark_options(settings: Settings) -> SparkOptions:
         ConfigError: There is no Java 17+.
         TransientError: The connector's jar is not here and can't be fetched.
     """
-    from ghsync_dagster.local.jars import ensure_jars
-    from ghsync_dagster.local.java import find_java, jvm_options
+    from ghsync_dagster.jvm.jars import ensure_jars
+    from ghsync_dagster.jvm.java import find_java, jvm_options
     from ghsync_dagster.stores.spark import SparkOptions
 
     java = find_java(settings)
@@ -79,11 +81,10 @@ def store_opener(settings: Settings, *, is_look: bool = False) -> Callable[[], U
     """
 
     def open_store() -> UserStore:
-        from ghsync_dagster.local.mongo import ensure_mongo
         from ghsync_dagster.stores.mongo.users import UserStore
 
         return UserStore(
-            ensure_mongo(settings),
+            _secret(settings.mongodb_uri) or endpoints.started_mongo(settings),
             settings.mongodb_database,
             settings.mongodb_collection,
             timeout_seconds=settings.server_timeout_seconds,
@@ -91,6 +92,16 @@ def store_opener(settings: Settings, *, is_look: bool = False) -> Callable[[], U
         )
 
     return open_store
+
+
+def shown_mongo(settings: Settings) -> str:
+    """Return in words where the users are stored, without credentials; nothing is started."""
+    from ghsync_dagster.stores.mongo.uri import without_credentials
+
+    if settings.mongodb_uri:
+        return without_credentials(settings.mongodb_uri.get_secret_value())
+    found = endpoints.address(settings, "mongo")
+    return f"{found} (local server, stop it with: ghsync down)" if found else "no server"
 
 
 def batch_flow(settings: Settings, run_id: str | None = None, spark: SparkHandle | None = None) -> BatchFlow:
@@ -122,9 +133,6 @@ def batch_flow(settings: Settings, run_id: str | None = None, spark: SparkHandle
 def _kafka_settings(settings: Settings, servers: str) -> KafkaSettings:
     from ghsync_dagster.stores.kafka.client import KafkaSettings
 
-    def secret(value: SecretStr | None) -> str | None:
-        return None if value is None else value.get_secret_value()
-
     return KafkaSettings(
         bootstrap_servers=servers,
         topic=settings.kafka_topic,
@@ -134,12 +142,40 @@ def _kafka_settings(settings: Settings, servers: str) -> KafkaSettings:
         security_protocol=settings.kafka_security_protocol,
         sasl_mechanism=settings.kafka_sasl_mechanism,
         sasl_username=settings.kafka_sasl_username,
-        sasl_password=secret(settings.kafka_sasl_password),
+        sasl_password=_secret(settings.kafka_sasl_password),
         ssl_ca_location=settings.kafka_ssl_ca_location,
         ssl_certificate_location=settings.kafka_ssl_certificate_location,
         ssl_key_location=settings.kafka_ssl_key_location,
-        ssl_key_password=secret(settings.kafka_ssl_key_password),
+        ssl_key_password=_secret(settings.kafka_ssl_key_password),
     )
+
+
+def _secret(value: SecretStr | None) -> str | None:
+    return None if value is None else value.get_secret_value()
+
+
+def _required(found: str | None, server: str, variable: str) -> str:
+    """Return the address that was found.
+
+    Raises:
+        UnavailableError: None was.
+    """
+    if not found:
+        raise UnavailableError(
+            f"There is no {server}: {variable} is not set, and the local one is not up.",
+            way_out=f"Set {variable}, or start the local servers: ghsync up.",
+        )
+    return found
+
+
+def has_kafka(settings: Settings) -> bool:
+    """Tell whether brokers are named, or a local one was ever started here."""
+    return bool(settings.kafka_bootstrap_servers) or endpoints.was_set_up(settings, "kafka")
+
+
+def has_mysql(settings: Settings) -> bool:
+    """Tell whether a server is named, or a local one was ever started here."""
+    return bool(settings.mysql_url) or endpoints.was_set_up(settings, "mysql")
 
 
 def existing_kafka(settings: Settings) -> KafkaSettings:
@@ -148,15 +184,8 @@ def existing_kafka(settings: Settings) -> KafkaSettings:
     Raises:
         UnavailableError: KAFKA_BOOTSTRAP_SERVERS is not set and the local broker is not up.
     """
-    from ghsync_dagster.local import kafka
-
-    servers = settings.kafka_bootstrap_servers
-    if not servers:
-        found = kafka.status(settings)
-        servers = found.uri if found.state == "up" else None
-    if not servers:
-        raise _missing("Kafka", "KAFKA_BOOTSTRAP_SERVERS")
-    return _kafka_settings(settings, servers)
+    found = settings.kafka_bootstrap_servers or endpoints.address(settings, "kafka")
+    return _kafka_settings(settings, _required(found, "Kafka", "KAFKA_BOOTSTRAP_SERVERS"))
 
 
 def open_mysql(settings: Settings) -> MySqlStore:
@@ -165,16 +194,10 @@ def open_mysql(settings: Settings) -> MySqlStore:
     Raises:
         UnavailableError: MYSQL_URL is not set and the local server is not up.
     """
-    from ghsync_dagster.local import mysql
     from ghsync_dagster.stores.mysql import MySqlStore
 
-    url = settings.mysql_url.get_secret_value() if settings.mysql_url else None
-    if not url:
-        found = mysql.status(settings)
-        url = found.login if found.state == "up" else None
-    if not url:
-        raise _missing("MySQL", "MYSQL_URL")
-    return MySqlStore(url, timeout_seconds=settings.server_timeout_seconds)
+    url = _secret(settings.mysql_url) or endpoints.address(settings, "mysql")
+    return MySqlStore(_required(url, "MySQL", "MYSQL_URL"), timeout_seconds=settings.server_timeout_seconds)
 
 
 def look_at_source(settings: Settings, *, hours: float = STATEMENT_HOURS) -> Finding:
@@ -190,12 +213,11 @@ def look_at_source(settings: Settings, *, hours: float = STATEMENT_HOURS) -> Fin
         ConfigError: There is no such database.
     """
     from ghsync_dagster.cdc.health.checks import source_settings
-    from ghsync_dagster.local import connect
 
     with open_mysql(settings) as mysql:
         source = mysql.source()
     since = datetime.now(UTC) - timedelta(hours=hours)
-    return source_settings(source, connect.logged_statements(settings, source, since))
+    return source_settings(source, endpoints.logged_statements(settings, source, since))
 
 
 def close_statements(settings: Settings, began: datetime) -> None:
@@ -205,9 +227,7 @@ def close_statements(settings: Settings, began: datetime) -> None:
         settings: Say where the log is.
         began: When the comparison began.
     """
-    from ghsync_dagster.local import connect
-
-    connect.close_statements(settings, began)
+    endpoints.close_statements(settings, began)
 
 
 def connector_probe(settings: Settings) -> ConnectorProbe | None:
@@ -217,36 +237,24 @@ def connector_probe(settings: Settings) -> ConnectorProbe | None:
     started here, or it is down and the brokers are not this machine's.
     """
     from ghsync_dagster.cdc.health.connector import ConnectorProbe
-    from ghsync_dagster.local import connect, mysql
     from ghsync_dagster.stores.connect import ConnectWorker
 
     def address() -> str | None:
-        if settings.connect_url:
-            return settings.connect_url
-        found = connect.status_of_worker(settings)
-        return found.uri if found.state == "up" else None
+        return settings.connect_url or endpoints.address(settings, "connect")
 
-    if not address() and (settings.kafka_bootstrap_servers or not connect.was_set_up(settings)):
+    if not address() and (settings.kafka_bootstrap_servers or not endpoints.was_set_up(settings, "connect")):
         return None
 
     def worker() -> ConnectWorker:
         # A local worker that was started anew may have another port.
-        if not (url := address()):
-            raise _missing("Connect worker", "CONNECT_URL")
+        url = _required(address(), "Connect worker", "CONNECT_URL")
         return ConnectWorker(url.rstrip("/"), _PROBE_SECONDS, _PROBE_SECONDS)
 
     def table() -> MySqlStore:
         return open_mysql(settings)
 
     return ConnectorProbe(
-        worker, table if mysql.was_set_up(settings) else None, still_seconds=settings.connector_still_seconds
-    )
-
-
-def _missing(server: str, variable: str) -> UnavailableError:
-    return UnavailableError(
-        f"There is no {server}: {variable} is not set, and the local one is not up.",
-        way_out=f"Set {variable}, or start the local servers: ghsync up.",
+        worker, table if has_mysql(settings) else None, still_seconds=settings.connector_still_seconds
     )
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ghsync_dagster.cli.common import GATE_FAILED, AsJson, configured, console, print_json
-from ghsync_dagster.logging import redact
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +31,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Materialize raw_events -> users -> mongo_users through Dagster with every check, and print a summary."""
-    from ghsync_dagster.local.dagster_home import use_dagster_home
+    from ghsync_dagster.dagster_home import use_dagster_home
     from ghsync_dagster.wiring import batch_flow
 
     started = time.monotonic()
@@ -105,17 +104,10 @@ def _finish(
     """Print the summary of one run, or of the newest; exit with 1 where a gate failed."""
     from ghsync_dagster.batch.reports import Artifacts
     from ghsync_dagster.batch.summary import batch_summary, draw
+    from ghsync_dagster.wiring import shown_mongo
 
-    where = f"{settings.mongodb_database}.{settings.mongodb_collection} at {_where(settings)}"
+    where = f"{settings.mongodb_database}.{settings.mongodb_collection} at {shown_mongo(settings)}"
     summary = batch_summary(Artifacts(settings.home_dir / "batch", run_id), findings, ok=ok, collection=where, **more)
     print_json(summary) if as_json else console().print(draw(summary))
     if not ok:
         raise typer.Exit(GATE_FAILED)
-
-
-def _where(settings: Settings) -> str:
-    from ghsync_dagster.local import mongo
-
-    server = mongo.status(settings)
-    local = server.server not in (None, "external")
-    return redact(server.uri or "no server") + (" (local server, stop it with: ghsync down)" if local else "")

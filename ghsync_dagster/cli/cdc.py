@@ -69,11 +69,10 @@ def drain(as_json: AsJson = False) -> None:
 def _look_at_source() -> Finding | None:
     """Say first what is wrong with MySQL's table or settings; None where nobody can look."""
     from ghsync_dagster.domain.errors import GhsyncError
-    from ghsync_dagster.local import mysql
-    from ghsync_dagster.wiring import look_at_source
+    from ghsync_dagster.wiring import has_mysql, look_at_source
 
     settings = configured()
-    if not mysql.was_set_up(settings):
+    if not has_mysql(settings):
         return None
     try:
         found = look_at_source(settings)
@@ -157,8 +156,8 @@ def rehearse(
     as_json: AsJson = False,
 ) -> None:
     """Try the whole path on the local servers: change MySQL, consume, load files beside it, then compare both sides."""
+    from ghsync_dagster.dev.rehearsal import leftovers
     from ghsync_dagster.dev.rehearsal import rehearse as run_rehearsal
-    from ghsync_dagster.local.stack import SERVICES
 
     settings = configured()
     events = settings.events() if load else None
@@ -176,7 +175,7 @@ def rehearse(
         typer.echo(
             f"Its rows, documents and topics stay in {settings.home_dir}. To remove them, with all\n"
             "else that the local servers hold: ghsync down, then\n"
-            f"rm -r {' '.join(shlex.quote(str(settings.home_dir / name)) for name in SERVICES)}"
+            f"rm -r {shlex.join(map(str, leftovers(settings)))}"
         )
     if not found.ok:
         raise typer.Exit(1)

@@ -64,8 +64,8 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Tell which settings file and folders count, which local servers are up, and the URIs to use."""
+    from ghsync_dagster.dagster_home import dagster_home_of, use_dagster_home
     from ghsync_dagster.local import stack
-    from ghsync_dagster.local.dagster_home import dagster_home_of, use_dagster_home
 
     settings = configured()
     if dagster_home:

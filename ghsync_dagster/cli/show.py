@@ -30,13 +30,12 @@ def show(
     """
     from ghsync_dagster.cdc.health.known_user import known_user
     from ghsync_dagster.cdc.health.repair_requests import user_ids as checked
-    from ghsync_dagster.local import mysql
-    from ghsync_dagster.wiring import open_mysql, store_opener
+    from ghsync_dagster.wiring import has_mysql, open_mysql, store_opener
 
     settings = configured()
     # Before a server is looked for: a login is no id, and to say that nobody has it would mislead.
     asked = checked(user_ids)
-    opener = (lambda: open_mysql(settings)) if mysql.was_set_up(settings) else None
+    opener = (lambda: open_mysql(settings)) if has_mysql(settings) else None
     with store_opener(settings)() as store:
         found = [known_user(store, settings.kafka_topic, user_id, opener) for user_id in asked]
     if as_json:

@@ -226,15 +226,15 @@ class ChangesResource(SettingsResource):
 
         One that was set up and is away is not missing: asking it raises.
         """
-        from ghsync_dagster.local import kafka
+        from ghsync_dagster.wiring import has_kafka
 
-        return None if kafka.was_set_up(self.settings()) else _words("Kafka", "KAFKA_BOOTSTRAP_SERVERS")
+        return None if has_kafka(self.settings()) else _words("Kafka", "KAFKA_BOOTSTRAP_SERVERS")
 
     def no_mysql(self) -> str | None:
         """Return the same of MySQL."""
-        from ghsync_dagster.local import mysql
+        from ghsync_dagster.wiring import has_mysql
 
-        return None if mysql.was_set_up(self.settings()) else _words("MySQL", "MYSQL_URL")
+        return None if has_mysql(self.settings()) else _words("MySQL", "MYSQL_URL")
 
     def open_store(self) -> "UserStore":
         """Open the users' collection."""

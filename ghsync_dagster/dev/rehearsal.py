@@ -29,6 +29,7 @@ from ghsync_dagster.stopping import uninterrupted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from ghsync_dagster.cdc.health.audit import AuditResult
     from ghsync_dagster.cdc.stream.consume import ConsumerReport
@@ -243,6 +244,11 @@ def rehearse(
             seconds=round(time.monotonic() - began, 1),
             max_latency_ms=settings.max_latency_ms,
         )
+
+
+def leftovers(settings: Settings) -> list[Path]:
+    """Return the folders that hold what a rehearsal leaves, with all else that the local servers hold."""
+    return [settings.home_dir / name for name in stack.SERVICES]
 
 
 def _assert_local(settings: Settings) -> None:

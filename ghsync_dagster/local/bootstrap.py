@@ -35,9 +35,9 @@ DEV_LOCK = "requirements-dev.lock"
 EMBEDDED_LOCK = "requirements-embedded.lock"
 JAVA_LOCK = "requirements-java.lock"
 PROJECT_FILE = "pyproject.toml"
-JARS_LOCK = "ghsync_dagster/local/jars.lock.json"
+JARS_LOCK = "ghsync_dagster/jvm/jars.lock.json"
 WHEEL_OPTIONS = "ghsync_dagster/local/wheel_options.cfg"
-ARCHIVE_MAKER = "ghsync_dagster/local/java_archive.py"
+ARCHIVE_MAKER = "ghsync_dagster/jvm/archive.py"
 
 _TELL_SECONDS = 8.0
 
@@ -306,7 +306,7 @@ def wanted_locks(dev: bool) -> list[str]:
         SetupError: JAVA_HOME is set to something that is no Java.
     """
     from ghsync_dagster.domain.errors import ConfigError
-    from ghsync_dagster.local.java_probe import search_system_java
+    from ghsync_dagster.jvm.probe import search_system_java
 
     try:
         has_java = search_system_java(os.environ).java is not None
@@ -364,7 +364,7 @@ def fetch_jars(stamps: Stamps) -> None:
     if not stamps.pending(JARS_LOCK):
         return
     with phase("jars"):
-        run([".venv/bin/python", "-m", "ghsync_dagster.local.jars"], "Jars could not be fetched", "see above")
+        run([".venv/bin/python", "-m", "ghsync_dagster.jvm.jars"], "Jars could not be fetched", "see above")
         stamps.mark(JARS_LOCK)
 
 
@@ -381,7 +381,7 @@ def make_class_archive() -> None:
             say("set-up: class archive: another set-up makes it, so this one does not")
         elif stamps.pending(ARCHIVE_MAKER):
             with phase("class archive", "made once, so that Spark starts in half the time; Ctrl-C leaves it for later"):
-                command = [".venv/bin/python", "-m", "ghsync_dagster.local.java_archive"]
+                command = [".venv/bin/python", "-m", "ghsync_dagster.jvm.archive"]
                 try:
                     run(command, "The class archive could not be made", "run make setup")
                     stamps.mark(ARCHIVE_MAKER)

@@ -25,8 +25,8 @@ from ghsync_dagster.domain.source import (
     problems_of,
     statements_in,
 )
+from ghsync_dagster.jvm.jars import ensure_unpacked, locked_set
 from ghsync_dagster.local import connector, kafka, mysql, tls_stores
-from ghsync_dagster.local.jars import ensure_unpacked, locked_set
 from ghsync_dagster.local.supervisor import ServerSpec, ServiceStatus, Supervisor
 from ghsync_dagster.logging import get_logger, redact
 from ghsync_dagster.progress import saying

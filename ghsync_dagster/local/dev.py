@@ -19,8 +19,8 @@ import warnings
 from contextlib import closing
 from typing import TYPE_CHECKING, Final, NoReturn
 
+from ghsync_dagster.dagster_home import use_dagster_home
 from ghsync_dagster.domain.errors import ConfigError
-from ghsync_dagster.local.dagster_home import use_dagster_home
 from ghsync_dagster.progress import saying
 from ghsync_dagster.stopping import SIGNALS
 

@@ -11,9 +11,9 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
+from ghsync_dagster.jvm.jars import ensure_jars, locked_set
+from ghsync_dagster.jvm.java import find_java
 from ghsync_dagster.local.first_files import make_first_files
-from ghsync_dagster.local.jars import ensure_jars, locked_set
-from ghsync_dagster.local.java import find_java
 from ghsync_dagster.local.supervisor import ServerSpec, ServiceStatus, Supervisor
 from ghsync_dagster.logging import get_logger
 

@@ -5,7 +5,6 @@ Belongs here: which server is taken, its command line, and how to tell that it s
 
 from __future__ import annotations
 
-import re
 import shutil
 import sys
 from functools import partial
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.local.supervisor import ServerSpec, ServiceStatus, Supervisor, server_to_use
 from ghsync_dagster.logging import get_logger
-from ghsync_dagster.stores.mongo.uri import tls_files
+from ghsync_dagster.stores.mongo.uri import tls_files, without_credentials
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,8 +26,6 @@ DEFAULT_PORT = 27017
 EXTERNAL = "external"
 EMBEDDED_PROGRAM = "secantusd-rs"
 _EXTERNAL_PING_SECONDS = 3.0
-_SCHEME = re.compile(r"^(mongodb(?:\+srv)?://)")
-_HOSTS = re.compile(r"^[\w.\-:,\[\]%]+")
 
 
 def ensure_mongo(settings: Settings, progress: Callable[[str], None] | None = None) -> str:
@@ -154,17 +151,6 @@ def _embedded_command(program: str, config: Path, spec: ServerSpec, port: int) -
 def _external(uri: str) -> ServiceStatus:
     answers = _answers(uri, _EXTERNAL_PING_SECONDS)
     return ServiceStatus(SERVICE, "up" if answers else "down", uri=without_credentials(uri), server=EXTERNAL)
-
-
-def without_credentials(uri: str) -> str:
-    """Return a MongoDB URI's scheme and hosts: no user, no password, no options.
-
-    >>> without_credentials("mongodb://app:s3cret@db1:27017,db2:27017/x?tls=true")
-    'mongodb://db1:27017,db2:27017'
-    """
-    scheme = _SCHEME.match(uri)
-    hosts = _HOSTS.match((uri[scheme.end() :] if scheme else uri).rpartition("@")[2])
-    return f"{scheme[0] if scheme else ''}{hosts[0] if hosts else ''}"
 
 
 def _answers(uri: str, seconds: float) -> bool:

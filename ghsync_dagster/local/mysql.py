@@ -22,8 +22,8 @@ from urllib.parse import quote
 
 from ghsync_dagster.domain.errors import ConfigError, RefusedError
 from ghsync_dagster.domain.table import DATABASE, TABLE, create_table, quoted
+from ghsync_dagster.jvm.jars import ensure_unpacked, locked_set
 from ghsync_dagster.local.first_files import make_first_files
-from ghsync_dagster.local.jars import ensure_unpacked, locked_set
 from ghsync_dagster.local.supervisor import ServerSpec, ServiceStatus, State, Supervisor, server_to_use
 from ghsync_dagster.logging import get_logger
 from ghsync_dagster.stores.mysql_url import (

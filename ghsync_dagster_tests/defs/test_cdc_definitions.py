@@ -18,6 +18,7 @@ from ghsync_dagster.cdc.dead_letters.index import OpenLetters
 from ghsync_dagster.cdc.health.metrics import ChangeMetrics
 from ghsync_dagster.cdc.stream.consume import ChangeConsumer, ConsumerReport
 from ghsync_dagster.cdc.stream.listener import APPLIED, AppliedBatch, SilentListener
+from ghsync_dagster.dagster_home import ensure_dagster_home
 from ghsync_dagster.definitions import build_defs, defs
 from ghsync_dagster.defs.cdc import jobs, metadata, sensors
 from ghsync_dagster.defs.cdc import slice as slices
@@ -33,7 +34,6 @@ from ghsync_dagster.domain.finding import Finding
 from ghsync_dagster.domain.letters import Letter
 from ghsync_dagster.domain.source import Effect, Problem
 from ghsync_dagster.local import kafka, stack
-from ghsync_dagster.local.dagster_home import ensure_dagster_home
 from ghsync_dagster.local.supervisor import Record, ServiceStatus
 from ghsync_dagster.settings import Settings, load_settings
 from ghsync_dagster.stores.kafka.backlog import Backlog, PartitionBacklog

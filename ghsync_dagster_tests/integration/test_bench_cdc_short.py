@@ -18,9 +18,9 @@ from benchmarks.peers.kafka_sink import Worker
 from ghsync_dagster.domain.change import Op
 from ghsync_dagster.domain.coalesce import coalesce
 from ghsync_dagster.domain.envelope import ChangeDecoder
+from ghsync_dagster.jvm.jars import ensure_jars, locked_set
+from ghsync_dagster.jvm.java import find_java
 from ghsync_dagster.local import kafka
-from ghsync_dagster.local.jars import ensure_jars, locked_set
-from ghsync_dagster.local.java import find_java
 from ghsync_dagster_tests.support.process_parts import is_java, left_by_a_signal
 
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ from confluent_kafka.admin import AdminClient
 from dagster._core.storage.tags import SENSOR_NAME_TAG
 
 from ghsync_dagster.cdc.stream.consume import ChangeConsumer, ConsumerReport
+from ghsync_dagster.dagster_home import ensure_dagster_home
 from ghsync_dagster.definitions import build_defs
 from ghsync_dagster.defs.cdc import jobs
 from ghsync_dagster.defs.cdc.checks import CDC_CHECKS
@@ -30,7 +31,6 @@ from ghsync_dagster.defs.cdc.slice import USERS_CHANGES, consume
 from ghsync_dagster.defs.ops.alerts import alerts_sensor
 from ghsync_dagster.defs.resources import ChangesResource
 from ghsync_dagster.domain.user import USER_FIELDS, json_schema
-from ghsync_dagster.local.dagster_home import ensure_dagster_home
 from ghsync_dagster.settings import Settings, load_settings
 from ghsync_dagster.stores.kafka.backlog import read_backlog
 from ghsync_dagster.stores.kafka.client import consumer_config

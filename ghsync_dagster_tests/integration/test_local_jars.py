@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from ghsync_dagster.domain.errors import ConfigError, PermanentError, UnavailableError
-from ghsync_dagster.local.jars import ROOTS, Jar, ensure_jars, ensure_unpacked, locked_set, read_lock, write_lock
+from ghsync_dagster.jvm.jars import ROOTS, Jar, ensure_jars, ensure_unpacked, locked_set, read_lock, write_lock
 from ghsync_dagster.settings import Settings, load_settings
 from ghsync_dagster_tests.support.long_campaign import HANG_SECONDS
 
@@ -97,7 +97,7 @@ def test_a_cache_that_is_no_folder_is_a_clear_error(tmp_path: Path) -> None:
 
 def test_two_processes_at_once_both_get_the_jar(settings: Settings) -> None:
     code = (
-        "from ghsync_dagster.local.jars import ensure_jars; from ghsync_dagster.settings import load_settings; "
+        "from ghsync_dagster.jvm.jars import ensure_jars; from ghsync_dagster.settings import load_settings; "
         f"print(ensure_jars(load_settings(GHSYNC_CACHE={str(settings.cache_dir)!r}), lambda text: None)[0])"
     )
     both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]

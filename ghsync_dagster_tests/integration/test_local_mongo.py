@@ -22,6 +22,7 @@ from ghsync_dagster.domain.errors import ConfigError, UnavailableError
 from ghsync_dagster.local import mongo, stack, supervisor
 from ghsync_dagster.process import born
 from ghsync_dagster.settings import Settings, load_settings
+from ghsync_dagster.stores.mongo.uri import without_credentials
 from ghsync_dagster_tests.support.cdc_parts import kill
 from ghsync_dagster_tests.support.long_campaign import HANG_SECONDS
 
@@ -446,7 +447,7 @@ def test_a_named_server_that_is_away_is_down_and_its_password_stays_secret(tmp_p
     "uri", ["mongodb://app:p@ss/w?rd@db1:27017,db2/x?a=b", "mongodb+srv://u:p@db.example.com/?x=s@"]
 )
 def test_no_part_of_a_password_is_shown(uri: str) -> None:
-    shown = mongo.without_credentials(uri)
+    shown = without_credentials(uri)
     assert not any(secret in shown for secret in ("app", "ss", "rd", "u:p", "?", "="))
 
 

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from dagster._core.scheduler.instigation import TickStatus
 
-from ghsync_dagster.local.dagster_home import ensure_dagster_home
+from ghsync_dagster.dagster_home import ensure_dagster_home
 from ghsync_dagster.settings import load_settings
 from ghsync_dagster_tests.support.cdc_parts import until
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from ghsync_dagster.dagster_home import use_dagster_home
 from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.folders import ROOM, ensure_folder
 from ghsync_dagster.local import stack
-from ghsync_dagster.local.dagster_home import use_dagster_home
 from ghsync_dagster.settings import load_settings
 
 if TYPE_CHECKING:

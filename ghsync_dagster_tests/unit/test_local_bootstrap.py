@@ -247,7 +247,7 @@ def test_without_venv_and_pip_the_error_says_what_to_install(project: Path, monk
 def test_the_bootstrap_imports_only_the_standard_library() -> None:
     code = (
         "import sys; sys.path.insert(0, '.'); import ghsync_dagster.local.bootstrap as b; "
-        "import ghsync_dagster.local.java_probe; "
+        "import ghsync_dagster.jvm.probe; "
         "print([m for m in sys.modules if m.partition('.')[0] not in {*sys.stdlib_module_names, 'ghsync_dagster', "
         "'__main__'}])"
     )

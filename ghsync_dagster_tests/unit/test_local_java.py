@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ghsync_dagster.domain.errors import ConfigError
-from ghsync_dagster.local import java
-from ghsync_dagster.local.java import Java, archive_file, find_java, jvm_options, wrap
-from ghsync_dagster.local.java_archive import remove_leftovers
-from ghsync_dagster.local.java_probe import SystemJava, search_system_java
+from ghsync_dagster.jvm import java
+from ghsync_dagster.jvm.archive import remove_leftovers
+from ghsync_dagster.jvm.java import Java, archive_file, find_java, jvm_options, wrap
+from ghsync_dagster.jvm.probe import SystemJava, search_system_java
 from ghsync_dagster.settings import Settings, load_settings
 
 if TYPE_CHECKING:

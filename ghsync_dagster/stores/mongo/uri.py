@@ -1,6 +1,7 @@
 """What a ``MONGODB_URI`` says that the driver would pass over or say without its name: its options and their files.
 
-Belongs here: what is wrong with them, in words without credentials. Not here: a connection, or how it fails.
+Belongs here: what is wrong with them, in words without credentials, and what of a URI may be shown. Not here: a
+connection, or how it fails.
 """
 
 from __future__ import annotations
@@ -19,6 +20,19 @@ if TYPE_CHECKING:
 _COMPRESSORS: Final = frozenset({"snappy", "zlib", "zstd"})
 _MAY_REPEAT: Final = "readpreferencetags"
 _HOLDS_TOKENS: Final = "authmechanismproperties"
+_SCHEME: Final = re.compile(r"^(mongodb(?:\+srv)?://)")
+_HOSTS: Final = re.compile(r"^[\w.\-:,\[\]%]+")
+
+
+def without_credentials(uri: str) -> str:
+    """Return a MongoDB URI's scheme and hosts: no user, no password, no options.
+
+    >>> without_credentials("mongodb://app:s3cret@db1:27017,db2:27017/x?tls=true")
+    'mongodb://db1:27017,db2:27017'
+    """
+    scheme = _SCHEME.match(uri)
+    hosts = _HOSTS.match((uri[scheme.end() :] if scheme else uri).rpartition("@")[2])
+    return f"{scheme[0] if scheme else ''}{hosts[0] if hosts else ''}"
 
 
 def wrong_options(uri: str) -> str | None:

@@ -1,7 +1,7 @@
 """Brings the jars of ``jars.lock.json`` into the cache, each held to its sha256, and unpacks those that are archives.
 
 Belongs here: what is asked of the registry (``ROOTS``), the lock file, the cache. Not here: how a program is run.
-Run as ``python -m ghsync_dagster.local.jars [SET...]`` it fetches what is missing of these sets, of the ``spark`` set
+Run as ``python -m ghsync_dagster.jvm.jars [SET...]`` it fetches what is missing of these sets, of the ``spark`` set
 when none is named; with ``--lock`` it resolves ``ROOTS`` and writes the lock file.
 """
 
@@ -395,7 +395,7 @@ def _lock_entry(part_of: str, root: Root, folder: Path, lock: Path, progress: Ca
 
 def main(arguments: Sequence[str]) -> int:
     """Fetch the jars, or lock them, and return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m ghsync_dagster.local.jars", description="Fetch the jars.")
+    parser = argparse.ArgumentParser(prog="python -m ghsync_dagster.jvm.jars", description="Fetch the jars.")
     parser.add_argument("sets", nargs="*", metavar="SET", help=f"any of {', '.join(ROOTS)}; spark if none is named")
     parser.add_argument("--lock", action="store_true", help="resolve all sets and write the lock file")
     options = parser.parse_args(arguments)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 import psutil
 
 from ghsync_dagster.domain.errors import GhsyncError
-from ghsync_dagster.local.java import archive_file, find_java, installed_spark, keeps_own_archive
+from ghsync_dagster.jvm.java import archive_file, find_java, installed_spark, keeps_own_archive
 from ghsync_dagster.logging import get_logger
 from ghsync_dagster.settings import environment_without_settings, load_settings
 from ghsync_dagster.stopping import exit_on_signals, uninterrupted

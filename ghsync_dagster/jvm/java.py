@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ghsync_dagster.domain.errors import ConfigError
-from ghsync_dagster.local.java_probe import MINIMUM_JAVA, search_system_java
+from ghsync_dagster.jvm.probe import MINIMUM_JAVA, search_system_java
 from ghsync_dagster.logging import get_logger
 
 if TYPE_CHECKING:
