@@ -1,1 +1,1 @@
-"""Measurements of ghsync beside its peers, on one machine in one run. Nothing here is imported by the package."""
+"""Measurements of ghsync alongside its peers, on one machine in one run. Nothing here is imported by the package."""

@@ -1,4 +1,4 @@
-"""The batch load beside its peers: ``python -m benchmarks.batch`` runs, checks, compares and writes the results.
+"""The batch load alongside its peers: ``python -m benchmarks.batch`` runs, checks, compares and writes the results.
 
 Belongs here: the order of runs and what is written. Not here: how a process is measured, or what a ratio means.
 """
@@ -228,7 +228,7 @@ def main(
     store_folder: Annotated[Path | None, typer.Option(help="Folder of the store's files; default: tmpfs.")] = None,
     connector_jar: Annotated[Path | None, typer.Option(help="The connector; default: the locked one.")] = None,
 ) -> None:
-    """Measure the batch load beside its peers."""
+    """Measure the batch load alongside its peers."""
     harness.interrupt_on_signals()
     try:
         wanted_sizes = [int(size) for size in sizes.split(",")]

@@ -1,4 +1,4 @@
-"""The change path beside its peers: ``python -m benchmarks.cdc`` runs, checks, compares and writes the results.
+"""The change path alongside its peers: ``python -m benchmarks.cdc`` runs, checks, compares and writes the results.
 
 Belongs here: the order of runs and what is written. Not here: how a contender runs, or what a ratio means.
 """
@@ -243,7 +243,7 @@ def main(
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that a run, or its warm-up, may take.")] = 900,
     store_folder: Annotated[Path | None, typer.Option(help="Folder of the servers' files; default: tmpfs.")] = None,
 ) -> None:
-    """Measure the change path beside its peers."""
+    """Measure the change path alongside its peers."""
     harness.interrupt_on_signals()
     wanted_sizes = [int(size) for size in _numbers(sizes, "--sizes")]
     wanted_rates = _numbers(rates, "--rates")

@@ -150,7 +150,7 @@ class _Once:
                     name=consumer.name,
                     server_pid=self.store.pid,
                     # This process looks at the collection meanwhile.
-                    beside=(bench.broker_pid, os.getpid()),
+                    alongside=(bench.broker_pid, os.getpid()),
                 ) as process,
             ):
                 watch.wait(present=True, process=process, seconds=bench.timeout_seconds)

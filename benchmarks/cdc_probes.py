@@ -8,7 +8,7 @@ where they wait, have a place of their own in each batch, and are never coalesce
 
 A process of its own asks the collection for probes that it has not seen, every ``POLL_SECONDS``. A probe's latency is
 from the answer to its commit until the answer in which it is seen first, on the machine's one clock. It is too long by
-no more than the time since the poll before was asked, which is told beside as its resolution. The consumers are not
+no more than the time since the poll before was asked, which is told alongside as its resolution. The consumers are not
 touched: they may run anywhere, and be killed. Both processes, ``python -m benchmarks.cdc_probes change`` and ``watch``,
 tell by lines of JSON.
 """

@@ -53,7 +53,7 @@ class Window:
     ends_ms: int
 
     def touches(self, gap: Gap) -> bool:
-        """Tell whether a gap, or a probe's way, lies in it at least in part."""
+        """Return whether a gap, or a probe's way, lies in it at least in part."""
         return gap[0] < self.ends_ms and gap[1] > self.begins_ms
 
 
@@ -210,7 +210,7 @@ def hand_overs(slices: Iterable[Slice], from_ms: int) -> list[tuple[Slice, Slice
 
 
 def no_hand_over_at(now_ms: int, slices: Sequence[Slice]) -> bool:
-    """Tell whether one slice is at work alone, and what happens to it now is in the time of no hand-over."""
+    """Return whether one slice is at work alone, and what happens to it now is in the time of no hand-over."""
     living = [one.phase for one in slices if one.phase.lives]
     return living == [Phase.RUNNING] and not any(one.ended and now_ms < one.ended * 1000 + AFTER_MS for one in slices)
 

@@ -1,4 +1,4 @@
-"""Reading many files beside one: ``python -m benchmarks.files`` runs, judges and writes the results.
+"""Reading many files alongside one: ``python -m benchmarks.files`` runs, judges and writes the results.
 
 Belongs here: the inputs, the order of runs, the ratios. Not here: one read (``files_once``).
 
@@ -195,7 +195,7 @@ def main(
     folder: Annotated[Path | None, typer.Option(help="For files. Default: on tmpfs.")] = None,
     out: Annotated[Path, typer.Option(help="The results.")] = RESULTS / "files.json",
 ) -> None:
-    """Measure how many files read beside one, an earlier build, and Spark's own reader."""
+    """Measure how many files read alongside one, an earlier build, and Spark's own reader."""
     harness.interrupt_on_signals()
     room, warnings = harness.store_folder(folder, ROOM_BYTES)
     reads: list[Read] = []

@@ -95,7 +95,7 @@ def main() -> None:
 
 
 def _plain_files(files: Path) -> list[Path]:
-    """Return a plain file of events, of the input itself or beside it."""
+    """Return a plain file of events, of the input itself or alongside it."""
     return [*([files] if files.suffix == ".json" else []), *sorted(files.parent.glob("*.json"))]
 
 

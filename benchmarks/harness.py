@@ -273,7 +273,7 @@ def measured(
     *,
     name: str,
     server_pid: int | None = None,
-    beside: Sequence[int] = (),
+    alongside: Sequence[int] = (),
 ) -> Iterator[Measured]:
     """Start ``command``, sample it until the way out, and end its whole tree there.
 
@@ -282,8 +282,8 @@ def measured(
         environment: Its whole environment.
         logs: Folder that gets ``NAME.out`` and ``NAME.err``.
         name: Names the run in files and errors.
-        server_pid: The store's process, measured beside.
-        beside: Processes that serve it or watch it: their work is not others'.
+        server_pid: The store's process, measured alongside.
+        alongside: Processes that serve it or watch it: their work is not others'.
     """
     stdout, stderr = logs / f"{name}.out", logs / f"{name}.err"
     load_average = os.getloadavg()[0]
@@ -292,7 +292,7 @@ def measured(
     with watched(command, environment, stdout, stderr) as process:
         found = Measured(
             *(name, process, stdout, stderr, Usage(), Usage(), load_average, Usage()),
-            *(server, [psutil.Process(pid) for pid in beside]),
+            *(server, [psutil.Process(pid) for pid in alongside]),
         )
 
         def sample() -> None:
@@ -325,7 +325,7 @@ def run_watched(
         logs: Folder that gets ``NAME.out`` and ``NAME.err``.
         name: Names the run in files and errors.
         timeout_seconds: After this the run is ended and is an error.
-        server_pid: The store's process, measured beside.
+        server_pid: The store's process, measured alongside.
 
     Raises:
         BenchmarkError: It exited with another code than 0, or took too long.
@@ -423,7 +423,7 @@ def embedded_store(folder: Path) -> Iterator[Store]:
     program = Path(sys.executable).with_name("secantusd-rs")
     if not program.exists():
         raise BenchmarkError(
-            f"There is no secantusd-rs beside {sys.executable}. "
+            f"There is no secantusd-rs alongside {sys.executable}. "
             "Way out: install the extra `embedded`, or pass --uri with a MongoDB."
         )
     with tempfile.TemporaryDirectory(prefix="store-", dir=folder) as home:
@@ -476,7 +476,7 @@ def store_folder(asked: Path | None, needed_bytes: int) -> tuple[Path, list[str]
         needed_bytes: Room that the benchmark may take.
 
     Returns:
-        The folder, and warnings that belong beside the results.
+        The folder, and warnings that belong alongside the results.
     """
     if asked:
         return asked, []

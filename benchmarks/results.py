@@ -33,7 +33,7 @@ class Run:
         round: Which time around, from 1.
         seconds: Wall seconds of the whole process.
         phases: Seconds by phase, as the contender tells them; empty where it does not.
-        counts: The numbers it told beside.
+        counts: The numbers it told alongside.
         cpu_seconds: CPU time of its process tree.
         peak_mb: Peak RSS of its process tree, MiB.
         peak_java_mb: Peak RSS of the JVMs in it, MiB.

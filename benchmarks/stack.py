@@ -76,7 +76,7 @@ class Stack:
         return AdminClient({"bootstrap.servers": str(self.settings.kafka_bootstrap_servers), "log_level": 0})
 
     def is_equal(self) -> bool:
-        """Tell whether table and collection are equal, once what is in flight has had half a minute."""
+        """Return whether table and collection are equal, once what is in flight has had half a minute."""
         from ghsync_dagster.cdc.health.audit import Patience, audit
         from ghsync_dagster.stores.mysql import MySqlStore
         from ghsync_dagster.wiring import store_opener

@@ -39,7 +39,7 @@ def ensure_folder(folder: Path, variable: str, *, needed: int = ROOM) -> None:
     except OSError as error:
         raise ConfigError(
             f"Nothing can be written to {folder} ({error.strerror or error}).",
-            way_out=f"Free or mend it, or set {variable} to a folder on a disk that can be written to.",
+            way_out=f"Free or fix it, or set {variable} to a folder on a disk that can be written to.",
         ) from None
     if free < needed:
         raise ConfigError(

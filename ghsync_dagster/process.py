@@ -21,7 +21,7 @@ def identity(pid: int) -> str:
 
 
 def is_gone(process: str) -> bool:
-    """Tell whether a process, by its ``identity``, was of this machine and is gone."""
+    """Return whether a process, by its ``identity``, was of this machine and is gone."""
     machine, _, rest = process.partition("|")
     pid, _, started = rest.partition("|")
     if machine != _machine() or not pid.isdigit():

@@ -26,7 +26,7 @@ _LONGEST_OF_A_STREAM_SECONDS: Final = 5.0
 
 
 def is_transient(error: Exception) -> bool:
-    """Tell whether an error of ours is worth another try."""
+    """Return whether an error of ours is worth another try."""
     # Who waited for a lease in vain has waited as long as the settings say.
     return isinstance(error, TransientError) and not isinstance(error, LeaseHeldError)
 

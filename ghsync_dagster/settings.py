@@ -607,7 +607,7 @@ def _refuse_unknown_names() -> None:
             near = [usual] if (usual := _usually(name, in_file=name in in_file)) else []
             if not near and name.startswith(_SHARED):
                 near = get_close_matches(name, known, n=1, cutoff=_NEAR)
-            # Beside the setting itself it is somebody else's.
+            # Alongside the setting itself it is somebody else's.
             if not near or given & {plain := near[0].removesuffix("_FILE"), f"{plain}_FILE"}:
                 continue
         where = str(file.resolve()) if name in in_file else "the environment"

@@ -84,7 +84,7 @@ def killed_when_frozen(seconds: float = FROZEN_SECONDS) -> Iterator[None]:
 
 
 def is_unread(stream: IO[str]) -> bool:
-    """Tell whether the stream leads into a pipe that nobody reads any more, as that of ``ghsync status | head -1``."""
+    """Return whether the stream leads into a pipe that nobody reads any more, as of ``ghsync status | head -1``."""
     with suppress(OSError, ValueError):
         poll = select.poll()
         # That the reader is gone is told unasked.

@@ -169,12 +169,12 @@ def _required(found: str | None, server: str, variable: str) -> str:
 
 
 def has_kafka(settings: Settings) -> bool:
-    """Tell whether brokers are named, or a local one was ever started here."""
+    """Return whether brokers are named, or a local one was ever started here."""
     return bool(settings.kafka_bootstrap_servers) or endpoints.was_set_up(settings, "kafka")
 
 
 def has_mysql(settings: Settings) -> bool:
-    """Tell whether a server is named, or a local one was ever started here."""
+    """Return whether a server is named, or a local one was ever started here."""
     return bool(settings.mysql_url) or endpoints.was_set_up(settings, "mysql")
 
 
@@ -231,7 +231,7 @@ def close_statements(settings: Settings, began: datetime) -> None:
 
 
 def connector_probe(settings: Settings) -> ConnectorProbe | None:
-    """Return what asks for the connector, and MySQL beside it; nothing is started.
+    """Return what asks for the connector, and MySQL alongside it; nothing is started.
 
     The worker is the one of CONNECT_URL, else the local one. None where neither is known: no local one was ever
     started here, or it is down and the brokers are not this machine's.

@@ -224,7 +224,7 @@ def local_stack(server_settings: Settings) -> Settings:
 
 @pytest.fixture(scope="session")
 def mysql_stack(server_settings: Settings) -> Iterator[Settings]:
-    """The same with a real MySQL, beside the same MongoDB; skips where no MySQL can be had."""
+    """The same with a real MySQL, alongside the same MongoDB; skips where no MySQL can be had."""
     try:
         mysqld = real_mysql(server_settings)
     except NotToBeHadError as error:

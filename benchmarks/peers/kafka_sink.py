@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 NAME = "mongo-sink"
 DEAD = "Task is being killed"
-"""What the worker logs when the connector has failed for good; the worker itself goes on."""
+"""What the worker logs when the connector has failed permanently; the worker itself goes on."""
 JSON = "org.apache.kafka.connect.json.JsonConverter"
 SINK = "com.mongodb.kafka.connect.MongoSinkConnector"
 # What the connector gets in one batch: of 500, Kafka's default, 2,000 and 5,000 the fastest.

@@ -187,7 +187,7 @@ def _task_file(target: Path, number: int) -> Path:
 
 
 class _Done:
-    """How far a task is, in a file beside what it reads: a large file is one task, which ends late."""
+    """How far a task is, in a file alongside what it reads: a large file is one task, which ends late."""
 
     def __init__(self, target: Path, number: int) -> None:
         self._path = _done_file(target, number)

@@ -86,7 +86,7 @@ def look_at(state: FileState) -> InputFile | None:
 
 
 def names_actors(file: InputFile) -> bool:
-    """Tell whether the head of a file has the key ``actor``, as each event has."""
+    """Return whether the head of a file has the key ``actor``, as each event has."""
     head = head_of(file.path, _LONG_HEAD)
     # What ends early is told when the file is read.
     text, _ = _text_of(head, file.packing, is_whole=False)

@@ -74,7 +74,7 @@ _decode_parts: Final = msgspec.json.Decoder(_Parts).decode
 
 
 def has_lines(path: str, packing: str | None, text: bytes, *, is_whole: bool = False) -> bool:
-    """Tell whether a file holds an event a line; else it holds a JSON array, or objects one after the other.
+    """Return whether a file holds an event a line; else it holds a JSON array, or objects one after the other.
 
     Args:
         path: The file, for the error.
@@ -220,7 +220,7 @@ def _begins_array(first: bytes, second: bytes) -> bool:
 
 
 def _spans_lines(text: bytes, second: bytes, *, is_whole: bool) -> bool:
-    """Tell whether the first JSON object of a text goes on over its line end, and may go on over the end of a head."""
+    """Return whether a text's first JSON object goes on over its line end, and may go on over the end of a head."""
     if (_KEY.match(second) or _OPENED.match(text)) and not _is_json(second):
         return True
     content = text.decode("utf-8", "replace")

@@ -195,7 +195,7 @@ def _renew(held: HeldLease, stop: threading.Event) -> None:
 
 
 def _is_dead(lease: Lease) -> bool:
-    """Tell whether the holder was a process of this very machine that is gone, and its writer with it."""
+    """Return whether the holder was a process of this very machine that is gone, and its writer with it."""
     return is_gone(lease.holder) and (lease.writer is None or is_gone(lease.writer))
 
 

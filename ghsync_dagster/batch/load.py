@@ -192,14 +192,14 @@ class _Load:
             )
 
     def _insert(self, path: Path, rows: int) -> None:
-        """Insert new users by Spark, and their version entries beside it."""
+        """Insert new users by Spark, and their version entries alongside it."""
         if rows == 0:
             return
         self._name_writer()
         # Both have ended when this returns or raises, also on Ctrl-C: nothing is written after the lease is given back.
-        with ThreadPoolExecutor(max_workers=2, thread_name_prefix="insert") as beside:
+        with ThreadPoolExecutor(max_workers=2, thread_name_prefix="insert") as alongside:
             commands = {LoadStep.WRITE_DOCUMENT: self._append, LoadStep.WRITE_VERSION: self._write_versions}
-            tasks = [beside.submit(commands[step], path) for step in LEFT_TO_SPARK]
+            tasks = [alongside.submit(commands[step], path) for step in LEFT_TO_SPARK]
             try:
                 self._await(*tasks)
             except BaseException:

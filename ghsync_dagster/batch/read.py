@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 _MIB: Final = 1 << 20
 _COST: Final = {None: 1, "gzip": 6, "zstd": 7, "bzip2": 10}
-"""What a byte on disk costs to read, beside a plain one: it unpacks to about as many of JSON lines."""
+"""What a byte on disk costs to read, alongside a plain one: it unpacks to about as many of JSON lines."""
 _FILE_COST: Final = 1 << 14
 """What opening a file costs, in plain bytes."""
 _TASKS_A_CORE: Final = 4
@@ -97,7 +97,7 @@ def read_events(
         with telling("scanning files", lambda: {"files": found.looked}, every=_PROGRESS_SECONDS):
             files = found.look()
     finally:
-        # Told beside a refusal too.
+        # Told alongside a refusal too.
         left_out = found.report()
         for entry in left_out:
             log.warning("files left out", reason=entry.reason, files=entry.files, names=entry.names)

@@ -12,7 +12,7 @@ from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.domain.user import BUILT_IN_RULES, Rule
 
 _TAKEN: Final = frozenset({"users", "distinct", "repeated"})
-"""Names of counts that stand beside those of the rules."""
+"""Names of counts that stand alongside those of the rules."""
 
 
 def load_rules(module_name: str | None) -> tuple[Rule, ...]:

@@ -352,7 +352,7 @@ class _Search:
         self._leave_out(reason, path)
 
     def _is_own(self, real: str) -> bool:
-        """Tell whether something is ghsync's own state, and leave that out, as one folder."""
+        """Return whether something is ghsync's own state, and leave that out, as one folder."""
         for folder in self._own:
             if _is_in(real, (folder,)):
                 self._leave_out(_OWN, f"{folder}/")
@@ -419,7 +419,7 @@ def _below(tails: _Tails, name: str) -> _Tails:
 
 
 def _set_aside(specs: Sequence[str]) -> dict[str, str]:
-    """Return the paths in folders such as ``_temporary`` beside which other paths lie, each with that folder.
+    """Return the paths in folders such as ``_temporary`` alongside which other paths lie, each with that folder.
 
     So a list agrees with the folder that it is a list of: it has all of that folder that would be read. A choice from
     a folder is meant as it is, and so is a path by itself, or a glob. A dot folder is not judged: people keep events in
@@ -448,7 +448,7 @@ def _set_aside(specs: Sequence[str]) -> dict[str, str]:
 
 
 def _is_listed(folder: str, inside: Mapping[str, int]) -> bool:
-    """Tell whether paths lie in each folder, and are each file, that a search of a folder would take."""
+    """Return whether paths lie in each folder, and are each file, that a search of a folder would take."""
     try:
         with os.scandir(folder or "/") as listing:
             return all(
@@ -472,7 +472,7 @@ def _reason(name: str) -> str | None:
 
 
 def _is_hidden(name: str) -> bool:
-    """Tell whether Spark takes a name for no data: ``_name=value`` is a partition."""
+    """Return whether Spark takes a name for no data: ``_name=value`` is a partition."""
     return name.startswith(".") or (name.startswith("_") and "=" not in name)
 
 

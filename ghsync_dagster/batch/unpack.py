@@ -67,9 +67,9 @@ _TOKEN: Final = re.compile(
 )
 _LISTED: Final = re.compile(r"[ \t\r\n]*[,\]]")
 _GOES_ON: Final = re.compile(r"[ \t\r]*(?:[\]}]|,[ \t\r,]*[^ \t\r,{])")
-"""What follows an object inside another one, but no object beside others on a line."""
+"""What follows an object inside another one, but no object alongside others on a line."""
 _NESTED: Final = re.compile(r"(?:[:\[]|(?:^|[^}\] \t\r,])[ \t\r]*,)[ \t\r,]*\Z")
-"""What stands before an object inside another one; beside others the end of one does."""
+"""What stands before an object inside another one; alongside others the end of one does."""
 _NEAR: Final = 100
 """How many characters before a place are looked at for what stands there."""
 _BROKEN: Final = -1
@@ -95,7 +95,7 @@ def packing_of(head: bytes) -> str | None:
 
 
 def is_utf16(head: bytes) -> bool:
-    """Tell whether text says by its byte order mark that it is UTF-16."""
+    """Return whether text says by its byte order mark that it is UTF-16."""
     return head.startswith(_UTF16_MARKS) and not head.startswith(_UTF32_MARKS)
 
 
@@ -312,7 +312,7 @@ def events_within(value: bytes, *, is_line: bool = False) -> int:
 
 
 def goes_on(text: str, error: JSONDecodeError) -> bool:
-    """Tell whether a text that is no JSON may be some with more text: it is good as far as it goes."""
+    """Return whether a text that is no JSON may be some with more text: it is good as far as it goes."""
     return error.msg.startswith("Unterminated") or _CUT_SHORT.match(text, error.pos) is not None
 
 
@@ -330,7 +330,7 @@ class _Values:
     """Where the values of a text end. Whatever is in it, the work grows with its length only.
 
     Attributes:
-        steps: How many tokens and objects have been looked at, beside what is good JSON at the first look.
+        steps: How many tokens and objects have been looked at, alongside what is good JSON at the first look.
     """
 
     def __init__(self, text: str, *, is_last: bool, is_line: bool) -> None:
@@ -446,13 +446,13 @@ class _Values:
         return known
 
     def _is_event(self, at: int) -> bool:
-        """Tell whether an object is a whole event."""
+        """Return whether an object is a whole event."""
         if at not in self._ends:
             self._walk(at)
         return at in self._events
 
     def _has_others(self, at: int, indent: int, end: int) -> bool:
-        """Tell whether a value holds a whole event at the place of a value: it has the end of another one, or none."""
+        """Return whether a value holds a whole event where a value stands: it has the end of another one, or none."""
         text, limit = self._text, end if end >= 0 else len(self._text)
         if _starts(indent).search(text, at, limit) is None:
             return False
@@ -466,7 +466,7 @@ class _Values:
         return not self._lists_events(at, indent)
 
     def _lists_events(self, at: int, indent: int) -> bool:
-        """Tell whether an object with events in it, which is none itself, lists them: it is no broken one."""
+        """Return whether an object with events in it, which is none itself, lists them: it is no broken one."""
         text = self._text
         if not at < self._first_event:
             places = _starts(indent, anywhere=True).finditer(text, at)
@@ -511,7 +511,7 @@ class _Values:
         return None
 
     def _end_within(self, start: int) -> int:
-        """Return where an object of a line, and those that follow it, end inside another value; 0 if beside it."""
+        """Return where an object of a line, and those that follow it, end inside another value; 0 if alongside it."""
         text, end, has_commas = self._text, self._json_end(start), False
         is_nested = _NESTED.search(text[max(0, start - _NEAR) : start]) is not None
         if end < 0:

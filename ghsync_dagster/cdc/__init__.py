@@ -1,1 +1,1 @@
-"""The flow of changes: a stream that applies them, dead letters beside it, and health, which watches and repairs."""
+"""The flow of changes: a stream that applies them, dead letters alongside it, and health, which watches and repairs."""

@@ -43,7 +43,7 @@ def _setting(name: str) -> Any:  # noqa: ANN401  as pydantic's Field
 
 
 def _is_secret(value: object) -> bool:
-    """Tell whether a setting's value is a secret or holds one, as a URL or an option of Java may."""
+    """Return whether a setting's value is a secret or holds one, as a URL or an option of Java may."""
     return isinstance(value, SecretStr) or (
         isinstance(value, str) and (redact(value) != value or _SECRET.search(value) is not None)
     )

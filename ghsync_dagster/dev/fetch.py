@@ -3,7 +3,7 @@
 Belongs here: which hours an argument names, the download, its resumption and its verification. Not here: reading
 events from the files.
 
-Beside ``HOUR.json.gz`` a download under way keeps two hidden files: ``.part``, what has come so far, and ``.etag``,
+Alongside ``HOUR.json.gz`` a download under way keeps two hidden files: ``.part``, what has come so far, and ``.etag``,
 the server's validator of exactly these bytes. Only with both is a download resumed.
 """
 
@@ -356,7 +356,7 @@ def _is_transient(status: int) -> bool:
 
 
 def _retry_wait(error: Exception) -> bool | float:
-    """Tell whether to try again, and after how many seconds where the server says it."""
+    """Return whether to try again, and after how many seconds where the server says it."""
     import httpx
 
     if isinstance(error, httpx.HTTPStatusError):

@@ -3,7 +3,7 @@
 Belongs here: which changes are made (`plan`, pure and seeded), and the schedule by which they are sent. Not here: who
 reads them at the other end.
 
-A run takes a range of keys of its own, and so knows its rows without reading any: it works beside others, on a table
+A run takes a range of keys of its own, and so knows its rows without reading any: it works alongside others, on a table
 with rows, and never meets a key that it did not make.
 """
 

@@ -86,7 +86,7 @@ class GtidSet:
         return cls({}, {}) if domains and intervals else cls(intervals, domains)
 
     def contains(self, gtid: str | None) -> bool | None:
-        """Tell whether a transaction is in the set; None where either text can't be read, or they are of two kinds.
+        """Return whether a transaction is in the set; None where either text can't be read, or they are of two kinds.
 
         Args:
             gtid: The transaction, as Debezium's `source.gtid` tells it.

@@ -352,7 +352,7 @@ class ChangeDecoder:
         self._stop = -1 if head else None
 
     def is_keyless(self, key: bytes | None) -> bool:
-        """Tell whether a record's key is absent, in any form that says so."""
+        """Return whether a record's key is absent, in any form that says so."""
         try:
             return self._key_user_id(key) is None
         except UndecodableError:
@@ -652,7 +652,7 @@ def _unreadable(raw: bytes, what: str, error: Exception) -> UndecodableError:
 
 
 def _has_lone_surrogate(text: str) -> bool:
-    """Tell whether the text is JSON but for lone surrogates, which Python's own reader lets pass."""
+    """Return whether the text is JSON but for lone surrogates, which Python's own reader lets pass."""
     try:
         found = json.dumps(json.loads(text, parse_int=str), ensure_ascii=False)
     except (ValueError, RecursionError):

@@ -206,7 +206,7 @@ def _replaced(plane: bytes, found: re.Match[bytes]) -> bytes:
 
 
 def _keys_are_unique(line: bytes, event: Event) -> bool:
-    """Tell whether it is plain from the bytes that no used key came twice; False means: look closer.
+    """Return whether it is plain from the bytes that no used key came twice; False means: look closer.
 
     An object that reads the same after decoding its members and encoding them again has lost none.
     """

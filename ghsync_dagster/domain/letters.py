@@ -83,7 +83,7 @@ class Mark(NamedTuple):
     timestamp_ms: int | None
 
     def is_after(self, letter: Letter) -> bool:
-        """Tell whether it came after a letter of its partition.
+        """Return whether it came after a letter of its partition.
 
         Of a topic that was recreated, or copied from another one, offsets alone do not tell.
         """

@@ -68,7 +68,7 @@ class RepairStep(Enum):
 
 
 READING_STEPS = (RepairStep.CLAIM, RepairStep.NOTE, RepairStep.READ_SOURCE)
-"""What is done beside the stream."""
+"""What is done alongside the stream."""
 
 WRITING_STEPS = (RepairStep.READ_STORED, RepairStep.RECORD_FENCE, RepairStep.WRITE, RepairStep.RECORD_OUTCOME)
 """What is done by the writer, between two batches."""

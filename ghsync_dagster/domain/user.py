@@ -104,7 +104,7 @@ class Rule:
             ) from error
 
     def is_broken_by(self, value: str | None) -> bool:
-        """Tell whether a value of the rule's field breaks it."""
+        """Return whether a value of the rule's field breaks it."""
         return self.breaker()(value)
 
     def broken_sql(self) -> str | None:

@@ -78,7 +78,7 @@ def make_archive(settings: Settings) -> bool:
 def remove_leftovers(archive: Path) -> None:
     """Remove archives that nobody will use.
 
-    Those are the unfinished ones of dead processes, those of a Spark that is gone or that no file beside them names,
+    Those are the unfinished ones of dead processes, those of a Spark that is gone or that no file alongside them names,
     as earlier builds wrote none, and, once ``archive`` is there, those of earlier jars at its place. One in use stays.
     """
     folder, place = archive.parent, _place(archive)

@@ -159,7 +159,7 @@ def _make_class_archive(runtime: Path) -> None:
 
 
 def keeps_own_archive(java: Java) -> bool:
-    """Tell whether this Java writes and renews its archive of loaded classes by itself."""
+    """Return whether this Java writes and renews its archive of loaded classes by itself."""
     return java.version >= _AUTO_ARCHIVE_FROM
 
 

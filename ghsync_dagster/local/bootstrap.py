@@ -69,7 +69,7 @@ class SetupError(Exception):
 
 
 class Stamps:
-    """What has been installed: the hash of each lock file, kept beside what it led to.
+    """What has been installed: the hash of each lock file, kept alongside what it led to.
 
     All stamps are void once the project was moved or the Python below it changed.
 
@@ -289,7 +289,7 @@ def stamps_of_venv() -> Stamps:
 
 
 def usable_venv(folder: Path) -> bool:
-    """Tell whether ``folder`` is a virtual environment of the running Python's very version."""
+    """Return whether ``folder`` is a virtual environment of the running Python's very version."""
     try:
         lines = (folder / "pyvenv.cfg").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -455,13 +455,13 @@ def set_up(dev: bool, *, java: bool, archive: bool) -> None:
 
 
 def packages_pending(locks: Sequence[str]) -> bool:
-    """Tell whether the virtual environment lacks anything."""
+    """Return whether the virtual environment lacks anything."""
     there = usable_venv(ROOT / ".venv") and (ROOT / ".venv/bin/ghsync").exists()
     return not there or bool(stamps_of_venv().pending(*locks, PROJECT_FILE))
 
 
 def replaces_packages(locks: Sequence[str]) -> bool:
-    """Tell whether what is pending may replace what a class archive is made of: the development packages never do."""
+    """Return whether what is pending may replace what a class archive is made of: the development packages never do."""
     return packages_pending([lock for lock in locks if lock != DEV_LOCK])
 
 

@@ -116,7 +116,7 @@ def down(settings: Settings, progress: Callable[[str], None]) -> ServiceStatus:
 
 
 def was_set_up(settings: Settings) -> bool:
-    """Tell whether a worker is named, or a local one was ever started here."""
+    """Return whether a worker is named, or a local one was ever started here."""
     return bool(settings.connect_url) or _supervisor(settings).was_set_up()
 
 
@@ -227,7 +227,7 @@ def close_statements(settings: Settings, began: datetime) -> None:
 
 
 def _is_log_of_worker(settings: Settings) -> bool:
-    """Tell whether there is a log here, and it is that of the worker in use."""
+    """Return whether there is a log here, and it is that of the worker in use."""
     named = settings.connect_url
     return _log(settings).exists() and (not named or named.rstrip("/") == status_of_worker(settings).uri)
 

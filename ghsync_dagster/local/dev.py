@@ -111,7 +111,7 @@ def _claim(lock: Path, port: int) -> None:
         os.close(file)
         raise ConfigError(
             f"A Dagster UI with daemon runs already on {lock.parent}: {told}.",
-            way_out="Use that one or end it; for a second one beside it set GHSYNC_HOME to another folder.",
+            way_out="Use that one or end it; for a second one alongside it set GHSYNC_HOME to another folder.",
         ) from None
     os.ftruncate(file, 0)
     os.write(file, f"process {os.getpid()}, http://{HOST}:{port}".encode())

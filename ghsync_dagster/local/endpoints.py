@@ -37,7 +37,7 @@ def started_mongo(settings: Settings) -> str:
 
 
 def was_set_up(settings: Settings, service: str) -> bool:
-    """Tell whether a local server was ever started here."""
+    """Return whether a local server was ever started here."""
     from ghsync_dagster.local import connect, kafka, mysql
 
     tells = {"mysql": mysql.was_set_up, "kafka": kafka.was_set_up, "connect": connect.was_set_up}

@@ -95,7 +95,7 @@ def down(settings: Settings, progress: Callable[[str], None]) -> ServiceStatus:
 
 
 def was_set_up(settings: Settings) -> bool:
-    """Tell whether a broker is named, or a local one was ever started here."""
+    """Return whether a broker is named, or a local one was ever started here."""
     return bool(settings.kafka_bootstrap_servers) or _supervisor(settings).was_set_up()
 
 
@@ -263,7 +263,7 @@ def _uri(port: int) -> str:
 
 
 def _serves(bootstrap: str, seconds: float) -> bool:
-    """Tell whether a broker without security gives its list of topics."""
+    """Return whether a broker without security gives its list of topics."""
     from confluent_kafka import KafkaException
 
     try:
@@ -313,7 +313,7 @@ def _external(bootstrap: str) -> ServiceStatus:
 
 
 def _listens(address: str) -> bool:
-    """Tell whether somebody listens at ``host:port``; whether the credentials are taken, the flows find out."""
+    """Return whether somebody listens at ``host:port``; whether the credentials are taken, the flows find out."""
     host, _, port = address.strip().rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=_PING_SECONDS):

@@ -154,7 +154,7 @@ def _external(uri: str) -> ServiceStatus:
 
 
 def _answers(uri: str, seconds: float) -> bool:
-    """Tell whether a MongoDB serves at ``uri``; one that refuses the credentials serves too."""
+    """Return whether a MongoDB serves at ``uri``; one that refuses the credentials serves too."""
     from pymongo import MongoClient
     from pymongo.errors import ConfigurationError, InvalidURI, OperationFailure, PyMongoError
 

@@ -121,7 +121,7 @@ def down(settings: Settings, progress: Callable[[str], None]) -> ServiceStatus:
 
 
 def was_set_up(settings: Settings) -> bool:
-    """Tell whether a server is named, or a local one was ever started here."""
+    """Return whether a server is named, or a local one was ever started here."""
     return bool(settings.mysql_url) or _supervisor(settings).was_set_up()
 
 
@@ -370,7 +370,7 @@ def _connected(address: MySqlAddress, seconds: float) -> Iterator[Connection[Cur
 
 
 def _logs_in(address: MySqlAddress, seconds: float) -> bool | None:
-    """Tell whether a server takes the credentials; None where none serves.
+    """Return whether a server takes the credentials; None where none serves.
 
     Raises:
         RefusedError: Something serves there, but not by the TLS that the address asks for.

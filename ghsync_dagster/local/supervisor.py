@@ -221,7 +221,7 @@ class Supervisor:
         return self._status(record, "up" if up else "failed", process.pid)
 
     def was_set_up(self) -> bool:
-        """Tell whether a server was ever started here, also where its state file can't be read or is a copy's."""
+        """Return whether a server was ever started here, also where its state file can't be read or is a copy's."""
         return self._state_file.exists() or (self._folder / "data").exists()
 
     @property
@@ -265,7 +265,7 @@ class Supervisor:
         return record if self._is_here(record) or not _still_stands(record, self._find(record)) else None
 
     def _is_here(self, record: Record) -> bool:
-        """Tell whether a record was written in this very folder."""
+        """Return whether a record was written in this very folder."""
         return record.folder in (None, _named(self._folder))
 
     def _write(self, record: Record) -> None:
@@ -304,7 +304,7 @@ class Supervisor:
         )
 
     def _ready(self, process: psutil.Process, record: Record) -> bool:
-        """Tell whether this very process listens on the port and serves."""
+        """Return whether this very process listens on the port and serves."""
         return _listens(process, record.port) and self._answers(record.port, _PING_SECONDS)
 
     def _adopt(self, record: Record, process: psutil.Process) -> ServiceStatus:
@@ -459,7 +459,7 @@ def _named(folder: Path) -> str:
 
 
 def _still_stands(record: Record, process: psutil.Process | None) -> bool:
-    """Tell whether the folder that a record was written in is there: above its data, or where its server works.
+    """Return whether the folder that a record was written in is there: above its data, or where its server works.
 
     One that may not be looked at counts as there, since it is another user's.
     """
@@ -495,7 +495,7 @@ def _await_end(process: psutil.Process, seconds: float) -> bool:
 
 
 def _is_server(process: psutil.Process, record: Record) -> bool:
-    """Tell whether a process lives and was started with the record's data folder and port."""
+    """Return whether a process lives and was started with the record's data folder and port."""
     try:
         arguments = process.cmdline()
         return _stands_in(record.data, arguments) and _stands_in(str(record.port), arguments) and _alive(process)

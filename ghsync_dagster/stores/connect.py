@@ -118,7 +118,7 @@ class ConnectWorker:
         self._client.close()
 
     def serves(self) -> bool:
-        """Tell whether a worker serves: it has read its topics and joined its group, as far as its version tells."""
+        """Return whether a worker serves: it has read its topics and joined its group, as far as its version tells."""
         try:
             health = self._client.get("/health")
             # Workers before Kafka 3.9 have no such path.
@@ -165,7 +165,7 @@ class ConnectWorker:
         return None if found is None else {name: value for name, value in found.items() if value is not None}
 
     def sends_heartbeats(self) -> bool:
-        """Tell whether the connector's offset moves with the binlog, also while the table itself does not change.
+        """Return whether the connector's offset moves with the binlog, also while the table itself does not change.
 
         Raises:
             UnavailableError: The worker does not answer, or refuses to.
@@ -192,7 +192,7 @@ class ConnectWorker:
         )
 
     def has_offset(self) -> bool | None:
-        """Tell whether the connector has a committed offset; None where the worker knows no such question.
+        """Return whether the connector has a committed offset; None where the worker knows no such question.
 
         Raises:
             UnavailableError: The worker does not answer, or refuses to.

@@ -187,7 +187,7 @@ def _first_line(text: str) -> str:
 
 
 def is_key(key: str) -> bool:
-    """Tell whether a ``user_id`` is one that MySQL can hold, written as this module writes it.
+    """Return whether a ``user_id`` is one that MySQL can hold, written as this module writes it.
 
     >>> [is_key(key) for key in ("42", "-7", "007", "-0", "9223372036854775808", "octo")]
     [True, True, False, False, False, False]
@@ -196,7 +196,7 @@ def is_key(key: str) -> bool:
 
 
 def _is_integer(key: str) -> bool:
-    """Tell whether a ``user_id`` is written as the server writes an integer of 64 bits, with or without a sign."""
+    """Return whether a ``user_id`` is written as the server writes an integer of 64 bits, with or without a sign."""
     return _CANONICAL.fullmatch(key) is not None and KEY_MIN <= int(key) <= 2 * KEY_MAX + 1
 
 

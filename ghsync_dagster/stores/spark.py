@@ -60,7 +60,7 @@ _CANCEL_SECONDS: Final = 10.0
 _CONNECTOR: Final = "mongodb"
 _BATCH_SIZE: Final = "5000"
 _OF_SECONDARIES: Final = ("readpreferencetags", "maxstalenessseconds")
-"""Options of a URI that the Java driver refuses beside the read preference "primary"."""
+"""Options of a URI that the Java driver refuses alongside the read preference "primary"."""
 _OF_WRITES: Final = ("w", "journal", "wtimeoutms")
 """Options of a URI that would weaken the write concern, or give up on it."""
 _AWAY: Final = re.compile(

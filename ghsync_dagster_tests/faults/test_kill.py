@@ -105,7 +105,7 @@ def prepare(artifacts: Artifacts, rows: Sequence[Row]) -> None:
 
 @dataclass
 class World:
-    """A database that one real load and the stream have written, and a second load's users beside it."""
+    """A database that one real load and the stream have written, and a second load's users alongside it."""
 
     flow: BatchFlow
     uri: str

@@ -38,7 +38,7 @@ def test_the_watch_sees_every_probe_once(server_settings: Settings, mongo_uri: s
         store.ensure_collection()
         with Teller("watch", cdc_probes.MODULE, ["watch"], inherited_environment() | own, tmp_path) as watch:
             watch.wait(lambda: watch.ready, "watch", 60)
-            # Not in their order, as in an unordered bulk; a user beside that is no probe.
+            # Not in their order, as in an unordered bulk; a user alongside that is no probe.
             for number in (1, 0, 2, 5, 4, 3):
                 store.users.insert_one({**dict.fromkeys(USER_FIELDS), "user_id": str(FIRST_KEY + number)})
                 commits.append({"first": number, "records": 1, "at": now_ms()})

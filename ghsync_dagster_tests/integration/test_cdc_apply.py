@@ -1,4 +1,4 @@
-"""Applying segments to a real collection: exactly what the stream says, beside what loads left."""
+"""Applying segments to a real collection: exactly what the stream says, alongside what loads left."""
 
 from __future__ import annotations
 

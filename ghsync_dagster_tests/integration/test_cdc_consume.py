@@ -286,7 +286,7 @@ def test_a_drain_of_a_topic_that_was_made_anew_is_no_success(topic: Topic, parts
     assert (backlog.anew, backlog.waiting) == (1, records)
     found = kafka_lag(backlog, limit=10)
     assert not found.passed
-    assert "made anew" in found.summary
+    assert "recreated" in found.summary
     assert "snapshot" in found.way_out
 
 
@@ -311,7 +311,7 @@ def test_a_topic_that_was_deleted_and_made_anew_is_refused_wherever_the_group_is
     assert set(stored(store)) == {"1"}
     found = kafka_lag(read_backlog(again.kafka), 10, is_another=TopicGuard(again.kafka, store).is_another())
     assert not found.passed
-    assert "made anew" in found.summary
+    assert "recreated" in found.summary
     assert "snapshot" in found.way_out
     new_group = replace(again, kafka=replace(again.kafka, group_id=f"{again.kafka.group_id}-2"))
     parts.drain(new_group)

@@ -294,7 +294,9 @@ def test_a_database_whose_name_differs_in_case_only_is_refused(
     own = store.database.name
     with UserStore(mongo_uri, own.upper(), "Users") as other:
         for look in (other.check_collection, other.ensure_collection):
-            with pytest.raises(RefusedError, match=f"MongoDB has a database {own} and makes none beside it") as caught:
+            with pytest.raises(
+                RefusedError, match=f"MongoDB has a database {own} and makes none alongside it"
+            ) as caught:
                 look()
             assert f"MONGODB_DATABASE={own}," in caught.value.way_out
         # An account that may not list them goes on.

@@ -151,7 +151,7 @@ def test_where_the_brokers_allow_no_record_of_any_size_the_topic_takes_what_they
 def test_where_the_brokers_allow_no_topic_for_good_it_is_told_and_not_tried_for_ever(
     topic: Topic, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kafka_topics, "_KEPT", {"retention.ms": "for good"})
+    monkeypatch.setattr(kafka_topics, "_KEPT", {"retention.ms": "permanently"})
     topic.raw({"user_id": 1}, b"{")
     topic.flush()
     with pytest.raises(RefusedError, match=rf"Making {topic.kafka.dead_letter_topic}.*INVALID_CONFIG.*yourself"):

@@ -1,4 +1,4 @@
-"""Users are put right by asking the source, on a real broker, table and store, beside a stream that is behind."""
+"""Users are put right by asking the source, on a real broker, table and store, alongside a stream that is behind."""
 
 from __future__ import annotations
 

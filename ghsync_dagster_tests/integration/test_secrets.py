@@ -46,11 +46,11 @@ class Watched:
     command_lines: set[str] = field(default_factory=set)
 
     def shows(self, text: str) -> bool:
-        """Tell whether any of it holds ``text``."""
+        """Return whether any of it holds ``text``."""
         return any(text in seen for seen in (self.stdout, self.stderr, *self.command_lines))
 
     def starts_java(self) -> bool:
-        """Tell whether a JVM was in its process tree."""
+        """Return whether a JVM was in its process tree."""
         return any("java" in line for line in self.command_lines)
 
 

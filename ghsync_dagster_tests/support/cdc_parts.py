@@ -233,7 +233,7 @@ class Parts:
 
     @contextmanager
     def running(self, topic: Topic, **more: Any) -> Iterator[Running]:
-        """Run a consumer beside the test."""
+        """Run a consumer alongside the test."""
         metrics = ChangeMetrics()
         consumer = self.consumer(topic, listener=metrics, **more)
         reports: list[ConsumerReport] = []

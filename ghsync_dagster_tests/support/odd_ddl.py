@@ -1,7 +1,7 @@
 # ruff: noqa: E501
 """Odd but valid statements, by name: what a server's binlog may hold and a connector has to follow.
 
-Each list is executed as it stands, the table ``Users`` as documented before it, in a database ``new_data`` beside
+Each list is executed as it stands, the table ``Users`` as documented before it, in a database ``new_data`` alongside
 an empty ``other``. Belongs here: statements, and on which server they are valid. Not here: what is asked of the connector.
 """
 

@@ -218,7 +218,9 @@ KINDS = [
     Odd("a key twice that is long", b"{" + b'"%s":0,' % (b"k" * 300) * 2 + GOOD[1:], USED),
     Odd("payload twice", b'{"payload":[1],' + GOOD[1:], USED),
     Odd("an unused key of the repo twice", GOOD.replace(b'"name"', b'"x":1,"x":"2","name"'), USED),
-    Odd("an unused key twice beside a used one of another type", b'{"x":1,"x":1,"id":1,' + GOOD[1:], "key id stands"),
+    Odd(
+        "an unused key twice alongside a used one of another type", b'{"x":1,"x":1,"id":1,' + GOOD[1:], "key id stands"
+    ),
     Odd("actor id twice", actor_part(b'"id":9', b'"id":9,"id":9'), "key actor.id stands more than once"),
     Odd("login twice", actor_part(b'"login"', b'"login":"a","login"'), "key actor.login stands more than once"),
     Odd("login twice, spaced", actor_part(b'"login"', b' "login" : "a", "login"'), "key actor.login stands more than"),

@@ -26,7 +26,7 @@ def words(process: psutil.Process) -> list[str]:
 
 
 def is_java(process: psutil.Process) -> bool:
-    """Tell whether a process is at work and Java's."""
+    """Return whether a process is at work and Java's."""
     try:
         return bool(process.name() == "java")
     except psutil.NoSuchProcess:

@@ -185,13 +185,13 @@ def materialize_all(page: Page, ui: str) -> str:
 
 
 def is_launch(response: Response) -> bool:
-    """Tell whether a response answers the launch of a run."""
+    """Return whether a response answers the launch of a run."""
     asked = json.loads(response.request.post_data or "{}")
     return bool(asked.get("operationName") == "LaunchPipelineExecution")
 
 
 def await_end(page: Page, ui: str, run_id: str) -> None:
-    """Wait for a run's end beside an empty page: one that shows the run draws all the time, which takes a core."""
+    """Wait for a run's end alongside an empty page: one that shows the run draws all the time, which takes a core."""
     page.goto("about:blank")
     question = {"query": RUN_STATUS, "variables": {"run": run_id}}
     deadline = time.monotonic() + RUN_SECONDS

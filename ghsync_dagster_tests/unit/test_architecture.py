@@ -172,7 +172,7 @@ def imports_of(file: Path) -> set[str]:
 
 
 def may_be_in_domain(module: str) -> bool:
-    """Tell whether the domain may import a module."""
+    """Return whether the domain may import a module."""
     own = module == f"{PACKAGE}.domain" or module.startswith(f"{PACKAGE}.domain.")
     return own or module.partition(".")[0] in {"msgspec", *sys.stdlib_module_names}
 

@@ -199,7 +199,7 @@ def test_a_timeline_tells_the_steady_the_hand_over_and_the_kills_apart() -> None
     assert (standby.how, standby.taken_over, standby.next_applied, standby.noticed) == (STANDBY, 9.9, 10.0, 1.0)
     # From when the fourth was asked for, with those that were on their way then.
     assert standby.around.latency.count == (110_000 + AFTER_MS - 83_000 + LATENCY_MS) // 10 - 1
-    # The one beside took over: there was nothing to start.
+    # The one alongside took over: there was nothing to start.
     assert (standby.asked, standby.started) == (None, None)
     assert seen.resolution.max == 5
     assert [second.at for second in seen.seconds] == list(range(120))

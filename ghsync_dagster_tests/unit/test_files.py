@@ -340,20 +340,20 @@ def test_a_file_whose_name_looks_like_several_is_read(tmp_path: Path, name: str)
         ("gon*/*.json", "gone is a link to nothing", "Mount or correct"),
     ],
 )
-@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("alongside", [False, True])
 def test_a_path_without_events_is_one_clear_error(
-    tmp_path: Path, path: str, words: str, way_out: str, *, beside: bool
+    tmp_path: Path, path: str, words: str, way_out: str, *, alongside: bool
 ) -> None:
     (tmp_path / "no").mkdir()
     for name in ("others/EVENTS.JSN", "others/a.json.zip", "_a.json", "others/_g.json", "_t/x.jsn"):
         write(tmp_path / name, LINES)
     write(tmp_path / "zero.json", b"")
-    write(tmp_path / "beside" / "a.json", LINES)
+    write(tmp_path / "alongside" / "a.json", LINES)
     os.mkfifo(tmp_path / "pipe.json")
     (tmp_path / "dangling.json").symlink_to(tmp_path / "unmounted.json")
     (tmp_path / "gone").symlink_to(tmp_path / "unmounted")
-    specs = [str(tmp_path / path), *([f"{tmp_path}/beside"] if beside else [])]
-    if beside and "left out" in words:
+    specs = [str(tmp_path / path), *([f"{tmp_path}/alongside"] if alongside else [])]
+    if alongside and "left out" in words:
         assert find_files(specs).report()
         return
     with pytest.raises(InputError, match=words) as caught:
@@ -569,9 +569,9 @@ def test_a_file_that_is_named_in_a_hidden_folder_is_read(tmp_path: Path, names: 
 
 
 @pytest.mark.parametrize("names", [["_raw", "more"], ["_raw/a.json", "c.json"], ["_raw/**", "_raw/a.json", "more"]])
-@pytest.mark.parametrize("beside", ["not_named.json", "not_named/d.json"])
-def test_of_a_choice_from_a_folder_no_path_is_left_out(tmp_path: Path, names: list[str], beside: str) -> None:
-    for name in ("_raw/a.json", "more/b.json", "c.json", "README.md", beside):
+@pytest.mark.parametrize("alongside", ["not_named.json", "not_named/d.json"])
+def test_of_a_choice_from_a_folder_no_path_is_left_out(tmp_path: Path, names: list[str], alongside: str) -> None:
+    for name in ("_raw/a.json", "more/b.json", "c.json", "README.md", alongside):
         write(tmp_path / "d" / name, LINES)
     named = [f"{tmp_path}/d/{name}" for name in names]
     for specs in (named, named[::-1]):
@@ -641,10 +641,10 @@ def test_addresses_are_refused_with_the_way_to_get_the_files(address: str, way_o
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "data", "_x", "\udcff.txt"])
-@pytest.mark.parametrize("beside", [False, True])
-def test_a_pipe_of_another_name_is_left_out_and_never_opened(tmp_path: Path, name: str, *, beside: bool) -> None:
+@pytest.mark.parametrize("alongside", [False, True])
+def test_a_pipe_of_another_name_is_left_out_and_never_opened(tmp_path: Path, name: str, *, alongside: bool) -> None:
     os.mkfifo(tmp_path / name)
-    if beside:
+    if alongside:
         write(tmp_path / "a.json", LINES)
         assert found_in(tmp_path, str(tmp_path)) == ["a.json"]
     else:

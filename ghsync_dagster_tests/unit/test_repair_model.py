@@ -97,14 +97,14 @@ SCENARIOS = {
         requests=1,
         backlog=(Event(Row(1, there=True)),),
     ),
-    "a load beside": Scenario(WRONG, transactions=1, kinds=("u", "d"), loads=LOAD),
-    "a load beside, the row is gone": Scenario(
+    "a load alongside": Scenario(WRONG, transactions=1, kinds=("u", "d"), loads=LOAD),
+    "a load alongside, the row is gone": Scenario(
         WRONG, row=Row(0, there=False), transactions=1, kinds=("u",), loads=LOAD
     ),
-    "a load beside, a file's user": Scenario(
+    "a load alongside, a file's user": Scenario(
         FILES, row=Row(0, there=False), owned=False, transactions=1, kinds=("u", "d-"), loads=LOAD
     ),
-    "a load beside, nothing stored": Scenario(
+    "a load alongside, nothing stored": Scenario(
         row=Row(0, there=False), owned=False, transactions=1, kinds=("u", "d"), loads=LOAD
     ),
 }
@@ -213,7 +213,7 @@ MUTATIONS: dict[str, tuple[RepairProtocol, str]] = {
         RepairProtocol(disposition=lambda fence, _op, at: _of(at is not None and _pos(at) < _end(fence))),
         "records without a place",
     ),
-    "a record without a place is left out for good": (
+    "a record without a place is left out permanently": (
         RepairProtocol(disposition=lambda fence, _op, at: _of(at is None or _pos(at) < _end(fence))),
         "records without a place",
     ),
@@ -255,11 +255,11 @@ MUTATIONS: dict[str, tuple[RepairProtocol, str]] = {
     ),
     "a removed user is not recorded as deleted": (
         RepairProtocol(delete=(StreamStep.DROP_VERSION, StreamStep.REMOVE_DOCUMENT)),
-        "a load beside, the row is gone",
+        "a load alongside, the row is gone",
     ),
     "the version entry is not dropped again": (
         RepairProtocol(upsert=tuple(step for step in UPSERT_STEPS if step is not StreamStep.DROP_VERSION_AGAIN)),
-        "a load beside, nothing stored",
+        "a load alongside, nothing stored",
     ),
 }
 

@@ -96,7 +96,7 @@ BAD: dict[str, tuple[Source, dict[str, Effect]]] = {
     "no key": (replace(GOOD, keys={"login": ("login",)}), {"primary-key": Effect.STOPS}),
     "no case": (replace(GOOD, found_as="users"), {"table-case": Effect.STOPS}),
     "another engine": (replace(GOOD, engine="MyISAM"), {"engine": Effect.RISKS}),
-    "a risk beside": (
+    "a risk alongside": (
         replace(with_settings(binlog_format="MIXED"), cascades=("fk",), engine="Aria"),
         {"binlog-format": Effect.LOSES, "engine": Effect.RISKS, "cascades": Effect.RISKS},
     ),

@@ -373,10 +373,10 @@ def test_an_event_inside_a_broken_line_is_none_of_its_own(payload: str, cut: int
     values = [value for _, value in values_of([line], is_line=True)]
     assert not [value for value in values if isinstance(decide(value), Event)]
     assert sum(value.startswith(b"{") for value in values) == 1
-    # What stands beside it is one all the same.
-    beside = json.dumps(EVENT | {"id": "78"})
+    # What stands alongside it is one all the same.
+    alongside = json.dumps(EVENT | {"id": "78"})
     for glue in ("", " ", ",", "\r"):
-        values = [value for _, value in values_of([f"{broken}{glue}{beside}".encode()], is_line=True)]
+        values = [value for _, value in values_of([f"{broken}{glue}{alongside}".encode()], is_line=True)]
         assert [value.id for value in map(decide, values) if isinstance(value, Event)] == ["78"]
 
 

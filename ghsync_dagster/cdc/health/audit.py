@@ -191,7 +191,7 @@ class Patience:
 
 
 def matches(row: User | None, document: Document | None) -> bool:
-    """Tell whether a document is what a row says: equal text in all five fields, or neither is there."""
+    """Return whether a document is what a row says: equal text in all five fields, or neither is there."""
     if row is None or document is None:
         return row is None and document is None
     return all(document.get(name, _ABSENT) == row[name] for name in USER_FIELDS)
@@ -221,7 +221,7 @@ def differences(row: User, document: Document) -> dict[str, dict[str, str]]:
 
 
 def is_shifted(row: User, document: Document) -> bool:
-    """Tell whether values stand in each other's columns, as after a change of the table that was read too late.
+    """Return whether values stand in each other's columns, as after a change of the table that was read too late.
 
     At least two fields differ, and at least half of these hold what the row has in another column, a text among them.
     """

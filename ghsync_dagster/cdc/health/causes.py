@@ -25,7 +25,7 @@ _NO_PATTERN: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Circumstances:
-    """What the caller knows beside the audit; each may be left out.
+    """What the caller knows alongside the audit; each may be left out.
 
     Attributes:
         connector: Why the connector brings no changes, as a sentence; empty where it does, or nobody asked.

@@ -79,7 +79,7 @@ def kafka_lag(backlog: Backlog, limit: int, *, is_another: bool = False, placed:
     )
     lost = f"; {backlog.lost} were removed from the topic before they were applied" if backlog.lost else ""
     is_anew = is_another or backlog.anew > 0
-    anew = "; the topic was made anew, and the group's place is none of it" if is_anew else ""
+    anew = "; the topic was recreated, and the group's place is none of it" if is_anew else ""
     gone = f"; the group's place in {len(forgotten)} partitions is forgotten" if forgotten else ""
     is_gone = bool(backlog.lost or is_anew or forgotten)
     passed = backlog.waiting <= limit and not is_gone
@@ -203,7 +203,7 @@ def no_source(why: str, *, passed: bool) -> Finding:
 
 
 def loses_changes(source: Finding) -> bool:
-    """Tell whether changes can't come, or are lost, and not only at risk."""
+    """Return whether changes can't come, or are lost, and not only at risk."""
     lesser = (Effect.UNTOLD.value, Effect.RISKS.value)
     return any(offender["effect"] not in lesser for offender in source.offenders)
 

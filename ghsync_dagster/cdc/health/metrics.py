@@ -259,7 +259,7 @@ class ChangeMetrics(listener.ChangeListener):
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         import prometheus_client
 
-        # A series with the moment of its birth beside each counter tells nothing here.
+        # A series with the moment of its birth alongside each counter tells nothing here.
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = prometheus_client.CollectorRegistry(auto_describe=False)
         # The first in a scrape, as it takes the open slot into the counters.
@@ -551,7 +551,7 @@ class MetricsEndpoint:
     call ``close``.
 
     Args:
-        metrics: What it shows, and the process's own CPU and memory beside it.
+        metrics: What it shows, and the process's own CPU and memory alongside it.
         host: Address to bind to.
         port: Port to bind to; 0 takes a free one.
 

@@ -248,7 +248,7 @@ class _Waiting:
     def _watch(
         self, progress: Callable[[int], None], still_seconds: float, check: Callable[[], None]
     ) -> tuple[RepairProgress, bool]:
-        """Look at the requests until they are done; tell whether that is so, or the stop was set.
+        """Look at the requests until they are done; return whether that is so, or the stop was set.
 
         Else no user was repaired for ``still_seconds``.
         """

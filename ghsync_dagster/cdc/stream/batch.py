@@ -76,7 +76,7 @@ class RecordDecoder:
         return decoded
 
     def _follows_its_delete(self, messages: Sequence[Message], at: int) -> bool:
-        """Tell whether a record without a key is a tombstone right after a delete without a key."""
+        """Return whether a record without a key is a tombstone right after a delete without a key."""
         if self._kind(_ANY_KEY, messages[at].value()) is not RecordKind.TOMBSTONE:
             return False
         before = self._before(messages, at)

@@ -201,7 +201,7 @@ class _Until:
         return self._stop.is_set() or self.seconds >= self._limit
 
     def wait(self, seconds: float) -> bool:
-        """Wait so long or until the end; tell whether it is the end."""
+        """Wait so long or until the end; return whether it is the end."""
         self._stop.wait(min(seconds, max(self._limit - self.seconds, 0)))
         return self.over
 
@@ -296,7 +296,7 @@ class _Run:
         )
 
     def consume(self, *, until_end: bool) -> bool:
-        """Go round until told to stop, or until all is applied that was there at the start; tell which."""
+        """Go round until told to stop, or until all is applied that was there at the start; return which."""
         reached = False
         try:
             ends = (
@@ -350,7 +350,7 @@ class _Run:
                 self._take(_TAKE, _WORK_SECONDS if self._writer.at_work else _IDLE_SECONDS)
 
     def _is_free_soon(self) -> bool:
-        """Wait for the writer as long as patience lasts; tell whether it is free. The batch at work may go on."""
+        """Wait for the writer as long as patience lasts; return whether it is free. The batch at work may go on."""
         end = time.monotonic() + _PATIENCE_SECONDS
         while not self._writer.wait(_IDLE_SECONDS):
             if time.monotonic() > end:
@@ -359,7 +359,7 @@ class _Run:
         return True
 
     def _advance(self) -> bool:
-        """Acknowledge and hand over; tell whether that could be done as far as there was something to do."""
+        """Acknowledge and hand over; return whether that could be done as far as there was something to do."""
         try:
             self._acknowledge()
             if not self._is_writing:
@@ -398,7 +398,7 @@ class _Run:
                 self._topic.reach()
 
     def _is_ready(self) -> bool:
-        """Tell whether what is pending is to be written now: a larger batch means fewer writes."""
+        """Return whether what is pending is to be written now: a larger batch means fewer writes."""
         pending = len(self._pending)
         if pending >= _TAKE or self._is_full():
             # The store is not to stand idle.
@@ -574,7 +574,7 @@ class _Run:
         self._listener.assigned(self._consumer.partitions - partitions)
 
     def _finished(self, seconds: float) -> bool:
-        """Finish and commit the batch at work, if there is one; tell whether that could be done in time."""
+        """Finish and commit the batch at work, if there is one; return whether that could be done in time."""
         if not self._is_writing:
             return True
         in_time = self._writer.wait(0 if self._writer.trouble is not None else seconds)
@@ -633,7 +633,7 @@ class _Run:
     # The end, and the lag
 
     def _reached(self, ends: Mapping[int, int]) -> bool:
-        """Tell whether the group has applied everything up to ``ends``, whichever of its consumers did."""
+        """Return whether the group has applied everything up to ``ends``, whichever of its consumers did."""
         if self._is_busy or time.monotonic() < self._next_look:
             return False
         # A batch that failed is at work no more; the writer notes the failure first.

@@ -376,7 +376,7 @@ class SourceReader:
         self._close_source()
 
     def _go_on(self) -> bool:
-        """Claim and read some users; tell whether there may be more."""
+        """Claim and read some users; return whether there may be more."""
         self._wait(self._not_before - time.monotonic())
         with self._changed:
             self._changed.wait_for(lambda: len(self._claims) < _AHEAD or self._closing)

@@ -1,9 +1,9 @@
 """Which topic a group consumes: one that was deleted and made again by the same name is another one.
 
-Belongs here: keeping beside the users the id of a group's topic, how many partitions it had, and in which of them the
-group had a place, and comparing. Not here: the places themselves. Brokers forget a group's places with its topic, or
-take those that a consumer still commits for places in the new one; and they forget those of a group that was without a
-member for ``offsets.retention.minutes``: none of it tells that changes are gone. Where brokers give topics no ids
+Belongs here: keeping the id of a group's topic, how many partitions it had, and in which of them the group had a
+committed offset, and comparing. Not here: the offsets themselves. Brokers forget a group's offsets with its topic, or
+take those that a consumer still commits for offsets in the new one. They also forget those of a group that was without
+a member for ``offsets.retention.minutes``. None of it shows that changes are gone. Where brokers give topics no ids
 nothing is kept, and nothing can be seen.
 """
 
@@ -60,7 +60,7 @@ class TopicGuard:
         self._ids.close()
 
     def is_another(self) -> bool:
-        """Tell whether the topic is another than the one that the group consumed; False where it consumed none yet.
+        """Return whether the topic is another than the one that the group consumed; False where it consumed none yet.
 
         Raises:
             UnavailableError: A server is away, or there is no such topic.
@@ -100,7 +100,7 @@ class TopicGuard:
         if found and found != known.topic_id:
             raise self._gone(
                 f"{kafka.topic} is another topic (id {found}) than the one that group {kafka.group_id} has consumed "
-                f"(id {known.topic_id}): it was made anew, and changes of the old one may never have been applied."
+                f"(id {known.topic_id}): it was recreated, and changes of the old one may never have been applied."
             )
         # Asked for after what is kept was read: another consumer may just have begun.
         places = committed()
@@ -144,7 +144,7 @@ class TopicGuard:
         self.held, self._awaited = frozenset(), {}
 
     def is_to_keep(self, partitions: Iterable[int]) -> bool:
-        """Tell whether ``see`` has something to keep, the group having a place in these partitions now."""
+        """Return whether ``see`` has something to keep, the group having a place in these partitions now."""
         return self._is_known and not self._kept.issuperset(partitions)
 
     def _gone(self, problem: str) -> PermanentError:

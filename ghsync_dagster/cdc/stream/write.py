@@ -180,7 +180,7 @@ class Writer:
         self.trouble: TransientError | None = None
         """Why the batch at work is not done yet, if something is in its way."""
         self.failure: BaseException | None = None
-        """What ended the work for good."""
+        """What ended the work permanently."""
         self._users = UserWriter(store, _WhileOwner(self._may_write))
         self._repairs = RepairWriter(self._users)
         self._book = GroupBook(store)
@@ -227,7 +227,7 @@ class Writer:
             self._changed.notify_all()
 
     def wait(self, seconds: float) -> bool:
-        """Wait until nothing is at work, at most so long; tell whether that is so."""
+        """Wait until nothing is at work, at most so long; return whether that is so."""
         with self._changed:
             return self._changed.wait_for(lambda: self._task is None, timeout=max(seconds, 0))
 

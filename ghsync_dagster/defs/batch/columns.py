@@ -106,7 +106,7 @@ def _of_events(types: Mapping[type, str]) -> dg.TableSchema:
 
 
 def _of_stored() -> Iterator[tuple[str, str, str]]:
-    # Beside the contract's own fields; the marker is there during a load only.
+    # Alongside the contract's own fields; the marker is there during a load only.
     yield "_id", "objectId", "MongoDB's own key; a load leaves it as it is."
     properties = json_schema()["properties"]
     for name in USER_FIELDS:

@@ -1,4 +1,4 @@
-"""What a person wants to see beside a materialization: counts, rates, samples, versions, where the data is.
+"""What a person wants to see alongside a materialization: counts, rates, samples, versions, where the data is.
 
 Not here: any judgement, which is a check's, and the columns of the tables (``defs.batch.columns``).
 """

@@ -199,7 +199,7 @@ def in_step_with_mysql(
 
 
 def _is_of_load(context: dg.AssetCheckExecutionContext) -> bool:
-    """Tell whether the check's run materializes the collection."""
+    """Return whether the check's run materializes the collection."""
     return dg.AssetKey("mongo_users") in context.job_def.asset_layer.selected_asset_keys
 
 

@@ -95,7 +95,7 @@ def _settle(
 
 
 def _sees_a_failure(instance: dg.DagsterInstance, slices: Sequence[Slice]) -> bool:
-    """Watch the slices that live for a while; tell whether one of them failed.
+    """Watch the slices that live for a while; return whether one of them failed.
 
     One that was told to end is none: whoever stops the sensor first has this tick still at work.
     """
@@ -199,7 +199,7 @@ def end_slice(instance: dg.DagsterInstance, decision: Replace) -> None:
 
 
 def _terminate(instance: dg.DagsterInstance, run_id: str) -> bool:
-    """Ask the run's process to end; tell whether it was reached."""
+    """Ask the run's process to end; return whether it was reached."""
     try:
         return bool(instance.run_coordinator.cancel_run(run_id))
     except Exception as error:  # noqa: BLE001  launchers raise what their platforms raise; the run is noted as failed

@@ -1,4 +1,4 @@
-"""One run's consumption: the change consumer beside a main thread that observes it and hears when to stop.
+"""One run's consumption: the change consumer alongside a main thread that observes it and hears when to stop.
 
 Belongs here: observations, the end on a signal or on the run's termination, the metrics endpoint. Not here: how changes
 are consumed (``cdc.stream.consume``), and when a run starts (``defs.cdc.supervisor``).
@@ -202,7 +202,7 @@ class _Endpoint:
 
 
 def _told_to_end(context: dg.OpExecutionContext) -> bool:
-    """Tell whether Dagster is ending this run, or holds it for ended."""
+    """Return whether Dagster is ending this run, or holds it for ended."""
     try:
         run = context.instance.get_run_by_id(context.run_id)
     except SQLAlchemyError as error:

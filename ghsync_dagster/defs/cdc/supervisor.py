@@ -72,7 +72,7 @@ class Rules:
     Attributes:
         report: How often a slice is to be observed.
         overlap: How long before the end of a slice the next one starts; at most half a slice.
-        first_observation: How long after its start a slice may go without an observation, beside two reports.
+        first_observation: How long after its start a slice may go without an observation, alongside two reports.
         silent_reports: Reports that a slice may miss while changes wait.
         silent_reports_idle: Reports that a slice may miss in any case.
         grace: How long a slice may run on after its end.
@@ -174,7 +174,7 @@ def time_left(one: Slice, now: float) -> float | None:
 
 
 def is_silent(one: Slice, now: float, rules: Rules) -> bool:
-    """Tell whether a slice missed so many reports that it is stuck if changes wait."""
+    """Return whether a slice missed so many reports that it is stuck if changes wait."""
     return (
         one.phase is Phase.RUNNING
         and one.observed is not None

@@ -36,7 +36,7 @@ class PartitionBacklog:
 
     @property
     def is_anew(self) -> bool:
-        """Whether the group's place is beyond the end: it is one of a topic that is gone, made anew since."""
+        """Whether the group's place is beyond the end: it is one of a topic that is gone, recreated since."""
         return self.committed is not None and self.committed > self.end
 
     @property
@@ -77,7 +77,7 @@ class Backlog:
 
     @property
     def anew(self) -> int:
-        """How many partitions are of a topic that was made anew, which the group does not know."""
+        """How many partitions are of a topic that was recreated, which the group does not know."""
         return sum(partition.is_anew for partition in self.partitions)
 
     @property

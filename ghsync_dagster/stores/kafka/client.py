@@ -230,7 +230,7 @@ def committed_offset(place: TopicPartition, what: str) -> int | None:
 
 
 def is_no_topic(error: KafkaError) -> bool:
-    """Tell whether an error of the client's says that there is no such topic or partition."""
+    """Return whether an error of the client's says that there is no such topic or partition."""
     return error.code() in _NO_TOPIC
 
 

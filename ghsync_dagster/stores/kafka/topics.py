@@ -111,14 +111,14 @@ def group_members(kafka: KafkaSettings) -> int:
 
 
 def ensure_topic(kafka: KafkaSettings, topic: str) -> None:
-    """Make a topic of one partition that keeps records of any size for good, unless it is there.
+    """Make a topic of one partition that keeps records of any size permanently, unless it is there.
 
     Where the brokers allow no records of any size, it takes those that they do.
 
     Raises:
         UnavailableError: No broker can be reached.
-        RefusedError: The credentials are refused, the brokers allow no topic that keeps records for good, or it is not
-            there and we may not make it.
+        RefusedError: The credentials are refused, the brokers allow no topic that keeps records permanently, or it is
+            not there and we may not make it.
     """
     admin = AdminClient(client_config(kafka))
     _, missing = _look(admin, topic, kafka.timeout_seconds)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.stores.mongo.users import UserStore
 
 _GROUP_SECONDS: Final = 3.0
-"""How long a command may take that a consumer sends beside its batches."""
+"""How long a command may take that a consumer sends alongside its batches."""
 _LEASE_SECONDS: Final = 30.0
 
 
@@ -65,7 +65,7 @@ class Truncated(NamedTuple):
 
 
 class GroupBook:
-    """What a group of consumers keeps beside its offsets: rewind requests, the last truncate, the topic.
+    """What a group of consumers keeps alongside its offsets: rewind requests, the last truncate, the topic.
 
     Args:
         store: The open store; its owner closes it.
@@ -178,7 +178,7 @@ class LeaseBook:
         return Lease(found["token"], found["holder"], found["expires_at"], found.get("writer")) if found else None
 
     def take(self, name: str, lease: Lease, *, instead_of: Lease | None) -> bool:
-        """Take a lease where nobody holds it, or where ``instead_of`` stands unrenewed; tell whether it worked."""
+        """Take a lease where nobody holds it, or where ``instead_of`` stands unrenewed; return whether it worked."""
         document = {"token": lease.token, "holder": lease.holder, "expires_at": lease.expires_at}
         if instead_of is None:
             return self._leases.insert({"_id": name, **document})
@@ -186,11 +186,11 @@ class LeaseBook:
         return self._leases.replace(unrenewed, document)
 
     def name_writer(self, name: str, token: str, writer: str) -> bool:
-        """Name a process that writes for the holder; tell whether ``token`` still holds the lease."""
+        """Name a process that writes for the holder; return whether ``token`` still holds the lease."""
         return self._leases.update({"_id": name, "token": token}, {"$set": {"writer": writer}})
 
     def extend(self, name: str, token: str, expires_at: datetime) -> bool:
-        """Move a lease's end; tell whether ``token`` still holds it."""
+        """Move a lease's end; return whether ``token`` still holds it."""
         return self._leases.update({"_id": name, "token": token}, {"$set": {"expires_at": expires_at}})
 
     def release(self, name: str, token: str) -> None:

@@ -141,7 +141,7 @@ class GuardedCollection:
         return []
 
     def insert(self, document: Document) -> bool:
-        """Insert a document; tell whether its ``_id`` was new."""
+        """Insert a document; return whether its ``_id`` was new."""
         with self._commands.send(self._what):
             try:
                 self.reads.insert_one(document)
@@ -180,7 +180,7 @@ class GuardedCollection:
         return []
 
     def update(self, query: Document, update: Document, *, upsert: bool = False) -> bool:
-        """Update one document; tell whether there was one."""
+        """Update one document; return whether there was one."""
         with self._commands.send(self._what):
             return self.reads.update_one(query, update, upsert=upsert).matched_count == 1
 
@@ -190,7 +190,7 @@ class GuardedCollection:
             return self.reads.update_many(query, update).modified_count
 
     def replace(self, query: Document, document: Document, *, upsert: bool = False) -> bool:
-        """Replace one document; tell whether there was one."""
+        """Replace one document; return whether there was one."""
         with self._commands.send(self._what):
             return self.reads.replace_one(query, document, upsert=upsert).matched_count == 1
 

@@ -83,7 +83,7 @@ def mongo_errors(what: str) -> Iterator[None]:
 
 
 def is_unresolved(error: Exception) -> bool:
-    """Tell whether the driver failed as DNS gives no record for a host of mongodb+srv://, which may pass."""
+    """Return whether the driver failed as DNS gives no record for a host of mongodb+srv://, which may pass."""
     # The driver says ConfigurationError of this too; what DNS said is its cause.
     return type(error.__cause__).__module__.partition(".")[0] == "dns"
 
@@ -94,7 +94,7 @@ def _codes(error: OperationFailure) -> set[int | None]:
 
 
 def _is_unconfirmed(error: OperationFailure) -> bool:
-    """Tell whether a write was made that a majority did not confirm: a failover may undo it."""
+    """Return whether a write was made that a majority did not confirm: a failover may undo it."""
     return isinstance(error, WriteConcernError) or bool((error.details or {}).get("writeConcernErrors"))
 
 

@@ -146,8 +146,8 @@ class LetterIndex:
             query["kind"] = kind
         if after is not None:
             partition, offset = after
-            beside = {"place.offset": offset, "place.partition": {"$gt": partition}}
-            query |= {"place.offset": {"$gte": offset}, "$or": [{"place.offset": {"$gt": offset}}, beside]}
+            alongside = {"place.offset": offset, "place.partition": {"$gt": partition}}
+            query |= {"place.offset": {"$gte": offset}, "$or": [{"place.offset": {"$gt": offset}}, alongside]}
         order = DESCENDING if newest else ASCENDING
         with mongo_errors("Reading the index of dead letters"):
             found = self._letters.reads.find(query, batch_size=CHUNK).sort(_in_order(order)).limit(limit)

@@ -2,7 +2,7 @@
 
 Belongs here: single operations. Not here: their order, which is ``domain.repair``'s and ``cdc.stream.repair``'s.
 
-Two collections beside the users: ``_ghsync_repairs`` has an entry a user, the newest request and the user's fence in
+Two collections alongside the users: ``_ghsync_repairs`` has an entry a user, the newest request and the user's fence in
 one; ``_ghsync_readings`` has the places in the binlog to which fences refer.
 """
 
@@ -134,7 +134,7 @@ class RepairRequests:
             return Counter({Outcome(outcome["_id"]): outcome["users"] for outcome in found})
 
     def is_any_open(self) -> bool:
-        """Tell whether any user is still to be repaired."""
+        """Return whether any user is still to be repaired."""
         with self._commands.send("Reading repairs"):
             return self._repairs.reads.find_one({"state": _REQUESTED}, {"_id": 1}) is not None
 
@@ -203,7 +203,7 @@ class RepairRequests:
             }
 
     def has_fences(self) -> bool:
-        """Tell whether there is any fence."""
+        """Return whether there is any fence."""
         with self._commands.send("Reading fences"):
             return self._readings.reads.find_one({}, {"_id": 1}) is not None
 

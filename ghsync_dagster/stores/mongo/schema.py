@@ -132,7 +132,7 @@ class UsersCollection(MongoStore):
                 )
 
     def _is_covered(self, resource: Mapping[str, Any]) -> bool:
-        """Tell whether a privilege's resource covers the collection."""
+        """Return whether a privilege's resource covers the collection."""
         if resource.get("anyResource"):
             return True
         # An empty text stands for any.
@@ -182,7 +182,7 @@ class UsersCollection(MongoStore):
             return self._options().get("validator")
 
     def has_unique_index(self) -> bool:
-        """Tell whether exactly ``user_id`` is under a unique index that covers every document."""
+        """Return whether exactly ``user_id`` is under a unique index that covers every document."""
         return any(index.keeps_users_apart for index in self._indexes())
 
     def _listed(self) -> Document:
@@ -209,7 +209,7 @@ class UsersCollection(MongoStore):
         _refuse_indexes(name, self._indexes(), empty=empty)
 
     def _refuse_like_database(self) -> None:
-        """Raise where the server has a database of this name in another case, beside which it makes none."""
+        """Raise where the server has a database of this name in another case, alongside which it makes none."""
         own = self.database.name
         try:
             names = self.database.client.list_database_names()
@@ -218,7 +218,7 @@ class UsersCollection(MongoStore):
             return
         if own not in names and (like := next((name for name in names if name.lower() == own.lower()), None)):
             raise RefusedError(
-                f"MongoDB has a database {like} and makes none beside it whose name differs in case only, as {own}.",
+                f"MongoDB has a database {like} and makes none alongside it whose name differs in case only, as {own}.",
                 way_out=f"Set MONGODB_DATABASE={like}, or name another database.",
             )
 

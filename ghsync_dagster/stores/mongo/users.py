@@ -60,7 +60,7 @@ class UserStore(UsersCollection):
             return self.users.count_documents({MARKER_FIELD: {"$exists": True}})
 
     def is_empty(self) -> bool:
-        """Tell whether the collection has no document at all."""
+        """Return whether the collection has no document at all."""
         with mongo_errors("Reading users"):
             return self.users.find_one({}, {"_id": 1}) is None
 
@@ -139,7 +139,7 @@ class UserStore(UsersCollection):
             return {found["_id"] for found in self.book("deleted").find({"_id": {"$in": list(keys)}}, {"_id": 1})}
 
     def any_deleted(self) -> bool:
-        """Tell whether the change stream has recorded any deletion."""
+        """Return whether the change stream has recorded any deletion."""
         with mongo_errors("Reading deletions"):
             return self.book("deleted").find_one({}, {"_id": 1}) is not None
 

@@ -79,7 +79,7 @@ class Walk(ABC, Generic[World]):
 
     @abstractmethod
     def ends(self, world: World, *, goes_on: bool) -> bool:
-        """Whether an interleaving ends here, perhaps beside others that go on."""
+        """Whether an interleaving ends here, perhaps alongside others that go on."""
 
     def _numbered(self, actor: Actor[World]) -> tuple[int, Callable[[int], list[tuple[str, int]]]]:
         mask = self._mask(actor.parts)

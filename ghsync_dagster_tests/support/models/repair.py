@@ -1,4 +1,4 @@
-"""A model of one user that executes the steps of `domain/repair.py` in every order, beside its source and a load.
+"""A model of one user that executes the steps of `domain/repair.py` in every order, alongside its source and a load.
 
 Belongs here: the source with its binlog, the owner that applies records and repairs, and the invariants. Not here: the
 walk itself (interleavings.py), loads (precedence.py), which scenarios and mutations are tried
