@@ -143,15 +143,16 @@ def _bench(folder: Path, scratch: Path, timeout_seconds: float) -> Iterator[tupl
     """Start a broker on a folder of its own, give the bench and facts on the machine, and stop it again."""
     from ghsync_dagster.jvm.jars import ensure_jars, locked_set
     from ghsync_dagster.jvm.java import find_java
-    from ghsync_dagster.local import kafka
+    from ghsync_dagster.local.kafka import KafkaServer
 
     with tempfile.TemporaryDirectory(prefix="ghsync-broker-", dir=folder) as home:
         settings = local_settings(Path(home))
+        server = KafkaServer(settings)
         try:
             java = find_java(settings).command
             (sink,) = ensure_jars(settings, console.print, locked_set("bench"))
-            jars = ensure_jars(settings, console.print, locked_set(kafka.SERVICE))
-            broker = kafka.up(settings, lambda text: console.print(text, markup=False, soft_wrap=True))
+            jars = ensure_jars(settings, console.print, locked_set("kafka"))
+            broker = server.up(lambda text: console.print(text, markup=False, soft_wrap=True))
             if broker.uri is None or broker.pid is None:
                 raise AssertionError("a broker that is up has an address and a process")
             worker = Worker(java, jars, sink)
@@ -159,7 +160,7 @@ def _bench(folder: Path, scratch: Path, timeout_seconds: float) -> Iterator[tupl
         except GhsyncError as error:
             raise harness.BenchmarkError(str(error)) from error
         finally:
-            kafka.down(settings, console.print)
+            server.down(console.print)
 
 
 def _facts(folder: Path, java: Path, sink: Path) -> dict[str, object]:

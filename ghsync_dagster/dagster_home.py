@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ghsync_dagster.domain.errors import ConfigError
-from ghsync_dagster.folders import ensure_folder
+from ghsync_dagster.folders import ensure_folder, write_whole
 
 if TYPE_CHECKING:
     from ghsync_dagster.settings import Settings
@@ -79,7 +79,5 @@ def ensure_dagster_home(settings: Settings) -> Path:
     ensure_folder(home, "GHSYNC_HOME")
     instance = home / "dagster.yaml"
     if not instance.exists():
-        part = home / f"dagster.{os.getpid()}.part"
-        part.write_text(INSTANCE, encoding="utf-8")
-        part.replace(instance)
+        write_whole(instance, INSTANCE, "GHSYNC_HOME", mode=0o644)
     return home

@@ -1,18 +1,16 @@
-"""A folder that is about to be written into: it is there, it can be written to, and it has room.
+"""Folders and files of local state: that a folder can be written to and has room, and that a file is written whole.
 
-Belongs here: what is asked of the file system before any work. Not here: which folders there are.
+Belongs here: what is asked of the file system. Not here: which folders and files there are.
 """
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from typing import TYPE_CHECKING, Final
+from pathlib import Path
+from typing import Final
 
 from ghsync_dagster.domain.errors import ConfigError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 ROOM: Final = 256 << 20
 """Bytes that a run or a local server needs at the least."""
@@ -46,3 +44,30 @@ def ensure_folder(folder: Path, variable: str, *, needed: int = ROOM) -> None:
             f"The disk of {folder} has {free // _MIB} MiB free, and at least {needed // _MIB} MiB are needed.",
             way_out=f"Free some, or set {variable} to a folder on a disk with room.",
         )
+
+
+def write_whole(path: Path, content: str | bytes, variable: str, *, mode: int = 0o600) -> None:
+    """Write a file whole or not at all, its folder too; by default only its owner can read it.
+
+    Args:
+        path: The file.
+        content: What will be in it.
+        variable: The setting that decides on its folder.
+        mode: Its permissions.
+
+    Raises:
+        ConfigError: It can't be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # In a folder of its owner alone, which goes whatever happens.
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+            part = Path(folder) / path.name
+            part.write_bytes(content.encode() if isinstance(content, str) else content)
+            part.chmod(mode)
+            part.replace(path)
+    except OSError as error:
+        raise ConfigError(
+            f"{path} can't be written: {error.strerror or error}.",
+            way_out=f"Make the folder writable, or set {variable} to a folder that is.",
+        ) from None

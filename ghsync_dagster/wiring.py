@@ -84,7 +84,7 @@ def store_opener(settings: Settings, *, is_look: bool = False) -> Callable[[], U
         from ghsync_dagster.stores.mongo.users import UserStore
 
         return UserStore(
-            _secret(settings.mongodb_uri) or endpoints.started_mongo(settings),
+            _secret(settings.mongodb_uri) or endpoints.started(settings, "mongo"),
             settings.mongodb_database,
             settings.mongodb_collection,
             timeout_seconds=settings.server_timeout_seconds,
@@ -217,7 +217,8 @@ def look_at_source(settings: Settings, *, hours: float = STATEMENT_HOURS) -> Fin
     with open_mysql(settings) as mysql:
         source = mysql.source()
     since = datetime.now(UTC) - timedelta(hours=hours)
-    return source_settings(source, endpoints.logged_statements(settings, source, since))
+    log = endpoints.worker_log(settings)
+    return source_settings(source, log.statements(source, since) if log else None)
 
 
 def close_statements(settings: Settings, began: datetime) -> None:
@@ -227,7 +228,8 @@ def close_statements(settings: Settings, began: datetime) -> None:
         settings: Say where the log is.
         began: When the comparison began.
     """
-    endpoints.close_statements(settings, began)
+    if log := endpoints.worker_log(settings):
+        log.close(began)
 
 
 def connector_probe(settings: Settings) -> ConnectorProbe | None:

@@ -28,15 +28,12 @@ from xdist.scheduler import LoadFileScheduling
 from ghsync_dagster.batch.flow import BatchFlow
 from ghsync_dagster.batch.reports import Artifacts
 from ghsync_dagster.domain.user import BUILT_IN_RULES
-from ghsync_dagster.local import connect, stack
-from ghsync_dagster.local.kafka import ensure_kafka
-from ghsync_dagster.local.mongo import ensure_mongo
-from ghsync_dagster.local.mysql import ensure_mysql
+from ghsync_dagster.local import stack
 from ghsync_dagster.logging import configure_logging
 from ghsync_dagster.settings import Settings, load_settings
 from ghsync_dagster.stores.mongo.users import UserStore
 from ghsync_dagster.stores.mysql_url import parse_mysql_url
-from ghsync_dagster.wiring import spark_handle
+from ghsync_dagster.wiring import close_statements, spark_handle
 from ghsync_dagster_tests.support.real_mysql import NotToBeHadError, real_mysql
 
 if TYPE_CHECKING:
@@ -201,7 +198,7 @@ def server_settings(server_folder: Path, clean_environment: None) -> Iterator[Se
     del clean_environment
     settings = load_settings(GHSYNC_HOME=server_folder)
     _homes.append(settings)
-    ensure_mongo(settings)
+    stack.ensure(settings, "mongo")
     yield settings
     stack.down(settings, progress=lambda _: None)
 
@@ -209,7 +206,7 @@ def server_settings(server_folder: Path, clean_environment: None) -> Iterator[Se
 @pytest.fixture(scope="session")
 def mongo_uri(server_settings: Settings) -> str:
     """The URI of the session's MongoDB."""
-    return ensure_mongo(server_settings)
+    return stack.ensure(server_settings, "mongo")
 
 
 @pytest.fixture(scope="session")
@@ -229,7 +226,9 @@ def mysql_stack(server_settings: Settings) -> Iterator[Settings]:
         mysqld = real_mysql(server_settings)
     except NotToBeHadError as error:
         pytest.skip(f"no real MySQL: {error}")
-    settings = load_settings(GHSYNC_HOME=server_settings.home_dir / "mysqld", MONGODB_URI=ensure_mongo(server_settings))
+    settings = load_settings(
+        GHSYNC_HOME=server_settings.home_dir / "mysqld", MONGODB_URI=stack.ensure(server_settings, "mongo")
+    )
     _homes.append(settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{mysqld}{os.pathsep}{os.environ['PATH']}")
@@ -263,17 +262,17 @@ def stack_settings(local_stack: Settings) -> Iterator[Settings]:
     )
     empty_table_and_topics(own)
     # What an earlier test did in a session of statements is told for a day.
-    connect.close_statements(own, datetime.now(UTC))
+    close_statements(own, datetime.now(UTC))
     yield own
-    with UserStore(ensure_mongo(own), own.mongodb_database, "Users") as opened:
+    with UserStore(stack.ensure(own, "mongo"), own.mongodb_database, "Users") as opened:
         opened.client.drop_database(own.mongodb_database)
 
 
 def empty_table_and_topics(settings: Settings) -> None:
     """Truncate the table, wait until the topic has the truncation, and delete all records of topic and dead letters."""
     marker = -uuid.uuid4().int % 2**62
-    address = parse_mysql_url(ensure_mysql(settings))
-    bootstrap = ensure_kafka(settings)
+    address = parse_mysql_url(stack.ensure(settings, "mysql"))
+    bootstrap = stack.ensure(settings, "kafka")
     consumer = Consumer({"bootstrap.servers": bootstrap, "group.id": uuid.uuid4().hex, "enable.auto.commit": False})
     end = consumer.get_watermark_offsets(TopicPartition(settings.kafka_topic, 0), timeout=30)[1]
     consumer.assign([TopicPartition(settings.kafka_topic, 0, end)])

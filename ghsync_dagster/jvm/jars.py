@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ghsync_dagster.domain.errors import ConfigError, GhsyncError, PermanentError, UnavailableError
+from ghsync_dagster.folders import write_whole
 from ghsync_dagster.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -381,9 +382,7 @@ def write_lock(path: Path, progress: Callable[[str], None], roots: Mapping[str, 
                     f"The set {part_of} can't be resolved ({error}).", way_out="Go online and try again."
                 ) from None
             locked.extend(_lock_entry(part_of, root, Path(folder), path, progress) for root in resolved)
-    part = path.with_suffix(".part")
-    part.write_bytes(msgspec.json.format(msgspec.json.encode(locked), indent=2) + b"\n")
-    part.replace(path)
+    write_whole(path, msgspec.json.format(msgspec.json.encode(locked), indent=2) + b"\n", "GHSYNC_HOME", mode=0o644)
 
 
 def _lock_entry(part_of: str, root: Root, folder: Path, lock: Path, progress: Callable[[str], None]) -> Jar:

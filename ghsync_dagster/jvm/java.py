@@ -10,7 +10,6 @@ import hashlib
 import os
 import shlex
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ghsync_dagster.domain.errors import ConfigError
+from ghsync_dagster.folders import write_whole
 from ghsync_dagster.jvm.probe import MINIMUM_JAVA, search_system_java
 from ghsync_dagster.logging import get_logger
 
@@ -107,17 +107,9 @@ def wrap(runtime: Path, folder: Path) -> Path:
     home = folder / f"{runtime.name}-{_short_hash(str(runtime))}"
     command = home / "bin" / "java"
     script = _wrapper_script(runtime / "bin" / "java")
-    try:
-        if command.is_file() and command.read_text(encoding="utf-8") == script:
-            return home
-        command.parent.mkdir(parents=True, exist_ok=True)
+    if not (command.is_file() and command.read_text(encoding="utf-8") == script):
         _make_class_archive(runtime)
-        _write_program(command, script)
-    except OSError as error:
-        raise ConfigError(
-            f"The Java wrapper {command} can't be written: {error.strerror or error}.",
-            way_out="Make the folder writable, or set GHSYNC_CACHE to a folder that is.",
-        ) from None
+        write_whole(command, script, "GHSYNC_CACHE", mode=0o755)
     return home
 
 
@@ -130,14 +122,6 @@ for argument do
 done
 exec {shlex.quote(str(java))} "$@"
 """
-
-
-def _write_program(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".java-")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    Path(name).chmod(0o755)
-    Path(name).replace(path)
 
 
 def _make_class_archive(runtime: Path) -> None:

@@ -9,50 +9,40 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from datetime import datetime
-
-    from ghsync_dagster.domain.source import Source, Statements
+    from ghsync_dagster.local.server import LocalServer
+    from ghsync_dagster.local.worker_log import WorkerLog
     from ghsync_dagster.settings import Settings
 
 
 def address(settings: Settings, service: str) -> str | None:
     """Return the address of a local server, with its credentials; None where it is not up. Nothing is started."""
-    from ghsync_dagster.local import connect, kafka, mongo, mysql
-
-    status = {"mongo": mongo.status, "mysql": mysql.status, "kafka": kafka.status, "connect": connect.status_of_worker}
-    found = status[service](settings)
-    return found.login or found.uri if found.state == "up" else None
+    found = _server(settings, service).local_status()
+    return found.login if found.state == "up" else None
 
 
-def started_mongo(settings: Settings) -> str:
-    """Return the address of the local MongoDB, started where it is not up.
+def started(settings: Settings, service: str) -> str:
+    """Return the address of a local server, started where it is not up.
 
     Raises:
         UnavailableError: It did not start.
         ConfigError: There is no server to start.
     """
-    from ghsync_dagster.local.mongo import ensure_mongo
-
-    return ensure_mongo(settings)
+    return _server(settings, service).ensure()
 
 
 def was_set_up(settings: Settings, service: str) -> bool:
     """Return whether a local server was ever started here."""
-    from ghsync_dagster.local import connect, kafka, mysql
-
-    tells = {"mysql": mysql.was_set_up, "kafka": kafka.was_set_up, "connect": connect.was_set_up}
-    return tells[service](settings)
+    return _server(settings, service).supervisor.was_set_up()
 
 
-def logged_statements(settings: Settings, source: Source, since: datetime) -> Statements | None:
-    """Return what the local worker's log warns of; None where there is none, or CONNECT_URL names another worker."""
-    from ghsync_dagster.local import connect
+def worker_log(settings: Settings) -> WorkerLog | None:
+    """Return the log of the Connect worker in use; None where that is not the local one."""
+    from ghsync_dagster.local.connect import ConnectServer
 
-    return connect.logged_statements(settings, source, since)
+    return ConnectServer(settings).worker_log
 
 
-def close_statements(settings: Settings, began: datetime) -> None:
-    """Remember since when statements of that log count: both sides were equal in a comparison that began then."""
-    from ghsync_dagster.local import connect
+def _server(settings: Settings, service: str) -> LocalServer:
+    from ghsync_dagster.local.stack import SERVICES
 
-    connect.close_statements(settings, began)
+    return SERVICES[service](settings)

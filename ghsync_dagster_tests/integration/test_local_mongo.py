@@ -19,7 +19,7 @@ import pytest
 from pymongo import MongoClient
 
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
-from ghsync_dagster.local import mongo, stack, supervisor
+from ghsync_dagster.local import stack, supervisor
 from ghsync_dagster.process import born
 from ghsync_dagster.settings import Settings, load_settings
 from ghsync_dagster.stores.mongo.uri import without_credentials
@@ -108,8 +108,8 @@ def test_data_and_port_stay_over_a_restart(settings: Settings) -> None:
 
 def test_callers_at_once_start_one_server(settings: Settings) -> None:
     code = (
-        "from ghsync_dagster.local.mongo import ensure_mongo; from ghsync_dagster.settings import load_settings; "
-        f"print(ensure_mongo(load_settings(GHSYNC_HOME={str(settings.home_dir)!r})))"
+        "from ghsync_dagster.local import stack; from ghsync_dagster.settings import load_settings; "
+        f"print(stack.ensure(load_settings(GHSYNC_HOME={str(settings.home_dir)!r}), 'mongo'))"
     )
     callers = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     answers = {caller.communicate(timeout=HANG_SECONDS)[0].split()[-1] for caller in callers}
@@ -119,7 +119,7 @@ def test_callers_at_once_start_one_server(settings: Settings) -> None:
 
 def test_threads_at_once_start_one_server(settings: Settings) -> None:
     uris: list[str] = []
-    threads = [threading.Thread(target=lambda: uris.append(mongo.ensure_mongo(settings))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: uris.append(stack.ensure(settings, "mongo"))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -428,7 +428,7 @@ def test_a_named_server_is_used_as_it_is_and_never_stopped(settings: Settings, t
     running = start(settings)
     uri = f"mongodb://127.0.0.1:{port_of(running)}/?appName=x"
     named = load_settings(GHSYNC_HOME=tmp_path / "unused", MONGODB_URI=uri)
-    assert mongo.ensure_mongo(named) == uri
+    assert stack.ensure(named, "mongo") == uri
     status = stack.up(named, ["mongo"], progress=print)["mongo"]
     assert (status.state, status.server, status.pid, status.uri) == ("up", "external", None, running.uri)
     stack.down(named, progress=print)
@@ -453,7 +453,7 @@ def test_no_part_of_a_password_is_shown(uri: str) -> None:
 
 def test_a_server_whose_host_dns_does_not_know_is_down(tmp_path: Path) -> None:
     uri = "mongodb+srv://app:s3cret@db.example.invalid/?connectTimeoutMS=2000"
-    found = mongo.status(load_settings(GHSYNC_HOME=str(tmp_path), MONGODB_URI=uri))
+    found = stack.status(load_settings(GHSYNC_HOME=str(tmp_path), MONGODB_URI=uri))["mongo"]
     assert (found.state, found.uri) == ("down", "mongodb+srv://db.example.invalid")
 
 

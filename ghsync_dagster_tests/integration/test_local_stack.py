@@ -22,7 +22,7 @@ from confluent_kafka import Consumer, TopicPartition
 from pymongo import MongoClient
 
 from ghsync_dagster.domain.errors import UnavailableError
-from ghsync_dagster.local import connect, kafka, mysql, stack
+from ghsync_dagster.local import kafka, stack
 from ghsync_dagster.settings import Settings, load_settings
 from ghsync_dagster.stores.mysql_url import parse_mysql_url
 from ghsync_dagster_tests.support.cdc_parts import kill
@@ -198,9 +198,7 @@ def test_servers_that_are_named_are_used_and_never_stopped(up: dict[str, stack.S
         KAFKA_BOOTSTRAP_SERVERS=up["kafka"].uri,
         CONNECT_URL=up["connect"].uri,
     )
-    assert mysql.ensure_mysql(named) == up["mysql"].login
-    assert kafka.ensure_kafka(named) == up["kafka"].uri
-    assert connect.ensure_connect(named) == up["connect"].uri
+    assert {name: stack.ensure(named, name) for name in up} == {name: status.login for name, status in up.items()}
     found = stack.up(named, progress=print)
     assert {(status.state, status.server, status.pid) for status in found.values()} == {("up", "external", None)}
     assert {name: status.uri for name, status in found.items()} == {name: status.uri for name, status in up.items()}

@@ -18,7 +18,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from ghsync_dagster.domain.errors import GhsyncError, RefusedError
-from ghsync_dagster.local import connect, mysql, stack
+from ghsync_dagster.local import mysql, stack
+from ghsync_dagster.local.connect import ConnectServer
 from ghsync_dagster.settings import load_settings
 from ghsync_dagster.stores.mysql import MySqlStore
 from ghsync_dagster.stores.mysql_url import parse_mysql_url
@@ -157,7 +158,7 @@ def test_a_server_that_is_not_verified_is_refused_by_the_store_and_the_status(se
     }[case]
     with MySqlStore(url, timeout_seconds=5) as store, pytest.raises(RefusedError, match="certificate is not trusted"):
         store.count()
-    found = mysql.status(load_settings(MYSQL_URL=url))
+    found = mysql.MysqlServer(load_settings(MYSQL_URL=url)).status()
     assert found.state == "down"
     assert "certificate is not trusted" in str(found.more["error"])
 
@@ -190,7 +191,7 @@ def test_the_connector_follows_over_tls_that_it_verifies(server: Server, tmp_pat
 
     def up(**options: object) -> dict[str, str]:
         settings = load_settings(GHSYNC_HOME=home, MYSQL_URL=server.url("localhost", **options))
-        found = connect.up(settings, print)
+        found = ConnectServer(settings).up(print)
         assert found.more["connector"] == "RUNNING"
         return dict(httpx.get(f"{found.uri}/connectors/ghsync-users/config").json())
 

@@ -18,7 +18,6 @@ from ghsync_dagster.definitions import build_defs
 from ghsync_dagster.defs.resources import BatchResource, SparkResource
 from ghsync_dagster.domain.errors import RefusedError, UnavailableError
 from ghsync_dagster.local import stack
-from ghsync_dagster.local.mongo import ensure_mongo
 from ghsync_dagster.settings import Settings, load_settings
 from ghsync_dagster.stores.mongo.errors import mongo_errors
 from ghsync_dagster.stores.mongo.users import UserStore
@@ -200,7 +199,7 @@ class Server:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.uri = ensure_mongo(settings)
+        self.uri = stack.ensure(settings, "mongo")
 
     def kill(self) -> None:
         """Kill it hard, as a crash would."""
@@ -213,7 +212,7 @@ class Server:
 
     def start(self) -> None:
         """Start it again, where it was."""
-        assert ensure_mongo(self.settings) == self.uri
+        assert stack.ensure(self.settings, "mongo") == self.uri
 
 
 @pytest.fixture

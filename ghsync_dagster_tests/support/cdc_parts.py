@@ -25,8 +25,7 @@ from confluent_kafka.cimpl import NewTopic
 from ghsync_dagster.cdc.health.metrics import ChangeMetrics
 from ghsync_dagster.cdc.stream.consume import ChangeConsumer, ConsumerReport
 from ghsync_dagster.domain.user import json_schema
-from ghsync_dagster.local.kafka import ensure_kafka
-from ghsync_dagster.local.mysql import ensure_mysql
+from ghsync_dagster.local import stack
 from ghsync_dagster.stores.kafka.client import KafkaSettings
 from ghsync_dagster.stores.mongo.users import UserStore
 from ghsync_dagster.stores.mysql import MySqlStore
@@ -132,7 +131,7 @@ class Topic:
 @pytest.fixture(scope="session")
 def brokers(server_settings: Settings) -> str:
     """The session's broker."""
-    return ensure_kafka(server_settings)
+    return stack.ensure(server_settings, "kafka")
 
 
 @pytest.fixture
@@ -258,7 +257,7 @@ class Parts:
 @pytest.fixture
 def mysql_url(server_settings: Settings) -> Iterator[str]:
     """The URL of a MySQL database of the test's own, dropped afterwards."""
-    server = ensure_mysql(server_settings)
+    server = stack.ensure(server_settings, "mysql")
     name = f"test_{uuid.uuid4().hex[:12]}"
     with MySqlStore(server) as admin:
         admin.execute([(f"CREATE DATABASE `{name}` CHARACTER SET utf8mb4", ())])

@@ -32,7 +32,7 @@ from ghsync_dagster.domain.errors import (
     RefusedError,
     UnavailableError,
 )
-from ghsync_dagster.local import kafka
+from ghsync_dagster.local.kafka import KafkaServer
 from ghsync_dagster.settings import load_settings
 from ghsync_dagster_tests.support.cdc_parts import until
 
@@ -293,7 +293,7 @@ def test_what_needs_kafka_starts_none_where_there_is_none(
 ) -> None:
     monkeypatch.setenv("GHSYNC_HOME", str(tmp_path))
     monkeypatch.delenv("KAFKA_BOOTSTRAP_SERVERS", raising=False)
-    monkeypatch.setattr(kafka, "up", lambda *_: pytest.fail("Kafka was started"))
+    monkeypatch.setattr(KafkaServer, "up", lambda *_: pytest.fail("Kafka was started"))
     result = ghsync(*command.split())
     assert result.exit_code == 3
     assert "There is no Kafka: KAFKA_BOOTSTRAP_SERVERS is not set" in result.stderr

@@ -22,8 +22,8 @@ from ghsync_dagster.cdc.health.connector import (
 from ghsync_dagster.cdc.health.metrics import ChangeMetrics, PrometheusView
 from ghsync_dagster.domain.connector import ConnectorState, Sample, base_of, cure_of
 from ghsync_dagster.domain.errors import RefusedError, UnavailableError
-from ghsync_dagster.local import connect as local_connect
 from ghsync_dagster.local import connector as local_connector
+from ghsync_dagster.local.connect import ConnectServer
 from ghsync_dagster.local.supervisor import ServiceStatus
 from ghsync_dagster.settings import load_settings
 from ghsync_dagster.stores import connect
@@ -361,12 +361,12 @@ def test_a_local_worker_counts_only_where_the_brokers_are_local_too(tmp_path: Pa
 def test_a_local_worker_is_found_where_it_is_at_each_question(
     worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = ServiceStatus("connect", "up", uri="http://127.0.0.1:9")
-    monkeypatch.setattr(local_connect, "status_of_worker", lambda _: found)
+    found = ServiceStatus("connect", "up", login="http://127.0.0.1:9")
+    monkeypatch.setattr(ConnectServer, "local_status", lambda _: found)
     probe = connector_probe(load_settings(GHSYNC_HOME=tmp_path))
     assert probe is not None
     assert probe.state() == ConnectorState("RUNNING", where="http://127.0.0.1:9")
-    found = replace(found, uri="http://127.0.0.1:10")
+    found = replace(found, login="http://127.0.0.1:10")
     assert probe.state().where == "http://127.0.0.1:10"
     found = replace(found, state="down")
     assert probe.state().state == probe.report().state.state == "UNKNOWN"

@@ -11,7 +11,7 @@ import pytest
 
 from ghsync_dagster.dagster_home import use_dagster_home
 from ghsync_dagster.domain.errors import ConfigError
-from ghsync_dagster.folders import ROOM, ensure_folder
+from ghsync_dagster.folders import ROOM, ensure_folder, write_whole
 from ghsync_dagster.local import stack
 from ghsync_dagster.settings import load_settings
 
@@ -84,3 +84,20 @@ def test_a_dagster_home_that_can_t_be_written_to_is_refused(monkeypatch: pytest.
     with pytest.raises(ConfigError, match="Nothing can be written to /proc") as raised:
         use_dagster_home(load_settings())
     assert "set DAGSTER_HOME to a folder" in raised.value.way_out
+
+
+def test_a_file_is_written_whole_for_its_owner_alone(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "secret"
+    for content in (b"bytes", "t\u00e9xt"):
+        write_whole(path, content, "GHSYNC_HOME")
+        assert path.read_bytes() == (content if isinstance(content, bytes) else content.encode())
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert [entry.name for entry in path.parent.iterdir()] == ["secret"]
+
+
+def test_a_file_that_can_t_be_written_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").mkdir()
+    with pytest.raises(ConfigError, match=r"file can't be written: Is a directory") as raised:
+        write_whole(tmp_path / "file", "text", "GHSYNC_CACHE")
+    assert "set GHSYNC_CACHE to a folder" in raised.value.way_out
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]

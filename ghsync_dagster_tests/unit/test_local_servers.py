@@ -16,8 +16,10 @@ from filelock import FileLock
 
 from ghsync_dagster import progress
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
-from ghsync_dagster.local import connect, connector, kafka, mysql, stack
+from ghsync_dagster.local import connect, connector, mysql, stack
 from ghsync_dagster.local.first_files import make_first_files
+from ghsync_dagster.local.kafka import KafkaServer
+from ghsync_dagster.local.kafka_program import properties
 from ghsync_dagster.local.supervisor import ServerSpec, ServiceStatus, Supervisor, _free_ports, server_to_use
 from ghsync_dagster.settings import load_settings
 from ghsync_dagster.stores import connect as stores_connect
@@ -98,13 +100,13 @@ def test_each_service_names_its_address_in_its_own_way_also_when_it_is_down(tmp_
 
 
 def test_properties_are_read_back_by_java_as_they_were() -> None:
-    assert kafka.properties({"a": "x=y: z", "b": "ä\\\n\U0001f600"}) == "a=x=y: z\nb=\\u00e4\\\\\\u000a\\ud83d\\ude00\n"
+    assert properties({"a": "x=y: z", "b": "ä\\\n\U0001f600"}) == "a=x=y: z\nb=\\u00e4\\\\\\u000a\\ud83d\\ude00\n"
 
 
 @pytest.mark.parametrize("name", ["a,b", "a:b", "a}b"])
 def test_a_home_that_java_would_take_for_two_is_a_clear_error(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=r"separates paths.*Set GHSYNC_HOME to another folder"):
-        kafka.up(load_settings(GHSYNC_HOME=tmp_path / name), print)
+        KafkaServer(load_settings(GHSYNC_HOME=tmp_path / name)).up(print)
 
 
 def test_named_servers_that_are_away_are_down(tmp_path: Path) -> None:
@@ -223,7 +225,7 @@ def test_a_local_worker_refuses_brokers_that_it_has_no_keys_for(tmp_path: Path) 
         GHSYNC_HOME=tmp_path, KAFKA_BOOTSTRAP_SERVERS="127.0.0.1:9", KAFKA_SECURITY_PROTOCOL="SASL_SSL"
     )
     with pytest.raises(ConfigError, match=r"SASL_SSL.*CONNECT_URL"):
-        connect.up(settings, print)
+        connect.ConnectServer(settings).up(print)
 
 
 def test_data_decides_which_server_is_run_and_is_never_left_for_an_empty_one(tmp_path: Path) -> None:
@@ -245,9 +247,9 @@ def test_who_needs_servers_that_are_there_starts_none_that_goes_just_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = load_settings(GHSYNC_HOME=tmp_path)
-    for module, address in ((kafka, "127.0.0.1:9"), (mysql, "mysql://u:p@127.0.0.1:9/new_data")):
-        up = ServiceStatus(module.SERVICE, "up", 1, address, login=address)
-        monkeypatch.setattr(module, "status", lambda _, up=up: up)
+    for server, address in ((KafkaServer, "127.0.0.1:9"), (mysql.MysqlServer, "mysql://u:p@127.0.0.1:9/new_data")):
+        up = ServiceStatus(server.service, "up", 1, address, login=address)
+        monkeypatch.setattr(server, "local_status", lambda _, up=up: up)
     assert existing_kafka(settings).bootstrap_servers == "127.0.0.1:9"
     with open_mysql(settings) as table, pytest.raises(UnavailableError, match=r"127\.0\.0\.1"):
         table.execute([("SELECT 1", ())])

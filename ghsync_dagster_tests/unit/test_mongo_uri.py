@@ -12,7 +12,7 @@ import dns.resolver
 import pytest
 
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
-from ghsync_dagster.local import mongo
+from ghsync_dagster.local.mongo import MongoServer
 from ghsync_dagster.settings import load_settings
 from ghsync_dagster.stores.mongo.users import UserStore
 from ghsync_dagster.wiring import batch_flow
@@ -118,7 +118,7 @@ def test_a_file_that_holds_no_certificate_is_told_with_the_setting(tmp_path: Pat
     (tmp_path / "file").write_text("no certificate")
     uri = f"mongodb://app:PLANTED@127.0.0.1:1/?tls=true&{option}={tmp_path / 'file'}"
     settings = load_settings(GHSYNC_HOME=tmp_path, MONGODB_URI=uri)
-    for use in (lambda: UserStore(uri, "x", "Users"), lambda: mongo.status(settings)):
+    for use in (lambda: UserStore(uri, "x", "Users"), MongoServer(settings).status):
         with pytest.raises(ConfigError, match="A file that MONGODB_URI names for TLS can't be used") as caught:
             use()
         assert option in caught.value.way_out

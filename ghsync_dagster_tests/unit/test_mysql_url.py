@@ -98,7 +98,7 @@ def test_a_url_means_one_thing_to_the_store_and_the_status(
     assert parse_mysql_url(url) == meant
     with MySqlStore(url) as store, pytest.raises(UnavailableError):
         store.count()
-    assert mysql.status(load_settings(MYSQL_URL=url)).uri == str(meant)
+    assert mysql.MysqlServer(load_settings(MYSQL_URL=url)).status().uri == str(meant)
     of_store, of_status = ({**call, "ssl": _tls(call)} for call in calls)
     for name in ("host", "port", "user", "password", "unix_socket", "ssl", "charset"):
         assert of_store[name] == of_status[name], name

@@ -25,7 +25,8 @@ from ghsync_dagster.domain.source import (
 )
 from ghsync_dagster.domain.table import COLUMNS, create_table
 from ghsync_dagster.domain.user import USER_FIELDS
-from ghsync_dagster.local import connect
+from ghsync_dagster.local import endpoints, worker_log
+from ghsync_dagster.local.connect import ConnectServer
 from ghsync_dagster.local.mysql import _SETUP
 from ghsync_dagster.local.supervisor import ServiceStatus
 from ghsync_dagster.settings import load_settings
@@ -34,6 +35,8 @@ from ghsync_dagster.stores.spark import EVENT_SCHEMA
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from ghsync_dagster.local.worker_log import WorkerLog
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {
@@ -212,30 +215,34 @@ def test_no_text_of_a_statement_is_told() -> None:
 def test_the_log_is_read_from_its_end_no_further_than_needed_and_never_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = load_settings(GHSYNC_HOME=tmp_path)
+    def log_of(**named: str) -> WorkerLog | None:
+        return endpoints.worker_log(load_settings(GHSYNC_HOME=tmp_path, **named))
+
     now = datetime.now(UTC)
     hour = timedelta(hours=1)
-    assert connect.logged_statements(settings, GOOD, now - hour) is None
-    log = tmp_path / "connect" / "log" / "connect.log"
-    log.parent.mkdir(parents=True)
+    assert log_of() is None
+    path = tmp_path / "connect" / "log" / "connect.log"
+    path.parent.mkdir(parents=True)
     old, new = line(now - 2 * hour, "UPDATE Users SET a = 1"), line(now, "UPDATE Users SET a = 1")
-    log.write_text(old * 50_000 + new * 3, encoding="utf-8")
-    assert connect.logged_statements(settings, GOOD, now - hour).of_table == 3  # type: ignore[union-attr]
-    assert len(connect._end_of(log, now - hour)) < 2 * connect._LOG_BLOCK
-    monkeypatch.setattr(connect, "_LOG_BYTES", 10_000)
-    monkeypatch.setattr(connect, "_LOG_BLOCK", 4_000)
-    assert len(connect._end_of(log, now - 9 * hour)) <= 14_000
+    path.write_text(old * 50_000 + new * 3, encoding="utf-8")
+    log = log_of()
+    assert log is not None
+    assert log.statements(GOOD, now - hour).of_table == 3  # type: ignore[union-attr]
+    assert len(worker_log._end_of(path, now - hour)) < 2 * worker_log._LOG_BLOCK
+    monkeypatch.setattr(worker_log, "_LOG_BYTES", 10_000)
+    monkeypatch.setattr(worker_log, "_LOG_BLOCK", 4_000)
+    assert len(worker_log._end_of(path, now - 9 * hour)) <= 14_000
     # The log of a worker that is not in use tells nothing.
-    elsewhere = load_settings(GHSYNC_HOME=tmp_path, CONNECT_URL="http://127.0.0.1:9/")
-    assert connect.logged_statements(elsewhere, GOOD, now - hour) is None
-    connect.close_statements(elsewhere, now + timedelta(seconds=1))
-    assert connect.logged_statements(settings, GOOD, now - hour) != Statements()
+    elsewhere = "http://127.0.0.1:9/"
+    assert log_of(CONNECT_URL=elsewhere) is None
     at = ServiceStatus("connect", "up", uri="http://127.0.0.1:9")
-    monkeypatch.setattr(connect, "status_of_worker", lambda _: at)
-    assert connect.logged_statements(elsewhere, GOOD, now - hour) != Statements()
+    monkeypatch.setattr(ConnectServer, "local_status", lambda _: at)
+    named = log_of(CONNECT_URL=elsewhere)
+    assert named is not None
+    assert named.statements(GOOD, now - hour) != Statements()
     # Both sides were found equal since.
-    connect.close_statements(settings, now + timedelta(seconds=1))
-    assert connect.logged_statements(settings, GOOD, now - hour) == Statements()
+    log.close(now + timedelta(seconds=1))
+    assert log.statements(GOOD, now - hour) == Statements()
 
 
 def test_what_is_wrong_with_the_source_is_a_likely_cause_of_differences() -> None:

@@ -1,0 +1,62 @@
+"""What the local Connect worker's log warns of: statements in the binlog that give no events.
+
+Belongs here: which part of the log counts. Not here: what a line means (``domain.source``).
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime
+from typing import TYPE_CHECKING, Final
+
+from ghsync_dagster.domain.source import Statements, logged_at, statements_in
+from ghsync_dagster.folders import write_whole
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ghsync_dagster.domain.source import Source
+
+_LOG_BLOCK: Final = 1 << 18
+_LOG_BYTES: Final = 1 << 23
+
+
+class WorkerLog:
+    """The log of the worker in use.
+
+    Args:
+        log: The file.
+        closed: The file that tells since when statements count.
+    """
+
+    def __init__(self, log: Path, closed: Path) -> None:
+        self._log = log
+        self._closed = closed
+
+    def statements(self, source: Source, since: datetime) -> Statements | None:
+        """Return what it warns of since a time, or since both sides were last found equal; None if it can't be read."""
+        if self._closed.exists():
+            since = max(since, datetime.fromisoformat(self._closed.read_text(encoding="utf-8")))
+        try:
+            return statements_in(_end_of(self._log, since), source, since)
+        except OSError:
+            return None
+
+    def close(self, began: datetime) -> None:
+        """Remember since when statements count: both sides were equal in a comparison that began then."""
+        write_whole(self._closed, began.isoformat(), "GHSYNC_HOME")
+
+
+def _end_of(log: Path, since: datetime) -> str:
+    """Return the end of a log, block by block backwards until one begins before a time, within a limit."""
+    end = b""
+    with log.open("rb") as file:
+        place = file.seek(0, os.SEEK_END)
+        while place > 0 and len(end) < _LOG_BYTES:
+            size = min(_LOG_BLOCK, place)
+            place = file.seek(place - size)
+            end = file.read(size) + end
+            times = (logged_at(line.decode(errors="replace")) for line in end[:_LOG_BLOCK].splitlines())
+            if (first := next((at for at in times if at is not None), None)) is not None and first < since:
+                break
+    return end.decode(errors="replace")
