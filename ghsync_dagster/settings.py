@@ -136,7 +136,7 @@ class Settings(BaseSettings):
         default="data/sample_data.json",
         validation_alias="GHSYNC_EVENTS_PATH",
         description='File, folder or glob of GitHub events; several as a JSON list, ["a.json", "more/*.gz"]; see '
-        "docs/batch.md. Unset: the sample, for the local MongoDB only.",
+        "docs/explain/files.md. Unset: the sample, for the local MongoDB only.",
     )
     max_quarantined_ratio: float = Field(
         default=0.01,
@@ -302,8 +302,8 @@ class Settings(BaseSettings):
     mysql_url: SecretStr | None = Field(
         default=None,
         validation_alias="MYSQL_URL",
-        description="MySQL as mysql://user:password@host:port/new_data, its options in docs/cdc.md (TLS). Unset: the "
-        "local server (see ghsync up mysql).",
+        description="MySQL as mysql://user:password@host:port/new_data, its options in docs/operate/configure.md (TLS)."
+        " Unset: the local server (see ghsync up mysql).",
     )
     connect_url: str | None = Field(
         default=None,

@@ -1,7 +1,7 @@
 """Load: users reach the collection, verified, under the protocol that ``domain.precedence`` proves.
 
 Belongs here: the order of a load's phases, and the steps that Spark takes. Not here: the order of the steps of a key,
-nor what one store does alone. ``docs/batch.md`` tells the protocol.
+nor what one store does alone. ``docs/explain/precedence.md`` tells the protocol.
 """
 
 from __future__ import annotations

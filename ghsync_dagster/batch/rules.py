@@ -23,7 +23,7 @@ def load_rules(module_name: str | None) -> tuple[Rule, ...]:
     """
     if module_name is None:
         return BUILT_IN_RULES
-    way_out = "GHSYNC_RULES_MODULE must name a module with RULES = (Rule(...), ...); see docs/batch.md."
+    way_out = "GHSYNC_RULES_MODULE must name a module with RULES = (Rule(...), ...); see docs/operate/configure.md."
     try:
         own = tuple(importlib.import_module(module_name).RULES)
     except Exception as error:

@@ -48,7 +48,7 @@ def run(
 
 
 def batch(
-    paths: Annotated[list[str], typer.Argument(help="Files, folders or globs of events; see docs/batch.md.")],
+    paths: Annotated[list[str], typer.Argument(help="Files, folders or globs of events; see docs/explain/files.md.")],
     as_json: AsJson = False,
 ) -> None:
     """Read, flatten, load and verify without Dagster, with the same gates."""

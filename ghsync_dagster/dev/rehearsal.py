@@ -398,7 +398,7 @@ def _await(done: Callable[[], bool], consumer: _Consuming, what: str) -> None:
     if not _happens(done, consumer, _CATCH_UP_SECONDS):
         raise UnavailableError(
             f"The consumer did not apply {what} within {_CATCH_UP_SECONDS:.0f} s.",
-            way_out="Look at ghsync status and at the logs that it names; see docs/operations.md.",
+            way_out="Look at ghsync status and at the logs that it names; see docs/operate/monitor.md.",
         )
 
 

@@ -25,7 +25,7 @@ RIGHTS: Final = "the database user needs SELECT, RELOAD, SHOW DATABASES, REPLICA
 _AWAY_SECONDS: Final = 60.0
 """Some times the interval in which a connector is watched: who did not look for longer does not know what moved."""
 _STOPPED: Final = (FAILED, NONE, UNKNOWN, *HALTED)
-_SNAPSHOT: Final = "take a new snapshot; see docs/operations.md, A new snapshot"
+_SNAPSHOT: Final = "take a new snapshot; see docs/operate/runbook.md, A new snapshot"
 _RESTART: Final = (
     f"then run ghsync up connect, or POST /connectors/{CONNECTOR}/restart?includeTasks=true&onlyFailed=true to the "
     "worker of CONNECT_URL."

@@ -396,7 +396,7 @@ def _settings_problems(source: Source) -> Iterator[Problem]:
             Effect.STOPS,
             f"binlog_row_image is {image}: the connector fails on a row that is not whole",
             f"{_set('binlog_row_image', 'FULL')} Sessions that are open keep theirs: end them. A connector that failed"
-            " needs a new snapshot, see docs/operations.md.",
+            " needs a new snapshot, see docs/operate/runbook.md.",
         )
     if settings.get("log_bin_compress", "OFF").upper() in ("ON", "1"):
         yield Problem(

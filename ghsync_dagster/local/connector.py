@@ -62,7 +62,8 @@ NO_COLUMNS = (
 _ONLY_CAPTURED = "schema.history.internal.store.only.captured.tables.ddl"
 _STALE_HISTORY = (
     f"the connector {CONNECTOR} knows the columns of its own table only: after an online schema change it may put "
-    "values into wrong columns. Take a new snapshot, as docs/operations.md has it under After an online schema change."
+    "values into wrong columns. Take a new snapshot, as docs/operate/runbook.md has it under After an online schema "
+    "change."
 )
 # MySQL tells its followers apart by a number, which must be no other server's.
 _FIRST_SERVER_ID = 1_000_000

@@ -165,7 +165,7 @@ def _translated(what: str, error: pymysql.MySQLError) -> ConfigError | RefusedEr
         return _unavailable(what, text)
     if code in _NOT_THERE:
         return ConfigError(
-            f"{what}: {text}.", way_out="Check the database in MYSQL_URL; the table is described in docs/cdc.md."
+            f"{what}: {text}.", way_out="Check the database in MYSQL_URL; docs/reference/source.md describes the table."
         )
     hint = (
         "Check the user, password and rights behind MYSQL_URL."

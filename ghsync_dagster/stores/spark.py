@@ -114,11 +114,13 @@ def spark_errors(what: str) -> Iterator[None]:
                 f"{what}: MongoDB refused ({_cause(text)}).",
                 way_out="Check the user, password and roles behind MONGODB_URI.",
             ) from None
-        raise PermanentError(f"{what}: {_cause(text)}.", way_out="Read Spark's message; see docs/batch.md.") from None
+        raise PermanentError(
+            f"{what}: {_cause(text)}.", way_out="Read Spark's message; see docs/operate/runbook.md."
+        ) from None
     except Py4JError as error:
         raise PermanentError(
             f"{what}: {redact(str(error)).splitlines()[0]}.",
-            way_out="Read Spark's message; see docs/batch.md.",
+            way_out="Read Spark's message; see docs/operate/runbook.md.",
         ) from None
 
 

@@ -206,13 +206,14 @@ def test_an_asset_leads_to_its_code_and_its_guide(monkeypatch: pytest.MonkeyPatc
     (local,) = references(key, defs)
     source = Path(local.file_path).read_text(encoding="utf-8").splitlines()
     assert "def users(" in "".join(source[local.line_number - 1 :][:20])
-    assert defs.resolve_asset_graph().get(key).metadata["guide"] == dg.MetadataValue.path(str(ROOT / "docs/batch.md"))
+    guided = defs.resolve_asset_graph().get(key).metadata["guide"]
+    assert guided == dg.MetadataValue.path(str(ROOT / "docs/explain/files.md"))
     monkeypatch.setenv("GHSYNC_GIT_URL", "https://github.com/acme/ghsync")
     monkeypatch.setenv("GHSYNC_GIT_REVISION", "v1")
     (there,) = references(key, build_defs())
     assert there.url.startswith("https://github.com/acme/ghsync/tree/v1/ghsync_dagster/defs/batch/assets.py#L")
-    address = "https://github.com/acme/ghsync/blob/v1/docs/batch.md"
-    assert guide("docs/batch.md") == {"guide": dg.MetadataValue.url(address)}
+    address = "https://github.com/acme/ghsync/blob/v1/docs/explain/files.md"
+    assert guide("docs/explain/files.md") == {"guide": dg.MetadataValue.url(address)}
 
 
 @pytest.mark.parametrize("url", ["https://user:token@github.com/a/b", "http://github.com/a/b", "git@github.com:a/b"])

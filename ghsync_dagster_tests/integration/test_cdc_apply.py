@@ -217,7 +217,7 @@ def test_another_unique_index_refuses_alone(users: UserStore, *, created: bool) 
 
 
 def test_the_documentation_lists_each_kind_of_what_the_database_refuses() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "cdc.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "dead-letters.md").read_text()
     for kind in KINDS_OF_REFUSED:
         assert f"`{kind}`" in page
 

@@ -462,7 +462,7 @@ def test_the_command_names_users_that_are_wrong_and_a_repair_puts_them_right(sta
         assert (done.returncode, as_json["passed"]) == (1, False)
         assert [as_json["counts"][kind] for kind in ("missing", "extra", "different")] == [1, 1, 1]
         assert (len(as_json["offenders"]), as_json["counts"]["not_named"]) == (named, 3 - named)
-    # As docs/operations.md has it.
+    # As docs/operate/runbook.md has it.
     repaired = _ghsync(stack, "cdc", "repair", "--from-audit", "--patience", "0")
     assert repaired.returncode == 0, repaired.stderr
     assert _ghsync(stack, "cdc", "audit").returncode == 0

@@ -1,4 +1,4 @@
-"""What the binlogs of a MariaDB and of a MySQL do not tell: the lines of the table in docs/cdc.md, each tried."""
+"""What the binlogs of a MariaDB and of a MySQL do not tell: each line of the table in docs/reference/source.md."""
 
 from __future__ import annotations
 

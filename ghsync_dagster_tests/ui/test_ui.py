@@ -240,7 +240,7 @@ def see_the_collection(page: Page, ui: str) -> None:
     for text in (*OF_USERS.values(), "users_in_files", "inserted", "left_by_reason", "settle"):
         expect(page.get_by_text(text, exact=True).first).to_be_visible()
     expect(page.get_by_text("Fails if more than 7 days since last materialization")).to_be_visible()
-    for place in ("blob/main/docs/batch.md", "tree/main/ghsync_dagster/defs/batch/assets.py#L"):
+    for place in ("blob/main/docs/explain/precedence.md", "tree/main/ghsync_dagster/defs/batch/assets.py#L"):
         expect(page.locator(f"a[href^='{REPOSITORY}/{place}']").first).to_be_visible()
 
 

@@ -9,15 +9,28 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 import typer
 import typer.main
+from reference_pages import PARTS, REFERENCE, written
 
 from ghsync_dagster.cli.app import app
+from ghsync_dagster.definitions import defs
+from ghsync_dagster.defs.errors import kind_of
+from ghsync_dagster.domain.errors import PermanentError, TransientError
 from ghsync_dagster.settings import Settings
+from ghsync_dagster.stores.mongo.client import LEASES
+from ghsync_dagster.stores.mongo.schema import BOOKS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT: Final = Path(__file__).parents[2]
-PAGES: Final = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("*/README.md"))]
+PAGES: Final = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "benchmarks").glob("*.md")),
+    ROOT / "data" / "README.md",
+]
+MEAN_WORDS: Final = 16
+MOST_WORDS: Final = 35
 CODE: Final = re.compile(r"```.*?```", re.DOTALL)
 LINK: Final = re.compile(r"\]\(([^)\s]+)\)")
 COMMAND: Final = re.compile(r"(?<![\w./-])ghsync ((?:[a-z]+ ?)+)((?:--?[a-z-]+|[^`\n|;#])*)")
@@ -104,11 +117,66 @@ def test_each_job_and_sensor_that_is_named_is_defined(page: Path) -> None:
         assert f'"{name}"' in defined or f"def {name}(" in defined, name
 
 
-def test_each_collection_beside_the_users_is_in_the_list_of_them() -> None:
-    modules = (ROOT / "ghsync_dagster" / "stores" / "mongo").glob("*.py")
-    sources = "".join(path.read_text(encoding="utf-8") for path in modules)
-    # What an earlier build kept is only moved.
-    found = set(re.findall(r'\.book\("([a-z_]+)"\)', sources)) - {"again"}
-    listed = set(re.findall(r"(?m)^\| `_ghsync_([a-z_]+)`", (ROOT / "docs" / "batch.md").read_text(encoding="utf-8")))
+def test_the_page_of_collections_lists_each_book() -> None:
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "ghsync_dagster").rglob("*.py"))
+    found = {*re.findall(r'\.book\("([a-z_]+)"\)', sources), *BOOKS, LEASES.removeprefix("_ghsync_")}
+    page = (REFERENCE / "collections.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"(?m)^\| `_ghsync_([a-z_]+)`", page))
     assert {"repairs", "readings", "dead_letters", "versions"} <= found
-    assert found <= listed
+    assert found == listed
+
+
+@pytest.mark.parametrize("name", sorted(PARTS))
+def test_the_reference_says_what_the_code_says(name: str) -> None:
+    pages = [path for path in REFERENCE.glob("*.md") if f"<!-- made of {name} -->" in path.read_text(encoding="utf-8")]
+    assert len(pages) == 1
+    page = pages[0].read_text(encoding="utf-8")
+    assert written(page) == page, "Run python ghsync_dagster_tests/reference_pages.py."
+
+
+def test_the_runbook_has_a_section_for_each_check() -> None:
+    runbook = ROOT / "docs" / "operate" / "runbook.md"
+    checks = {spec.name for one in defs.asset_checks or () for spec in one.check_specs}
+    assert checks <= anchors(runbook)
+
+
+def test_the_runbook_has_a_section_for_each_kind_of_failed_run() -> None:
+    kinds = {*map(kind_of, (TransientError, PermanentError, None)), "data"}
+    assert {f"a-run-failed-kind-{kind}" for kind in kinds} <= anchors(ROOT / "docs" / "operate" / "runbook.md")
+
+
+def test_the_index_lists_each_decision_by_its_title() -> None:
+    folder = ROOT / "docs" / "decisions"
+    index = (folder / "README.md").read_text(encoding="utf-8")
+    for page in folder.glob("[0-9]*.md"):
+        number, _, title = page.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ").partition(": ")
+        assert f"| [{number}]({page.name}) | {title} |" in index
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a page's prose: paragraphs and items of lists, without code blocks, tables and headings."""
+    prose = re.sub(r"(?m)^(\||#|<!--).*$", "", CODE.sub("\n", text))
+    prose = re.sub(r"!?\[([^\]]*)\]\([^)\s]+\)", r"\1", prose)
+    blocks = re.split(r"\n\s*\n|\n\s*(?:[-*]|[0-9]+\.) ", f"\n{prose}")
+    ends = r"(?<=[.!?])[*_)\"]* +(?=[`*_(\"]*[A-Z0-9`_.])"
+    return [one for block in blocks for one in re.split(ends, " ".join(block.split())) if re.search(r"\w", one)]
+
+
+def words_of(sentence: str) -> int:
+    """How many words a sentence has; a command in it counts by its words."""
+    return len([word for word in sentence.split() if re.search(r"\w", word)])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=PAGE_IDS)
+def test_sentences_are_short(page: Path) -> None:
+    found = sentences(page.read_text(encoding="utf-8"))
+    assert [one for one in found if words_of(one) > MOST_WORDS] == []
+    assert sum(map(words_of, found)) <= MEAN_WORDS * len(found)
+
+
+def test_sentences_are_counted_in_paragraphs_and_lists_alone() -> None:
+    prose = "# A head. With two\nOne `two.three` four. Five\nsix!\n- seven\n- [eight nine](a.md). Ten\n"
+    text = f"{prose}```\ncode. More\n```\n| a | b |\n"
+    found = sentences(text)
+    assert found == ["One `two.three` four.", "Five six!", "seven", "eight nine.", "Ten"]
+    assert [words_of(one) for one in found] == [3, 2, 1, 2, 1]

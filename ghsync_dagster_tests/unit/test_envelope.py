@@ -528,7 +528,7 @@ def test_the_kinds_are_distinct_slugs() -> None:
 
 
 def test_the_documentation_lists_each_kind_in_the_same_words() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "cdc.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "dead-letters.md").read_text()
     for refusal in Refusal:
         assert f"| `{refusal.kind}` | {refusal.words} |" in page
 

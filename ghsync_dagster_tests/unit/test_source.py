@@ -256,7 +256,7 @@ def test_what_is_wrong_with_the_source_is_a_likely_cause_of_differences() -> Non
 
 
 def test_the_documented_table_is_the_declared_one() -> None:
-    documented = (ROOT / "docs" / "cdc.md").read_text(encoding="utf-8")
+    documented = (ROOT / "docs" / "reference" / "source.md").read_text(encoding="utf-8")
     assert create_table() in re.sub(r"\s+", " ", documented)
     assert tuple(column.name for column in COLUMNS) == USER_FIELDS
 

@@ -50,7 +50,7 @@ def likely_causes(result: AuditResult, known: Circumstances) -> list[str]:
     if result.shifted:
         causes.append(
             f"{result.shifted} users hold values in each other's columns: stale schema: take a new snapshot, "
-            "see docs/operations.md, A new snapshot."
+            "see docs/operate/runbook.md, A new snapshot."
         )
     if result.unusual_keys:
         causes.append(

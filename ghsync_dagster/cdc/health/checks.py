@@ -99,7 +99,7 @@ def kafka_lag(backlog: Backlog, limit: int, *, is_another: bool = False, placed:
             for found in worst
             if found.waiting or found.lost or found.is_anew or found.partition in forgotten
         ],
-        way_out="Take a new snapshot, and let a new group begin at the beginning; see docs/operations.md."
+        way_out="Take a new snapshot, and let a new group begin at the beginning; see docs/operate/runbook.md."
         if is_gone
         else f"{_LOOK}; a lag that shrinks needs only time, or a higher GHSYNC_MAX_LAG_RECORDS.",
     )
@@ -313,4 +313,4 @@ def _way_out_of_differences(result: AuditResult, waiting: int, known: Circumstan
     if waiting and not known.connector:
         return f"{_LOOK}; then run the check again."
     causes = " ".join(likely_causes(result, known))
-    return f"{causes} Once the cause is gone: {CURE}; see docs/operations.md, A user is wrong."
+    return f"{causes} Once the cause is gone: {CURE}; see docs/operate/runbook.md, in_step_with_mysql."

@@ -67,7 +67,7 @@ class Truncate(NamedTuple):
             f"The truncate at {self.topic} partition {self.partition} offset {self.offset} can't be put in order with "
             f"the other partitions: {why}.",
             way_out="Have one consumer only, and a later change in every partition; or give the topic one partition "
-            "and take a new snapshot. See docs/cdc.md.",
+            "and take a new snapshot. See docs/explain/changes.md.",
         )
 
 

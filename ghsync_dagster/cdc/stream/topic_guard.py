@@ -149,5 +149,6 @@ class TopicGuard:
 
     def _gone(self, problem: str) -> PermanentError:
         return PermanentError(
-            problem, way_out="Take a new snapshot, and let a new group begin at the beginning; see docs/operations.md."
+            problem,
+            way_out="Take a new snapshot, and let a new group begin at the beginning; see docs/operate/runbook.md.",
         )

@@ -318,7 +318,8 @@ class Writer:
         if is_unfinished:
             self.failure = self.failure or UnavailableError(
                 f"{self._name}: a batch or repair at work did not end in time; its last command may come late.",
-                way_out="Check that MongoDB and Kafka answer; see docs/operations.md (A command may have come late).",
+                way_out="Check that MongoDB and Kafka answer; see A command may have come late in "
+                "docs/operate/runbook.md.",
             )
 
     # The thread itself
@@ -434,7 +435,7 @@ class Writer:
                 f"{self._name}: {places} is to be applied again, since a command to the store may have come late, and "
                 f"the rewind can't be requested: {error.message}",
                 way_out="Set the group back to them where it is beyond, before another consumer runs; see "
-                "docs/operations.md.",
+                "docs/operate/runbook.md.",
             ) from error
         log.warning("rewind requested: a command may have come late", offsets=dict(asked))
         with self._changed:

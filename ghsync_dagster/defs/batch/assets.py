@@ -32,7 +32,7 @@ TARGET = "target"
 OWNERS = ["team:data-platform"]
 FRESHNESS = dg.FreshnessPolicy.time_window(fail_window=timedelta(days=7), warn_window=timedelta(days=2))
 """How old what files brought may be: nothing here runs by a clock, so it is wide."""
-_GUIDE = guide("docs/batch.md")
+_GUIDE = guide("docs/explain/files.md")
 
 
 def _of_load(code: str, settings: Settings) -> str:
@@ -171,7 +171,7 @@ def users(batch: BatchResource) -> dg.MaterializeResult[None]:
     freshness_policy=FRESHNESS,
     description="The MongoDB collection new_data.Users after the load: new users inserted, older states replaced, "
     "everything else left, verified by exceptAll, no marker.",
-    metadata={**TABLES[MONGO_USERS].metadata(), **_GUIDE},
+    metadata={**TABLES[MONGO_USERS].metadata(), **guide("docs/explain/precedence.md")},
 )
 def mongo_users(context: dg.AssetExecutionContext, batch: BatchResource) -> dg.MaterializeResult[None]:
     """Load the users into MongoDB and verify them."""

@@ -76,7 +76,7 @@ users_changes = dg.AssetSpec(
         "consumer_group": f"KAFKA_GROUP_ID, {_DEFAULTS['kafka_group_id']} by default",
         "connector": "CONNECT_URL, or the local worker of ghsync up",
         "events": dg.MetadataValue.url("https://debezium.io/documentation/reference/stable/connectors/mysql.html"),
-        **guide("docs/cdc.md"),
+        **guide("docs/explain/changes.md"),
     },
 )
 

@@ -200,7 +200,8 @@ def kafka_error(error: KafkaError, what: str) -> GhsyncError:
     if code in DENIED:
         return RefusedError(
             f"{what}: the brokers do not take it ({error.name()}: {text}).",
-            way_out="Have the brokers allow it, or make the topic yourself as they allow it; see docs/operations.md.",
+            way_out="Have the brokers allow it, or make the topic yourself as they allow it; see "
+            "docs/reference/dead-letters.md.",
         )
     if is_no_topic(error):
         return UnavailableError(

@@ -196,7 +196,7 @@ class TopicConsumer:
         return PermanentError(
             f"{self.kafka.topic} partition {partition}: group {self.kafka.group_id} is at offset {committed}, but "
             f"the topic holds {low} to {high}: changes were removed before they were applied, or the topic is new.",
-            way_out="Take a new snapshot, and let a new group begin at the beginning; see docs/operations.md.",
+            way_out="Take a new snapshot, and let a new group begin at the beginning; see docs/operate/runbook.md.",
         )
 
     def ends(self) -> dict[int, int]:

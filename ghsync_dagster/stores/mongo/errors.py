@@ -73,7 +73,8 @@ def mongo_errors(what: str) -> Iterator[None]:
         hint = (
             "Check the user, password and roles behind MONGODB_URI."
             if error.code in _REFUSED
-            else "Read the server's answer above; the operation is in docs/batch.md or docs/cdc.md."
+            else "Read the server's answer above; the operation is in docs/explain/precedence.md or "
+            "docs/explain/changes.md."
         )
         raise RefusedError(
             f"{what}: MongoDB refused (code {error.code}): {_first_line(error)}.", way_out=hint

@@ -265,7 +265,8 @@ def _refuse_validator(name: str, options: Document, *, empty: bool) -> None:
         )
     raise RefusedError(
         f"{name} holds documents and has another validator, or none, or does not enforce it.",
-        way_out="Check the documents against docs/batch.md, then set the validator that it shows with collMod.",
+        way_out="Check the documents against docs/reference/collections.md, then set the validator that it shows with "
+        "collMod.",
     )
 
 
