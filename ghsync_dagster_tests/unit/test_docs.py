@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 import typer
 import typer.main
-from reference_pages import PARTS, REFERENCE, written
 
 from ghsync_dagster.cli.app import app
 from ghsync_dagster.definitions import defs
@@ -18,6 +17,7 @@ from ghsync_dagster.domain.errors import PermanentError, TransientError
 from ghsync_dagster.settings import Settings
 from ghsync_dagster.stores.mongo.client import LEASES
 from ghsync_dagster.stores.mongo.schema import BOOKS
+from ghsync_dagster_tests.support.reference_pages import PARTS, REFERENCE, written
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -131,7 +131,7 @@ def test_the_reference_says_what_the_code_says(name: str) -> None:
     pages = [path for path in REFERENCE.glob("*.md") if f"<!-- made of {name} -->" in path.read_text(encoding="utf-8")]
     assert len(pages) == 1
     page = pages[0].read_text(encoding="utf-8")
-    assert written(page) == page, "Run python ghsync_dagster_tests/reference_pages.py."
+    assert written(page) == page, "Run python -m ghsync_dagster_tests.support.reference_pages."
 
 
 def test_the_runbook_has_a_section_for_each_check() -> None:

@@ -26,7 +26,7 @@ from ghsync_dagster.stores.mongo.writer import KINDS_OF_REFUSED
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-REFERENCE: Final = Path(__file__).parents[1] / "docs" / "reference"
+REFERENCE: Final = Path(__file__).parents[2] / "docs" / "reference"
 PART: Final = re.compile(r"(<!-- made of (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _OF_DATABASE: Final = {
     "bad-value": "The database takes no such value.",
