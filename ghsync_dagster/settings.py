@@ -2,6 +2,10 @@
 
 ``NAME_FILE`` gives a path whose content is the value of ``NAME``, for any name below: the way of Docker secrets.
 A name that looks like one of these and is none is refused: what it was meant to set would go unset without a word.
+
+A field's variable is its name in capitals, after GHSYNC_ unless it begins as another program's do (``_THEIRS``):
+``home`` is GHSYNC_HOME, ``mongodb_uri`` is MONGODB_URI. The docstring below a field describes it here, in
+``.env.example`` and in Dagster's UI.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from dotenv import dotenv_values
 from dotenv.parser import parse_stream
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, field_validator
+from pydantic import AfterValidator, AliasGenerator, BeforeValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from ghsync_dagster.domain.errors import ConfigError
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
 _OURS = "GHSYNC_"
 _SHARED = ("MONGO", "KAFKA_", "SPARK_", "MYSQL_", "CONNECT_")
 """How names begin that other programs have too: only one that is nearly a setting's is taken for it."""
+_THEIRS = ("MONGODB_", "KAFKA_", "SPARK_", "MYSQL_", "CONNECT_")
 _NEAR = 0.87
 _USUAL = {
     "MONGODB_URI": "MONGO_URI MONGO_URL MONGODB_URL MONGO_DSN MONGODB_DSN MONGO_HOST MONGODB_HOST "
@@ -78,6 +83,12 @@ _Upper = BeforeValidator(lambda value: value.upper() if isinstance(value, str) e
 _Lower = BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)
 
 
+def _variable(field_name: str) -> str:
+    """Return the variable of a field: other programs' names stay as they are, others begin with GHSYNC_."""
+    name = field_name.upper()
+    return name if name.startswith(_THEIRS) else _OURS + name
+
+
 class FileSource(PydanticBaseSettingsSource):
     """Reads ``NAME`` from the file that ``NAME_FILE`` names, in the environment or in ``.env``."""
 
@@ -120,66 +131,36 @@ class FileSource(PydanticBaseSettingsSource):
 class Settings(BaseSettings):
     """The settings of one process, read from the environment and from ``.env`` in the working folder."""
 
-    model_config = SettingsConfigDict(env_file=".env", extra="ignore", frozen=True, env_ignore_empty=True)
+    model_config = SettingsConfigDict(
+        env_file=".env",
+        extra="ignore",
+        frozen=True,
+        env_ignore_empty=True,
+        use_attribute_docstrings=True,
+        alias_generator=AliasGenerator(validation_alias=_variable),
+    )
 
-    home: Path = Field(
-        default=Path(".ghsync"),
-        validation_alias="GHSYNC_HOME",
-        description="Folder of all local state: materialized data, local servers, logs, Dagster's own storage.",
-    )
-    cache: Path | None = Field(
-        default=None,
-        validation_alias="GHSYNC_CACHE",
-        description="Folder of downloaded jars, shared by checkouts. Default: the user's cache folder.",
-    )
-    events_path: str = Field(
-        default="data/sample_data.json",
-        validation_alias="GHSYNC_EVENTS_PATH",
-        description='File, folder or glob of GitHub events; several as a JSON list, ["a.json", "more/*.gz"]; see '
-        "docs/explain/files.md. Unset: the sample, for the local MongoDB only.",
-    )
-    max_quarantined_ratio: float = Field(
-        default=0.01,
-        ge=0,
-        le=1,
-        validation_alias="GHSYNC_MAX_QUARANTINED_RATIO",
-        description="The share of bad lines (0 to 1) above which the check quarantined_ratio fails.",
-    )
-    rules_module: str | None = Field(
-        default=None,
-        validation_alias="GHSYNC_RULES_MODULE",
-        description="Python module whose RULES (a sequence of ghsync_dagster.domain.user.Rule) join the built-in ones.",
-    )
-    lease_wait_seconds: float = Field(
-        default=600,
-        ge=0,
-        validation_alias="GHSYNC_LEASE_WAIT_SECONDS",
-        description="How long a load waits for another load of the same collection before it gives up.",
-    )
-    lease_quiet_seconds: float = Field(
-        default=6,
-        ge=1,
-        le=15,
-        validation_alias="GHSYNC_LEASE_QUIET_SECONDS",
-        description="How long MongoDB may be at work on the last command of a load that died: the next one waits.",
-    )
-    retry_attempts: int = Field(
-        default=5,
-        ge=1,
-        validation_alias="GHSYNC_RETRY_ATTEMPTS",
-        description="Tries of one step while a server is away. Permanent errors are never tried again.",
-    )
-    server_timeout_seconds: float = Field(
-        default=10,
-        gt=0,
-        validation_alias="GHSYNC_SERVER_TIMEOUT_SECONDS",
-        description="How long one try waits for a server to be reachable.",
-    )
-    alert_webhook_url: SecretStr | None = Field(
-        default=None,
-        validation_alias="GHSYNC_ALERT_WEBHOOK_URL",
-        description="URL that gets a JSON POST for each failed asset check and run. Unset: they are only logged.",
-    )
+    home: Path = Path(".ghsync")
+    """Folder of all local state: materialized data, local servers, logs, Dagster's own storage."""
+    cache: Path | None = None
+    """Folder of downloaded jars, shared by checkouts. Default: the user's cache folder."""
+    events_path: str = "data/sample_data.json"
+    """File, folder or glob of GitHub events; several as a JSON list, ["a.json", "more/*.gz"]; see
+    docs/explain/files.md. Unset: the sample, for the local MongoDB only."""
+    max_quarantined_ratio: float = Field(default=0.01, ge=0, le=1)
+    """The share of bad lines (0 to 1) above which the check quarantined_ratio fails."""
+    rules_module: str | None = None
+    """Python module whose RULES (a sequence of ghsync_dagster.domain.user.Rule) join the built-in ones."""
+    lease_wait_seconds: float = Field(default=600, ge=0)
+    """How long a load waits for another load of the same collection before it gives up."""
+    lease_quiet_seconds: float = Field(default=6, ge=1, le=15)
+    """How long MongoDB may be at work on the last command of a load that died: the next one waits."""
+    retry_attempts: int = Field(default=5, ge=1)
+    """Tries of one step while a server is away. Permanent errors are never tried again."""
+    server_timeout_seconds: float = Field(default=10, gt=0)
+    """How long one try waits for a server to be reachable."""
+    alert_webhook_url: SecretStr | None = None
+    """URL that gets a JSON POST for each failed asset check and run. Unset: they are only logged."""
     git_url: (
         Annotated[
             str,
@@ -189,190 +170,80 @@ class Settings(BaseSettings):
             ),
         ]
         | None
-    ) = Field(
-        default=None,
-        validation_alias="GHSYNC_GIT_URL",
-        description="Repository of this code, as https://github.com/OWNER/REPO (GitHub or GitLab). Dagster's UI then "
-        "links to it. Unset: it names files of this machine.",
-    )
-    git_revision: Annotated[str, _form(r"\S+", "it has no spaces: a branch, tag or commit, such as main")] = Field(
-        default="main",
-        validation_alias="GHSYNC_GIT_REVISION",
-        description="Branch, tag or commit that those links lead to.",
-    )
-    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], _Upper] = Field(
-        default="INFO",
-        validation_alias="GHSYNC_LOG_LEVEL",
-        description="DEBUG, INFO, WARNING or ERROR, in any case.",
-    )
-    log_format: Annotated[Literal["auto", "json", "console"], _Lower] = Field(
-        default="auto",
-        validation_alias="GHSYNC_LOG_FORMAT",
-        description="json, console, or auto: json where standard error is not a terminal.",
-    )
-    mongodb_uri: SecretStr | None = Field(
-        default=None,
-        validation_alias="MONGODB_URI",
-        description="MongoDB to write to. Unset: a local server is started (see ghsync up mongo).",
-    )
-    mongodb_database: str = Field(
-        default="new_data",
-        min_length=1,
-        validation_alias="MONGODB_DATABASE",
-        description="Database of the collection and of the platform's own _ghsync_* collections.",
-    )
-    mongodb_collection: str = Field(
-        default="Users",
-        min_length=1,
-        validation_alias="MONGODB_COLLECTION",
-        description="Collection that is kept right.",
-    )
-    spark_master: str = Field(
-        default="local[*]",
-        validation_alias="SPARK_MASTER",
-        description="Spark master URL: local[*] or spark://host:port.",
-    )
+    ) = None
+    """Repository of this code, as https://github.com/OWNER/REPO (GitHub or GitLab). Dagster's UI then links to it.
+    Unset: it names files of this machine."""
+    git_revision: Annotated[str, _form(r"\S+", "it has no spaces: a branch, tag or commit, such as main")] = "main"
+    """Branch, tag or commit that those links lead to."""
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], _Upper] = "INFO"
+    """DEBUG, INFO, WARNING or ERROR, in any case."""
+    log_format: Annotated[Literal["auto", "json", "console"], _Lower] = "auto"
+    """json, console, or auto: json where standard error is not a terminal."""
+    mongodb_uri: SecretStr | None = None
+    """MongoDB to write to. Unset: a local server is started (see ghsync up mongo)."""
+    mongodb_database: str = Field(default="new_data", min_length=1)
+    """Database of the collection and of the platform's own _ghsync_* collections."""
+    mongodb_collection: str = Field(default="Users", min_length=1)
+    """Collection that is kept right."""
+    spark_master: str = "local[*]"
+    """Spark master URL: local[*] or spark://host:port."""
     spark_driver_memory: Annotated[
         str, _form("[1-9][0-9]*[mg]", "it is a whole number and m or g, such as 512m or 2g"), _Lower
-    ] = Field(
-        default="1g",
-        validation_alias="SPARK_DRIVER_MEMORY",
-        description="Heap of the Spark driver, such as 512m or 2g.",
-    )
-    spark_driver_java_options: str = Field(
-        default="",
-        validation_alias="SPARK_DRIVER_JAVA_OPTIONS",
-        description="Further options of the Spark driver's JVM, quoted as in a shell.",
-    )
-    spark_jars_packages: str | None = Field(
-        default=None,
-        validation_alias="SPARK_JARS_PACKAGES",
-        description="Coordinates handed to spark.jars.packages in place of the locked connector jar.",
-    )
+    ] = "1g"
+    """Heap of the Spark driver, such as 512m or 2g."""
+    spark_driver_java_options: str = ""
+    """Further options of the Spark driver's JVM, quoted as in a shell."""
+    spark_jars_packages: str | None = None
+    """Coordinates handed to spark.jars.packages in place of the locked connector jar."""
 
-    kafka_bootstrap_servers: str | None = Field(
-        default=None,
-        validation_alias="KAFKA_BOOTSTRAP_SERVERS",
-        description="Kafka brokers, host:port, comma-separated. Unset: the local broker (see ghsync up kafka).",
-    )
-    kafka_topic: str = Field(
-        default="mysql-server.new_data.Users",
-        min_length=1,
-        validation_alias="KAFKA_TOPIC",
-        description="Topic of Debezium's change events. Dead letters go to this name with .dlq at its end.",
-    )
-    kafka_group_id: str = Field(
-        default="ghsync-users",
-        min_length=1,
-        validation_alias="KAFKA_GROUP_ID",
-        description="Consumer group whose committed offsets say what has been applied.",
-    )
-    kafka_security_protocol: Annotated[Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"], _Upper] = Field(
-        default="PLAINTEXT",
-        validation_alias="KAFKA_SECURITY_PROTOCOL",
-        description="PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL.",
-    )
-    kafka_sasl_mechanism: Annotated[Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None, _Upper] = Field(
-        default=None,
-        validation_alias="KAFKA_SASL_MECHANISM",
-        description="PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512.",
-    )
-    kafka_sasl_username: str | None = Field(
-        default=None, validation_alias="KAFKA_SASL_USERNAME", description="User for SASL."
-    )
-    kafka_sasl_password: SecretStr | None = Field(
-        default=None, validation_alias="KAFKA_SASL_PASSWORD", description="Password for SASL."
-    )
-    kafka_ssl_ca_location: Path | None = Field(
-        default=None,
-        validation_alias="KAFKA_SSL_CA_LOCATION",
-        description="PEM file of the authorities that the brokers' certificates are checked against.",
-    )
-    kafka_ssl_certificate_location: Path | None = Field(
-        default=None,
-        validation_alias="KAFKA_SSL_CERTIFICATE_LOCATION",
-        description="PEM file of the client's certificate.",
-    )
-    kafka_ssl_key_location: Path | None = Field(
-        default=None, validation_alias="KAFKA_SSL_KEY_LOCATION", description="PEM file of the client's key."
-    )
-    kafka_ssl_key_password: SecretStr | None = Field(
-        default=None, validation_alias="KAFKA_SSL_KEY_PASSWORD", description="Password of the client's key."
-    )
-    mysql_url: SecretStr | None = Field(
-        default=None,
-        validation_alias="MYSQL_URL",
-        description="MySQL as mysql://user:password@host:port/new_data, its options in docs/operate/configure.md (TLS)."
-        " Unset: the local server (see ghsync up mysql).",
-    )
-    connect_url: str | None = Field(
-        default=None,
-        validation_alias="CONNECT_URL",
-        description="Kafka Connect's REST address. Unset: the local worker (see ghsync up connect).",
-    )
-    cdc_slice_seconds: float = Field(
-        default=3600,
-        gt=0,
-        validation_alias="GHSYNC_CDC_SLICE_SECONDS",
-        description="How long one run of cdc_sync_job consumes before the next one takes over.",
-    )
-    cdc_report_seconds: float = Field(
-        default=10,
-        gt=0,
-        # What is measured is kept for five minutes.
-        le=300,
-        validation_alias="GHSYNC_CDC_REPORT_SECONDS",
-        description="How often the consumer logs and observes counts, lag and latency.",
-    )
-    cdc_session_timeout_seconds: float = Field(
-        default=10,
-        ge=6,
-        validation_alias="GHSYNC_CDC_SESSION_TIMEOUT_SECONDS",
-        description="How long Kafka waits for a silent consumer before others take its partitions.",
-    )
-    max_lag_records: int = Field(
-        default=10_000,
-        ge=0,
-        validation_alias="GHSYNC_MAX_LAG_RECORDS",
-        description="The number of waiting change events above which the check kafka_lag fails.",
-    )
-    max_latency_ms: float = Field(
-        default=1_000,
-        gt=0,
-        validation_alias="GHSYNC_MAX_LATENCY_MS",
-        description="The p99 from database commit to stored document above which the check cdc_latency fails.",
-    )
-    repair_max_users: int = Field(
-        default=10_000,
-        ge=0,
-        validation_alias="GHSYNC_REPAIR_MAX_USERS",
-        description="How many users ghsync cdc repair asks for without --yes.",
-    )
-    repair_users_a_second: float = Field(
-        default=5_000,
-        gt=0,
-        validation_alias="GHSYNC_REPAIR_USERS_A_SECOND",
-        description="How many users a consumer repairs a second at most, so that MySQL and the stream have room.",
-    )
-    connector_still_seconds: float = Field(
-        default=120,
-        gt=0,
-        validation_alias="GHSYNC_CONNECTOR_STILL_SECONDS",
-        description="How long the connector's offset may stand still while MySQL writes, before connector_running "
-        "fails.",
-    )
-    metrics_port: int | None = Field(
-        default=None,
-        ge=0,
-        le=65535,
-        validation_alias="GHSYNC_METRICS_PORT",
-        description="Port of the consumer's Prometheus endpoint; 0 takes a free one. Unset: no endpoint.",
-    )
-    metrics_host: str = Field(
-        default="127.0.0.1",
-        validation_alias="GHSYNC_METRICS_HOST",
-        description="Address that the Prometheus endpoint binds to.",
-    )
+    kafka_bootstrap_servers: str | None = None
+    """Kafka brokers, host:port, comma-separated. Unset: the local broker (see ghsync up kafka)."""
+    kafka_topic: str = Field(default="mysql-server.new_data.Users", min_length=1)
+    """Topic of Debezium's change events. Dead letters go to this name with .dlq at its end."""
+    kafka_group_id: str = Field(default="ghsync-users", min_length=1)
+    """Consumer group whose committed offsets say what has been applied."""
+    kafka_security_protocol: Annotated[Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"], _Upper] = "PLAINTEXT"
+    """PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL."""
+    kafka_sasl_mechanism: Annotated[Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None, _Upper] = None
+    """PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512."""
+    kafka_sasl_username: str | None = None
+    """User for SASL."""
+    kafka_sasl_password: SecretStr | None = None
+    """Password for SASL."""
+    kafka_ssl_ca_location: Path | None = None
+    """PEM file of the authorities that the brokers' certificates are checked against."""
+    kafka_ssl_certificate_location: Path | None = None
+    """PEM file of the client's certificate."""
+    kafka_ssl_key_location: Path | None = None
+    """PEM file of the client's key."""
+    kafka_ssl_key_password: SecretStr | None = None
+    """Password of the client's key."""
+    mysql_url: SecretStr | None = None
+    """MySQL as mysql://user:password@host:port/new_data, its options in docs/operate/configure.md (TLS). Unset: the local
+    server (see ghsync up mysql)."""
+    connect_url: str | None = None
+    """Kafka Connect's REST address. Unset: the local worker (see ghsync up connect)."""
+    cdc_slice_seconds: float = Field(default=3600, gt=0)
+    """How long one run of cdc_sync_job consumes before the next one takes over."""
+    # What is measured is kept for five minutes.
+    cdc_report_seconds: float = Field(default=10, gt=0, le=300)
+    """How often the consumer logs and observes counts, lag and latency."""
+    cdc_session_timeout_seconds: float = Field(default=10, ge=6)
+    """How long Kafka waits for a silent consumer before others take its partitions."""
+    max_lag_records: int = Field(default=10_000, ge=0)
+    """The number of waiting change events above which the check kafka_lag fails."""
+    max_latency_ms: float = Field(default=1_000, gt=0)
+    """The p99 from database commit to stored document above which the check cdc_latency fails."""
+    repair_max_users: int = Field(default=10_000, ge=0)
+    """How many users ghsync cdc repair asks for without --yes."""
+    repair_users_a_second: float = Field(default=5_000, gt=0)
+    """How many users a consumer repairs a second at most, so that MySQL and the stream have room."""
+    connector_still_seconds: float = Field(default=120, gt=0)
+    """How long the connector's offset may stand still while MySQL writes, before connector_running fails."""
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    """Port of the consumer's Prometheus endpoint; 0 takes a free one. Unset: no endpoint."""
+    metrics_host: str = "127.0.0.1"
+    """Address that the Prometheus endpoint binds to."""
 
     @field_validator("mongodb_uri")
     @classmethod
@@ -517,6 +388,11 @@ class Settings(BaseSettings):
         from platformdirs import user_cache_path
 
         return self.cache.resolve() if self.cache else user_cache_path("ghsync", appauthor=False)
+
+
+for _field in Settings.model_fields.values():
+    # A docstring is wrapped where its line ends, what is shown of it is not.
+    _field.description = " ".join((_field.description or "").split())
 
 
 def _paths_in(text: str) -> list[str]:
