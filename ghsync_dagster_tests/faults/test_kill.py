@@ -25,7 +25,7 @@ from pymongo import MongoClient
 from ghsync_dagster.batch.flow import BatchFlow
 from ghsync_dagster.batch.load import Step
 from ghsync_dagster.batch.reports import Artifacts, FlattenReport, LoadReport
-from ghsync_dagster.domain.user import BUILT_IN_RULES
+from ghsync_dagster.domain.user import BUILT_IN_RULES, USER_FIELDS
 from ghsync_dagster.stores.mongo.users import UserStore
 from ghsync_dagster_tests.support import kill_child
 from ghsync_dagster_tests.support.long_campaign import HANG_SECONDS, ROUNDS
@@ -43,7 +43,6 @@ FEW = 100
 RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(SEED))
 """Names the whole test run: all of its processes must find the same tests."""
 STEPS = list(Step) if ROUNDS else random.Random(RUN).sample(list(Step), len(Step) // 6)  # noqa: S311
-FIELDS = ("user_id", "login", "gravatar_id", "avatar_url", "url")
 BEGINNINGS: list[dict[str, Any]] = [{"step": Step.COMPARED}, {"step": Step.PLANNED}, {"writes": 5}]
 EARLY, MIDDLE, LATE = (f"2015-01-01T{hour}:00:00Z" for hour in (15, 16, 17))
 Row = dict[str, Any]
@@ -87,7 +86,7 @@ SECOND = [
     *rows_of(STREAMED, "b", MIDDLE),
     *rows_of(DELETED, "b", MIDDLE),
 ]
-STREAM = [{name: row[name] for name in FIELDS} for row in rows_of(STREAMED, "mysql", EARLY)]
+STREAM = [{name: row[name] for name in USER_FIELDS} for row in rows_of(STREAMED, "mysql", EARLY)]
 BY_LOAD = sorted(FIRST + SECOND, key=lambda row: (row["created_at"], row["event_id"]))
 NEWEST = {row["user_id"]: row for row in BY_LOAD if int(row["user_id"]) < STREAMED.start}
 
@@ -95,7 +94,7 @@ NEWEST = {row["user_id"]: row for row in BY_LOAD if int(row["user_id"]) < STREAM
 def prepare(artifacts: Artifacts, rows: Sequence[Row]) -> None:
     """Leave users as ``flatten`` would, in no order."""
     shuffled = random.Random(1).sample(list(rows), len(rows))  # noqa: S311
-    fields = [(name, pa.string()) for name in (*FIELDS, "created_at")]
+    fields = [(name, pa.string()) for name in (*USER_FIELDS, "created_at")]
     folder = artifacts.new_folder("users")
     table = pa.Table.from_pylist(shuffled, schema=pa.schema([*fields, ("event_id", pa.int64())]))
     pq.write_table(table.slice(0, len(rows) // 2), folder / "part-0.parquet")
@@ -156,7 +155,7 @@ class World:
         assert {key: found.pop("_id") for key, found in stored.items() if key in self.ids} == self.ids
         for found in stored.values():
             found.pop("_id", None)
-        expected = {key: {name: row[name] for name in FIELDS} for key, row in NEWEST.items()}
+        expected = {key: {name: row[name] for name in USER_FIELDS} for key, row in NEWEST.items()}
         assert stored == expected | {row["user_id"]: row for row in STREAM}
         versions = {entry["_id"]: (entry["created_at"], entry["id"]) for entry in entries}
         assert versions == {key: (row["created_at"], row["event_id"]) for key, row in NEWEST.items()}

@@ -20,8 +20,9 @@ import pytest
 from ghsync_dagster.batch.load import Step
 from ghsync_dagster.batch.reports import FlattenReport, LoadReport
 from ghsync_dagster.cdc.stream.apply import apply
-from ghsync_dagster.domain.change import Change, Op, RecordKind
 from ghsync_dagster.domain.coalesce import Segment
+from ghsync_dagster.domain.user import USER_FIELDS
+from ghsync_dagster_tests.support.builders import delete, upsert, user
 from ghsync_dagster_tests.support.cdc_parts import until
 from ghsync_dagster_tests.support.guards import writer_of
 from ghsync_dagster_tests.support.long_campaign import ROUNDS
@@ -30,22 +31,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from ghsync_dagster.batch.flow import BatchFlow
+    from ghsync_dagster.domain.change import Change
     from ghsync_dagster.stores.mongo.users import UserStore
     from ghsync_dagster_tests.support.cdc_parts import Parts, Topic
 
 pytestmark = pytest.mark.faults
 
-FIELDS = ("user_id", "login", "gravatar_id", "avatar_url", "url")
 KEYS = [str(key) for key in range(1, 1_201)]
 LOADS = ROUNDS or 5
 _PACE_SECONDS = 0.01
 
 State = dict[str, dict[str, str | None] | None]
 """What the stream wrote last, by key: None where it deleted."""
-
-
-def user(key: str, login: str) -> dict[str, str | None]:
-    return {"user_id": key, "login": login, "gravatar_id": None, "avatar_url": "http://a", "url": "http://u"}
 
 
 class Changes:
@@ -106,10 +103,8 @@ def stream(store: UserStore, state: State, key: str, login: str | None) -> None:
 
 
 def change_of(item: tuple[str, dict[str, str | None] | None]) -> tuple[str, Change]:
-    key, row = item
-    if row is None:
-        return key, Change(Op.DELETE, key, None, RecordKind.DELETE)
-    return key, Change(Op.UPSERT, key, row, RecordKind.UPDATE)
+    key, fields = item
+    return key, upsert(fields) if fields else delete(key)
 
 
 def load(
@@ -118,7 +113,7 @@ def load(
     """Load users by key and login, with events newer than those of loads with lower numbers."""
     at = f"2015-01-01T15:00:{number:02}Z"
     rows = [{**user(key, login), "created_at": at, "event_id": 1} for key, login in logins.items()]
-    schema = pa.schema([*((name, pa.string()) for name in (*FIELDS, "created_at")), ("event_id", pa.int64())])
+    schema = pa.schema([*((name, pa.string()) for name in (*USER_FIELDS, "created_at")), ("event_id", pa.int64())])
     folder = flow.artifacts.new_folder("users")
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / "part-0.parquet")
     flow.artifacts.publish(FlattenReport(str(folder), len(rows), 0.0))

@@ -22,7 +22,8 @@ from ghsync_dagster.cdc.stream.consume import ChangeConsumer, ConsumerReport
 from ghsync_dagster.domain.letters import LetterState
 from ghsync_dagster.domain.user import json_schema
 from ghsync_dagster.stores.mongo.letters import LetterIndex
-from ghsync_dagster_tests.support.cdc_parts import StrictStore, make_strict, stored, user
+from ghsync_dagster_tests.support.builders import row
+from ghsync_dagster_tests.support.cdc_parts import StrictStore, make_strict, stored
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -72,10 +73,10 @@ class Bad:
         return LetterState.RESOLVED if self.later and self.kind != OF_TWO_USERS else LetterState.OPEN
 
 
-def change(user_id: int, login: str, op: str = "u") -> Value:
+def event(user_id: int, login: str, op: str = "u") -> Value:
     """Return an event in Debezium's form, without its place in the binlog."""
-    row = user(user_id, login) | {"user_id": user_id}
-    return {"before": row, "after": None if op == "d" else row, "op": op}
+    image = row(user_id, login)
+    return {"before": image, "after": None if op == "d" else image, "op": op}
 
 
 def record(user_id: int, value: Value) -> Record:
@@ -126,7 +127,7 @@ def poison() -> list[Bad]:
         cases = [(base + 1, "update"), (base + 2, "delete"), (base + 3, ""), (base + 4, ""), (base + 4, "")]
         for at, (user_id, later) in enumerate(cases):
             # One kind was meant as deletes.
-            meant = change(user_id, f"octo-{at}", "d" if kind == "unknown-op" else "u")
+            meant = event(user_id, f"octo-{at}", "d" if kind == "unknown-op" else "u")
             found.append(Bad(kind, words, user_id, meant, make(user_id, meant), later))
     return found
 
@@ -136,7 +137,7 @@ def refused() -> list[Bad]:
     found = []
     for number in range(REFUSED):
         user_id = USERS + 1_000 + number
-        meant = change(user_id, "much too long")
+        meant = event(user_id, "much too long")
         found.append(Bad("validator", "code 121", user_id, meant, record(user_id, meant)))
     return found
 

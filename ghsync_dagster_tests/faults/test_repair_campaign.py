@@ -26,7 +26,8 @@ from ghsync_dagster.cdc.health.audit import Patience, audit
 from ghsync_dagster.stores.mongo.users import UserStore
 from ghsync_dagster.stores.mysql import MySqlStore
 from ghsync_dagster_tests.support import long_campaign, watched_consumer
-from ghsync_dagster_tests.support.cdc_parts import GHSYNC, until, user
+from ghsync_dagster_tests.support.builders import user
+from ghsync_dagster_tests.support.cdc_parts import GHSYNC, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

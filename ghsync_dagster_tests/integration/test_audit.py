@@ -16,6 +16,7 @@ from ghsync_dagster.domain.errors import ConfigError, RefusedError, UnavailableE
 from ghsync_dagster.domain.user import MARKER_FIELD, MARKER_VALUE, USER_FIELDS
 from ghsync_dagster.stores.mongo.users import UserStore
 from ghsync_dagster.stores.mysql import MySqlStore, Span, hash_sum
+from ghsync_dagster_tests.support.builders import user
 from ghsync_dagster_tests.support.guards import writer_of
 
 if TYPE_CHECKING:
@@ -33,11 +34,6 @@ def mongo(store: UserStore) -> UserStore:
     """An open store on an empty collection that is set up as it is in service."""
     store.ensure_collection()
     return store
-
-
-def user(key: int, login: str = "octo", **more: str | None) -> dict[str, str | None]:
-    """A user's five fields."""
-    return {"user_id": str(key), "login": login, "gravatar_id": None, "avatar_url": "a", "url": f"u{key}", **more}
 
 
 def put_rows(mysql: MySqlStore, users: Iterable[dict[str, str | None]]) -> None:

@@ -14,34 +14,25 @@ from pymongo.synchronous import pool
 from ghsync_dagster import clock
 from ghsync_dagster.cdc.stream.apply import Applied, apply
 from ghsync_dagster.cdc.stream.write import GroupFence
-from ghsync_dagster.domain.change import Change, Op, RecordKind
 from ghsync_dagster.domain.coalesce import Segment
 from ghsync_dagster.domain.errors import RefusedError, UnavailableError
 from ghsync_dagster.domain.user import MARKER_FIELD, MARKER_VALUE, json_schema
 from ghsync_dagster.stores.mongo.books import GroupBook
 from ghsync_dagster.stores.mongo.users import UserStore
 from ghsync_dagster.stores.mongo.writer import KINDS_OF_REFUSED, UserWriter
+from ghsync_dagster_tests.support.builders import delete, upsert, user
+from ghsync_dagster_tests.support.cdc_parts import stored
 from ghsync_dagster_tests.support.guards import AskedGuard, writer_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from ghsync_dagster.domain.change import Change
+
 pytestmark = pytest.mark.integration
 
 CONNECT = "_configured_socket_interface"
 """The function by which PyMongo connects: only there can a refusal be placed before one command."""
-
-
-def user(key: str, login: str | None = "octo", **fields: str | None) -> dict[str, str | None]:
-    return {"user_id": key, "login": login, "gravatar_id": "", "avatar_url": None, "url": "http://u"} | fields
-
-
-def upsert(row: dict[str, str | None]) -> Change:
-    return Change(Op.UPSERT, row["user_id"], row, RecordKind.UPDATE)
-
-
-def delete(key: str) -> Change:
-    return Change(Op.DELETE, key, None, RecordKind.DELETE)
 
 
 def segment(*changes: Change, truncate: bool = False, created: bool = False) -> Segment:
@@ -51,10 +42,6 @@ def segment(*changes: Change, truncate: bool = False, created: bool = False) -> 
 
 def applied(store: UserStore, *changes: Change, truncate: bool = False, created: bool = False) -> Applied:
     return apply(writer_of(store), segment(*changes, truncate=truncate, created=created))
-
-
-def stored(store: UserStore) -> dict[str, dict[str, Any]]:
-    return {found["user_id"]: found for found in store.users.find({}, {"_id": 0})}
 
 
 def ids(documents: Iterable[dict[str, Any]]) -> set[str]:

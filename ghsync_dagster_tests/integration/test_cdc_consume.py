@@ -44,7 +44,8 @@ from ghsync_dagster.stores.kafka.topics import TopicIds, read_to_end
 from ghsync_dagster.stores.mongo.books import GroupBook
 from ghsync_dagster.stores.mongo.users import UserStore
 from ghsync_dagster.stores.mongo.writer import Refused, UserWriter
-from ghsync_dagster_tests.support.cdc_parts import Parts, StrictStore, make_anew, make_strict, stored, until, user
+from ghsync_dagster_tests.support.builders import row
+from ghsync_dagster_tests.support.cdc_parts import Parts, StrictStore, make_anew, make_strict, stored, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -1109,7 +1110,7 @@ def test_a_truncate_is_refused_where_a_record_does_not_tell_its_place(
     # As of an incremental snapshot: from either side of the truncate.
     topic.raw(
         {"user_id": 5},
-        {"op": "r", "after": {**user(5), "user_id": 5}, "source": {"snapshot": "incremental"}},
+        {"op": "r", "after": row(5), "source": {"snapshot": "incremental"}},
         partition=1,
     )
     topic.write(None, "t", partition=0, pos=100)
@@ -1153,7 +1154,7 @@ def write_across_a_failover(
     """Write changes of an old server, then a truncate and changes of a new one, in these two partitions."""
 
     def write(key: int | None, op: str, at: dict[str, Any], pos: int, partition: int) -> None:
-        after = None if key is None else {**user(key), "user_id": key}
+        after = None if key is None else row(key)
         value = {"op": op, "before": None, "after": after, "source": {"snapshot": "false", "pos": pos, "row": 0} | at}
         topic.raw(None if key is None else {"user_id": key}, value, partition=partition)
 
@@ -1208,7 +1209,7 @@ def test_a_truncate_is_put_in_order_where_transactions_are_relayed_by_another_se
         if key is None:
             topic.raw(None, {"op": "t", "source": source}, partition=partition)
         else:
-            value = {"op": "c", "after": {**user(key), "user_id": key}, "source": source}
+            value = {"op": "c", "after": row(key), "source": source}
             topic.raw({"user_id": key}, value, partition=partition)
     parts.drain(topic)
     assert set(stored(store)) == {"3"}
@@ -1228,7 +1229,7 @@ def test_many_rows_of_one_position_stay_on_their_side_of_a_truncate(
                 "row": key % 7,
                 "gtid": f"0-1-{number}",
             }
-            value = {"op": "c", "after": {**user(key), "user_id": key}, "source": {"snapshot": "false"} | position}
+            value = {"op": "c", "after": row(key), "source": {"snapshot": "false"} | position}
             topic.raw({"user_id": key}, value, partition=key % 2)
         if number == 1:
             truncated = {"server_id": 1, "file": "bin.000001", "pos": 200, "row": 0, "gtid": "0-1-2"}
@@ -1256,7 +1257,7 @@ def test_a_truncate_that_was_written_twice_is_applied(
 def test_deletes_of_a_table_without_a_key_leave_no_dead_letter(
     topic: Topic, parts: Parts, store: UserStore, *, at_once: bool
 ) -> None:
-    image = {**user(1), "user_id": 1}
+    image = row(1)
     for value in (
         {"op": "c", "before": None, "after": image},
         {"op": "d", "before": image, "after": None},

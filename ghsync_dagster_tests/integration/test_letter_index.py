@@ -27,7 +27,8 @@ from ghsync_dagster.domain.errors import RefusedError
 from ghsync_dagster.domain.letters import LetterState
 from ghsync_dagster.stores.kafka.topics import RecordWriter, read_to_end
 from ghsync_dagster.stores.mongo.letters import LetterIndex
-from ghsync_dagster_tests.support.cdc_parts import GHSYNC, StrictStore, make_anew, make_strict, stored, user
+from ghsync_dagster_tests.support.builders import row
+from ghsync_dagster_tests.support.cdc_parts import GHSYNC, StrictStore, make_anew, make_strict, stored
 from ghsync_dagster_tests.support.long_campaign import ROUNDS
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def test_a_letter_is_resolved_by_a_newer_record_of_its_user_and_by_no_other(
     assert states(topic, store) == {1: "resolved", 3: "open", 5: "open", 7: "open"}
     # Others come later than the batch, to a consumer that knows the letters from the index only.
     topic.delete(2)
-    partial = user(3, url="__debezium_unavailable_value") | {"user_id": 3}
+    partial = row(3, url="__debezium_unavailable_value")
     topic.raw({"user_id": 3}, {"op": "u", "after": partial})
     parts.drain(topic)
     assert states(topic, store) == {1: "resolved", 3: "resolved", 5: "open", 7: "open"}
@@ -165,7 +166,7 @@ def test_a_truncate_resolves_every_letter_before_it_and_none_after_it(
 ) -> None:
     topic.raw({"user_id": 1}, BROKEN)
     topic.raw(None, BROKEN)
-    topic.raw({"user_id": 7}, {"op": "u", "after": user(8) | {"user_id": 8}})
+    topic.raw({"user_id": 7}, {"op": "u", "after": row(8)})
     parts.drain(topic)
     topic.write(None, "t")
     topic.raw({"user_id": 1}, BROKEN)
@@ -432,8 +433,8 @@ def test_letters_are_listed_shown_and_closed_by_commands(
     topic: Topic, parts: Parts, store: UserStore, run: Callable[..., Result]
 ) -> None:
     assert json.loads(run("list", "--json").stdout) == []
-    row = {name: value for name, value in user(1).items() if name != "url"} | {"user_id": 1}
-    topic.raw({"user_id": 1}, {"op": "u", "after": row})
+    partial = {name: value for name, value in row(1).items() if name != "url"}
+    topic.raw({"user_id": 1}, {"op": "u", "after": partial})
     topic.raw(None, BROKEN)
     topic.raw({"user_id": 2}, BROKEN)
     parts.drain(topic)
@@ -482,7 +483,7 @@ def test_close_superseded_closes_what_newer_applied_records_or_a_truncate_make_n
     topic.upsert(1, "newer")
     topic.delete(2)
     topic.raw({"user_id": 3}, BROKEN)
-    topic.raw({"user_id": 4}, {"op": "u", "after": user(4, url="__debezium_unavailable_value") | {"user_id": 4}})
+    topic.raw({"user_id": 4}, {"op": "u", "after": row(4, url="__debezium_unavailable_value")})
     parts.drain(topic)
     # As after an older build, which kept no index.
     store.database.drop_collection("_ghsync_dead_letters")
@@ -565,7 +566,7 @@ def test_close_superseded_takes_no_record_of_a_recreated_topic_for_a_newer_one_b
     parts.drain(topic)
     again = make_anew(topic, group="anew")
     # Copied records keep their times: this one is older than the letter's.
-    value = json.dumps({"op": "c", "after": user(1) | {"user_id": 1}}).encode()
+    value = json.dumps({"op": "c", "after": row(1)}).encode()
     for _ in range(3):
         again.producer.produce(again.kafka.topic, key=b'{"user_id": 1}', value=value, timestamp=1_600_000_000_000)
     parts.drain(again)

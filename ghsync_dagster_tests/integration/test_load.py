@@ -15,6 +15,7 @@ from ghsync_dagster.batch.load import ROUNDS, Step
 from ghsync_dagster.domain.errors import InputError
 from ghsync_dagster.stores.mongo.users import UserStore
 from ghsync_dagster.stores.spark import USER_SCHEMA, DuplicateUserError, insert_users, write_options
+from ghsync_dagster_tests.support.builders import user
 from ghsync_dagster_tests.support.guards import AskedGuard, writer_of
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class World:
 
     def insert(self, user_id: str, login: str, **more: str) -> None:
         """Insert a user as somebody else would."""
-        self.store.users.insert_one(foreign(user_id, login) | more)
+        self.store.users.insert_one(user(user_id, login) | more)
 
     def assert_settled(self) -> None:
         """Hold that no load left anything half done."""
@@ -77,10 +78,6 @@ class World:
         assert self.store.book("undo").count_documents({}) == 0
         assert self.store.book("loads").distinct("state") == ["done"]
         assert self.store.database["_ghsync_leases"].count_documents({}) == 0
-
-
-def foreign(user_id: str, login: str) -> dict[str, Any]:
-    return {"user_id": user_id, "login": login, "gravatar_id": None, "avatar_url": "http://a", "url": "http://u"}
 
 
 def at_step(wanted: Step, action: Callable[[], object]) -> Callable[[Step], None]:
@@ -286,13 +283,13 @@ def test_more_users_than_a_chunk_are_inserted_replaced_and_confirmed(
 )
 def test_any_text_survives_replacing_and_putting_back(store: UserStore, text: str | None) -> None:
     store.ensure_collection()
-    old, new = foreign("1", "one") | {"url": text}, foreign("1", "uno") | {"avatar_url": text}
+    old, new = user("1", "one") | {"url": text}, user("1", "uno") | {"avatar_url": text}
     store.users.insert_one(dict(old))
     writer_of(store).write_undo([old], "load")
     assert store.undo_by_id(["1"]) == {"1": old}
     writer_of(store).replace_unchanged([(old, new)])
     assert store.users_by_id(["1"]) == {"1": new | MARKED}
-    writer_of(store).replace_unchanged([(old, foreign("1", "not unchanged any more"))])
+    writer_of(store).replace_unchanged([(old, user("1", "not unchanged any more"))])
     assert store.users_by_id(["1"]) == {"1": new | MARKED}
     writer_of(store).put_back([old])
     assert store.users_by_id(["1"]) == {"1": old}
@@ -302,16 +299,16 @@ def test_any_text_survives_replacing_and_putting_back(store: UserStore, text: st
 
 def test_a_marked_document_is_not_replaced_as_unchanged(store: UserStore) -> None:
     store.ensure_collection()
-    old = foreign("1", "one")
+    old = user("1", "one")
     store.users.insert_one(old | MARKED)
-    writer_of(store).replace_unchanged([(old, foreign("1", "uno"))])
+    writer_of(store).replace_unchanged([(old, user("1", "uno"))])
     assert store.users_by_id(["1"]) == {"1": old | MARKED}
 
 
 def test_replacing_what_is_gone_creates_nothing(store: UserStore) -> None:
     store.ensure_collection()
-    writer_of(store).replace_unchanged([(foreign("1", "one"), foreign("1", "uno"))])
-    writer_of(store).put_back([foreign("1", "one")])
+    writer_of(store).replace_unchanged([(user("1", "one"), user("1", "uno"))])
+    writer_of(store).put_back([user("1", "one")])
     assert store.users_by_id(["1"]) == {}
 
 
@@ -340,7 +337,7 @@ def test_a_user_that_the_stream_writes_while_it_is_replaced_is_the_streams(
 
     def stream_writes() -> None:
         world.store.book("versions").delete_one({"_id": "1"})
-        world.store.users.replace_one({"user_id": "1"}, foreign("1", "stream"))
+        world.store.users.replace_one({"user_id": "1"}, user("1", "stream"))
 
     report = world.load(
         event_line(1, "uno", LATE, 3),
@@ -492,7 +489,7 @@ def test_what_spark_writes_waits_for_a_majority_whatever_the_uri_says(
         concern = config.writeConfig({}).withOptions(write_options(store)).getWriteConcern()
         assert concern.asDocument().toJson() == '{"w": "majority", "wtimeout": 60000}'
         store.ensure_collection()
-        users = session.createDataFrame([foreign("1", "one")], USER_SCHEMA)
+        users = session.createDataFrame([user("1", "one")], USER_SCHEMA)
         insert_users(users, store, AskedGuard())
         with pytest.raises(DuplicateUserError):
             insert_users(users, store, AskedGuard())

@@ -28,7 +28,8 @@ from ghsync_dagster.domain.repair import Outcome
 from ghsync_dagster.stores.mongo.letters import LetterIndex
 from ghsync_dagster.stores.mongo.repairs import RepairRequests, RepairWriter
 from ghsync_dagster.stores.mysql import MySqlStore
-from ghsync_dagster_tests.support.cdc_parts import Parts, Topic, make_strict, stored, until, user
+from ghsync_dagster_tests.support.builders import row, user
+from ghsync_dagster_tests.support.cdc_parts import Parts, Topic, make_strict, stored, until
 
 if TYPE_CHECKING:
     import io
@@ -62,7 +63,7 @@ class _Bench:
         end = self.mysql.read_locked([])
         assert end is not None
         source = {"server_id": end.server_id, "file": end.file, "pos": end.pos + ahead, "row": 0, "snapshot": "false"}
-        after = None if login is None else {**user(key, login), "user_id": key}
+        after = None if login is None else row(key, login)
         before = {"user_id": key} if op == "d" else None
         value = {"op": op, "before": before, "after": after, "source": source | {"ts_ms": 1_700_000_000_000}}
         self.topic.raw(None if key is None else {"user_id": key}, value, **where)
@@ -175,7 +176,7 @@ def test_a_record_from_after_the_reading_is_applied(bench: _Bench) -> None:
 
 def _of_another_server(bench: _Bench, login: str, gtid: str | None) -> None:
     source = {"server_id": 99, "file": "other.000009", "pos": 4, "row": 0, "snapshot": "false", "gtid": gtid}
-    after = {**user(1, login), "user_id": 1}
+    after = row(1, login)
     bench.topic.raw({"user_id": 1}, {"op": "u", "before": None, "after": after, "source": source})
     bench.topic.flush()
 
@@ -224,7 +225,7 @@ def test_a_drain_ends_once_what_it_has_left_out_is_repaired(bench: _Bench) -> No
     bench.row(1, "right")
     assert bench.repair(1).is_carried_out
     bench.row(1, "newest")
-    bench.topic.raw({"user_id": 1}, {"op": "u", "before": None, "after": {**user(1, "older"), "user_id": 1}})
+    bench.topic.raw({"user_id": 1}, {"op": "u", "before": None, "after": row(1, "older")})
     bench.drain()
     assert bench.login(1) == "newest"
     assert not bench.repairs.is_any_open()
@@ -355,7 +356,7 @@ def test_a_record_that_names_no_server_does_not_hold_up_repairs(bench: _Bench) -
         {
             "op": "u",
             "before": None,
-            "after": {**user(1, "old"), "user_id": 1},
+            "after": row(1, "old"),
             "source": {"file": "bin.000001", "pos": 4, "row": 0},
         },
     )
@@ -539,7 +540,7 @@ def test_what_no_repair_can_put_right_is_left_to_be_done_by_hand(bench: _Bench) 
     bench.row(1, "right")
     bench.row(2, "two")
     users.drop_index("user_id_unique")
-    odd = [{**user(0), "user_id": key} for key in (42, None, 4.5, "octo", "")]
+    odd = [row(0) for key in (42, None, 4.5, "octo", "")]
     users.insert_many([user(1, "right"), user(1, "surplus"), *odd], bypass_document_validation=True)
     for selection in (Selection(from_audit=True), Selection(everyone=True), Selection(("1",), from_audit=True)):
         chosen = bench.select(selection)

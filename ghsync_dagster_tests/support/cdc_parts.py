@@ -29,6 +29,7 @@ from ghsync_dagster.local import stack
 from ghsync_dagster.stores.kafka.client import KafkaSettings
 from ghsync_dagster.stores.mongo.users import UserStore
 from ghsync_dagster.stores.mysql import MySqlStore
+from ghsync_dagster_tests.support.builders import row, user
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,13 +38,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.settings import Settings
 
 T = TypeVar("T")
-FIELDS = ("user_id", "login", "gravatar_id", "avatar_url", "url")
 GHSYNC = str(Path(sys.executable).parent / "ghsync")
-
-
-def user(key: object, login: str | None = "octo", **fields: str | None) -> dict[str, Any]:
-    """A stored user."""
-    return {"user_id": str(key), "login": login, "gravatar_id": "", "avatar_url": None, "url": "http://u"} | fields
 
 
 def server_position(pos: int, file: str = "bin.000001", server_id: int = 1) -> dict[str, Any]:
@@ -66,14 +61,14 @@ class Topic:
     expected: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def write(
-        self, key: object, op: str, row: dict[str, Any] | None = None, *, partition: int = 0, pos: int = 0
+        self, key: object, op: str, after: dict[str, Any] | None = None, *, partition: int = 0, pos: int = 0
     ) -> None:
-        """Write one change; ``row`` is the user after it. Its place in the binlog is the next one, or ``pos``."""
+        """Write one change; ``after`` is the user then. Its place in the binlog is the next one, or ``pos``."""
         self.position = pos or self.position + 10
         number = None if key is None else int(str(key))
-        image = None if row is None else {**row, "user_id": int(row["user_id"])}
+        image = None if after is None else {**after, "user_id": int(after["user_id"])}
         source = {"ts_ms": 1_700_000_000_000, "snapshot": "false"} | server_position(self.position)
-        before = {**user(number), "user_id": number} if op == "d" else None
+        before = row(number) if op == "d" else None
         value = {"before": before, "after": image, "source": source, "op": op}
         self.raw(None if number is None else {"user_id": number}, value, partition=partition)
         if op == "d":
@@ -81,8 +76,8 @@ class Topic:
         elif op == "t":
             self.expected.clear()
         else:
-            assert row is not None
-            self.expected[str(key)] = row
+            assert after is not None
+            self.expected[str(key)] = after
 
     def upsert(self, key: object, login: str | None = "octo", **where: Any) -> None:
         """Write an update, or create."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any, Final
 
-from ghsync_dagster.domain.envelope import UNAVAILABLE
 from ghsync_dagster.domain.user import USER_FIELDS
 
 WRAPPERS: Final = ("bare", "schema", "payload")
@@ -56,25 +55,6 @@ _ENVELOPE_SCHEMA: Final = {
 def dump(value: Any, *, ascii_only: bool = False) -> bytes:
     """Write JSON without blanks, as Connect does; strings as they are, or with escapes."""
     return json.dumps(value, separators=(",", ":"), ensure_ascii=ascii_only).encode()
-
-
-def row(user_id: Any = 1, login: Any = "octo", **more: Any) -> dict[str, Any]:
-    """Return a row of the table in the order of its columns; keywords replace or add columns."""
-    columns: dict[str, Any] = {
-        "user_id": user_id,
-        "login": login,
-        "gravatar_id": "",
-        "avatar_url": f"https://avatars.githubusercontent.com/u/{user_id}?",
-        "url": f"https://api.github.com/users/{login}",
-    }
-    return columns | more
-
-
-def user(**columns: Any) -> dict[str, str | None]:
-    """Return the user that a row of `row` becomes, without the unavailable fields."""
-    found = row(**columns)
-    texts = {name: found[name] for name in USER_FIELDS[1:] if found[name] != UNAVAILABLE}
-    return {"user_id": str(found["user_id"])} | texts
 
 
 def source(snapshot: str = "false", ts_ms: int = 1_700_000_000_123, **more: Any) -> dict[str, Any]:

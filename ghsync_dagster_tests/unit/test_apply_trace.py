@@ -8,14 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ghsync_dagster.cdc.stream.apply import apply
-from ghsync_dagster.domain.change import Change, Op, RecordKind
 from ghsync_dagster.domain.coalesce import Segment
 from ghsync_dagster.domain.precedence import DELETE_STEPS, GOES_BACK, UPSERT_STEPS, StreamStep
+from ghsync_dagster_tests.support.builders import change, delete
 from ghsync_dagster_tests.support.traced import Traced
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Set
 
+    from ghsync_dagster.domain.change import Change
     from ghsync_dagster.stores.mongo.writer import UserWriter
 
 AGAIN = UPSERT_STEPS[UPSERT_STEPS.index(GOES_BACK[StreamStep.DROP_VERSION_AGAIN]) :]
@@ -44,12 +45,8 @@ class _TracedStore(Traced[StreamStep]):
         return 1
 
 
-def change(key: str, *, upsert: bool) -> Change:
-    return (
-        Change(Op.UPSERT, key, {"user_id": key}, RecordKind.UPDATE)
-        if upsert
-        else Change(Op.DELETE, key, None, RecordKind.DELETE)
-    )
+def changes_of(upserts: dict[str, bool]) -> dict[str, Change]:
+    return {key: change(key) if upsert else delete(key) for key, upsert in upserts.items()}
 
 
 keys = st.integers(1, 30).map(str)
@@ -61,7 +58,7 @@ def test_each_key_takes_the_steps_of_its_table_in_their_order(
 ) -> None:
     store = _TracedStore([])
     store.overtaken, store.refused = dict(overtaken), refused
-    segment = Segment(truncate=False, changes={key: change(key, upsert=upsert) for key, upsert in upserts.items()})
+    segment = Segment(truncate=False, changes=changes_of(upserts))
     applied = apply(cast("UserWriter", store), segment)
     assert store.trace.keys() == upserts.keys()
     repeats = 0
@@ -85,7 +82,7 @@ def test_a_truncate_deletes_each_key_that_it_does_not_keep_before_anything_else(
     pages: list[list[str]], keep: set[str], upserts: dict[str, bool]
 ) -> None:
     store = _TracedStore(pages)
-    segment = Segment(truncate=True, changes={key: change(key, upsert=upsert) for key, upsert in upserts.items()})
+    segment = Segment(truncate=True, changes=changes_of(upserts))
     applied = apply(cast("UserWriter", store), segment, keep)
     found = [key for page in pages for key in page if key not in keep]
     assert store.confirmed_after == {key: list(DELETE_STEPS) * found.count(key) for key in found}

@@ -8,14 +8,9 @@ import pytest
 
 from ghsync_dagster.cdc.health.audit import Patience, Sighting, Verdict, differences, is_shifted, judge, matches
 from ghsync_dagster.domain.user import MARKER_FIELD, MARKER_VALUE, User
+from ghsync_dagster_tests.support.builders import user
 
-
-def user(login: str | None = "octo", **more: str | None) -> dict[str, str | None]:
-    """A user with the login."""
-    return {"user_id": "1", "login": login, "gravatar_id": None, "avatar_url": "a", "url": "u", **more}
-
-
-OLD, NEW, NEWEST = user("old"), user("new"), user("newest")
+OLD, NEW, NEWEST = user(1, "old"), user(1, "new"), user(1, "newest")
 
 
 @pytest.mark.parametrize(
@@ -56,11 +51,11 @@ def test_only_missing_extra_and_different_are_differences() -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        user("Octo"),
-        user("octo "),
-        user(None),
-        user(""),
-        user(gravatar_id=""),
+        user(1, "Octo"),
+        user(1, "octo "),
+        user(1, None),
+        user(1, ""),
+        user(gravatar_id=None),
         {name: value for name, value in user().items() if name != "gravatar_id"},
     ],
 )
@@ -69,7 +64,7 @@ def test_text_is_compared_as_it_is(other: dict[str, str | None]) -> None:
 
 
 def test_composed_and_decomposed_text_differ() -> None:
-    assert not matches(user("\u00e9"), user("e\u0301"))
+    assert not matches(user(1, "\u00e9"), user(1, "e\u0301"))
 
 
 def test_other_fields_of_the_document_are_no_matter_of_the_audit() -> None:
@@ -77,9 +72,9 @@ def test_other_fields_of_the_document_are_no_matter_of_the_audit() -> None:
 
 
 def test_differences_name_the_fields_and_both_values() -> None:
-    stored = {**user("other", url=None), "gravatar_id": 7}
+    stored = {**user(1, "other", url=None), "gravatar_id": 7}
     del stored["avatar_url"]
-    assert differences(user(), stored) == {
+    assert differences(user(gravatar_id=None, avatar_url="a", url="u"), stored) == {
         "login": {"mysql": "'octo'", "mongodb": "'other'"},
         "gravatar_id": {"mysql": "null", "mongodb": "7 (int)"},
         "avatar_url": {"mysql": "'a'", "mongodb": "(absent)"},
@@ -88,7 +83,7 @@ def test_differences_name_the_fields_and_both_values() -> None:
 
 
 def test_long_values_are_cut_around_the_difference() -> None:
-    shown = differences(user("x" * 200 + "A" + "y" * 54), user("x" * 200 + "B" + "y" * 54))["login"]
+    shown = differences(user(1, "x" * 200 + "A" + "y" * 54), user(1, "x" * 200 + "B" + "y" * 54))["login"]
     assert shown["mysql"].startswith("'xxxxxxxxxxAyy")
     assert shown["mongodb"].startswith("'xxxxxxxxxxByy")
     assert shown["mysql"].endswith("from character 191 of 255")
@@ -96,7 +91,7 @@ def test_long_values_are_cut_around_the_difference() -> None:
 
 
 def test_odd_text_is_shown_in_ascii() -> None:
-    shown = differences(user("a\0b\u2028"), user("\U0001f980"))["login"]
+    shown = differences(user(1, "a\0b\u2028"), user(1, "\U0001f980"))["login"]
     assert shown == {"mysql": r"'a\x00b\u2028'", "mongodb": r"'\U0001f980'"}
 
 

@@ -8,11 +8,12 @@ import pytest
 from confluent_kafka import Message
 
 from ghsync_dagster.cdc.stream.batch import Batch, RecordDecoder
-from ghsync_dagster.domain.change import Change, Op, RecordKind
+from ghsync_dagster.domain.change import RecordKind
 from ghsync_dagster.domain.envelope import ChangeDecoder, Refusal
 from ghsync_dagster.domain.errors import UnavailableError, UndecodableError
 from ghsync_dagster.stores.kafka import topics as kafka_topics
-from ghsync_dagster_tests.support.envelopes import NO_KEYS, TOMBSTONES, dump, envelope, flattened, key, row
+from ghsync_dagster_tests.support.builders import change, row
+from ghsync_dagster_tests.support.envelopes import NO_KEYS, TOMBSTONES, dump, envelope, flattened, key
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.stores.kafka.client import KafkaSettings
 
 KAFKA = cast("KafkaSettings", object())
-SKIPPED = Change(Op.SKIP, None, None, RecordKind.KEYLESS_TOMBSTONE)
+SKIPPED = change(kind=RecordKind.KEYLESS_TOMBSTONE)
 DELETE = (None, envelope("d", row(1), None))
 TOMBSTONE = (None, None)
 

@@ -16,7 +16,8 @@ from ghsync_dagster.cdc.stream.order import OrderedTruncates, Truncate, first_af
 from ghsync_dagster.domain.change import Position
 from ghsync_dagster.domain.errors import PermanentError
 from ghsync_dagster.stores.kafka import topics as kafka_topics
-from ghsync_dagster_tests.support.envelopes import envelope, key, row, source
+from ghsync_dagster_tests.support.builders import row
+from ghsync_dagster_tests.support.envelopes import envelope, key, source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

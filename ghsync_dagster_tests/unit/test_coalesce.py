@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ghsync_dagster.domain.change import Change, Op, Position, RecordKind
 from ghsync_dagster.domain.coalesce import Segment, coalesce
 from ghsync_dagster.domain.user import USER_FIELDS
+from ghsync_dagster_tests.support.builders import change, upsert, user
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,22 +21,21 @@ User = dict[str, str | None]
 
 
 def put(key: str, text: str = "a", **more: str | None) -> Change:
-    fields: User = {"user_id": key, **dict.fromkeys(USER_FIELDS[1:], text), **more}
-    return Change(Op.UPSERT, key, fields, RecordKind.UPDATE)
+    return upsert(user(key, **dict.fromkeys(USER_FIELDS[1:], text) | more))
 
 
 def part(key: str, **fields: str | None) -> Change:
     """An update that tells only some fields."""
     known: User = {name: fields[name] for name in USER_FIELDS if name in fields}
-    return Change(Op.UPSERT, key, {"user_id": key, **known}, RecordKind.UPDATE)
+    return upsert({"user_id": key, **known})
 
 
 def gone(key: str, what: str = "d", position: Position | None = None) -> Change:
-    return Change(Op.DELETE, key, None, RecordKind(what), None, position)
+    return change(key, RecordKind(what), position=position)
 
 
-TRUNCATE = Change(Op.TRUNCATE, None, None, RecordKind.TRUNCATE)
-SKIP = Change(Op.SKIP, None, None, RecordKind.HEARTBEAT)
+TRUNCATE = change(kind=RecordKind.TRUNCATE)
+SKIP = change(kind=RecordKind.HEARTBEAT)
 
 
 @dataclass
@@ -65,11 +65,11 @@ class Store:
 
     def one_by_one(self, changes: Iterable[Change]) -> Store:
         """Apply changes in their order."""
-        for change in changes:
-            if change.op is Op.TRUNCATE:
+        for each in changes:
+            if each.op is Op.TRUNCATE:
                 self.truncate()
-            elif change.op is not Op.SKIP:
-                self.apply(change)
+            elif each.op is not Op.SKIP:
+                self.apply(each)
         return self
 
     def at_once(self, segments: Iterable[Segment], *, backwards: bool = False) -> Store:
@@ -78,8 +78,8 @@ class Store:
             if segment.truncate:
                 self.truncate()
             changes = list(segment.changes.values())
-            for change in reversed(changes) if backwards else changes:
-                self.apply(change)
+            for each in reversed(changes) if backwards else changes:
+                self.apply(each)
         return self
 
 
@@ -96,7 +96,7 @@ def test_the_last_operation_of_a_key_stays() -> None:
 
 
 def test_keys_are_told_whose_first_change_creates_them() -> None:
-    made = [Change(Op.UPSERT, key, put(key).user, RecordKind.CREATE) for key in "123"]
+    made = [change(key, RecordKind.CREATE, user=put(key).user) for key in "123"]
     changes = [made[0], gone("2"), made[1], put("3"), made[2], put("4"), TRUNCATE, made[1], gone("2")]
     assert [segment.created for segment in coalesce(changes)] == [{"1"}, {"2"}]
 
@@ -173,8 +173,8 @@ def test_a_key_change_and_back_in_one_batch_ends_right_in_any_order_of_writing()
     (segment,) = coalesce(changes)
     for order in permutations(segment.changes.values()):
         store = Store()
-        for change in order:
-            store.apply(change)
+        for each in order:
+            store.apply(each)
         assert store.users == {"1": put("1", "b").user}
 
 
@@ -215,8 +215,8 @@ def test_segments_hold_one_applicable_operation_a_key(batch: list[Change]) -> No
     assert all(segment.truncate for segment in segments[1:])
     assert all(segment.changes or segment.truncate for segment in segments)
     for segment in segments:
-        for key, change in segment.changes.items():
-            assert change.key == key
-            assert change.op in (Op.UPSERT, Op.DELETE)
-            if segment.truncate and change.user is not None:
-                assert len(change.user) == len(USER_FIELDS)
+        for key, each in segment.changes.items():
+            assert each.key == key
+            assert each.op in (Op.UPSERT, Op.DELETE)
+            if segment.truncate and each.user is not None:
+                assert len(each.user) == len(USER_FIELDS)

@@ -16,6 +16,7 @@ from ghsync_dagster.domain.change import Change, Op, Position, RecordKind
 from ghsync_dagster.domain.envelope import UNAVAILABLE, ChangeDecoder, Refusal, decode
 from ghsync_dagster.domain.errors import PermanentError, UndecodableError
 from ghsync_dagster.domain.user import USER_FIELDS
+from ghsync_dagster_tests.support.builders import row, user
 from ghsync_dagster_tests.support.envelopes import (
     KEY_FORMS,
     NO_KEYS,
@@ -25,9 +26,7 @@ from ghsync_dagster_tests.support.envelopes import (
     envelope,
     flattened,
     key,
-    row,
     source,
-    user,
     wrapped,
 )
 

@@ -7,10 +7,11 @@ import json
 import pytest
 
 from ghsync_dagster.cdc.dead_letters.index import user_of
-from ghsync_dagster.domain.change import Change, Op, RecordKind
+from ghsync_dagster.domain.change import Change, RecordKind
 from ghsync_dagster.domain.envelope import ChangeDecoder, Refusal
 from ghsync_dagster.domain.letters import Applied, Letter, Mark
 from ghsync_dagster.domain.user import USER_FIELDS
+from ghsync_dagster_tests.support.builders import change, delete, upsert
 
 WHOLE = dict.fromkeys(USER_FIELDS, "x")
 ROW = {"user_id": 1, "login": "a", "gravatar_id": "", "avatar_url": "", "url": ""}
@@ -18,10 +19,6 @@ ROW = {"user_id": 1, "login": "a", "gravatar_id": "", "avatar_url": "", "url": "
 
 def letter(user: str | None = "1", *, topic: str = "t", partition: int = 0, timestamp_ms: int | None = 50) -> Letter:
     return Letter(topic, partition, 5, timestamp_ms, user, "not-json", "", "2026-01-01", (0, 0))
-
-
-def upsert(key: str = "1", **fields: str | None) -> Change:
-    return Change(Op.UPSERT, key, fields or dict(WHOLE), RecordKind.UPDATE)
 
 
 def applied(change: Change, offset: int, partition: int = 0, timestamp_ms: int | None = 60) -> Applied:
@@ -33,16 +30,16 @@ def applied(change: Change, offset: int, partition: int = 0, timestamp_ms: int |
 @pytest.mark.parametrize(
     ("change", "offset", "superseded"),
     [
-        (upsert(), 6, True),
-        (upsert(), 5, False),
-        (upsert(), 4, False),
-        (upsert("2"), 6, False),
-        (upsert(user_id="1", login="a"), 6, False),
-        (Change(Op.DELETE, "1", None, RecordKind.DELETE), 6, True),
-        (Change(Op.DELETE, "1", None, RecordKind.TOMBSTONE), 6, True),
-        (Change(Op.TRUNCATE, None, None, RecordKind.TRUNCATE), 6, True),
-        (Change(Op.TRUNCATE, None, None, RecordKind.TRUNCATE), 4, False),
-        (Change(Op.SKIP, None, None, RecordKind.HEARTBEAT), 6, False),
+        (change(), 6, True),
+        (change(), 5, False),
+        (change(), 4, False),
+        (change(2), 6, False),
+        (upsert({"user_id": "1", "login": "a"}), 6, False),
+        (delete(), 6, True),
+        (change(kind=RecordKind.TOMBSTONE), 6, True),
+        (change(kind=RecordKind.TRUNCATE), 6, True),
+        (change(kind=RecordKind.TRUNCATE), 4, False),
+        (change(kind=RecordKind.HEARTBEAT), 6, False),
     ],
 )
 def test_a_letter_is_superseded_by_the_whole_state_of_its_user_or_a_truncate_after_it(
@@ -52,13 +49,13 @@ def test_a_letter_is_superseded_by_the_whole_state_of_its_user_or_a_truncate_aft
 
 
 def test_a_letter_of_no_user_is_superseded_by_a_truncate_only() -> None:
-    assert applied(upsert(), 6).supersedes(letter(None)) is None
-    assert applied(Change(Op.TRUNCATE, None, None, RecordKind.TRUNCATE), 6).supersedes(letter(None))
+    assert applied(change(), 6).supersedes(letter(None)) is None
+    assert applied(change(kind=RecordKind.TRUNCATE), 6).supersedes(letter(None))
 
 
 def test_offsets_tell_nothing_of_another_partition_or_topic() -> None:
-    assert applied(upsert(), 6, partition=1).supersedes(letter()) is None
-    assert applied(upsert(), 6).supersedes(letter(topic="other")) is None
+    assert applied(change(), 6, partition=1).supersedes(letter()) is None
+    assert applied(change(), 6).supersedes(letter(topic="other")) is None
 
 
 @pytest.mark.parametrize(
@@ -68,14 +65,14 @@ def test_offsets_tell_nothing_of_another_partition_or_topic() -> None:
 def test_a_record_that_was_written_before_the_letter_s_is_no_newer_one(
     of_letter: int | None, of_record: int | None, *, superseded: bool
 ) -> None:
-    found = applied(upsert(), 6, timestamp_ms=of_record).supersedes(letter(timestamp_ms=of_letter))
+    found = applied(change(), 6, timestamp_ms=of_record).supersedes(letter(timestamp_ms=of_letter))
     assert bool(found) is superseded
 
 
 def test_the_newest_record_of_a_user_counts() -> None:
-    found = applied(upsert(), 6)
-    found.add(upsert(), 0, Mark(9, 70))
-    found.add(upsert(user_id="1"), 0, Mark(12, 80))
+    found = applied(change(), 6)
+    found.add(change(), 0, Mark(9, 70))
+    found.add(upsert({"user_id": "1"}), 0, Mark(12, 80))
     assert "offset 9" in (found.supersedes(letter()) or "")
 
 

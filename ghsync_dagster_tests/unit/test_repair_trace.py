@@ -27,6 +27,7 @@ from ghsync_dagster.domain.repair import (
     resolves_letters,
 )
 from ghsync_dagster.stores.mysql import LockedRows
+from ghsync_dagster_tests.support.builders import change, delete, user
 from ghsync_dagster_tests.support.cdc_parts import until
 from ghsync_dagster_tests.support.traced import Traced
 
@@ -110,10 +111,6 @@ def expected(stored: StoredUser, *, has_row: bool) -> list[Step]:
     return steps
 
 
-def row(key: str) -> dict[str, str | None]:
-    return {"user_id": key, "login": f"u{key}", "gravatar_id": None, "avatar_url": None, "url": None}
-
-
 def at(pos: int) -> Position:
     return Position(3, pos, 0, SERVER)
 
@@ -128,7 +125,7 @@ users = st.dictionaries(
 @given(users)
 def test_each_user_takes_the_steps_of_the_tables_in_their_order(found: dict[str, tuple[StoredUser, bool]]) -> None:
     store = _TracedStore({key: stored for key, (stored, _) in found.items()})
-    rows = {key: row(key) for key, (_, has_row) in found.items() if has_row}
+    rows = {key: user(key) for key, (_, has_row) in found.items() if has_row}
     fences: dict[str, Fence] = {}
     resolved: list[str] = []
     reading = Reading("r", at(100))
@@ -149,7 +146,7 @@ def test_a_row_that_the_database_refuses_leaves_the_fence_that_was_there_before(
     before = Fence(Reading("before", at(50)), True)
     fences, resolved = {"1": before}, list[str]()
     reading = Reading("r", at(100))
-    work = RepairWork(Claim(dict.fromkeys("123", "token")), reading, {key: row(key) for key in "123"})
+    work = RepairWork(Claim(dict.fromkeys("123", "token")), reading, {key: user(key) for key in "123"})
     outcomes = carry_out(cast("RepairWriter", store), work, fences, resolved.extend)
     assert fences == {"1": before, "3": Fence(reading, True)}
     assert store.kept == {"1": before, "2": None, "3": Fence(reading, True)}
@@ -290,47 +287,51 @@ def batch_of(*changes: Change) -> Batch:
     return batch
 
 
-def upsert(key: str, pos: int | None) -> Change:
-    return Change(Op.UPSERT, key, row(key), RecordKind.UPDATE, position=None if pos is None else at(pos))
-
-
-def delete(key: str, pos: int) -> Change:
-    return Change(Op.DELETE, key, None, RecordKind.DELETE, position=at(pos))
-
-
-def tombstone(key: str) -> Change:
-    return Change(Op.DELETE, key, None, RecordKind.TOMBSTONE)
-
-
 FENCES = {"1": Fence(Reading("r", at(100), read_ms=1_000), True), "2": Fence(Reading("s", at(200)), True)}
 GONE = {key: fence._replace(has_row=False) for key, fence in FENCES.items()}
 
 
 def test_records_from_before_the_fence_are_left_out_and_later_ones_are_applied() -> None:
-    found = left_out(batch_of(upsert("1", 99), upsert("1", 100), upsert("2", 150), upsert("3", 1)), FENCES)
+    found = left_out(
+        batch_of(
+            change(1, position=at(99)),
+            change(1, position=at(100)),
+            change(2, position=at(150)),
+            change(3, position=at(1)),
+        ),
+        FENCES,
+    )
     assert found.records == {0, 2}
     assert not found.request_again
 
 
 def test_a_record_that_cannot_be_compared_is_left_out_and_asked_for_again() -> None:
-    other = Change(Op.UPSERT, "2", row("2"), RecordKind.UPDATE, position=Position(3, 500, 0, "8/bin"))
-    found = left_out(batch_of(upsert("1", None), other), FENCES)
+    other = change(2, position=Position(3, 500, 0, "8/bin"))
+    found = left_out(batch_of(change(1), other), FENCES)
     assert found.records == {0, 1}
     assert found.request_again == {"1", "2"}
 
 
 def test_a_tombstone_goes_with_its_delete() -> None:
-    found = left_out(batch_of(delete("1", 50), tombstone("1"), delete("2", 250), tombstone("2")), FENCES)
+    found = left_out(
+        batch_of(
+            delete(1, position=at(50)),
+            change(1, RecordKind.TOMBSTONE),
+            delete(2, position=at(250)),
+            change(2, RecordKind.TOMBSTONE),
+        ),
+        FENCES,
+    )
     assert found.records == {0, 1}
     assert not found.request_again
-    assert left_out(batch_of(tombstone("1")), FENCES).request_again == {"1"}
+    assert left_out(batch_of(change(1, RecordKind.TOMBSTONE)), FENCES).request_again == {"1"}
 
 
 def test_a_truncate_keeps_the_users_that_were_read_after_it() -> None:
-    truncate = Change(Op.TRUNCATE, None, None, RecordKind.TRUNCATE, position=at(150))
-    found = left_out(batch_of(upsert("3", 1), truncate), FENCES)
+    truncate = change(kind=RecordKind.TRUNCATE, position=at(150))
+    found = left_out(batch_of(change(3, position=at(1)), truncate), FENCES)
     assert found.keep == {1: frozenset({"2"})}
-    nowhere = Change(Op.TRUNCATE, None, None, RecordKind.TRUNCATE)
+    nowhere = change(kind=RecordKind.TRUNCATE)
     found = left_out(batch_of(nowhere), FENCES)
     assert found.keep == {0: {"1", "2"}}
     assert found.request_again == {"1", "2"}
@@ -338,13 +339,13 @@ def test_a_truncate_keeps_the_users_that_were_read_after_it() -> None:
 
 def test_a_reading_that_the_stream_has_overtaken_is_not_written() -> None:
     claim = Claim({"1": "token", "2": "token", "4": "token"})
-    batch = batch_of(upsert("1", 120), upsert("2", 90), upsert("4", None))
+    batch = batch_of(change(1, position=at(120)), change(2, position=at(90)), change(4))
     claim.note(batch, left_out(batch, {}))
     absent = StoredUser(document=False, marked=False, versioned=False, deleted=False)
     store = _TracedStore(dict.fromkeys(claim.requests, absent))
     outcomes = carry_out(
         cast("RepairWriter", store),
-        RepairWork(claim, Reading("r", at(100)), {key: row(key) for key in claim.requests}),
+        RepairWork(claim, Reading("r", at(100)), {key: user(key) for key in claim.requests}),
         {},
         lambda _: None,
     )
@@ -356,7 +357,7 @@ def test_a_reading_that_the_stream_has_overtaken_is_not_written() -> None:
 
 def test_what_was_left_out_does_not_count_as_applied() -> None:
     claim = Claim({"1": "token"})
-    batch = batch_of(upsert("1", 50))
+    batch = batch_of(change(1, position=at(50)))
     claim.note(batch, left_out(batch, FENCES))
     assert claim.applied == {}
 
@@ -366,7 +367,7 @@ def test_a_user_that_was_requested_again_gets_no_fence_and_no_write() -> None:
     store = _TracedStore({"1": stored, "2": stored})
     store.requested_again = {"1"}
     fences: dict[str, Fence] = {}
-    work = RepairWork(Claim({"1": "token", "2": "token"}), Reading("r", at(100)), {"1": row("1"), "2": row("2")})
+    work = RepairWork(Claim({"1": "token", "2": "token"}), Reading("r", at(100)), {"1": user("1"), "2": user("2")})
     carry_out(cast("RepairWriter", store), work, fences, lambda _: None)
     assert store.trace["1"] == [RepairStep.READ_STORED, RepairStep.RECORD_FENCE]
     assert store.outcomes == {"2": Outcome.WRITTEN}
@@ -374,7 +375,13 @@ def test_a_user_that_was_requested_again_gets_no_fence_and_no_write() -> None:
 
 
 def test_records_of_a_user_without_a_row_are_applied_as_deletes() -> None:
-    batch = batch_of(upsert("1", 50), delete("1", 60), tombstone("1"), upsert("1", None), upsert("1", 150))
+    batch = batch_of(
+        change(1, position=at(50)),
+        delete(1, position=at(60)),
+        change(1, RecordKind.TOMBSTONE),
+        change(1),
+        change(1, position=at(150)),
+    )
     found = left_out(batch, GONE)
     assert not found.records
     assert found.deletes == {0, 3}
@@ -385,7 +392,7 @@ def test_records_of_a_user_without_a_row_are_applied_as_deletes() -> None:
 
 
 def test_a_truncate_removes_a_user_without_a_row() -> None:
-    truncate = Change(Op.TRUNCATE, None, None, RecordKind.TRUNCATE, position=at(50))
+    truncate = change(kind=RecordKind.TRUNCATE, position=at(50))
     assert left_out(batch_of(truncate), GONE).keep == {0: frozenset()}
     assert left_out(batch_of(truncate), FENCES).keep == {0: {"1", "2"}}
 
@@ -425,7 +432,7 @@ def test_letters_are_resolved_by_the_server_that_the_connector_follows() -> None
 
 
 def test_a_record_that_was_committed_after_the_reading_is_of_another_binlog() -> None:
-    late = Change(Op.UPSERT, "1", row("1"), RecordKind.UPDATE, committed_ms=60_000, position=at(50))
+    late = change(1, committed_ms=60_000, position=at(50))
     found = left_out(batch_of(late), FENCES)
     assert found.records == {0}
     assert found.request_again == {"1"}
@@ -436,7 +443,7 @@ def test_a_refused_record_makes_the_source_be_read_again() -> None:
     reader = SourceReader(cast("RepairRequests", store), lambda: cast("MySqlStore", _TracedSource(store, set())))
     claim = Claim({"1": "token"})
     reader._claims = [claim]
-    reader.note(batch_of(upsert("1", 120)), left_out(batch_of(), {}))
+    reader.note(batch_of(change(1, position=at(120))), left_out(batch_of(), {}))
     reader.doubt("1")
     reader.close()
     assert claim.applied == {"1": None}

@@ -18,7 +18,8 @@ from ghsync_dagster.domain.change import Change, Op
 from ghsync_dagster.domain.coalesce import Segment, coalesce
 from ghsync_dagster.domain.envelope import UNAVAILABLE, ChangeDecoder
 from ghsync_dagster.domain.user import USER_FIELDS
-from ghsync_dagster_tests.support.envelopes import KEY_FORMS, TOMBSTONES, WRAPPERS, dump, envelope, flattened, key, row
+from ghsync_dagster_tests.support.builders import row
+from ghsync_dagster_tests.support.envelopes import KEY_FORMS, TOMBSTONES, WRAPPERS, dump, envelope, flattened, key
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
