@@ -47,7 +47,7 @@ check: packages ## lint, format, types, import rules, declared packages
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(BIN)/deptry . --extend-exclude 'benchmarks|$(TESTS)'
-	@$(BIN)/deptry . $(TESTS) $(TESTS)/unit $(TESTS)/faults --ignore DEP002,DEP004
+	@$(BIN)/deptry . $(TESTS) --ignore DEP002,DEP004
 
 bench: bench-batch bench-files bench-cdc bench-supervised bench-audit ## run all benchmarks against their peers
 

@@ -219,8 +219,8 @@ class Settings(BaseSettings):
     kafka_ssl_key_password: SecretStr | None = None
     """Password of the client's key."""
     mysql_url: SecretStr | None = None
-    """MySQL as mysql://user:password@host:port/new_data, its options in docs/operate/configure.md (TLS). Unset: the local
-    server (see ghsync up mysql)."""
+    """MySQL as mysql://user:password@host:port/new_data, its options in docs/operate/configure.md (TLS). Unset: the
+    local server (see ghsync up mysql)."""
     connect_url: str | None = None
     """Kafka Connect's REST address. Unset: the local worker (see ghsync up connect)."""
     cdc_slice_seconds: float = Field(default=3600, gt=0)
