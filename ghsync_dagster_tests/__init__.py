@@ -2,3 +2,8 @@
 
 What several files of tests use is in ``support/``, or a fixture of conftest.py.
 """
+
+import pytest
+
+# Before any is imported: what a helper asserts is told as what a test does.
+pytest.register_assert_rewrite("ghsync_dagster_tests.support")

@@ -23,7 +23,6 @@ import pytest
 import structlog
 from confluent_kafka import OFFSET_END, Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient
-from xdist.scheduler import LoadFileScheduling
 
 from ghsync_dagster.batch.flow import BatchFlow
 from ghsync_dagster.batch.reports import Artifacts
@@ -35,6 +34,7 @@ from ghsync_dagster.stores.mongo.users import UserStore
 from ghsync_dagster.stores.mysql_url import parse_mysql_url
 from ghsync_dagster.wiring import close_statements, spark_handle
 from ghsync_dagster_tests.support.real_mysql import NotToBeHadError, real_mysql
+from ghsync_dagster_tests.support.servers import FOLLOWING, group_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -42,100 +42,22 @@ if TYPE_CHECKING:
     from ghsync_dagster.stores.spark import SparkHandle
 
 pytest_plugins = tuple(
-    f"ghsync_dagster_tests.support.{name}" for name in ("cdc_parts", "alert_parts", "hanging", "source_parts")
+    f"ghsync_dagster_tests.support.{name}"
+    for name in ("servers", "cdc_parts", "alert_parts", "hanging", "source_parts")
 )
 
 MEMORY = Path("/dev/shm")
 MEMORY_BYTES = 6 * 1024**3
 _OURS = ("GHSYNC_", "MONGODB_", "SPARK_", "DAGSTER_", "KAFKA_", "MYSQL_", "CONNECT_")
-
-
-_SHARING = {
-    "spark": {
-        *("test_kill", "test_load_against_stream", "test_two_loads"),
-        *(
-            "test_batch_versions",
-            "test_bench_files_short",
-            "test_checks_fire",
-            "test_flatten",
-            "test_lease",
-            "test_load",
-            "test_local_archive",
-            "test_read",
-        ),
-        *("test_store_away", "test_three_hours"),
-    },
-    "stream": {
-        *("test_cdc_campaign", "test_consumers_end", "test_poison"),
-        *("test_audit", "test_cdc_consume", "test_cdc_dagster", "test_cdc_takeover", "test_dead_letters"),
-        *("test_known_user", "test_letter_index", "test_mysql_store", "test_rehearse", "test_repair"),
-    },
-    "stack": {
-        *("test_repair_campaign", "test_debezium", "test_repair_command", "test_source_server", "test_stopped_stream"),
-    },
-    "source": {"test_source_ddl", "test_source_silent", "test_source_swap"},
-}
-"""Files by the servers that they share, which live until the session ends."""
-_OF_STREAM = ("stream", "stack")
-_FOLLOWING = (*_OF_STREAM, "source")
-"""Groups that have a database followed."""
-_SERVERS = {
-    "spark": ("spark",),
-    "brokers": _OF_STREAM,
-    "local_stack": _OF_STREAM,
-    "mysql_url": _OF_STREAM,
-    "source_stack": ("source",),
-    "mysql_stack": ("source",),
-}
-"""Fixtures that start such servers, and which groups may."""
 _homes: list[Settings] = []
-_LONG_ONES = ("ui", "faults", "integration")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put first what shares servers, then the folders of long tests: short ones fill the end, where processes wait.
-
-    Raises:
-        UsageError: A file wants servers that are shared, and is not named among those that share any.
-    """
-    order = [*_SHARING, *_LONG_ONES]
-
-    def rank(item: pytest.Item) -> int:
-        place = _sharing(item.path) or item.path.parent.name
-        return order.index(place) if place in order else len(order)
-
-    for item in items:
-        wanted = {group for name in getattr(item, "fixturenames", ()) for group in _SERVERS.get(name, ())}
-        if wanted and _sharing(item.path) not in wanted:
-            raise pytest.UsageError(f"{item.path.name}: name it in _SHARING of conftest.py, as {' or '.join(wanted)}.")
-    items.sort(key=rank)
-
-
-def _sharing(file: Path) -> str | None:
-    """Return the group of files that a file shares servers with."""
-    return next((group for group, files in _SHARING.items() if file.stem in files), None)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """Stop what follows a database once no test of this process shares it, as idling takes a tenth of a core."""
-    if nextitem and _sharing(item.path) in _FOLLOWING and _sharing(nextitem.path) not in _FOLLOWING:
+    if nextitem and group_of(item.path) in FOLLOWING and group_of(nextitem.path) not in FOLLOWING:
         for settings in _homes:
             stack.down(settings, ("connect", "kafka", "mysql"), progress=lambda _: None)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
-    """Have one process run all files that share servers, so that these are not started in every process."""
-    return _BySharing(config, log) if config.getoption("dist") == "loadfile" else None
-
-
-class _BySharing(LoadFileScheduling):  # type: ignore[misc]  # the library comes without types
-    """Deals out files, and those that share servers as if they were one."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        file = super()._split_scope(nodeid)
-        return _sharing(Path(file)) or file
 
 
 # A deadline of milliseconds is for a machine of one's own: pytest's time-out ends what hangs.

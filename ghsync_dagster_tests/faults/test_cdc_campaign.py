@@ -47,7 +47,7 @@ SESSION_SECONDS = 6
 """The shortest that a broker allows: so long a killed consumer's partition waits."""
 _LOG_CHARACTERS = 10_000
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(LONGEST_SECONDS)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(LONGEST_SECONDS), pytest.mark.servers("stream")]
 
 
 class Campaign:

@@ -32,7 +32,7 @@ AT_ONCE = 10
 PARTITIONS = 3
 LONGEST_SECONDS = 30
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900), pytest.mark.servers("stream")]
 
 
 @contextmanager

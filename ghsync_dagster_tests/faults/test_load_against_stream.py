@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.stores.mongo.users import UserStore
     from ghsync_dagster_tests.support.cdc_parts import Parts, Topic
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.servers("spark")]
 
 KEYS = [str(key) for key in range(1, 1_201)]
 LOADS = ROUNDS or 5

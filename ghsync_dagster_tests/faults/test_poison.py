@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.stores.mongo.users import UserStore
     from ghsync_dagster_tests.support.cdc_parts import Parts, Topic
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.servers("stream")]
 
 RECORDS: Final = 100_000
 USERS: Final = 5_000

@@ -49,7 +49,7 @@ EXTRA = 5_000_000
 """Where the keys begin that MySQL does not have."""
 MARKER = 9_000_000
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(1_800 if FULL else 600)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(1_800 if FULL else 600), pytest.mark.servers("stack")]
 
 
 def _environment(settings: Settings, **more: str) -> dict[str, str]:

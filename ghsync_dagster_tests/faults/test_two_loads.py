@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.stores.mongo.users import UserStore
 from ghsync_dagster.stores.mongo.books import LeaseBook
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.servers("spark")]
 
 ASKED: dict[signal.Signals, int] = {signal.SIGTERM: 143, signal.SIGINT: 130}
 EVERY = [(number, moment) for number in ASKED for moment in ("reading", "inserting")]

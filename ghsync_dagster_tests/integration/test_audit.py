@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.servers("stream")]
 
 NO_PATIENCE = Patience(seconds=0)
 Users = dict[str, dict[str, str | None]]

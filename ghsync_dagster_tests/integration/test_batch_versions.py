@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.stores.mongo.users import UserStore
     from ghsync_dagster.stores.spark import SparkHandle
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.servers("spark")]
 
 MADE = ("raw_events", "quarantined_events", "users", "mongo_users")
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ghsync_dagster.stores.spark import SparkHandle
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.servers("spark")]
 
 
 def read(reader: str, name: str, seconds: float) -> files.Read:

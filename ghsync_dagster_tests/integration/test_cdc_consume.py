@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.cdc.stream.listener import AppliedBatch
     from ghsync_dagster_tests.support.cdc_parts import Topic
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.servers("stream")]
 
 
 def test_a_drain_applies_what_is_there_commits_it_and_ends(topic: Topic, parts: Parts, store: UserStore) -> None:

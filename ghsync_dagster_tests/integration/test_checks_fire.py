@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.batch.reports import FlattenReport, LoadReport
     from ghsync_dagster.stores.mongo.users import UserStore
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.servers("spark")]
 
 BATCH_CHECKS = {
     "quarantined_ratio",

@@ -26,7 +26,7 @@ from ghsync_dagster_tests.support.long_campaign import HANG_SECONDS
 if TYPE_CHECKING:
     from ghsync_dagster_tests.support.cdc_parts import Parts, Topic
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.servers("stream")]
 
 GHSYNC = str(Path(sys.executable).parent / "ghsync")
 

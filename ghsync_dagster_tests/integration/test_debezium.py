@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.cdc.stream.listener import AppliedBatch
     from ghsync_dagster.settings import Settings
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.servers("stack")]
 
 INSERT = "INSERT INTO Users VALUES (%s, %s, %s, %s, %s)"
 CREATED, UPDATED = {"c": 1}, {"u": 1}

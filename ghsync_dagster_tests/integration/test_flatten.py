@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.batch.flow import BatchFlow
     from ghsync_dagster.stores.spark import SparkHandle
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.servers("spark")]
 
 NASTY = [
     None,

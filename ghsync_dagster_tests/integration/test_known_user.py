@@ -20,7 +20,7 @@ from ghsync_dagster_tests.support.guards import writer_of
 if TYPE_CHECKING:
     from ghsync_dagster.stores.mongo.users import UserStore
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.servers("stream")]
 
 TOPIC = "t"
 USER = {"user_id": "7", "login": "octo", "gravatar_id": None, "avatar_url": "a", "url": "u"}

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.batch.flow import BatchFlow
     from ghsync_dagster.stores.mongo.users import UserStore
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.servers("spark")]
 
 NAME = "load:Users"
 HOLDER = """

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.stores.mongo.users import UserStore
     from ghsync_dagster_tests.support.cdc_parts import Parts, Topic
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.servers("stream")]
 
 MANY: Final = 100_000 if ROUNDS else 40_000
 MORE_MEMORY: Final = 40 * 1024**2

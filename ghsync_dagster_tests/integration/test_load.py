@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.batch.reports import FlattenReport, LoadReport
     from ghsync_dagster.stores.spark import SparkHandle
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.servers("spark")]
 
 EARLY, LATE = "2015-01-01T15:00:00Z", "2015-01-01T16:00:00Z"
 MARKED = {"spark_temp": "spark_write"}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.settings import Settings
     from ghsync_dagster.stores.spark import SparkHandle
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.servers("spark")]
 
 
 def test_the_archive_is_made_once_and_named_to_the_jvm(server_settings: Settings) -> None:

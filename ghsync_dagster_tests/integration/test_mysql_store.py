@@ -14,7 +14,7 @@ from ghsync_dagster.domain.errors import ConfigError, RefusedError, UnavailableE
 from ghsync_dagster.stores.mysql import KEY_MAX, KEY_MIN, LockedRows, MySqlStore, is_key
 from ghsync_dagster_tests.support.cdc_parts import until
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.servers("stream")]
 
 INSERT = "INSERT INTO `Users` VALUES (%s, %s, %s, %s, %s)"
 

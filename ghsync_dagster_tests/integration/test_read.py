@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.batch.flow import BatchFlow
     from ghsync_dagster.stores.spark import SparkHandle
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.servers("spark")]
 
 Quarantined = tuple[str, int, str, str]
 """File, line number, reason, raw text."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from ghsync_dagster.settings import Settings
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.servers("stream")]
 
 GHSYNC = str(Path(sys.executable).with_name("ghsync"))
 SIGTERM_CODE = 143

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
     from ghsync_dagster.stores.mongo.users import UserStore
 
+pytestmark = [pytest.mark.integration, pytest.mark.servers("stream")]
+
 
 class _Bench:
     """A table, a topic whose records lie in the table's own binlog, and who repairs."""

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from ghsync_dagster.settings import Settings
 
+pytestmark = [pytest.mark.integration, pytest.mark.servers("stack")]
+
 DAGSTER = str(Path(sys.executable).parent / "dagster")
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from ghsync_dagster.settings import Settings
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.servers("stack")]
 
 COLUMNS = "login VARCHAR(255) NOT NULL, gravatar_id VARCHAR(255), avatar_url VARCHAR(255), `url` VARCHAR(255)"
 GOOD_SHAPES = {

@@ -12,7 +12,7 @@ from ghsync_dagster_tests.support.odd_ddl import BOTH, MARIADB, MYSQL, TUTORIAL
 if TYPE_CHECKING:
     from ghsync_dagster_tests.support.source_parts import Source
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.servers("source")]
 
 ROWS = "INSERT INTO Users (user_id, login, url) VALUES (1, 'one', NULL), (2, 'two', NULL)"
 UPDATE = "UPDATE Users SET login = REPEAT('x', 200), url = REPEAT('y', 200) WHERE user_id = 1"

@@ -18,7 +18,7 @@ from ghsync_dagster_tests.support.odd_ddl import MARIADB, MYSQL
 if TYPE_CHECKING:
     from ghsync_dagster_tests.support.source_parts import Source
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.servers("source")]
 
 ROWS = ", ".join(f"({key}, 'l{key}', 'g{key}', 'a{key}', 'u{key}')" for key in range(1, 5))
 # The new table, with a column in the middle.

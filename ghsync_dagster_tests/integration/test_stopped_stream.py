@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.stores.mysql import MySqlStore
     from ghsync_dagster_tests.support.alert_parts import Webhook
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.servers("stack")]
 
 SENSORS = ("alerts", "connector_watch", "source_watch")
 ALERT_SECONDS = 120

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from ghsync_dagster.batch.flow import BatchFlow
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.servers("spark")]
 
 USERS = 40
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ghsync_dagster.batch.flow import BatchFlow
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.servers("spark")]
 
 REAL = Path(os.environ.get("TEST_REAL_HOURS") or Path(__file__).parents[3] / "shared" / "data")
 ORDERS = list(permutations(range(3)))

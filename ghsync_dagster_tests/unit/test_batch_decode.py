@@ -59,6 +59,7 @@ class Stored:
 @pytest.mark.parametrize(
     "delete",
     [envelope("d", row(1), None), flattened(row(1), deleted="true"), envelope("d", row(1), None, wrap="schema")],
+    ids=["envelope", "flattened", "with its schema"],
 )
 def test_it_is_skipped_right_after_a_delete_without_a_key(
     no_key: bytes | None, tombstone: bytes | None, delete: bytes
