@@ -85,13 +85,13 @@ def test_a_fifth_of_bad_lines_ends_the_job_with_1_and_stores_nothing(
     commands: Commands, fifth_bad: Path, store: UserStore
 ) -> None:
     commands.environment["GHSYNC_EVENTS_PATH"] = str(fifth_bad)
-    # As README says: without it, Dagster calls the command superseded.
+    # As the reference of commands says: without it, Dagster calls the command superseded.
     commands.environment["PYTHONWARNINGS"] = "ignore:Function:FutureWarning"
     result = commands.run(*DAGSTER, "job", "execute", "-m", "ghsync_dagster.definitions", "-j", "users_batch_job")
     assert result.returncode == 1, result.stderr
     assert "quarantined_ratio" in result.stdout + result.stderr
     assert "superseded" not in result.stdout + result.stderr
-    assert commands.environment["PYTHONWARNINGS"] in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert commands.environment["PYTHONWARNINGS"] in (ROOT / "docs/reference/commands.md").read_text(encoding="utf-8")
     assert store.database.list_collection_names() == []
 
 

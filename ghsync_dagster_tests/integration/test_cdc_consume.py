@@ -1063,7 +1063,7 @@ def test_a_rewind_is_requested_though_the_store_comes_back_only_after_the_end_or
                 running.end()
                 assert rewinds(store) == 1
             else:
-                with pytest.raises(UnavailableError, match=r"partition 0 from offset 1 .*operations\.md"):
+                with pytest.raises(UnavailableError, match=r"partition 0 from offset 1 .*runbook\.md"):
                     running.end()
                 assert rewinds(store) == 0
     finally:

@@ -451,7 +451,7 @@ def test_the_command_names_users_that_are_wrong_and_a_repair_puts_them_right(sta
     assert differing.returncode == 1
     told = {tuple(line.split(maxsplit=2)) for line in differing.stdout.splitlines()[1:]}
     assert told == {("missing", "4"), ("extra", "99"), ("different", "3:", "login: MySQL 'octo', MongoDB 'evil'")}
-    assert "A user is wrong" in differing.stderr
+    assert "docs/operate/runbook.md, in_step_with_mysql" in differing.stderr
     assert "1 users have open dead letters: ghsync dlq list" in differing.stderr
     one = _ghsync(stack, "cdc", "audit", "--patience", "0", "--limit", "1")
     assert (one.returncode, len(one.stdout.splitlines())) == (1, 3)
