@@ -85,7 +85,7 @@ def test_each_difference_is_counted_once_and_shown(mysql: MySqlStore, mongo: Use
     (different,) = (offender for offender in found.offenders if offender.kind == "different")
     assert different.fields == {
         "login": {"mysql": "'octo'", "mongodb": "'OCTO'"},
-        "url": {"mysql": "'u50'", "mongodb": "null"},
+        "url": {"mysql": "'http://u'", "mongodb": "null"},
     }
     assert found.summary().startswith("5 missing, 2 extra, 1 different: ")
 

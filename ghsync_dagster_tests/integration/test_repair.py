@@ -542,7 +542,7 @@ def test_what_no_repair_can_put_right_is_left_to_be_done_by_hand(bench: _Bench) 
     bench.row(1, "right")
     bench.row(2, "two")
     users.drop_index("user_id_unique")
-    odd = [row(0) for key in (42, None, 4.5, "octo", "")]
+    odd: list[dict[str, Any]] = [row(0) | {"user_id": key} for key in (42, None, 4.5, "octo", "")]
     users.insert_many([user(1, "right"), user(1, "surplus"), *odd], bypass_document_validation=True)
     for selection in (Selection(from_audit=True), Selection(everyone=True), Selection(("1",), from_audit=True)):
         chosen = bench.select(selection)
