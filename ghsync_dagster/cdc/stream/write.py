@@ -49,7 +49,7 @@ from ghsync_dagster.stopping import leave_behind
 from ghsync_dagster.stores.mongo.guard import WriterGuard
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from ghsync_dagster.cdc.stream.batch import Part
     from ghsync_dagster.cdc.stream.letters import DeadLetters
@@ -136,19 +136,8 @@ class GroupFence:
         return self.remaining > self.session_seconds * 2 / 3
 
 
-class _WhileOwner(WriterGuard):
-    """Guards what is written by ownership of the partitions."""
-
-    def __init__(self, allow: Callable[[], float]) -> None:
-        self._allow = allow
-
-    def allow(self) -> float:
-        """Return how many seconds the next command may take, see ``Writer``."""
-        return self._allow()
-
-
-class Writer:
-    """A thread that writes one batch at a time.
+class Writer(WriterGuard):
+    """A thread that writes one batch at a time, and the guard of what it writes.
 
     Args:
         store: Where users are stored.
@@ -181,7 +170,7 @@ class Writer:
         """Why the batch at work is not done yet, if something is in its way."""
         self.failure: BaseException | None = None
         """What ended the work permanently."""
-        self._users = UserWriter(store, _WhileOwner(self._may_write))
+        self._users = UserWriter(store, self)
         self._repairs = RepairWriter(self._users)
         self._book = GroupBook(store)
         self._letters = letters
@@ -549,7 +538,7 @@ class Writer:
             else:
                 written.applied[change.kind] += 1
 
-    def _may_write(self) -> float:
+    def allow(self) -> float:
         """Return how long a command to the store may take; see the module's beginning."""
         self._go_on()
         left = self._fence.remaining
