@@ -44,7 +44,6 @@ BY_WRITER: Final[dict[str, Callable[[UserWriter], object]]] = {
     "drop_all_versions": lambda writer: writer.drop_all_versions(),
     "record_deleted": lambda writer: writer.record_deleted(["1"]),
     "forget_deleted": lambda writer: writer.forget_deleted(["1"]),
-    "among": lambda writer: writer.among("_ghsync_versions", ["1"]),
     "upsert": lambda writer: writer.upsert({"1": dict(USER)}),
     "remove": lambda writer: writer.remove(["1"]),
     "remove_nameless": lambda writer: writer.remove_nameless(),

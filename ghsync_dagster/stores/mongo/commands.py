@@ -22,12 +22,13 @@ from pymongo.errors import (
 )
 
 from ghsync_dagster import clock
+from ghsync_dagster.chunks import chunks
 from ghsync_dagster.domain.errors import RefusedError, UnavailableError
 from ghsync_dagster.logging import redact
 from ghsync_dagster.stores.mongo.errors import DUPLICATE_KEY, PASSING, mongo_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterator, Sequence
+    from collections.abc import Container, Iterable, Iterator, Sequence
 
     from pymongo import DeleteMany, InsertOne, ReplaceOne, UpdateOne
     from pymongo.collection import Collection
@@ -94,6 +95,14 @@ class Commands:
         finally:
             if clock.now() > deadline:
                 self.in_doubt = True
+
+    def among(self, collection: Collection[Document], keys: Iterable[str]) -> set[str]:
+        """Return those of ``keys`` that are an ``_id`` in a collection."""
+        found: set[str] = set()
+        for part in chunks(keys, KEYS):
+            with self.send(f"Reading {collection.name}"):
+                found.update([entry["_id"] for entry in collection.find({"_id": {"$in": part}}, {"_id": 1})])
+        return found
 
     def on(self, collection: Collection[Document]) -> GuardedCollection:
         """Return a collection that is written under this guard."""

@@ -172,15 +172,10 @@ class RepairRequests:
             with commands.send("Reading users"):
                 cursor = self._users.find({"user_id": {"$in": part}}, {"_id": 0, "user_id": 1, MARKER_FIELD: 1})
                 documents = {user["user_id"]: MARKER_FIELD in user for user in cursor}
-            versioned, deleted = (self._among(commands, book, part) for book in ("versions", "deleted"))
+            versioned, deleted = (commands.among(self._store.book(book), part) for book in ("versions", "deleted"))
             for key in part:
                 found[key] = StoredUser(key in documents, documents.get(key, False), key in versioned, key in deleted)
         return found
-
-    def _among(self, commands: Commands, book: str, keys: list[str]) -> set[str]:
-        collection = self._store.book(book)
-        with commands.send(f"Reading {collection.name}"):
-            return {entry["_id"] for entry in collection.find({"_id": {"$in": keys}}, {"_id": 1})}
 
     def newest_of(self, key: str) -> Document | None:
         """Return what became of the newest request for a user; None where nobody asked."""

@@ -163,7 +163,8 @@ class UsersCollection(MongoStore):
             commands.change_collection(self.database, self.users.name, **change)
         if not self.has_unique_index():
             commands.on(self.users).ensure_index("user_id", unique=True, name=UNIQUE_INDEX)
-        self._move_rewinds(commands)
+        if self.book("again").name in present:
+            self._move_rewinds(commands)
 
     def _move_rewinds(self, commands: Commands) -> None:
         """Move what a build before 0.2 left in ``_ghsync_again``, which is the book of rewind requests now."""

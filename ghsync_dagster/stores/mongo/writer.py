@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection as Collected
     from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
+    from pymongo.collection import Collection
+
     from ghsync_dagster.stores.mongo.guard import WriterGuard
     from ghsync_dagster.stores.mongo.users import UserStore
 
@@ -161,37 +163,32 @@ class UserWriter:
         self._drop(self._deleted, keys)
 
     def _drop(self, book: GuardedCollection, keys: Collected[str]) -> set[str]:
-        found = self.among(book.reads.name, keys)
+        found = self._among(book.reads, keys)
         for part in chunks(found, KEYS):
             book.delete({"_id": {"$in": part}})
         return found
 
-    def among(self, book: str, keys: Collected[str]) -> set[str]:
-        """Return those of ``keys`` that are an ``_id`` in a book, by the collection's name."""
-        collection = self.store.database[book]
-        if len(keys) > KEYS and time.monotonic() >= self._large_until.get(book, 0.0):
+    def _among(self, book: Collection[Document], keys: Collected[str]) -> set[str]:
+        """Return those of ``keys`` that are an ``_id`` in a book."""
+        if len(keys) > KEYS and time.monotonic() >= self._large_until.get(book.name, 0.0):
             all_of_it = self._if_few(book, len(keys) // _MANY_TIMES)
             if all_of_it is not None:
                 return all_of_it.intersection(keys)
-        found: set[str] = set()
-        for part in chunks(keys, KEYS):
-            with self.commands.send(f"Reading {book}"):
-                found.update([entry["_id"] for entry in collection.find({"_id": {"$in": part}}, {"_id": 1})])
-        return found
+        return self.commands.among(book, keys)
 
-    def _if_few(self, book: str, few: int) -> set[str] | None:
+    def _if_few(self, book: Collection[Document], few: int) -> set[str] | None:
         """Return every ``_id`` of a book that holds less than ``few``, as it mostly does; else None, for a while.
 
         To look many keys up costs more. But some servers read all that there is, however few are asked for.
         """
         started = time.monotonic()
-        with self.commands.send(f"Reading {book}"):
+        with self.commands.send(f"Reading {book.name}"):
             # One that is dropped and comes anew meanwhile may be read twice: what is read counts against the limit.
-            found = [entry["_id"] for entry in self.store.database[book].find({}, {"_id": 1}).limit(few)]
+            found = [entry["_id"] for entry in book.find({}, {"_id": 1}).limit(few)]
         if len(found) < few:
             return set(found)
         now = time.monotonic()
-        self._large_until[book] = now + _REST * (now - started)
+        self._large_until[book.name] = now + _REST * (now - started)
         return None
 
     # Users
