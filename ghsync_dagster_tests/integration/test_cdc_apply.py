@@ -13,7 +13,7 @@ from pymongo.synchronous import pool
 
 from ghsync_dagster import clock
 from ghsync_dagster.cdc.stream.apply import Applied, apply
-from ghsync_dagster.cdc.stream.write import GroupFence
+from ghsync_dagster.cdc.stream.group import GroupFence
 from ghsync_dagster.domain.coalesce import Segment
 from ghsync_dagster.domain.errors import RefusedError, UnavailableError
 from ghsync_dagster.domain.user import MARKER_FIELD, MARKER_VALUE, json_schema

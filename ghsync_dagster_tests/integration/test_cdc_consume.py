@@ -24,13 +24,15 @@ from ghsync_dagster import clock
 from ghsync_dagster.cdc.dead_letters.topic import read_dead_letters
 from ghsync_dagster.cdc.health.checks import kafka_lag
 from ghsync_dagster.cdc.health.metrics import ChangeMetrics
-from ghsync_dagster.cdc.stream import consume, write
+from ghsync_dagster.cdc.stream import apply_batch, in_flight, polled, topic_guard, write
 from ghsync_dagster.cdc.stream.apply import apply
-from ghsync_dagster.cdc.stream.batch import RecordDecoder
+from ghsync_dagster.cdc.stream.batch import Batch, RecordDecoder
 from ghsync_dagster.cdc.stream.consume import ChangeConsumer
+from ghsync_dagster.cdc.stream.group import GroupFence, GroupOffsets
 from ghsync_dagster.cdc.stream.letters import DeadLetters
 from ghsync_dagster.cdc.stream.listener import Listeners, SilentListener
-from ghsync_dagster.cdc.stream.topic_guard import TopicGuard
+from ghsync_dagster.cdc.stream.rewinds import RewindRequests
+from ghsync_dagster.cdc.stream.topic_guard import TopicChecks, TopicGuard
 from ghsync_dagster.dev import rehearsal
 from ghsync_dagster.domain.envelope import ChangeDecoder
 from ghsync_dagster.domain.errors import PermanentError, RefusedError, TransientError, UnavailableError
@@ -42,6 +44,7 @@ from ghsync_dagster.stores.kafka.client import KafkaSettings, consumer_config
 from ghsync_dagster.stores.kafka.consumer import TopicConsumer
 from ghsync_dagster.stores.kafka.topics import TopicIds, read_to_end
 from ghsync_dagster.stores.mongo.books import GroupBook
+from ghsync_dagster.stores.mongo.repairs import RepairRequests
 from ghsync_dagster.stores.mongo.users import UserStore
 from ghsync_dagster.stores.mongo.writer import Refused, UserWriter
 from ghsync_dagster_tests.support.builders import row
@@ -99,7 +102,7 @@ def test_changes_arrive_while_the_consumer_runs_and_it_stops_within_seconds(
 def test_a_batch_follows_another_no_sooner_than_the_pace_allows_unless_it_is_large(
     topic: Topic, parts: Parts, store: UserStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(consume, "_PACE_SECONDS", 3_600)
+    monkeypatch.setattr(in_flight, "_PACE_SECONDS", 3_600)
     with parts.running(topic) as running:
         topic.upsert(0)
         topic.flush()
@@ -108,7 +111,7 @@ def test_a_batch_follows_another_no_sooner_than_the_pace_allows_unless_it_is_lar
         topic.flush()
         until(lambda: running.metrics.snapshot().lag_records == 1)
         assert set(stored(store)) == {"0"}
-        for number in range(2, consume._TAKE + 1):
+        for number in range(2, polled.POLL_RECORDS + 1):
             topic.upsert(number)
         topic.flush()
         until(lambda: topic.committed() > 1)
@@ -354,7 +357,7 @@ def test_what_partitions_hold_that_were_added_behind_a_backlog_is_applied_after_
     topic.upsert(2, "newer", partition=0)
     parts.drain(topic)
     assert stored(store) == topic.expected
-    assert TopicGuard(topic.kafka, store).placed() == {0, 1}
+    assert TopicGuard(topic.kafka, store).committed_partitions() == {0, 1}
 
 
 def test_a_drain_applies_added_partitions_after_the_others(topic: Topic, parts: Parts, store: UserStore) -> None:
@@ -397,7 +400,7 @@ def test_added_partitions_are_not_held_for_the_mark_of_a_transaction(
     assert stored(store) == topic.expected
     assert topic.committed() == 3
     parts.drain(topic)
-    assert TopicGuard(topic.kafka, store).placed() == {0, 1}
+    assert TopicGuard(topic.kafka, store).committed_partitions() == {0, 1}
 
 
 @pytest.mark.parametrize("removed", [False, True])
@@ -424,7 +427,7 @@ def test_a_place_that_the_brokers_have_forgotten_is_told_and_nothing_is_skipped_
         parts.consumer(topic).run(threading.Event(), seconds=20)
     assert set(stored(store)) == {"1"}
     assert topic.committed() == -1001
-    found = kafka_lag(read_backlog(topic.kafka), 10, placed=TopicGuard(topic.kafka, store).placed())
+    found = kafka_lag(read_backlog(topic.kafka), 10, placed=TopicGuard(topic.kafka, store).committed_partitions())
     assert not found.passed
     assert found.counts["forgotten"] == 1
     assert "forgotten" in found.summary
@@ -440,24 +443,24 @@ def test_a_place_of_which_another_consumer_learns_meanwhile_is_not_taken_for_for
     mine, others = TopicGuard(topic.kafka, store), TopicGuard(topic.kafka, store)
 
     def asked_before_the_other_began() -> dict[int, int | None]:
-        others.see(lambda: {0: 1})
+        others.check(lambda: {0: 1})
         return {0: None}
 
     with closing(mine), closing(others):
-        mine.see(asked_before_the_other_began)
+        mine.check(asked_before_the_other_began)
         with pytest.raises(PermanentError, match="forgotten"):
-            mine.see(lambda: {0: None})
+            mine.check(lambda: {0: None})
         # A broker that gives no ids, as while brokers are replaced one by one.
         monkeypatch.setattr(TopicIds, "describe", lambda *_: ("", 1))
         with pytest.raises(PermanentError, match="forgotten"):
-            mine.see(lambda: {0: None})
+            mine.check(lambda: {0: None})
 
 
 @pytest.mark.parametrize("between_looks", [0.1, 6])
 def test_a_consumer_that_runs_notices_that_its_topic_was_made_anew(
     topic: Topic, parts: Parts, monkeypatch: pytest.MonkeyPatch, between_looks: float
 ) -> None:
-    monkeypatch.setattr(consume, "_TOPIC_SECONDS", between_looks)
+    monkeypatch.setattr(topic_guard, "_TOPIC_SECONDS", between_looks)
     topic.upsert(1)
     topic.flush()
     with parts.running(topic) as running:
@@ -863,12 +866,12 @@ def test_a_drain_looks_again_where_the_group_is_once_no_rewind_is_pending(
 ) -> None:
     topic.upsert(1)
     parts.drain(topic)
-    is_to_rewind, committed = write.Writer.is_to_rewind, TopicConsumer.committed
+    is_any_before, committed = RewindRequests.is_any_before, TopicConsumer.committed
     heeded: list[str] = []
 
-    def heed(writer: write.Writer, places: dict[int, int]) -> bool:
+    def heed(rewinds: RewindRequests, offsets: dict[int, int]) -> bool:
         heeded.append("no rewind is pending")
-        return is_to_rewind(writer, places)
+        return is_any_before(rewinds, offsets)
 
     def went_back(consumer: TopicConsumer, partitions: Any) -> dict[int, int | None]:
         if heeded == ["no rewind is pending"]:
@@ -876,7 +879,7 @@ def test_a_drain_looks_again_where_the_group_is_once_no_rewind_is_pending(
             return {0: 0}
         return committed(consumer, partitions)
 
-    monkeypatch.setattr(write.Writer, "is_to_rewind", heed)
+    monkeypatch.setattr(RewindRequests, "is_any_before", heed)
     monkeypatch.setattr(TopicConsumer, "committed", went_back)
     parts.drain(topic)
     assert heeded == ["no rewind is pending", "the group is rewound", "no rewind is pending"]
@@ -891,23 +894,19 @@ def test_of_a_rewind_and_one_that_is_to_be_requested_the_earlier_counts(
         raise UnavailableError("away", way_out="wait")
 
     monkeypatch.setattr(GroupBook, "request_rewind", fail)
-    monkeypatch.setattr(write, "_LAST_ATTEMPTS", 1)
-    fence = write.GroupFence(6)
-    name = topic.kafka.group_name
-    writer = write.Writer(store, DeadLetters(topic.kafka, store), SilentListener(), fence, name=name)
-    try:
-        assert writer.is_to_rewind({0: 6})
-        assert not writer.is_to_rewind({0: 5})
-        writer._to_rewind = {0: 100}
-        assert writer.is_to_rewind({0: 100})
-    finally:
-        writer.close()
+    rewinds = RewindRequests(GroupBook(store), RepairRequests(store), topic.kafka.group_name)
+    assert rewinds.is_any_before({0: 6})
+    assert not rewinds.is_any_before({0: 5})
+    rewinds.request({0: 100}, ())
+    assert rewinds.is_unfinished
+    assert rewinds.is_any_before({0: 100})
+    assert not rewinds.is_any_before({0: 5})
 
 
 def test_a_batch_whose_partitions_were_given_up_while_its_letters_are_written_is_not_written(
     topic: Topic, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work, stop_batch = write.Writer._work, write.Writer.stop_batch
+    work, stop_batch = write.Writer._write_batch, write.Writer.stop_batch
     at_work, stopped = threading.Event(), threading.Event()
     became: list[str] = []
 
@@ -931,8 +930,8 @@ def test_a_batch_whose_partitions_were_given_up_while_its_letters_are_written_is
 
     monkeypatch.setattr(DeadLetters, "write", wait)
     monkeypatch.setattr(write.Writer, "stop_batch", stop)
-    monkeypatch.setattr(write.Writer, "_work", watched)
-    monkeypatch.setattr(consume, "_GIVE_UP_SECONDS", 0.5)
+    monkeypatch.setattr(write.Writer, "_write_batch", watched)
+    monkeypatch.setattr(in_flight, "_GIVE_UP_SECONDS", 0.5)
     topic.raw({"user_id": 1}, b"no JSON")
     topic.flush()
     with parts.running(topic) as running:
@@ -942,8 +941,8 @@ def test_a_batch_whose_partitions_were_given_up_while_its_letters_are_written_is
     assert topic.committed() in (-1001, 0)
 
 
-def test_a_sign_of_life_sets_back_no_partition_that_has_gone(
-    make_topic: Callable[..., Topic], parts: Parts, store: UserStore, monkeypatch: pytest.MonkeyPatch
+def test_a_renewed_fence_sets_back_no_partition_that_has_gone(
+    make_topic: Callable[..., Topic], store: UserStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     topic = make_topic(2)
     for partition in (0, 1):
@@ -951,16 +950,15 @@ def test_a_sign_of_life_sets_back_no_partition_that_has_gone(
     topic.flush()
     committed: list[dict[int, int]] = []
     monkeypatch.setattr(TopicConsumer, "commit", lambda _, offsets: committed.append(dict(offsets)))
-    run = consume._Run(parts.consumer(topic), store, SilentListener(), consume._Until(threading.Event(), None))
     messages = list(read_to_end(topic.kafka, topic.kafka.topic))
-    run._batch.add(messages, RecordDecoder(ChangeDecoder()).decode(messages))
-    run._begins = run._batch.begins
-    with closing(run._topic), closing(run._writer), closing(run._consumer):
+    batch = Batch()
+    batch.add(messages, RecordDecoder(ChangeDecoder()).decode(messages))
+    member = TopicConsumer(topic.kafka, assigned=print, revoked=print, lost=print)
+    with closing(TopicGuard(topic.kafka, store)) as guard, closing(member):
         for partitions in ({0, 1}, {0}, set[int]()):
-            run._fence = write.GroupFence(topic.kafka.session_timeout_seconds)
-            run._consumer.partitions = partitions
-            run._confirm()
-        run._consumer.partitions = set()
+            member.partitions = partitions
+            fence = GroupFence(topic.kafka.session_timeout_seconds)
+            GroupOffsets(member, fence, TopicChecks(guard, member)).renew_fence(batch.starts)
     assert committed == [{0: 0, 1: 0}, {0: 0}]
 
 
@@ -1042,7 +1040,7 @@ def test_a_rewind_is_requested_though_the_store_comes_back_only_after_the_end_or
             raise
 
     monkeypatch.setattr(GroupBook, "request_rewind", ask)
-    monkeypatch.setattr(write, "apply", tell)
+    monkeypatch.setattr(apply_batch, "apply", tell)
     monkeypatch.setattr(write, "_LAST_ATTEMPTS", 7 if back else 2)
     topic.upsert(1)
     topic.flush()
@@ -1050,7 +1048,7 @@ def test_a_rewind_is_requested_though_the_store_comes_back_only_after_the_end_or
         with Parts(proxy.uri, parts.database).running(topic) as running:
             until(lambda: topic.committed() == 1)
             # From then on nothing but a batch needs the store.
-            until(lambda: TopicGuard(topic.kafka, store).placed() == {0})
+            until(lambda: TopicGuard(topic.kafka, store).committed_partitions() == {0})
             proxy.cut()
             topic.upsert(2)
             topic.flush()

@@ -19,8 +19,8 @@ from ghsync_dagster.cdc.health.repair_requests import (
     repair,
     select,
 )
-from ghsync_dagster.cdc.stream import consume
 from ghsync_dagster.cdc.stream import repair as cdc_repair
+from ghsync_dagster.cdc.stream.group import GroupOffsets
 from ghsync_dagster.cdc.stream.repair import SourceReader
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
 from ghsync_dagster.domain.letters import LetterState
@@ -236,15 +236,15 @@ def test_a_drain_ends_once_what_it_has_left_out_is_repaired(bench: _Bench) -> No
 def test_work_is_not_lost_where_kafka_does_not_answer(bench: _Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.row(1, "right")
     tries: list[int] = []
-    places = consume._Run._places
+    current = GroupOffsets.current
 
-    def failing(run: Any) -> dict[int, int]:
+    def failing(offsets: GroupOffsets) -> dict[int, int]:
         tries.append(1)
         if len(tries) <= 3:
             raise UnavailableError("Kafka does not answer.", way_out="Wait.")
-        return places(run)
+        return current(offsets)
 
-    monkeypatch.setattr(consume._Run, "_places", failing)
+    monkeypatch.setattr(GroupOffsets, "current", failing)
     assert bench.repair(1).is_carried_out
     assert bench.login(1) == "right"
     assert len(tries) > 3

@@ -186,7 +186,7 @@ def test_the_reader_claims_before_it_reads_and_leaves_locked_users_open() -> Non
     reader = SourceReader(cast("RepairRequests", store), lambda: cast("MySqlStore", source), float("inf"))
     source.reader = reader
     try:
-        reader.owns({0, 1}, {0, 1})
+        reader.assigned({0, 1}, {0, 1})
         seen: dict[str, Position] = {}
         while len(seen) < 7:
             work = reader.next_work()
@@ -208,8 +208,8 @@ def test_a_record_that_is_taken_while_the_store_is_asked_for_requests_has_to_be_
     store.requests = {"1": "token"}
     source = _TracedSource(store, set())
     reader = SourceReader(cast("RepairRequests", store), lambda: cast("MySqlStore", source))
-    store.while_asked = lambda: reader.took({0: at(500)})
-    reader.owns({0}, {0})
+    store.while_asked = lambda: reader.polled({0: at(500)})
+    reader.assigned({0}, {0})
     assert store.was_told.wait(10)
     assert "MYSQL_URL names a server that is behind" in store.problem
     assert source.reads == 1
@@ -229,7 +229,7 @@ def test_the_end_of_the_topic_is_asked_for_again_after_a_reading_that_seemed_beh
     reader = SourceReader(
         cast("RepairRequests", store), lambda: cast("MySqlStore", source), ends=lambda: ((), {0: next(ends)})
     )
-    reader.owns({0}, {0})
+    reader.assigned({0}, {0})
     until(lambda: reader.is_ready)
     reader.close()
     assert source.reads == 2
@@ -242,7 +242,7 @@ def test_nothing_is_claimed_before_the_end_of_the_topic_is_known(monkeypatch: py
     store.requests, store.is_any_known = {"1": "token"}, False
     source = _TracedSource(store, set())
     reader = SourceReader(cast("RepairRequests", store), lambda: cast("MySqlStore", source))
-    reader.owns({0}, {0})
+    reader.assigned({0}, {0})
     until(lambda: store.trace["1"].count(RepairStep.CLAIM) > 2)
     assert source.reads == 0
     store.is_any_known = True
@@ -256,7 +256,7 @@ def test_who_is_no_owner_reads_nothing_and_says_so() -> None:
     reader = SourceReader(
         cast("RepairRequests", store), lambda: cast("MySqlStore", _TracedSource(store, set())), float("inf")
     )
-    reader.owns({0}, {0, 1})
+    reader.assigned({0}, {0, 1})
     assert store.was_told.wait(10)
     reader.close()
     assert "partitions [0] of [0, 1]" in store.problem
@@ -340,7 +340,7 @@ def test_a_truncate_keeps_the_users_that_were_read_after_it() -> None:
 def test_a_reading_that_the_stream_has_overtaken_is_not_written() -> None:
     claim = Claim({"1": "token", "2": "token", "4": "token"})
     batch = batch_of(change(1, position=at(120)), change(2, position=at(90)), change(4))
-    claim.note(batch, left_out(batch, {}))
+    claim.record(batch, left_out(batch, {}))
     absent = StoredUser(document=False, marked=False, versioned=False, deleted=False)
     store = _TracedStore(dict.fromkeys(claim.requests, absent))
     outcomes = carry_out(
@@ -358,7 +358,7 @@ def test_a_reading_that_the_stream_has_overtaken_is_not_written() -> None:
 def test_what_was_left_out_does_not_count_as_applied() -> None:
     claim = Claim({"1": "token"})
     batch = batch_of(change(1, position=at(50)))
-    claim.note(batch, left_out(batch, FENCES))
+    claim.record(batch, left_out(batch, FENCES))
     assert claim.applied == {}
 
 
@@ -443,7 +443,7 @@ def test_a_refused_record_makes_the_source_be_read_again() -> None:
     reader = SourceReader(cast("RepairRequests", store), lambda: cast("MySqlStore", _TracedSource(store, set())))
     claim = Claim({"1": "token"})
     reader._claims = [claim]
-    reader.note(batch_of(change(1, position=at(120))), left_out(batch_of(), {}))
-    reader.doubt("1")
+    reader.record_applied(batch_of(change(1, position=at(120))), left_out(batch_of(), {}))
+    reader.record_refused("1")
     reader.close()
     assert claim.applied == {"1": None}

@@ -13,6 +13,7 @@ import pytest
 from ghsync_dagster import stopping
 from ghsync_dagster.cdc.stream import write
 from ghsync_dagster.cdc.stream.batch import Batch
+from ghsync_dagster.cdc.stream.group import GroupFence
 from ghsync_dagster.cdc.stream.listener import SilentListener
 from ghsync_dagster.domain.errors import UnavailableError
 from ghsync_dagster.stopping import SIGNALS, stop_on_signals, uninterrupted
@@ -129,7 +130,7 @@ def test_a_writer_that_does_not_end_is_left_behind_and_its_work_is_no_success(
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
     letters = HangingLetters()
-    writer = write.Writer(MagicMock(), cast("Any", letters), SilentListener(), write.GroupFence(0), name="g/t")
+    writer = write.Writer(MagicMock(), cast("Any", letters), SilentListener(), GroupFence(0), name="g/t")
     try:
         assert letters.begun.wait(10)
         if at_work:
@@ -147,6 +148,6 @@ def test_a_writer_that_ends_is_closed_whole(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(stopping, "_left_behind", [])
     letters = HangingLetters()
     letters.goes_on.set()
-    writer = write.Writer(MagicMock(), cast("Any", letters), SilentListener(), write.GroupFence(0), name="g/t")
+    writer = write.Writer(MagicMock(), cast("Any", letters), SilentListener(), GroupFence(0), name="g/t")
     writer.close()
     assert (stopping._left_behind, letters.is_closed, writer.failure) == ([], True, None)

@@ -163,9 +163,16 @@ class Batch:
             self.firsts.setdefault(partition, first[partition])
 
     @property
-    def begins(self) -> dict[int, int]:
-        """Where each partition begins in the batch."""
+    def starts(self) -> dict[int, int]:
+        """The first offset of each partition."""
         return {partition: first.offset() or 0 for partition, first in self.firsts.items()}
+
+    def joined(self, later: Batch) -> Batch:
+        """Return a batch of these records and later ones."""
+        both = Batch()
+        both.add(self.messages, self.changes)
+        both.add(later.messages, later.changes)
+        return both
 
     def without(self, partitions: Collection[int]) -> Batch:
         """Return a batch of the records of all other partitions."""

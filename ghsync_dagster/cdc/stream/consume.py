@@ -1,12 +1,11 @@
-"""Consume: the loop from the topic to acknowledged writes. Take, decode, coalesce, apply, acknowledge.
+"""Consume: the loop from the topic to acknowledged writes. Poll, decode, coalesce, apply, acknowledge.
 
-Belongs here: what makes a batch, when it is handed to the writer and committed, and what happens when partitions come
-and go. Not here: decoding (``domain.envelope``), applying (``cdc.stream.write``), the client
-(``stores.kafka.consumer``).
+Belongs here: when a batch is submitted to the writer, and what happens when partitions come and go. Not here: what
+makes a batch (``cdc.stream.polled``), applying it (``cdc.stream.write``), committing it (``cdc.stream.in_flight``).
 
-While one batch is written, the next is taken and decoded. So a batch is small when there is little, though a small one
-comes no sooner than ``_PACE_SECONDS`` after the one before; and when the consumer is behind it grows up to what the
-store takes in about a second: more of its changes are then of the same keys, and need no write of their own.
+While one batch is written, the next is polled and decoded. So a batch is small when there is little. A small one comes
+no sooner than ``in_flight._PACE_SECONDS`` after the one before. When the consumer lags, a batch grows up to what the
+store takes in some seconds: more of its changes are then of the same keys, and need no write of their own.
 """
 
 from __future__ import annotations
@@ -17,59 +16,45 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from ghsync_dagster import clock
-from ghsync_dagster.cdc.stream.batch import Batch, RecordDecoder, newest_positions
+from ghsync_dagster.cdc.stream.batch import Batch
+from ghsync_dagster.cdc.stream.end import EndOfTopic
+from ghsync_dagster.cdc.stream.group import GroupFence, GroupOffsets
+from ghsync_dagster.cdc.stream.in_flight import InFlight
 from ghsync_dagster.cdc.stream.interpreter import quick_turns, short_collections
+from ghsync_dagster.cdc.stream.lag import LagReporter
+from ghsync_dagster.cdc.stream.lasting_fault import LastingFault
 from ghsync_dagster.cdc.stream.letters import DeadLetters
-from ghsync_dagster.cdc.stream.listener import KAFKA, MONGO, AppliedBatch, ChangeListener, Listeners, SilentListener
-from ghsync_dagster.cdc.stream.order import OrderedTruncates, Truncate, nexts, topic_ends
+from ghsync_dagster.cdc.stream.listener import MONGO, AppliedBatch, ChangeListener, Listeners, SilentListener
+from ghsync_dagster.cdc.stream.order import topic_ends
+from ghsync_dagster.cdc.stream.polled import POLL_RECORDS, PolledRecords
 from ghsync_dagster.cdc.stream.repair import SourceReader
-from ghsync_dagster.cdc.stream.topic_guard import TopicGuard
-from ghsync_dagster.cdc.stream.write import GroupFence, LastingFault, Writer, Written
-from ghsync_dagster.domain.change import Change
-from ghsync_dagster.domain.envelope import ChangeDecoder
-from ghsync_dagster.domain.errors import GhsyncError, TransientError
+from ghsync_dagster.cdc.stream.topic_guard import TopicChecks, TopicGuard
+from ghsync_dagster.cdc.stream.truncates import TruncateOrdering
+from ghsync_dagster.cdc.stream.write import Writer
+from ghsync_dagster.domain.errors import TransientError
 from ghsync_dagster.domain.user import rule_tests
 from ghsync_dagster.logging import get_logger
 from ghsync_dagster.retry import retrying, waits
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from ghsync_dagster.domain.user import Rule
     from ghsync_dagster.stores.kafka.client import KafkaSettings
     from ghsync_dagster.stores.mongo.users import UserStore
     from ghsync_dagster.stores.mysql import MySqlStore
 
-_TAKE: Final = 5_000
-"""Records that are taken at once."""
 _IDLE_SECONDS: Final = 0.1
 """How long to wait for a first record; a signal waits for it too."""
 _TURN_SECONDS: Final = 0.005
-"""How often to take more while a batch is written."""
+"""How often to poll while a batch is written."""
 _WORK_SECONDS: Final = 0.02
 """How long to wait for a first record while a batch is written."""
-_PACE_SECONDS: Final = 0.05
-"""How soon after a batch the next one may follow: a batch of few changes costs nearly what one of fifty does."""
-_WRITE_SECONDS: Final = 3.0
-"""How long the write of one batch should take at most."""
-_LEAST_KEYS: Final = 500
-_MOST_KEYS: Final = 50_000
-_MOST_RECORDS: Final = 100_000
-_MOST_BYTES: Final = 64_000_000
-_PATIENCE_SECONDS: Final = 5.0
+_FULL_SECONDS: Final = 5.0
 """How long a full batch waits for the writer before the partitions are paused."""
-_GIVE_UP_SECONDS: Final = 5.0
-"""How long a batch at work may still take when its partitions are to be given up."""
-_LAG_SECONDS: Final = 1.0
-_TOPIC_SECONDS: Final = 10.0
-"""How often to see that the topic is still the same."""
-_HELD_SECONDS: Final = 0.5
-"""How often to see whether partitions that were added may be applied."""
-_END_LOOK_SECONDS: Final = 0.5
 _ATTEMPTS: Final = 4
-"""Tries to learn where the topic ends, before a run that is to end there fails."""
+"""Tries to find where the topic ends, before a run that is to end there fails."""
 
 log = get_logger("cdc")
 
@@ -136,10 +121,10 @@ class ChangeConsumer:
             seconds: How long to go on at most.
 
         Raises:
-            PermanentError: Credentials, rights or settings are wrong, changes are gone from the topic, or a truncate
+            PermanentError: Credentials, rights or settings are wrong. Or changes are gone from the topic, or a truncate
                 can't be put in order. What was not applied is not committed.
-            UnavailableError: ``until_end``: nobody tells where the topic ends, or which topic it is. Or a rewind
-                can't be requested, see ``cdc.stream.write``.
+            UnavailableError: ``until_end``: the topic's end or id can't be read. Or a rewind can't be requested, see
+                ``cdc.stream.write``.
         """
         tally = _Tally()
         listener = Listeners(tally, self.listener)
@@ -208,7 +193,7 @@ class _Until:
 
 def _ready_store(open_store: Callable[[], UserStore], until: _Until, listener: ChangeListener) -> UserStore | None:
     """Open and prepare the store, however long it is away; None where the end comes first."""
-    trouble = LastingFault("opening the store")
+    fault = LastingFault("opening the store")
     for seconds in waits():
         if until.over:
             return None
@@ -220,18 +205,14 @@ def _ready_store(open_store: Callable[[], UserStore], until: _Until, listener: C
                 store.close()
                 raise
         except TransientError as error:
-            trouble.failed(error)
+            fault.failed(error)
             listener.retried(type(error).__name__)
             listener.connection(MONGO, up=False)
             until.wait(seconds)
         else:
-            trouble.recovered()
+            fault.recovered()
             return store
     raise AssertionError("waits have no end")
-
-
-class _InterruptedError(Exception):
-    """Partitions came or went, or the end has come, in the middle of what needs all of them."""
 
 
 class _Run:
@@ -241,78 +222,66 @@ class _Run:
         from ghsync_dagster.stores.kafka.consumer import TopicConsumer
         from ghsync_dagster.stores.mongo.repairs import RepairRequests
 
-        self._until = until
-        self._topic = TopicGuard(owner.kafka, store)
-        self._listener = listener
-        self._truncate_wait = owner.truncate_wait_seconds
-        self._decoder = RecordDecoder(ChangeDecoder(), owner.kafka)
-        self._pending = Batch()
-        self._batch = Batch()
-        """The batch that is at work, or was last; none while users are repaired."""
-        self._begins: dict[int, int] = {}
-        """Where what is at work begins in each partition: to commit that changes nothing."""
-        self._written: Written | None = None
-        """A batch that is written and not yet committed."""
-        self._more = False
-        """Whether more records wait in this process to be taken."""
-        self._to_rewind = False
-        """Whether what was taken is forgotten, so that the committed places are to be gone to before anything else."""
-        self._assignment = 0
-        """How often partitions came or went."""
-        self._committed: dict[int, int] = {}
-        """Where the group is in the partitions that this consumer has, as far as it was asked or told."""
-        self._next_lag = self._next_look = self._next_topic = self._next_batch = 0.0
-        self._to_see = False
-        """Whether anything was handed over since the topic was seen to be the same."""
-        self._to_reach = False
+        kafka = owner.kafka
+        self._until, self._listener = until, listener
+        self._to_connect = False
         """Whether this consumer has only just joined the group, and waits for partitions."""
         self._to_own = False
-        """Whether partitions came since it was last seen whether this consumer has all of them."""
-        self._trouble = LastingFault("consuming")
+        """Whether partitions came since the reader was last informed of them."""
+        self._fault = LastingFault("consuming")
         self._unacknowledged = LastingFault("acknowledging")
-        self._consumer = TopicConsumer(owner.kafka, assigned=self._assigned, revoked=self._revoked, lost=self._lost)
-        self._fence = GroupFence(owner.kafka.session_timeout_seconds)
+        guard = TopicGuard(kafka, store)
+        self._consumer = TopicConsumer(kafka, assigned=self._assigned, revoked=self._revoked, lost=self._lost)
+        self._topic = TopicChecks(guard, self._consumer)
+        self._offsets = GroupOffsets(self._consumer, GroupFence(kafka.session_timeout_seconds), self._topic)
         self._reader = (
             None
             if owner.open_source is None
             else SourceReader(
-                RepairRequests(store),
-                owner.open_source,
-                owner.repair_users_a_second,
-                lambda: topic_ends(owner.kafka),
+                RepairRequests(store), owner.open_source, owner.repair_users_a_second, lambda: topic_ends(kafka)
             )
         )
-        self._was_repair = False
-        """Whether users were repaired last, so that it is a batch's turn."""
-        self._letters = DeadLetters(owner.kafka, store)
+        self._letters = DeadLetters(kafka, store)
         self._writer = Writer(
             store,
             self._letters,
             listener,
-            self._fence,
+            self._offsets.fence,
             owner.rules,
-            name=owner.kafka.group_name,
+            name=kafka.group_name,
             reader=self._reader,
+        )
+        rewinds = self._writer.rewinds
+        self._in_flight = InFlight(self._writer, self._offsets, listener)
+        self._polled = PolledRecords(self._consumer, self._writer, self._in_flight, self._reader)
+        self._lags = LagReporter(self._consumer, self._offsets, listener, self._fault, self._polled.oldest)
+        self._end = EndOfTopic(self._consumer, self._offsets, self._in_flight, rewinds, self._reader)
+        self._truncates = TruncateOrdering(
+            self._consumer,
+            self._in_flight,
+            rewinds.record_truncate,
+            lambda: until.over,
+            owner.truncate_wait_seconds,
         )
 
     def consume(self, *, until_end: bool) -> bool:
         """Go round until told to stop, or until all is applied that was there at the start; return which."""
         reached = False
         try:
-            ends = (
-                retrying("Looking for the topic's end", self._consumer.ends, attempts=_ATTEMPTS) if until_end else None
-            )
+            ends = retrying("Finding the topic's end", self._consumer.ends, attempts=_ATTEMPTS) if until_end else None
             if until_end:
-                # Where nothing is left to consume, no partition would come to be looked at.
-                retrying("Looking whether the topic is the same", self._see_topic, attempts=_ATTEMPTS)
+                # Where nothing is left to consume, no partition would come to be checked.
+                retrying("Checking that the topic is the same", self._check_topic, attempts=_ATTEMPTS)
             while not (reached or self._until.over):
                 try:
                     self._turn()
-                    self._tell()
-                    # What is to be kept of the topic is kept before the end.
-                    reached = ends is not None and not self._is_look_due and self._reached(ends)
+                    self._lags.report()
+                    # What is to be recorded of the topic is recorded before the end.
+                    reached = (
+                        ends is not None and not self._topic.is_due and not self._is_busy and self._end.is_reached(ends)
+                    )
                 except TransientError as error:
-                    self._trouble.failed(error)
+                    self._fault.failed(error)
                     self._listener.retried(type(error).__name__)
         finally:
             # Gives the partitions back, for which the batch at work is finished.
@@ -320,64 +289,76 @@ class _Run:
                 self._consumer.close()
             finally:
                 self._writer.close()
-                self._topic.close()
+                self._topic.guard.close()
                 if self._reader is not None:
                     self._reader.close()
-        self._raise_failure()
+        self._in_flight.raise_failure()
         return reached
 
+    @property
+    def _is_busy(self) -> bool:
+        """Whether anything that was polled is not acknowledged yet."""
+        return (
+            bool(len(self._polled.batch))
+            or self._in_flight.is_writing
+            or self._polled.is_stale
+            or self._topic.guard.is_waiting
+        )
+
     def _turn(self) -> None:
-        """Acknowledge what is written, hand over what is pending if the writer is free, and take more."""
-        self._raise_failure()
-        held_up = not self._advance() or self._writer.trouble is not None or self._to_rewind
-        full = self._is_full()
+        """Acknowledge what is written, submit what is pending if the writer is free, and poll more."""
+        self._in_flight.raise_failure()
+        held_up = not self._advance() or self._writer.fault is not None or self._polled.is_stale
+        full = self._polled.is_full
         if held_up or (full and not self._is_free_soon()):
-            # Asking goes on, since who does not ask is put out of the group.
+            # Polling goes on, since a consumer that does not poll is put out of the group.
             self._consumer.pause()
-            self._take(1, _IDLE_SECONDS)
+            self._polled.poll(1, _IDLE_SECONDS)
         elif not full:
             self._consumer.resume()
-            if len(self._pending):
+            if len(self._polled.batch):
                 if self._writer.at_work:
                     self._writer.wait(_TURN_SECONDS)
-                elif not self._is_writing and not self._is_ready():
-                    self._until.wait(min(max(self._next_batch - time.monotonic(), 0), _IDLE_SECONDS))
-                self._take(_TAKE, 0)
+                elif not self._in_flight.is_writing and not self._polled.is_ready:
+                    self._until.wait(min(max(self._in_flight.next_batch_at - time.monotonic(), 0), _IDLE_SECONDS))
+                self._polled.poll(POLL_RECORDS, 0)
             elif self._reader is not None and self._reader.is_busy:
                 self._writer.wait(_TURN_SECONDS)
-                self._take(_TAKE, 0 if self._writer.at_work or self._reader.is_ready else _TURN_SECONDS)
+                self._polled.poll(POLL_RECORDS, 0 if self._writer.at_work or self._reader.is_ready else _TURN_SECONDS)
             else:
-                self._take(_TAKE, _WORK_SECONDS if self._writer.at_work else _IDLE_SECONDS)
+                self._polled.poll(POLL_RECORDS, _WORK_SECONDS if self._writer.at_work else _IDLE_SECONDS)
 
     def _is_free_soon(self) -> bool:
-        """Wait for the writer as long as patience lasts; return whether it is free. The batch at work may go on."""
-        end = time.monotonic() + _PATIENCE_SECONDS
+        """Wait some seconds for the writer; return whether it is free. The batch at work may go on."""
+        end = time.monotonic() + _FULL_SECONDS
         while not self._writer.wait(_IDLE_SECONDS):
             if time.monotonic() > end:
                 return False
-            self._confirm()
+            self._in_flight.renew_fence()
         return True
 
     def _advance(self) -> bool:
-        """Acknowledge and hand over; return whether that could be done as far as there was something to do."""
+        """Acknowledge and submit; return whether that could be done as far as there was something to do."""
         try:
-            self._acknowledge()
-            if not self._is_writing:
+            self._in_flight.acknowledge()
+            if not self._in_flight.is_writing:
                 # What comes after a batch that failed must not be committed.
-                self._raise_failure()
-                self._go_back()
-                self._rewind()
-                if self._to_see:
-                    self._see_topic()
+                self._in_flight.raise_failure()
+                self._carry_out_rewinds()
+                self._polled.go_to_committed()
+                if self._topic.is_wanted:
+                    self._check_topic()
                 self._get_ready()
-                is_ready = self._is_ready()
-                if (is_ready or self._is_repair_due) and not self._to_see:
-                    self._see_topic()
-                    self._to_see = True
-                if self._is_repair_due and not (is_ready and self._was_repair):
-                    self._hand_over_repair()
+                is_ready = self._polled.is_ready
+                is_repair_due = self._reader is not None and self._reader.is_ready
+                if (is_ready or is_repair_due) and not self._topic.is_wanted:
+                    self._check_topic()
+                    self._topic.is_wanted = True
+                if is_repair_due and not (is_ready and self._in_flight.was_repair):
+                    assert self._reader is not None  # noqa: S101
+                    self._in_flight.submit_repair(self._reader)
                 elif is_ready:
-                    self._hand_over()
+                    self._submit_pending()
         except TransientError as error:
             self._unacknowledged.failed(error)
             self._listener.retried(type(error).__name__)
@@ -385,332 +366,94 @@ class _Run:
         self._unacknowledged.recovered()
         return True
 
-    def _get_ready(self) -> None:
-        """Once there is nothing to do but to wait for partitions, do what would hold them up when they come."""
-        if self._to_own and self._reader is not None and self._consumer.partitions:
-            # Nobody else may apply records of users that are repaired, and a key does not tell its partition.
-            self._reader.owns(self._consumer.partitions, self._consumer.all_partitions())
-            self._to_own = False
-        if self._to_reach:
-            self._to_reach = False
-            # Whether the topic is the same is seen before the first write.
-            with suppress(TransientError):
-                self._topic.reach()
+    def _carry_out_rewinds(self) -> None:
+        """Rewind partitions for which another consumer, or this one before, left a request."""
+        rewinds = self._writer.rewinds
+        for partition, rewind in rewinds.pending(self._consumer.partitions).items():
+            committed = self._consumer.committed([partition])[partition] or 0
+            if rewind.offset < committed:
+                offset = max(rewind.offset, self._consumer.offsets(partition)[0])
+                log.warning("rewinding: a command may have come late", partition=partition, offset=offset)
+                rewinds.repeat_truncate(partition, offset)
+                # Before the commit, whose answer may be lost.
+                self._polled.is_stale = True
+                # Committed, so that whoever has the partition next goes back too.
+                self._offsets.commit({partition: offset})
+            rewinds.carried_out(partition, rewind)
 
-    def _is_ready(self) -> bool:
-        """Return whether what is pending is to be written now: a larger batch means fewer writes."""
-        pending = len(self._pending)
-        if pending >= _TAKE or self._is_full():
-            # The store is not to stand idle.
-            return True
-        return pending > 0 and not self._more and time.monotonic() >= self._next_batch
-
-    def _see_topic(self) -> None:
-        """See that topic and places are those that the group began with: now and then, and when partitions came."""
-        if self._is_time_to_look:
-            held = self._topic.held
-            if self._topic.is_waiting:
+    def _check_topic(self) -> None:
+        """Check that topic and offsets are those that the group began with: now and then, and when partitions came."""
+        if self._topic.is_time:
+            if self._topic.guard.is_waiting:
                 self._commit_ends_met()
-            self._topic.see(
-                lambda: self._consumer.committed(self._consumer.partitions or self._consumer.all_partitions())
-            )
-            # What was taken of partitions that are held no more is forgotten: they go on from what is committed.
-            self._to_rewind = self._to_rewind or bool(held and not self._topic.held)
-            self._to_see = self._topic.is_waiting
-            self._next_topic = time.monotonic() + (_HELD_SECONDS if self._to_see else _TOPIC_SECONDS)
+            # Dropped records of partitions that are no longer held are polled again from the committed offsets.
+            self._polled.is_stale = self._topic.check() or self._polled.is_stale
 
     def _commit_ends_met(self) -> None:
         """Commit where partitions end whose records are all applied: the last thing in them may be no record."""
-        places, rest = self._places(), self._pending.offsets.keys() | self._topic.held
+        offsets, rest = self._offsets.current(), self._polled.batch.offsets.keys() | self._topic.guard.held
         ends = self._consumer.ends_met.items()
-        if met := {at: end for at, end in ends if at not in rest and places.get(at, end) < end}:
-            self._commit(met)
+        if met := {at: end for at, end in ends if at not in rest and offsets.get(at, end) < end}:
+            self._offsets.commit(met)
 
-    def _go_back(self) -> None:
-        """Rewind partitions for which another consumer, or this one before, left a request."""
-        for partition, asked in self._writer.pending_rewinds(self._consumer.partitions).items():
-            committed = self._consumer.committed([partition])[partition] or 0
-            if asked.offset < committed:
-                offset = max(asked.offset, self._consumer.offsets(partition)[0])
-                log.warning("rewinding: a command may have come late", partition=partition, offset=offset)
-                self._writer.request_truncate_after(partition, offset)
-                # Before the commit, whose answer may be lost.
-                self._to_rewind = True
-                # Committed, so that whoever has the partition next goes back too.
-                self._commit({partition: offset})
-            self._writer.rewound(partition, asked)
+    def _get_ready(self) -> None:
+        """Once there is nothing to do but to wait for partitions, do what would hold them up when they come."""
+        if self._to_own and self._reader is not None and self._consumer.partitions:
+            # Nobody else may apply records of users that are repaired, and a key does not show its partition.
+            self._reader.assigned(self._consumer.partitions, self._consumer.all_partitions())
+            self._to_own = False
+        if self._to_connect:
+            self._to_connect = False
+            # The topic is checked before the first write.
+            with suppress(TransientError):
+                self._topic.guard.connect()
 
-    def _rewind(self) -> None:
-        """Go on from what is committed, where what was taken since is forgotten."""
-        if self._to_rewind:
-            self._pending = Batch()
-            if partitions := sorted(self._consumer.partitions):
-                self._consumer.go_to(nexts(self._consumer, partitions))
-            self._to_rewind = False
-
-    def _take(self, limit: int, seconds: float) -> None:
-        messages = self._consumer.take(limit, seconds)
-        self._more = len(messages) >= limit > 1
-        if messages and not self._to_rewind:
-            changes = self._decoder.decode(messages)
-            if self._reader is not None:
-                self._reader.took(newest_positions(messages, changes))
-            self._pending.add(messages, changes)
-
-    def _is_full(self) -> bool:
-        pending = self._pending
-        most = min(max(self._writer.rate * _WRITE_SECONDS, _LEAST_KEYS), _MOST_KEYS)
-        return len(pending.keys) >= most or len(pending) >= _MOST_RECORDS or pending.size >= _MOST_BYTES
-
-    def _hand_over(self) -> None:
-        if not self._topic.held.isdisjoint(self._pending.offsets):
-            self._pending = self._pending.without(self._topic.held)
-            self._next_topic = min(self._next_topic, time.monotonic() + _HELD_SECONDS)
-        if self._to_rewind or not len(self._pending):
+    def _submit_pending(self) -> None:
+        held = self._topic.guard.held
+        if not held.isdisjoint(self._polled.batch.offsets):
+            self._polled.batch = self._polled.batch.without(held)
+            self._topic.held()
+        if self._polled.is_stale or not len(self._polled.batch):
             return
-        truncate = self._pending.first_truncate()
+        truncate = self._polled.batch.first_truncate()
         if truncate is not None and len(self._consumer.all_partitions()) > 1:
-            self._truncate_in_order(truncate)
+            self._polled.is_stale = True
+            self._truncates.apply(self._polled.batch, truncate)
         else:
-            self._submit(self._pending)
-            self._pending = Batch()
-
-    @property
-    def _is_repair_due(self) -> bool:
-        return self._reader is not None and self._reader.is_ready
-
-    def _hand_over_repair(self) -> None:
-        """Have users repaired, one reading between two batches."""
-        assert self._reader is not None  # noqa: S101
-        self._was_repair = True
-        self._batch = Batch()
-        self._begins = self._places()
-        self._confirm()
-        # Last, since work that is taken has to be carried out.
-        if (work := self._reader.next_work()) is not None:
-            self._writer.submit(work)
-
-    def _places(self) -> dict[int, int]:
-        """Return where the group is in the partitions that this consumer has."""
-        if unknown := sorted(self._consumer.partitions - self._committed.keys()):
-            self._committed |= nexts(self._consumer, unknown)
-        return {partition: self._committed[partition] for partition in self._consumer.partitions}
-
-    def _submit(self, batch: Batch) -> None:
-        self._was_repair = False
-        self._batch, self._begins = batch, batch.begins
-        self._next_batch = time.monotonic() + _PACE_SECONDS
-        self._confirm()
-        self._writer.submit(batch)
-
-    def _confirm(self) -> None:
-        """Have the group confirm now and then that this consumer is in it, for the batch at work to go on."""
-        if not self._fence.is_recent:
-            # What stands before the batch is committed already, or there is nothing before it. What went meanwhile is
-            # another's to commit.
-            begins = self._begins
-            if offsets := {partition: begins[partition] for partition in begins.keys() & self._consumer.partitions}:
-                self._commit(offsets)
-
-    def _commit(self, offsets: Mapping[int, int]) -> None:
-        asked = clock.now()
-        self._consumer.commit(offsets)
-        self._committed |= offsets
-        if self._topic.is_to_keep(offsets):
-            self._next_topic, self._to_see = 0.0, True
-        self._fence.renewed(asked)
-
-    def _acknowledge(self) -> None:
-        """Commit the batch that is written, if there is one, and tell of it; else see that the writer may go on."""
-        self._written = self._written or self._writer.take_written()
-        if (written := self._written) is not None:
-            self._commit(written.batch.offsets)
-            self._written = None
-            for kind, count in written.kinds.items():
-                self._listener.dead_letter(kind, count)
-            self._listener.connection(KAFKA, up=True)
-            self._listener.batch_applied(written.report())
-        elif self._writer.at_work:
-            self._confirm()
-
-    def _raise_failure(self) -> None:
-        if self._writer.failure is not None:
-            raise self._writer.failure
+            self._in_flight.submit(self._polled.batch)
+            self._polled.batch = Batch()
 
     # Partitions that come and go
 
     def _assigned(self, partitions: set[int]) -> None:
-        self._assignment += 1
-        self._next_topic, self._to_reach = 0.0, not self._consumer.partitions
-        self._writer.forget_fences()
+        self._truncates.interrupt()
+        self._topic.assigned()
+        self._to_connect = not self._consumer.partitions
+        self._writer.fences.forget()
         self._to_own = True
         self._letters.reload()
         log.info("partitions assigned", partitions=sorted(partitions), all=sorted(self._consumer.partitions))
         self._listener.assigned(self._consumer.partitions)
 
     def _revoked(self, partitions: set[int]) -> None:
-        self._give_up(partitions, _GIVE_UP_SECONDS)
+        self._give_up(partitions, lost=False)
 
     def _lost(self, partitions: set[int]) -> None:
         log.warning(
             "partitions lost: the group has not heard from this consumer for too long",
             partitions=sorted(partitions),
         )
-        self._give_up(partitions, 0)
+        self._give_up(partitions, lost=True)
 
-    def _give_up(self, partitions: set[int], seconds: float) -> None:
-        """Finish the batch at work within some seconds, or stop it; forget what is pending of these partitions."""
-        self._assignment += 1
+    def _give_up(self, partitions: set[int], *, lost: bool) -> None:
+        """Finish what is in flight, or stop it; forget what is pending of these partitions."""
+        self._truncates.interrupt()
         self._to_own = True
         if self._reader is not None:
-            self._reader.owns((), ())
-        is_repair = self._writer.at_work and not len(self._batch)
-        if (is_repair or not partitions.isdisjoint(self._batch.offsets)) and not self._finished(seconds):
-            self._pending = _joined(self._batch, self._pending)
-        for partition in partitions:
-            self._committed.pop(partition, None)
-        self._pending = self._pending.without(partitions)
+            self._reader.assigned((), ())
+        if not self._in_flight.release(partitions, lost=lost):
+            self._polled.batch = self._in_flight.batch.joined(self._polled.batch)
+        self._offsets.forget(partitions)
+        self._polled.batch = self._polled.batch.without(partitions)
         log.info("partitions revoked", partitions=sorted(partitions))
         self._listener.assigned(self._consumer.partitions - partitions)
-
-    def _finished(self, seconds: float) -> bool:
-        """Finish and commit the batch at work, if there is one; return whether that could be done in time."""
-        if not self._is_writing:
-            return True
-        in_time = self._writer.wait(0 if self._writer.trouble is not None else seconds)
-        if not in_time:
-            self._writer.stop_batch()
-            if not self._writer.wait(self._consumer.kafka.session_timeout_seconds + _GIVE_UP_SECONDS):
-                log.error("store does not answer; a command may still arrive")
-        if in_time and seconds > 0:
-            try:
-                self._acknowledge()
-            except GhsyncError as error:
-                log.warning("commit failed after the batch was written", reason=error.message)
-        finished = in_time and not self._is_writing
-        if (written := self._written or self._writer.take_written()) is not None:
-            self._writer.give_up(written)
-        self._written = None
-        return finished
-
-    # Truncates in a topic of several partitions
-
-    def _truncate_in_order(self, at: int) -> None:
-        """Apply what is pending before a truncate, and it in the order of the binlog; then go on from there."""
-        from ghsync_dagster.stores.kafka.topics import place
-
-        message, change = self._pending.messages[at], self._pending.changes[at]
-        position = change.position if isinstance(change, Change) else None
-        truncate = Truncate(self._consumer.kafka.topic, *place(message), position)
-        first, self._to_rewind = self._pending.cut(at), True
-        assignment = self._assignment
-
-        def breathe(seconds: float) -> None:
-            self._raise_failure()
-            # What comes is read again afterwards, from what is committed.
-            self._consumer.take(1, seconds)
-            if self._assignment != assignment or self._until.over:
-                raise _InterruptedError
-
-        def write(batch: Batch) -> None:
-            if len(batch):
-                self._submit(batch)
-                while self._is_writing:
-                    self._acknowledge()
-                    self._writer.wait(_TURN_SECONDS)
-                    breathe(_TURN_SECONDS)
-                self._raise_failure()
-
-        log.info("ordering a truncate", partition=truncate.partition, offset=truncate.offset)
-        truncates = OrderedTruncates(self._consumer, write, breathe, self._writer.keep_truncate, self._truncate_wait)
-        self._consumer.pause()
-        try:
-            write(first)
-            truncates.apply(truncate)
-        except _InterruptedError:
-            log.info("truncate ordering interrupted", partition=truncate.partition)
-
-    # The end, and the lag
-
-    def _reached(self, ends: Mapping[int, int]) -> bool:
-        """Return whether the group has applied everything up to ``ends``, whichever of its consumers did."""
-        if self._is_busy or time.monotonic() < self._next_look:
-            return False
-        # A batch that failed is at work no more; the writer notes the failure first.
-        self._raise_failure()
-        self._next_look = time.monotonic() + _END_LOOK_SECONDS
-        committed = self._consumer.committed(ends)
-        # The last thing in a partition may be no record, such as the mark of a transaction.
-        met = {
-            partition: end
-            for partition, end in self._consumer.ends_met.items()
-            if end >= ends.get(partition, end + 1) and (committed[partition] or 0) < end
-        }
-        if met:
-            self._commit(met)
-        places = {partition: met.get(partition) or committed[partition] or 0 for partition in ends}
-        if any(places[partition] < end for partition, end in ends.items()) or self._writer.is_to_rewind(places):
-            return False
-        # Another consumer may have carried a rewind out, and cleared it, since the places were asked for.
-        now = self._consumer.committed(ends)
-        is_applied = all((now[partition] or 0) >= end for partition, end in ends.items())
-        # What was left out of the last records may have requested users again.
-        return is_applied and not (self._reader is not None and self._reader.is_wanted())
-
-    @property
-    def _is_busy(self) -> bool:
-        """Whether anything that was taken is not acknowledged yet."""
-        return bool(len(self._pending)) or self._is_writing or self._to_rewind or self._topic.is_waiting
-
-    @property
-    def _is_time_to_look(self) -> bool:
-        return time.monotonic() >= self._next_topic
-
-    @property
-    def _is_look_due(self) -> bool:
-        """Whether the topic is to be seen now, be it only to keep that the group has a place in it."""
-        return self._to_see and self._is_time_to_look
-
-    @property
-    def _is_writing(self) -> bool:
-        """Whether a batch that was handed over is not acknowledged yet."""
-        return self._writer.at_work or self._writer.has_written or self._written is not None
-
-    def _tell(self) -> None:
-        """Tell the lag and how Kafka is, now and then."""
-        now = time.monotonic()
-        if now < self._next_lag:
-            return
-        self._next_lag = now + _LAG_SECONDS
-        self._consumer.look_again()
-        if (trouble := self._consumer.trouble) is not None:
-            self._trouble.failed(trouble)
-        else:
-            self._trouble.recovered()
-        self._listener.connection(KAFKA, up=trouble is None)
-        for partition in sorted(self._consumer.partitions if trouble is None else ()):
-            self._tell_lag(partition)
-
-    def _tell_lag(self, partition: int) -> None:
-        from ghsync_dagster.stores.kafka.topics import timestamp_ms
-
-        end = self._consumer.known_end(partition)
-        if end is None:
-            return
-        first = self._pending.firsts.get(partition)
-        if self._is_writing:
-            first = self._batch.firsts.get(partition, first)
-        if first is None:
-            # What waits, if anything, has only just come.
-            self._listener.lag(partition, max(end - self._places()[partition], 0), 0.0)
-        else:
-            appended = timestamp_ms(first)
-            seconds = 0.0 if appended is None else max(time.time() - appended / 1000, 0.0)
-            self._listener.lag(partition, max(end - (first.offset() or 0), 0), seconds)
-
-
-def _joined(first: Batch, second: Batch) -> Batch:
-    batch = Batch()
-    batch.add(first.messages, first.changes)
-    batch.add(second.messages, second.changes)
-    return batch

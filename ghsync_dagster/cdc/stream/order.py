@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ghsync_dagster.cdc.stream.batch import Batch, Decoded, RecordDecoder
+from ghsync_dagster.cdc.stream.group import next_offsets
 from ghsync_dagster.domain.change import Change, Op, RecordKind
 from ghsync_dagster.domain.envelope import ChangeDecoder
 from ghsync_dagster.domain.errors import PermanentError
@@ -156,15 +157,6 @@ def _is_earlier(one: Truncate, other: Truncate) -> bool:
     return (order, one.partition, one.offset) < (0, other.partition, other.offset)
 
 
-def nexts(consumer: TopicConsumer, partitions: Iterable[int]) -> dict[int, int]:
-    """Return where the group goes on in each partition."""
-    committed = consumer.committed(partitions)
-    return {
-        partition: consumer.offsets(partition)[0] if offset is None else offset
-        for partition, offset in committed.items()
-    }
-
-
 def topic_ends(kafka: KafkaSettings) -> tuple[list[Change | None], dict[int, Position | None]]:
     """Return the oldest record in each partition of the topic, and the position of the newest one.
 
@@ -229,7 +221,7 @@ class OrderedTruncates:
         """
         while True:
             stops = self._stops(truncate)
-            starts = nexts(self._consumer, stops)
+            starts = next_offsets(self._consumer, stops)
             earlier = self._earlier(truncate, starts, stops)
             if earlier is None:
                 break

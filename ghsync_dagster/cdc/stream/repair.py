@@ -143,6 +143,43 @@ def _of(fence: Fence, change: Change) -> Disposition:
     return disposition(fence, change.op, change.position, change.committed_ms)
 
 
+class RepairFences:
+    """The fence of each user that was repaired, read once for the partitions that this consumer has.
+
+    Args:
+        read: Reads all fences.
+    """
+
+    def __init__(self, read: Callable[[], dict[str, Fence]]) -> None:
+        self._read = read
+        self._lock = threading.Lock()
+        self._found: dict[str, Fence] | None = None
+        """None until they are read."""
+        self._assignments = 0
+
+    def forget(self) -> None:
+        """Have the fences read again: another consumer may have repaired users of partitions that came."""
+        with self._lock:
+            self._found, self._assignments = None, self._assignments + 1
+
+    def current(self) -> dict[str, Fence]:
+        """Return the fences; the thread that writes adds to them.
+
+        Raises:
+            UnavailableError: The store is away.
+        """
+        while True:
+            with self._lock:
+                fences, assignments = self._found, self._assignments
+            if fences is not None:
+                return fences
+            found = self._read()
+            with self._lock:
+                # Partitions that came meanwhile may bring users that another consumer has repaired since.
+                if assignments == self._assignments:
+                    self._found = found
+
+
 # Reading the source
 
 
@@ -161,8 +198,8 @@ class Claim:
         self.taken = tuple(taken)
         self.applied: dict[str, Position | None] = {}
 
-    def note(self, batch: Batch, left: LeftOut) -> None:
-        """Note the records of a batch that is about to be applied."""
+    def record(self, batch: Batch, left: LeftOut) -> None:
+        """Record those of a batch that is about to be applied."""
         if batch.first_truncate() is None and self.requests.keys().isdisjoint(batch.keys):
             return
         for at, change in enumerate(batch.changes):
@@ -253,8 +290,8 @@ class SourceReader:
 
     # For the thread that consumes
 
-    def owns(self, partitions: Collection[int], everything: Collection[int]) -> None:
-        """Say that partitions came or went.
+    def assigned(self, partitions: Collection[int], everything: Collection[int]) -> None:
+        """Adopt a new assignment.
 
         Args:
             partitions: Those that this consumer has now.
@@ -272,7 +309,7 @@ class SourceReader:
             self._claims, self._works, self._taken = [], [], None
             self._changed.notify_all()
 
-    def took(self, positions: Mapping[int, Position]) -> None:
+    def polled(self, positions: Mapping[int, Position]) -> None:
         """Note the position of the newest record of partitions, before anything of it is applied."""
         with self._changed:
             if self._taken is not None:
@@ -285,7 +322,7 @@ class SourceReader:
             if known is None or (position is not None and known.compare(position) != 1):
                 taken[partition] = position
 
-    def is_wanted(self) -> bool:
+    def has_requests(self) -> bool:
         """Return whether this consumer has requests to carry out, and can.
 
         Raises:
@@ -312,7 +349,7 @@ class SourceReader:
         with self._changed:
             return self._works.pop(0) if self._works else None
 
-    def wrote(self, work: RepairWork, seconds: float) -> None:
+    def written(self, work: RepairWork, seconds: float) -> None:
         """Say that the store took what was read: nothing is in the way of writing."""
         self._clear(_WRITING)
         users = len(work.claim.requests)
@@ -347,18 +384,18 @@ class SourceReader:
 
     # For the thread that writes
 
-    def doubt(self, key: str | None) -> None:
+    def record_refused(self, key: str | None) -> None:
         """Note that a record of a user was not applied: what was read of the user is to be read again."""
         with self._changed:
             for claim in self._claims:
                 if key in claim.requests:
                     claim.applied[key] = None
 
-    def note(self, batch: Batch, left: LeftOut) -> None:
-        """Note what a batch is about to apply of users that are claimed."""
+    def record_applied(self, batch: Batch, left: LeftOut) -> None:
+        """Record what a batch is about to apply of users that are claimed."""
         with self._changed:
             for claim in self._claims:
-                claim.note(batch, left)
+                claim.record(batch, left)
 
     # The thread itself
 

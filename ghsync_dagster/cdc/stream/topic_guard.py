@@ -1,15 +1,17 @@
-"""Which topic a group consumes: one that was deleted and made again by the same name is another one.
+"""Which topic a group consumes: one that was deleted and created again by the same name is another one.
 
-Belongs here: keeping the id of a group's topic, how many partitions it had, and in which of them the group had a
-committed offset, and comparing. Not here: the offsets themselves. Brokers forget a group's offsets with its topic, or
-take those that a consumer still commits for offsets in the new one. They also forget those of a group that was without
-a member for ``offsets.retention.minutes``. None of it shows that changes are gone. Where brokers give topics no ids
-nothing is kept, and nothing can be seen.
+Belongs here: recording the id of a group's topic, its number of partitions, and in which of them the group had a
+committed offset; comparing these, and when. Not here: the offsets themselves.
+
+Brokers forget a group's offsets with its topic, or keep those that a consumer still commits as offsets of the new one.
+They also forget the offsets of a group that had no member for ``offsets.retention.minutes``. In none of these cases do
+the offsets show that changes are gone. If brokers give topics no ids, nothing is recorded and nothing can be compared.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Final
 
 from ghsync_dagster.domain.errors import PermanentError
 from ghsync_dagster.logging import get_logger
@@ -19,17 +21,23 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from ghsync_dagster.stores.kafka.client import KafkaSettings
+    from ghsync_dagster.stores.kafka.consumer import TopicConsumer
     from ghsync_dagster.stores.mongo.users import UserStore
+
+_TOPIC_SECONDS: Final = 10.0
+"""How often to check that the topic is still the same."""
+_HELD_SECONDS: Final = 0.5
+"""How often to check whether partitions that were added may be applied."""
 
 log = get_logger("cdc")
 
 
 class TopicGuard:
-    """The topic of a group, and what is kept of it.
+    """The topic of a group, and what is recorded of it.
 
     Args:
         kafka: The group, the topic and the way to the brokers.
-        store: Where the id is kept.
+        store: Where the id is recorded.
     """
 
     def __init__(self, kafka: KafkaSettings, store: UserStore) -> None:
@@ -39,14 +47,14 @@ class TopicGuard:
         self._kafka = kafka
         self._ids = TopicIds(kafka)
         self._book = GroupBook(store)
-        self._kept: set[int] = set()
+        self._recorded: set[int] = set()
         self.held: frozenset[int] = frozenset()
         """Partitions that were added, of which nothing may be applied yet."""
         self._awaited: dict[int, int] = {}
         self._is_known = True
 
-    def reach(self) -> None:
-        """Make the connections that ``see`` needs, so that it is quick.
+    def connect(self) -> None:
+        """Make the connections that ``check`` needs, so that it is quick.
 
         Raises:
             UnavailableError: A server is away, or there is no such topic.
@@ -69,8 +77,8 @@ class TopicGuard:
         known = self._book.topic_of(self._kafka.group_name)
         return known is not None and self._ids.of(self._kafka.topic) not in {known.topic_id, ""}
 
-    def placed(self) -> frozenset[int]:
-        """Return the partitions in which the group has had a place; ask before the brokers are asked for the places.
+    def committed_partitions(self) -> frozenset[int]:
+        """Return the partitions in which the group had a committed offset. Call it before the brokers are queried.
 
         Raises:
             UnavailableError: The store is away.
@@ -79,14 +87,14 @@ class TopicGuard:
         known = self._book.topic_of(self._kafka.group_name)
         return frozenset() if known is None else known.placed
 
-    def see(self, committed: Callable[[], Mapping[int, int | None]]) -> None:
-        """Keep which topic the group consumes and where it has a place, or see that neither is gone.
+    def check(self, committed: Callable[[], Mapping[int, int | None]]) -> None:
+        """Record the topic and the partitions with a committed offset, or check that neither is gone.
 
         Args:
-            committed: Asks the brokers for the group's places, by partition; None for nothing.
+            committed: Queries the brokers for the group's offsets, by partition; None for nothing.
 
         Raises:
-            PermanentError: The topic is another one, or a place is forgotten.
+            PermanentError: The topic is another one, or an offset is forgotten.
             UnavailableError: A server is away, or there is no such topic.
             RefusedError: Credentials or rights.
         """
@@ -102,25 +110,25 @@ class TopicGuard:
                 f"{kafka.topic} is another topic (id {found}) than the one that group {kafka.group_id} has consumed "
                 f"(id {known.topic_id}): it was recreated, and changes of the old one may never have been applied."
             )
-        # Asked for after what is kept was read: another consumer may just have begun.
-        places = committed()
-        here = {partition for partition, offset in places.items() if offset is not None}
-        if forgotten := (places.keys() - here) & known.placed:
+        # Queried after the record was read: another consumer may just have begun.
+        offsets = committed()
+        here = {partition for partition, offset in offsets.items() if offset is not None}
+        if forgotten := (offsets.keys() - here) & known.placed:
             raise self._gone(
                 f"{kafka.topic} partition {min(forgotten)}: the brokers have forgotten where group {kafka.group_id} "
                 "was, as they do when it has no member for long: changes may be gone that were never applied."
             )
         if new := here - known.placed:
             self._book.keep_places(name, new)
-        self._kept |= here
-        self._see_partitions(known.partitions, partitions)
+        self._recorded |= here
+        self._check_partitions(known.partitions, partitions)
 
     @property
     def is_waiting(self) -> bool:
         """Whether partitions that were added hold records, and wait for those of the others."""
         return bool(self._awaited)
 
-    def _see_partitions(self, known: int | None, number: int) -> None:
+    def _check_partitions(self, known: int | None, number: int) -> None:
         """Hold added partitions until the group has applied what the others held once the first record was in them.
 
         A key may have moved to one of them, and its older changes be in the backlog of another one. Until there is a
@@ -143,12 +151,68 @@ class TopicGuard:
             self._book.keep_partitions(self._kafka.group_name, number)
         self.held, self._awaited = frozenset(), {}
 
-    def is_to_keep(self, partitions: Iterable[int]) -> bool:
-        """Return whether ``see`` has something to keep, the group having a place in these partitions now."""
-        return self._is_known and not self._kept.issuperset(partitions)
+    def has_news(self, partitions: Iterable[int]) -> bool:
+        """Return whether ``check`` has something to record, now that the group has an offset in these partitions."""
+        return self._is_known and not self._recorded.issuperset(partitions)
 
     def _gone(self, problem: str) -> PermanentError:
         return PermanentError(
             problem,
             way_out="Take a new snapshot, and let a new group begin at the beginning; see docs/operate/runbook.md.",
         )
+
+
+class TopicChecks:
+    """When the topic of a consumer is checked.
+
+    It is checked now and then, before the first write after partitions came, and once there is something to record.
+
+    Args:
+        guard: Checks the topic.
+        consumer: The member of the group.
+    """
+
+    def __init__(self, guard: TopicGuard, consumer: TopicConsumer) -> None:
+        self.guard = guard
+        self.is_wanted = False
+        """Whether anything was submitted since the topic was checked."""
+        self._consumer = consumer
+        self._next_at = 0.0
+
+    @property
+    def is_time(self) -> bool:
+        """Whether the last check is long enough ago for another one."""
+        return time.monotonic() >= self._next_at
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the topic is to be checked now, be it only to record that the group has an offset in it."""
+        return self.is_wanted and self.is_time
+
+    def assigned(self) -> None:
+        """Have the topic checked before the next write, since partitions came."""
+        self._next_at = 0.0
+
+    def committed(self, partitions: Iterable[int]) -> None:
+        """Have the topic checked if it is not recorded that the group has an offset in all these partitions."""
+        if self.guard.has_news(partitions):
+            self._next_at, self.is_wanted = 0.0, True
+
+    def held(self) -> None:
+        """Have the topic checked soon, since records of held partitions wait."""
+        self._next_at = min(self._next_at, time.monotonic() + _HELD_SECONDS)
+
+    def check(self) -> bool:
+        """Check the topic; return whether partitions that were held may be applied from now on.
+
+        Raises:
+            PermanentError: The topic is another one, or an offset is forgotten.
+            UnavailableError: A server is away, or there is no such topic.
+            RefusedError: Credentials or rights.
+        """
+        held = self.guard.held
+        consumer = self._consumer
+        self.guard.check(lambda: consumer.committed(consumer.partitions or consumer.all_partitions()))
+        self.is_wanted = self.guard.is_waiting
+        self._next_at = time.monotonic() + (_HELD_SECONDS if self.is_wanted else _TOPIC_SECONDS)
+        return bool(held and not self.guard.held)

@@ -105,7 +105,7 @@ def kafka_lag(config: LagConfig, changes: ChangesResource) -> dg.AssetCheckResul
     def known() -> tuple[bool, frozenset[int]]:
         with changes.open_store() as store:
             topic = TopicGuard(changes.kafka(), store)
-            return topic.is_another(), topic.placed()
+            return topic.is_another(), topic.committed_partitions()
 
     is_another, placed = _retrying(changes, known)
     backlog = _retrying(changes, lambda: read_backlog(changes.kafka()))
