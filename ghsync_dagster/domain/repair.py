@@ -1,27 +1,27 @@
 """Repair of single users: the source is read again for them, alongside the live stream and loads.
 
 Belongs here: the order of the steps, as data that the code executes and a test enumerates, and the pure decisions
-between them. Not here: how a step is written to a server, who asks for a repair, or when the owner carries it out.
+between them. Not here: how a step is written to a server, who requests a repair, or when the owner carries it out.
 
-The owner of a user's partition carries a request out, between two batches. It stands on this:
+The owner of a user's partition carries a request out, between two batches. This rests on the following:
 
 - **One writer a user.** Only the owner of the partition applies records of the user, and it repairs in the thread that
   applies them. So no record of the user is applied between two steps from ``READ_STORED`` on.
-- **A reading divides the binlog.** The source is read in one transaction: a shared lock on each asked key (on the gap
-  where there is no row), the rows, then the end of the binlog. A transaction writes the binlog before it commits and
-  holds its locks until then. So no record of an asked key lies before the reading's position and is not part of the
-  rows, and none lies after it and is. The position alone, without the locks, does not tell: the server shows
-  positions of transactions whose rows nobody sees yet.
-- **A reading is current.** It includes the newest record that the owner has taken from the topic. A server that is
-  behind the stream, or is another one, is not believed.
+- **A reading divides the binlog.** The source is read in one transaction: a shared lock on each requested key (on the
+  gap where there is no row), the rows, then the end of the binlog. A transaction writes the binlog before it commits
+  and holds its locks until then. So every record of a requested key from before the reading's position is part of the
+  rows, and none from after it is. The position without the locks does not suffice: the server shows positions of
+  transactions whose rows are not visible yet.
+- **A reading is current.** It includes the newest record that the owner has polled. A reading of a server that lags
+  behind the stream, or of another server, is refused.
 - **The fence.** The reading's position is stored before the row is written. From then on no record of the user from
-  before it is applied again, whatever is delivered again. A record that cannot be compared with the position is left
+  before it is applied again, also if it is delivered again. A record that cannot be compared with the position is left
   out too, and the user is requested again. If the source had no row, deletes and truncates are applied all the same,
-  and other records as deletes: MySQL had the user, so it is recorded that no file may bring the user back.
-- **What is not decoded counts.** A record of the user that becomes a dead letter after the claim may tell more than the
-  reading: the source is read again, so that a repair resolves no letter of a change that it does not contain.
+  and other records as deletes. MySQL had the user once, so it is recorded that no file may bring the user back.
+- **Undecodable records count.** A record of the user that becomes a dead letter after the claim may be newer than the
+  reading. So the source is read again, and a repair resolves no letter of a change that it does not contain.
 - **The request stays open** until the row is written. A repair that dies anywhere is repeated with a newer reading. A
-  command that is in doubt makes its request open again.
+  command that is in doubt opens its request again.
 
 The document is written by the stream's own steps (``domain.precedence``), so loads treat it as the stream's.
 """
@@ -47,31 +47,32 @@ class RepairStep(Enum):
     CLAIM = "claim"
     """Read the open request with its token."""
 
-    NOTE = "note"
-    """From here on the owner notes the records of the user that it applies; at once it keeps the newest record that it
-    has taken so far. Before READ_SOURCE: a record of the user is in what was taken, or noted, or read."""
+    WATCH = "watch"
+    """From here on the owner records the position of each record of the user that it applies. At once it keeps the
+    position of the newest record that it has polled. Before READ_SOURCE: so each record was polled, recorded or
+    read."""
 
     READ_SOURCE = "read source"
-    """Lock the key, read its row and the end of the binlog, release. After CLAIM: what is asked later is read later."""
+    """Lock the key, read its row and the end of the binlog, release. After CLAIM: a later request gets a later one."""
 
     READ_STORED = "read stored"
-    """Read document, version entry and deletion: they tell whether a user without a row is the files' own."""
+    """Read document, version entry and deletion: they show whether a user without a row came from files."""
 
     RECORD_FENCE = "record fence"
     """Store the reading's position for the user, where the request is still open. Before the first write."""
 
     WRITE = "write"
-    """What ``cure`` says: the stream's own upsert of the row, its own delete, or nothing."""
+    """Carry out the ``cure``: the stream's own upsert of the row, its own delete, or nothing."""
 
     RECORD_OUTCOME = "record outcome"
-    """Close the request where its token is still the claimed one: a user that was asked for since stays open."""
+    """Close the request where its token is still the claimed one: a user that was requested since stays open."""
 
 
-READING_STEPS = (RepairStep.CLAIM, RepairStep.NOTE, RepairStep.READ_SOURCE)
-"""What is done alongside the stream."""
+READING_STEPS = (RepairStep.CLAIM, RepairStep.WATCH, RepairStep.READ_SOURCE)
+"""The steps alongside the stream."""
 
 WRITING_STEPS = (RepairStep.READ_STORED, RepairStep.RECORD_FENCE, RepairStep.WRITE, RepairStep.RECORD_OUTCOME)
-"""What is done by the writer, between two batches."""
+"""The steps of the writer, between two batches."""
 
 REPAIR_STEPS = READING_STEPS + WRITING_STEPS
 """A repair."""
@@ -95,10 +96,10 @@ class Reading(NamedTuple):
     def includes(self, position: Position | None, committed_ms: int | None = None) -> bool | None:
         """Return whether a record is part of what was read; None where that is not certain.
 
-        Positions count on one server only. GTIDs count on all, but MySQL adds a GTID to the executed ones a moment
-        after the rows can be seen. So a GTID that is there is proof; one that is missing needs the position to agree.
-        A record that was committed later than the reading is never part of it: a position that says so is of another
-        binlog, and a GTID that is missing needs nothing else.
+        Positions are comparable on one server only. GTIDs are comparable on all, but MySQL adds a GTID to the executed
+        ones a moment after the rows are visible. So a GTID in the set is proof; for a missing one the position has to
+        agree. A record that was committed later than the reading is never part of it. If its position says otherwise,
+        it is of another binlog; if its GTID is missing, that suffices.
 
         Args:
             position: The record's own; None where it has none.
@@ -107,13 +108,13 @@ class Reading(NamedTuple):
         if position is None:
             return None
         order = msgspec.structs.replace(position, gtid=None).compare(self.position)
-        by_place = None if order is None else order < 0
+        by_position = None if order is None else order < 0
         by_gtid = _gtid_set(self.gtids).contains(position.gtid) if self.gtids else None
         if committed_ms is not None and self.read_ms is not None and committed_ms > self.read_ms + _SKEW_MS:
-            return None if by_gtid or (by_gtid is None and by_place is not False) else False
-        if by_gtid is None or by_gtid == by_place:
-            return by_place
-        return True if by_gtid and by_place is None else None
+            return None if by_gtid or (by_gtid is None and by_position is not False) else False
+        if by_gtid is None or by_gtid == by_position:
+            return by_position
+        return True if by_gtid and by_position is None else None
 
 
 _SKEW_MS: Final = 5_000
@@ -126,34 +127,34 @@ def _gtid_set(text: str) -> GtidSet:
     return GtidSet.parse(text)
 
 
-def is_current(reading: Reading, taken: Iterable[Position | None]) -> bool:
-    """Return whether a reading includes what the stream has taken already.
+def is_current(reading: Reading, polled: Iterable[Position | None]) -> bool:
+    """Return whether a reading includes the records that the stream has polled already.
 
-    A position that tells neither server nor GTID, as flattened records may have it, proves nothing of any server.
+    A position without server and GTID, as flattened records may have it, proves nothing of any server.
 
     Args:
         reading: What was read.
-        taken: The position of the newest record of each partition, None where it has none.
+        polled: The position of the newest record of each partition, None where it has none.
     """
-    known = [position for position in taken if position is not None and (position.server or position.gtid)]
+    known = [position for position in polled if position is not None and (position.server or position.gtid)]
     return all(reading.includes(position) is True for position in known)
 
 
-def resolves_letters(reading: Reading, taken: Iterable[Position | None]) -> bool:
-    """Return whether a reading includes records that could not be decoded, whose positions nobody knows.
+def resolves_letters(reading: Reading, polled: Iterable[Position | None]) -> bool:
+    """Return whether a reading includes records that could not be decoded, whose positions are unknown.
 
-    It does if it is of the server that the connector follows; another one may be behind them.
+    It does if it is of the server that the connector follows; another server may lag behind these records.
 
     Args:
         reading: What was read.
-        taken: The position of the newest record of each partition, None where it has none.
+        polled: The position of the newest record of each partition, None where it has none.
     """
-    servers = {position.server for position in taken if position is not None and position.server}
+    servers = {position.server for position in polled if position is not None and position.server}
     return not servers or reading.position.server in servers
 
 
 class Fence(NamedTuple):
-    """What stands between a repaired user and older records.
+    """What keeps older records from a repaired user.
 
     Attributes:
         reading: Where the user was read.
@@ -242,7 +243,7 @@ def overtaken(reading: Reading, applied: Position | None) -> Overtaken:
 
 
 class StoredUser(NamedTuple):
-    """What is stored of a user, each part read at its own moment, in this order.
+    """The stored state of a user, each part read at its own moment, in this order.
 
     Attributes:
         document: Whether there is a document.
@@ -263,7 +264,7 @@ class StoredUser(NamedTuple):
 
 
 class Outcome(StrEnum):
-    """What a repair came to."""
+    """The result of a repair."""
 
     WRITTEN = "written"
     """MySQL has a row, and the document is that row."""
@@ -283,18 +284,13 @@ class Outcome(StrEnum):
     REFUSED = "refused"
     """The database refuses the row for what is in it."""
 
-    @property
-    def is_carried_out(self) -> bool:
-        """Whether the collection now holds what MySQL held."""
-        return self is not Outcome.REFUSED
-
 
 class Cure(NamedTuple):
-    """How a user is put right.
+    """How a user is repaired.
 
     Attributes:
         op: ``UPSERT``, ``DELETE`` or ``SKIP``, by the stream's own steps.
-        outcome: What it comes to where the database refuses nothing.
+        outcome: The result where the database refuses nothing.
     """
 
     op: Op
@@ -302,7 +298,7 @@ class Cure(NamedTuple):
 
 
 def cure(stored: StoredUser, *, has_row: bool) -> Cure:
-    """Decide how a user is put right.
+    """Decide how a user is repaired.
 
     Args:
         stored: What is stored of the user.

@@ -19,9 +19,9 @@ from ghsync_dagster.cdc.health.repair_requests import (
     repair,
     select,
 )
-from ghsync_dagster.cdc.stream import repair as cdc_repair
+from ghsync_dagster.cdc.stream import source_reader
 from ghsync_dagster.cdc.stream.group import GroupOffsets
-from ghsync_dagster.cdc.stream.repair import SourceReader
+from ghsync_dagster.cdc.stream.source_reader import SourceReader
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
 from ghsync_dagster.domain.letters import LetterState
 from ghsync_dagster.domain.repair import Outcome
@@ -251,8 +251,8 @@ def test_work_is_not_lost_where_kafka_does_not_answer(bench: _Bench, monkeypatch
 
 
 def test_locked_users_hold_up_no_other(bench: _Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cdc_repair, "CHUNK", 5)
-    monkeypatch.setattr(cdc_repair, "_LOCK_NOTED_SECONDS", 0.5)
+    monkeypatch.setattr(source_reader, "CHUNK", 5)
+    monkeypatch.setattr(source_reader, "_LOCK_REPORTED_SECONDS", 0.5)
     for key in range(1, 21):
         bench.row(key, f"u{key}")
     with bench.source() as other, bench.parts.running(bench.topic, open_source=bench.source) as running:
@@ -400,7 +400,7 @@ def test_a_write_that_the_store_refuses_is_told_once_and_holds_up_no_change(
     bench: _Bench, monkeypatch: pytest.MonkeyPatch, logged: Callable[..., io.StringIO]
 ) -> None:
     stream = logged()
-    monkeypatch.setattr(cdc_repair, "_PERMANENT_SECONDS", 0.2)
+    monkeypatch.setattr(source_reader, "_PERMANENT_SECONDS", 0.2)
     bench.row(1, "right")
     readings = bench.store.database["_ghsync_readings"]
     bench.store.database.create_collection(readings.name, validator={"never": {"$exists": True}})
@@ -605,7 +605,7 @@ def _raise(*_: object) -> None:
 def test_fences_are_dropped_once_the_topic_holds_nothing_from_before(
     bench: _Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cdc_repair, "KEPT_SECONDS", -1.0)
+    monkeypatch.setattr(source_reader, "KEPT_SECONDS", -1.0)
     bench.record(1, "u", "old", ahead=-1)
     bench.row(1, "right")
     assert bench.repair(1).is_carried_out

@@ -313,8 +313,8 @@ MUTATIONS = (
     Mutation(
         "the source is read before noting begins",
         _REPAIR,
-        "(RepairStep.CLAIM, RepairStep.NOTE, RepairStep.READ_SOURCE)",
-        "(RepairStep.CLAIM, RepairStep.READ_SOURCE, RepairStep.NOTE)",
+        "(RepairStep.CLAIM, RepairStep.WATCH, RepairStep.READ_SOURCE)",
+        "(RepairStep.CLAIM, RepairStep.READ_SOURCE, RepairStep.WATCH)",
         REPAIR_MODEL,
     ),
     Mutation(

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ghsync_dagster.cdc.stream import repair
+from ghsync_dagster.cdc.stream import source_reader
 from ghsync_dagster.cdc.stream.batch import Batch
-from ghsync_dagster.cdc.stream.repair import Claim, RepairWork, SourceReader, carry_out, left_out
+from ghsync_dagster.cdc.stream.fences import left_out
+from ghsync_dagster.cdc.stream.repair import carry_out
+from ghsync_dagster.cdc.stream.source_reader import Claim, RepairWork, SourceReader
 from ghsync_dagster.domain.change import Change, Op, Position, RecordKind
 from ghsync_dagster.domain.precedence import DELETE_STEPS, UPSERT_STEPS, StreamStep
 from ghsync_dagster.domain.repair import (
@@ -171,7 +173,7 @@ class _TracedSource:
         if self.reader is not None:
             # Whoever applies a record from here on notes it.
             noting = {key for claim in self.reader._claims for key in claim.requests}
-            self._store.note(RepairStep.NOTE, noting & set(keys))
+            self._store.note(RepairStep.WATCH, noting & set(keys))
         self._store.note(RepairStep.READ_SOURCE, keys)
         return LockedRows({}, 7, "bin.000003", 100 + self.reads, "", 1_000)
 
@@ -220,7 +222,7 @@ def test_a_record_that_is_taken_while_the_store_is_asked_for_requests_has_to_be_
 def test_the_end_of_the_topic_is_asked_for_again_after_a_reading_that_seemed_behind(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(repair, "waits", lambda: repeat(0.01))
+    monkeypatch.setattr(source_reader, "waits", lambda: repeat(0.01))
     store = _TracedStore()
     store.requests = {"1": "token"}
     source = _TracedSource(store, set())
@@ -236,7 +238,7 @@ def test_the_end_of_the_topic_is_asked_for_again_after_a_reading_that_seemed_beh
 
 
 def test_nothing_is_claimed_before_the_end_of_the_topic_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repair, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(source_reader, "_POLL_SECONDS", 0.01)
     store = _TracedStore()
     # The request comes right after nobody was found to ask.
     store.requests, store.is_any_known = {"1": "token"}, False

@@ -1,7 +1,7 @@
 """Asking for repairs: which users, and waiting until the owner of the partitions has carried the requests out.
 
 Belongs here: what a person or a job asks for, and what became of it. Not here: carrying requests out
-(``cdc.stream.repair``); where nobody consumes, a consumer of this process does it for as long as it takes.
+(``cdc.stream``); where nobody consumes, a consumer of this process does it for as long as it takes.
 """
 
 from __future__ import annotations

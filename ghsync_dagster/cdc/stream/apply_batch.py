@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final
 
 from ghsync_dagster.cdc.dead_letters.record import dead_letter
 from ghsync_dagster.cdc.stream.apply import apply
+from ghsync_dagster.cdc.stream.fences import left_out
 from ghsync_dagster.cdc.stream.listener import MONGO
-from ghsync_dagster.cdc.stream.repair import left_out
 from ghsync_dagster.cdc.stream.written import Written
 from ghsync_dagster.domain.change import RecordKind
 from ghsync_dagster.domain.coalesce import Segment
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ghsync_dagster.cdc.stream.batch import Batch, Part
+    from ghsync_dagster.cdc.stream.fences import RepairFences
     from ghsync_dagster.cdc.stream.letters import DeadLetters
     from ghsync_dagster.cdc.stream.listener import ChangeListener
-    from ghsync_dagster.cdc.stream.repair import RepairFences, SourceReader
+    from ghsync_dagster.cdc.stream.source_reader import SourceReader
     from ghsync_dagster.domain.user import RuleTest
     from ghsync_dagster.stores.mongo.repairs import RepairWriter
 

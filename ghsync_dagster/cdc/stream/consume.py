@@ -27,7 +27,7 @@ from ghsync_dagster.cdc.stream.letters import DeadLetters
 from ghsync_dagster.cdc.stream.listener import MONGO, AppliedBatch, ChangeListener, Listeners, SilentListener
 from ghsync_dagster.cdc.stream.order import topic_ends
 from ghsync_dagster.cdc.stream.polled import POLL_RECORDS, PolledRecords
-from ghsync_dagster.cdc.stream.repair import SourceReader
+from ghsync_dagster.cdc.stream.source_reader import SourceReader
 from ghsync_dagster.cdc.stream.topic_guard import TopicChecks, TopicGuard
 from ghsync_dagster.cdc.stream.truncates import TruncateOrdering
 from ghsync_dagster.cdc.stream.write import Writer

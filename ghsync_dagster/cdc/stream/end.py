@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
     from ghsync_dagster.cdc.stream.group import GroupOffsets
     from ghsync_dagster.cdc.stream.in_flight import InFlight
-    from ghsync_dagster.cdc.stream.repair import SourceReader
     from ghsync_dagster.cdc.stream.rewinds import RewindRequests
+    from ghsync_dagster.cdc.stream.source_reader import SourceReader
     from ghsync_dagster.stores.kafka.consumer import TopicConsumer
 
 _CHECK_SECONDS: Final = 0.5

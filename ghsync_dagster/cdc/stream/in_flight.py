@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ghsync_dagster.cdc.stream.group import GroupOffsets
     from ghsync_dagster.cdc.stream.listener import ChangeListener
-    from ghsync_dagster.cdc.stream.repair import SourceReader
+    from ghsync_dagster.cdc.stream.source_reader import SourceReader
     from ghsync_dagster.cdc.stream.write import Writer
     from ghsync_dagster.cdc.stream.written import Written
 

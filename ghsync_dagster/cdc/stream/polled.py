@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from confluent_kafka import Message
 
     from ghsync_dagster.cdc.stream.in_flight import InFlight
-    from ghsync_dagster.cdc.stream.repair import SourceReader
+    from ghsync_dagster.cdc.stream.source_reader import SourceReader
     from ghsync_dagster.cdc.stream.write import Writer
     from ghsync_dagster.stores.kafka.consumer import TopicConsumer
 

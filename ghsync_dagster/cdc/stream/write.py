@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING, Final
 
 from ghsync_dagster.cdc.stream.apply_batch import BatchApplier
 from ghsync_dagster.cdc.stream.batch import Batch
+from ghsync_dagster.cdc.stream.fences import RepairFences
 from ghsync_dagster.cdc.stream.lasting_fault import LastingFault
 from ghsync_dagster.cdc.stream.listener import KAFKA, MONGO
-from ghsync_dagster.cdc.stream.repair import RepairFences, carry_out
+from ghsync_dagster.cdc.stream.repair import carry_out
 from ghsync_dagster.cdc.stream.rewinds import REWIND_SECONDS, RewindRequests
 from ghsync_dagster.domain.errors import GhsyncError, TransientError, UnavailableError
 from ghsync_dagster.logging import get_logger
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.cdc.stream.group import GroupFence
     from ghsync_dagster.cdc.stream.letters import DeadLetters
     from ghsync_dagster.cdc.stream.listener import ChangeListener
-    from ghsync_dagster.cdc.stream.repair import RepairWork, SourceReader
+    from ghsync_dagster.cdc.stream.source_reader import RepairWork, SourceReader
     from ghsync_dagster.cdc.stream.written import Written
     from ghsync_dagster.domain.user import RuleTest
     from ghsync_dagster.stores.mongo.users import UserStore

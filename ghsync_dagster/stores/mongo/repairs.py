@@ -1,6 +1,6 @@
 """MongoDB: the book of repairs: who asked for which user, the fences, and what came of it.
 
-Belongs here: single operations. Not here: their order, which is ``domain.repair``'s and ``cdc.stream.repair``'s.
+Belongs here: single operations. Not here: their order, which is ``domain.repair``'s and ``cdc.stream``'s.
 
 Two collections alongside the users: ``_ghsync_repairs`` has an entry a user, the newest request and the user's fence in
 one; ``_ghsync_readings`` has the places in the binlog to which fences refer.

@@ -404,7 +404,7 @@ class Owners:
                 else None
             )
             owner = owner._replace(claim=claim._replace(token=books.token, taken=taken))
-        elif step is RepairStep.NOTE:
+        elif step is RepairStep.WATCH:
             taken = self._taken(world) if claim.taken is None else claim.taken
             owner = owner._replace(claim=claim._replace(notes=True, taken=taken, applied=None))
         elif step is RepairStep.READ_SOURCE:
