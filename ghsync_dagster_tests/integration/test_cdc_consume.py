@@ -1114,9 +1114,7 @@ def test_a_truncate_is_refused_where_a_record_does_not_tell_its_place(
     topic.write(None, "t", partition=0, pos=100)
     topic.upsert(3, partition=1, pos=110)
     topic.flush()
-    with pytest.raises(
-        PermanentError, match=r"partition 0 offset 0 .* partition 1 offset 1 does not tell its position"
-    ):
+    with pytest.raises(PermanentError, match=r"partition 0 offset 0 .* partition 1 offset 1 has no position"):
         parts.consumer(topic).run(threading.Event(), seconds=30)
 
 

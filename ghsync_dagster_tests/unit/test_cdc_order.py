@@ -68,7 +68,7 @@ class Reading:
 
     def __init__(self, pos: int, end: int, make: Callable[[int], Message]) -> None:
         self.log: list[tuple[int, int] | str] = []
-        """What was read of partition 1, and when the consumer could breathe."""
+        """What was read of partition 1, and when the consumer polled."""
         self.kept: dict[int, int] = {}
         self._pos = pos
         self._end = end
@@ -96,13 +96,13 @@ class Reading:
         def write(batch: Batch) -> None:
             assert len(batch) == 1
 
-        def breathe(_: float) -> None:
-            self.log.append("breath")
+        def keep_polling(_: float) -> None:
+            self.log.append("poll")
 
-        def keep(_partition: int, _offset: int, stops: Mapping[int, int]) -> None:
+        def record(_partition: int, _offset: int, stops: Mapping[int, int]) -> None:
             self.kept = dict(stops)
 
-        truncates = OrderedTruncates(cast("TopicConsumer", consumer), write, breathe, keep, wait_seconds=-1)
+        truncates = OrderedTruncates(cast("TopicConsumer", consumer), write, keep_polling, record, wait_seconds=-1)
         truncates.apply(Truncate(TOPIC, 0, 0, at(self._pos)))
 
 
@@ -113,8 +113,8 @@ def test_a_long_partition_is_read_in_chunks_up_to_the_first_record_from_after(
     reading.apply(monkeypatch)
     assert reading.kept == {0: 0, 1: 22_001}
     read = [(59_000, 60_000), (50_000, 55_000), *[(start, start + 5_000) for start in range(0, 25_000, 5_000)]]
-    # Who does not breathe for long is put out of the group.
-    assert reading.log == [entry for chunk in read for entry in ("breath", chunk)]
+    # Who does not poll for long is put out of the group.
+    assert reading.log == [entry for chunk in read for entry in ("poll", chunk)]
 
 
 def test_a_tombstone_that_begins_a_chunk_belongs_to_the_delete_that_ends_the_one_before(
@@ -129,7 +129,7 @@ def test_a_tombstone_that_begins_a_chunk_belongs_to_the_delete_that_ends_the_one
 
     reading = Reading(border, 10_000, make)
     reading.apply(monkeypatch)
-    assert [entry for entry in reading.log if entry != "breath"][1:] == [(0, border), (border, 10_000)]
+    assert [entry for entry in reading.log if entry != "poll"][1:] == [(0, border), (border, 10_000)]
     assert reading.kept == {0: 0, 1: border + 1}
 
 
@@ -170,7 +170,7 @@ def by_whole_windows(records: Sequence[Record], low: int, back: int) -> int | st
     ]
     if behind is None or not unsure or unsure[0] > behind:
         return behind
-    return f"partition 1 offset {unsure[0]} does not tell"
+    return f"partition 1 offset {unsure[0]} has no position"
 
 
 def in_chunks(records: Sequence[Record], low: int, size: int) -> int | str | None:
@@ -217,6 +217,6 @@ def test_a_truncate_without_place_is_refused_before_anything_is_read() -> None:
         read.append((start, stop))
         yield []
 
-    with pytest.raises(PermanentError, match="does not tell its own position"):
+    with pytest.raises(PermanentError, match="has no position"):
         first_after(Truncate(TOPIC, 0, 0, None), 1, 0, 10, chunks)
     assert read == []

@@ -1,10 +1,10 @@
 """Apply: the last state of every key reaches MongoDB by the step tables of ``domain.precedence``.
 
-Belongs here: which command carries out which step, for many keys at once. Not here: the order of the steps, which the
-tables have, where changes come from, and what becomes of those that the database refuses.
+Belongs here: which command carries out which step, for many keys at once. Not here: the order of the steps, which is in
+the tables; where changes come from; what becomes of those that the database refuses.
 
-Keys don't touch each other, so a step is taken for all keys before the next one. After any error the whole segment is
-to be applied again.
+Keys are independent of each other, so a step is taken for all keys before the next one. After any error the whole
+segment is to be applied again.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Applied:
-    """What applying a segment came to.
+    """The result of applying a segment.
 
     Attributes:
         upserts: Users written.
         deletes: Keys deleted, stored before or not.
         truncated: Documents that a truncate removed.
         repeated: Upserts written again, because a load had come between.
-        refused: Why the database refused a key's state, by key. It holds what it had of that key.
+        refused: Why the database refused a key's state, by key. The stored document of that key is unchanged.
     """
 
     upserts: int = 0
@@ -55,7 +55,7 @@ def apply(writer: UserWriter, segment: Segment, keep: Set[str] = frozenset()) ->
     applied = Applied()
     applying = _Applying(writer, segment, applied)
     if segment.truncate:
-        # What a load is about to insert counts as stored once its entry is: it finds the deletion when it ends.
+        # A user whose version entry is stored counts too: the load that is about to insert it finds the deletion.
         for keys in writer.everyone(keep):
             applying.take(DELETE_STEPS, keys)
         applied.truncated = applying.removed + writer.remove_nameless()
@@ -84,7 +84,7 @@ class _Applying:
         }
 
     def take(self, steps: Sequence[StreamStep], keys: Collection[str]) -> None:
-        """Take each step for all keys that the database does not refuse; those that have to go back do so first."""
+        """Take each step for all keys that the database does not refuse; those that must repeat steps do so first."""
         for at, step in enumerate(steps):
             if not keys:
                 break

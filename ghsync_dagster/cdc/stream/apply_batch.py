@@ -14,7 +14,7 @@ from ghsync_dagster.cdc.stream.apply import apply
 from ghsync_dagster.cdc.stream.fences import left_out
 from ghsync_dagster.cdc.stream.listener import MONGO
 from ghsync_dagster.cdc.stream.written import Written
-from ghsync_dagster.domain.change import RecordKind
+from ghsync_dagster.domain.change import Change, RecordKind
 from ghsync_dagster.domain.coalesce import Segment
 from ghsync_dagster.domain.user import broken_rule_names
 
@@ -68,7 +68,7 @@ class BatchApplier:
         operations = 0
         left = left_out(batch, self._fences.current())
         batch.left_out, batch.as_deletes = left.records, left.deletes
-        written.left_out.update(batch.kinds(left.records))
+        written.left_out.update([change.kind for at in left.records if isinstance(change := batch.changes[at], Change)])
         if self._reader is not None:
             self._reader.record_applied(batch, left)
             # So far these are the records that cannot be decoded.

@@ -35,8 +35,8 @@ class Part(NamedTuple):
 
     Attributes:
         segment: What is to be applied.
-        start: The first of its records.
-        stop: Behind the last one.
+        start: The index of the first of its records.
+        stop: The index after the last one.
     """
 
     segment: Segment
@@ -47,13 +47,13 @@ class Part(NamedTuple):
 class RecordDecoder:
     """Decodes records, each partition's in the order of its offsets.
 
-    A table without a key gives deletes without a key, and after each of them a tombstone that tells nothing. The delete
-    is applied by its row, so such a tombstone is skipped, if it comes right after one in its partition.
+    A table without a key gives deletes without a key, and after each of them a tombstone without content. The delete
+    is applied by its row. So such a tombstone is skipped if it comes right after one in its partition.
 
     Args:
         decoder: Decodes one record.
-        kafka: The topic, to be asked for the record before such a tombstone where it is not known: at a border of
-            batches, or after a restart. None to do without.
+        kafka: The topic, to read the record before such a tombstone from: at a border of batches, or after a restart.
+            None to do without.
     """
 
     def __init__(self, decoder: ChangeDecoder, kafka: KafkaSettings | None = None) -> None:
@@ -87,8 +87,8 @@ class RecordDecoder:
     def _before(self, messages: Sequence[Message], at: int) -> Message | None:
         """Return the record right before one in its partition, None where it is gone or can't be read now."""
         partition, offset = messages[at].partition() or 0, (messages[at].offset() or 0) - 1
-        near = (messages[index] for index in range(at - 1, -1, -1))
-        known = next((message for message in near if message.partition() == partition), self._last)
+        earlier = (message for message in reversed(messages[:at]) if message.partition() == partition)
+        known = next(earlier, self._last)
         if known is not None and (known.partition(), known.offset()) == (partition, offset):
             return known
         if self._kafka is None or offset < 0:
@@ -98,7 +98,7 @@ class RecordDecoder:
         try:
             return next(iter(read_range(self._kafka, partition, offset, offset + 1)), None)
         except TransientError as error:
-            # What was taken must not be lost. A dead letter too many is no harm.
+            # What was polled must not be lost. A dead letter too many is no harm.
             log.warning("record before a tombstone not read", partition=partition, reason=error.message)
             return None
 
@@ -123,19 +123,19 @@ class Batch:
 
     Attributes:
         messages: The records.
-        changes: What each is, or why it can't be decoded.
-        seen: How many there are of each kind; those that can't be decoded are left out.
+        changes: The change of each, or why it can't be decoded.
+        kinds: How many there are of each kind; those that can't be decoded are left out.
         keys: The keys that are changed.
         size: Bytes of the values.
-        offsets: Where to go on in each partition once the batch is applied.
+        offsets: The offset to commit for each partition once the batch is applied.
         firsts: The first record of each partition.
-        left_out: Places of the records that are not applied, since their users were repaired from a later place.
-        as_deletes: Places of the records that are applied as deletes, since their users had no row then.
+        left_out: Indexes of the records that are not applied, since their users were read later in the binlog.
+        as_deletes: Indexes of the records that are applied as deletes, since their users had no row then.
     """
 
     messages: list[Message] = field(default_factory=list)
     changes: list[Decoded] = field(default_factory=list)
-    seen: Counter[RecordKind] = field(default_factory=Counter)
+    kinds: Counter[RecordKind] = field(default_factory=Counter)
     keys: set[str | None] = field(default_factory=set)
     size: int = 0
     offsets: dict[int, int] = field(default_factory=dict)
@@ -151,14 +151,14 @@ class Batch:
         self.messages += messages
         self.changes += changes
         good = [change for change in changes if type(change) is Change]
-        self.seen.update([change.kind for change in good])
+        self.kinds.update([change.kind for change in good])
         self.keys.update([change.key for change in good])
         self.size += sum([len(message) for message in messages])
         last = {message.partition(): message.offset() for message in messages}
         first = {message.partition(): message for message in reversed(messages)}
         for partition, offset in last.items():
             if partition is None or offset is None:
-                raise AssertionError("what was consumed has a place")
+                raise AssertionError("what was consumed has an offset")
             self.offsets[partition] = offset + 1
             self.firsts.setdefault(partition, first[partition])
 
@@ -182,8 +182,8 @@ class Batch:
         return rest
 
     def first_truncate(self) -> int | None:
-        """Return which record is the first truncate, None where there is none."""
-        if RecordKind.TRUNCATE not in self.seen:
+        """Return the index of the first truncate, None where there is none."""
+        if RecordKind.TRUNCATE not in self.kinds:
             return None
         return next(at for at, change in enumerate(self.changes) if _is_truncate(change))
 
@@ -196,7 +196,7 @@ class Batch:
     def parts(self) -> list[Part]:
         """Return what is to be applied, in order; a truncate begins a part."""
         starts = [0]
-        if RecordKind.TRUNCATE in self.seen:
+        if RecordKind.TRUNCATE in self.kinds:
             starts += [at for at, change in enumerate(self.changes) if at and _is_truncate(change)]
         parts = []
         for start, stop in zip(starts, [*starts[1:], len(self.changes)], strict=True):
@@ -206,14 +206,10 @@ class Batch:
 
     def undecodable(self) -> list[tuple[Message, UndecodableError]]:
         """Return the records that can't be decoded, and why."""
-        if self.seen.total() == len(self.changes):
+        if self.kinds.total() == len(self.changes):
             return []
         pairs = zip(self.messages, self.changes, strict=True)
         return [(message, error) for message, error in pairs if isinstance(error, UndecodableError)]
-
-    def kinds(self, places: Collection[int]) -> list[RecordKind]:
-        """Return the kinds of the changes at some places."""
-        return [change.kind for at in places if isinstance(change := self.changes[at], Change)]
 
     def history(self, part: Part, key: str) -> Iterator[tuple[Message, Change]]:
         """Yield the records of one key in a part, in order."""
@@ -222,7 +218,7 @@ class Batch:
                 yield self.messages[at], change
 
     def _applicable(self, start: int, stop: int) -> Iterator[tuple[int, Change]]:
-        """Yield the changes of a part that are to be applied, with their places."""
+        """Yield the changes of a part that are to be applied, with their indexes."""
         for at, change in enumerate(self.changes[start:stop], start):
             if type(change) is Change and at not in self.left_out:
                 is_delete = at in self.as_deletes
@@ -234,7 +230,7 @@ def newest_positions(messages: Sequence[Message], changes: Sequence[Decoded]) ->
 
     Args:
         messages: Records in the order of their partitions.
-        changes: What each is.
+        changes: The change of each.
     """
     partitions = {message.partition() for message in messages}
     found: dict[int, Position] = {}

@@ -1,7 +1,7 @@
-"""What Python itself is set to while changes are consumed, so that threads do not wait for each other.
+"""Settings of the Python interpreter while changes are consumed, so that threads do not wait for each other.
 
-Belongs here: settings of the interpreter. Not here: what the threads do. They are for the whole process: of several
-consumers in one, the first that ends sets them back for all.
+Belongs here: these settings. Not here: what the threads do. They hold for the whole process: the first of several
+consumers that ends resets them for all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SWITCH_SECONDS: Final = 0.0005
 
 @contextmanager
 def quick_turns() -> Iterator[None]:
-    """Let the thread that writes go on soon after each answer of the store, while the other one decodes."""
+    """Let the writing thread go on soon after each answer of the store, while the other one decodes."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(min(before, _SWITCH_SECONDS))
     try:
@@ -31,7 +31,7 @@ def quick_turns() -> Iterator[None]:
 
 @contextmanager
 def short_collections() -> Iterator[None]:
-    """Keep what is there already from the garbage collector: to go through all of Dagster holds every thread up."""
+    """Exclude existing objects from garbage collection: a pass over all of Dagster holds every thread up."""
     gc.freeze()
     try:
         yield

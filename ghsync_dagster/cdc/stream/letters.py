@@ -3,10 +3,10 @@
 Belongs here: the order of writing. Not here: what a letter holds (``cdc.dead_letters``), and what supersedes one
 (``domain.letters``).
 
-The order is: the users are written, the letters of the batch go to their topic, then to the index in MongoDB, then
-letters that the batch supersedes are resolved, then offsets are committed. Whoever dies in between has the records
-delivered again, and all of it is done again. What only the topic holds, such as letters of an older build, is added to
-the index by ``catch_up``.
+The order is: the users are written, the letters of the batch go to their topic, then to the index in MongoDB. Then
+letters that the batch supersedes are resolved, and offsets are committed. If the process dies in between, the records
+are delivered again, and all of it is done again. ``catch_up`` adds to the index what only the topic holds, such as
+letters of an older build.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ log = get_logger("dead_letters")
 
 
 class DeadLetters:
-    """What a consumer does with dead letters: it writes its own, and resolves those that its batches supersede.
+    """Writes the dead letters of a consumer, and resolves those that its batches supersede.
 
     Only one thread at a time uses it, but for ``reload``.
 
@@ -63,7 +63,7 @@ class DeadLetters:
         try:
             self._has_begun = catch_up(self._kafka, self._index)
         except GhsyncError as error:
-            # Nothing is lost: whoever lists the letters catches up. A consumer may have no right to read them.
+            # Nothing is lost: listing the letters catches up. A consumer may have no right to read them.
             self._has_begun = isinstance(error, PermanentError)
             log.warning("earlier dead letters not read", reason=error.message)
 
@@ -72,13 +72,13 @@ class DeadLetters:
         self._to_load = True
 
     def write(self, letters: Iterable[DeadLetter]) -> list[DeadLetter]:
-        """Write dead letters to their topic, but for those that have a place there.
+        """Write dead letters to their topic, except those that have an offset there.
 
         Returns:
-            All of them, with their places, once all replicas in sync have them.
+            All of them, with their partitions and offsets, once all replicas in sync have them.
 
         Raises:
-            UnavailableError: Not all are sure to be written: write all of them again.
+            UnavailableError: Some may not be written: write all of them again.
             RefusedError: Rights are missing, or a record is too large for the topic.
         """
         letters = list(letters)
@@ -91,7 +91,7 @@ class DeadLetters:
 
         Args:
             batch: What was applied.
-            refused: The letters of those of its records that were not, with their places.
+            refused: The letters of its records that were refused, with their own partitions and offsets.
 
         Raises:
             UnavailableError: The store is away: call it again.
@@ -105,7 +105,7 @@ class DeadLetters:
             except GhsyncError:
                 self._to_load = True
                 raise
-        truncated = RecordKind.TRUNCATE in batch.seen
+        truncated = RecordKind.TRUNCATE in batch.kinds
         users = {key for key in self._users & batch.keys if key is not None}
         if self._users and (users or truncated):
             self._resolve(self._applied(batch, users, refused), users, truncated=truncated)
@@ -116,7 +116,7 @@ class DeadLetters:
         Raises:
             UnavailableError: The store is away: call it again.
         """
-        # Others may have added letters of before, so that the index is asked and not this consumer's memory.
+        # Other consumers may have added letters, so the index counts and not the users that this one knows.
         if any(self._index.find(state=LetterState.OPEN, limit=1)):
             self._index.resolve_repaired(keys, "its user was repaired")
 

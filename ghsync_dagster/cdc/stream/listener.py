@@ -1,8 +1,7 @@
-"""What the change consumer tells about its work, batch by batch, never record by record.
+"""What the change consumer reports of its work, batch by batch, never record by record.
 
-Belongs here: the one interface between the loop and whoever counts, logs or watches it. Not here: what is done with
-it; ``cdc.health.metrics`` is the listener that measures. Every method is called from the loop's own threads, must
-return quickly and must not raise.
+Belongs here: the one interface between the loop and its observers. Not here: what they do; ``cdc.health.metrics`` is
+the listener that measures. Every method is called from the loop's own threads, must return quickly and must not raise.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ if TYPE_CHECKING:
 APPLIED: Final = "applied"
 """Written and acknowledged by the store."""
 COALESCED: Final = "coalesced"
-"""A later record of the same batch has the last word on its key, so that this one needs no write."""
+"""A later record of the same batch has the newer state of its key, so this one needs no write."""
 SKIPPED: Final = "skipped"
 """No change of a user: a heartbeat, a schema change, a transaction marker."""
 DEAD_LETTER: Final = "dead_letter"
 """Refused alone, and kept with the dead letters."""
 LEFT_OUT: Final = "left_out"
-"""Not applied, since its user was repaired from a later place in the binlog."""
+"""Not applied, since its user was read later in the binlog by a repair."""
 OUTCOMES: Final = (APPLIED, COALESCED, SKIPPED, DEAD_LETTER, LEFT_OUT)
 
 MONGO: Final = "mongo"
@@ -42,7 +41,7 @@ class AppliedBatch:
         appended_ms: The Kafka timestamp of each record, in ms since the epoch; None where there is none.
         write_seconds: How long the write took.
         broken_rules: Applied records that break a business rule, by the rule's name.
-        unknown_columns: Records that had columns nobody knows, by column.
+        unknown_columns: Records that had columns that no user has, by column.
     """
 
     counts: Mapping[tuple[str, str], int]
@@ -55,13 +54,13 @@ class AppliedBatch:
 
 
 class ChangeListener:
-    """Hears what the loop does. Derive from it, and implement only what matters: the rest goes unheard."""
+    """Observes the loop. Derive from it, and implement only the methods that matter."""
 
     def batch_applied(self, batch: AppliedBatch) -> None:
         """A batch is written and acknowledged."""
 
     def lag(self, partition: int, records: int, seconds: float) -> None:
-        """Say how far a partition is behind.
+        """Report how far a partition lags.
 
         Args:
             partition: Its number.
@@ -70,7 +69,7 @@ class ChangeListener:
         """
 
     def assigned(self, partitions: Collection[int]) -> None:
-        """Give all partitions that this consumer has from now on; what is known of others is forgotten."""
+        """All partitions that this consumer has from now on; what is known of others is to be dropped."""
 
     def retried(self, kind: str) -> None:
         """A transient fault: the step is tried again. ``kind`` is the error's class, such as ``UnavailableError``."""
@@ -85,15 +84,15 @@ class ChangeListener:
         """Users were repaired. ``outcome`` is one of ``domain.repair.Outcome``."""
 
     def connection(self, name: str, *, up: bool) -> None:
-        """A server answers (``up``) or does not. ``name`` is ``MONGO`` or ``KAFKA``; repeated news is welcome."""
+        """A server answers (``up``) or does not. ``name`` is ``MONGO`` or ``KAFKA``; it may be reported repeatedly."""
 
 
 class SilentListener(ChangeListener):
-    """Hears nothing."""
+    """Ignores everything."""
 
 
 class Listeners(ChangeListener):
-    """Tells several listeners, in order."""
+    """Passes each report on to several listeners, in order."""
 
     def __init__(self, *listeners: ChangeListener) -> None:
         self._listeners = listeners

@@ -1,17 +1,17 @@
-"""Truncates in a topic of several partitions: where each other partition stood when the table was truncated.
+"""Truncates in a topic of several partitions: up to which offset each other partition is from before the truncate.
 
-Belongs here: finding these offsets, by the positions in the binlog that records carry, and what is applied up to them.
-Not here: consuming and writing.
+Belongs here: finding these offsets by the binlog positions of records, and applying what comes before them. Not here:
+consuming and writing.
 
 The binlog of a server has one order, and each partition holds a part of it. A truncate at position P removes what every
-partition holds from before P, and nothing from after it. So in each other partition the first record from after P is
-searched, wherever the consumer is. What stands before that record is applied, then the truncate. Then the partition is
+partition holds from before P, and nothing from after it. So the first record from after P is searched in each other
+partition, wherever the consumer is. The records before that one are applied, then the truncate. Then the partition is
 consumed from that record on, again if need be.
 
-No order is certain where a partition has no record from after P yet: it may still get one from before it. Nor is one
-where a record does not tell its position, or tells one in the binlog of another server. Such a record may be from
-either side, unless one from before P comes after it in its partition. Several records may have one position: all rows
-of a transaction have with MariaDB. A truncate is a transaction of its own, so they are all on one side of it.
+The order is uncertain if a partition has no record from after P yet: it may still get one from before P. It is also
+uncertain if a record has no position, or one in the binlog of another server. Such a record may be from either side,
+unless a record from before P follows it in its partition. Several records may have one position: with MariaDB, all rows
+of a transaction. A truncate is a transaction of its own, so they are all on one side of it.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ _CHUNK: Final = 5_000
 """How many records are read at once."""
 _WAIT_SECONDS: Final = 30.0
 """How long to wait for a record from after the truncate in each other partition."""
-_LOOK_SECONDS: Final = 0.5
+_POLL_SECONDS: Final = 0.5
 _LAST_RECORDS: Final = 20
-"""Among how many records at a partition's end one is looked for that has a position."""
+"""How many records at a partition's end are searched for one with a position."""
 
 Chunks = Callable[[int, int, int], "Iterable[Sequence[Message]]"]
 """Reads the records of a partition from one offset to before another, in order and some at a time."""
@@ -54,7 +54,7 @@ class Truncate(NamedTuple):
         topic: Where it was read.
         partition: Its partition.
         offset: Its offset.
-        position: Its position in the binlog, None where the record does not tell.
+        position: Its position in the binlog, None where the record has none.
     """
 
     topic: str
@@ -73,12 +73,12 @@ class Truncate(NamedTuple):
 
 
 class Scan(NamedTuple):
-    """What a part of a partition holds, seen from a truncate.
+    """What a part of a partition holds, relative to a truncate.
 
     Attributes:
         before: Whether it holds a record from before the truncate.
         after: The offset of the first record from after it, None where there is none yet.
-        doubt: Why nothing tells where a record after the last one from before belongs, None where all tell.
+        doubt: Why it is uncertain on which side a record is that follows the last one from before; None where none is.
     """
 
     before: bool
@@ -93,13 +93,13 @@ def first_after(truncate: Truncate, partition: int, low: int, high: int, chunks:
 
     Args:
         truncate: The truncate, in another partition.
-        partition: Where to look.
+        partition: The partition to search.
         low: The first offset that the partition holds.
         high: Its end.
         chunks: Reads a range of it.
 
     Raises:
-        PermanentError: The positions of the records do not tell.
+        PermanentError: The positions of the records do not show the order.
     """
     back = _SCAN_BACK
     while True:
@@ -115,23 +115,23 @@ def first_after(truncate: Truncate, partition: int, low: int, high: int, chunks:
 
 def _scan(truncate: Truncate, partition: int, chunks: Iterable[Sequence[Message]]) -> Scan:
     if truncate.position is None:
-        raise truncate.refused("it does not tell its own position in the binlog")
+        raise truncate.refused("it has no position in the binlog")
     before, doubt, last = False, None, None
     for at, (message, change) in enumerate(_decoded(chunks)):
         if not isinstance(change, Change) or change.op is Op.SKIP:
             continue
-        place = f"partition {partition} offset {message.offset()}"
+        name = f"partition {partition} offset {message.offset()}"
         if change.position is None:
             # A tombstone belongs to the delete before it.
             if not (change.kind is RecordKind.TOMBSTONE and at > 0):
-                doubt = doubt or f"{place} does not tell its position in the binlog"
+                doubt = doubt or f"{name} has no position in the binlog"
             continue
         if last is not None and (change.position.compare(last) or 0) < 0:
-            raise truncate.refused(f"{place} breaks the order of the binlog")
+            raise truncate.refused(f"{name} breaks the order of the binlog")
         last = change.position
         order = last.compare(truncate.position)
         if order is None:
-            doubt = doubt or f"{place} is of {last.origin}, the truncate of {truncate.position.origin}"
+            doubt = doubt or f"{name} is of {last.origin}, the truncate of {truncate.position.origin}"
         elif order > 0:
             return Scan(before, message.offset(), doubt)
         else:
@@ -141,16 +141,16 @@ def _scan(truncate: Truncate, partition: int, chunks: Iterable[Sequence[Message]
 
 
 def _decoded(chunks: Iterable[Sequence[Message]]) -> Iterator[tuple[Message, Decoded]]:
-    """Yield each record with what it is; a chunk is read when the one before it is used up."""
+    """Yield each record with its change; a chunk is read when the one before it is used up."""
     decoder = RecordDecoder(ChangeDecoder())
     for messages in chunks:
         yield from zip(messages, decoder.decode(messages), strict=True)
 
 
 def _is_earlier(one: Truncate, other: Truncate) -> bool:
-    """Tell which of two truncates is to be applied first. One that was written twice has one position."""
+    """Return whether one truncate is to be applied before another. One that was written twice has one position."""
     if one.position is None or other.position is None:
-        raise one.refused("it does not tell its own position in the binlog")
+        raise one.refused("it has no position in the binlog")
     order = one.position.compare(other.position)
     if order is None:
         raise one.refused(f"it is of {one.position.origin}, another truncate of {other.position.origin}")
@@ -161,8 +161,8 @@ def topic_ends(kafka: KafkaSettings) -> tuple[list[Change | None], dict[int, Pos
     """Return the oldest record in each partition of the topic, and the position of the newest one.
 
     Returns:
-        The oldest ones, None where there is no record or it cannot be decoded. The newest positions by partition, of
-        the last records of which one has a position.
+        The oldest ones, None where there is no record or it cannot be decoded. The newest positions by partition; None
+        where none of the last records has a position.
 
     Raises:
         UnavailableError: No broker can be reached, or there is no such topic.
@@ -192,8 +192,8 @@ class OrderedTruncates:
     Args:
         consumer: The member of the group; it must have all partitions.
         write: Applies and acknowledges a batch, or raises.
-        breathe: Waits so many seconds, and raises when the work must not go on.
-        keep: Keeps the place of a truncate that is about to be applied, and where the other partitions stand then.
+        keep_polling: Polls for so many seconds, and raises when the work must not go on.
+        record: Records the offset of a truncate that is about to be applied, and those of the other partitions.
         wait_seconds: How long to wait for a record from after the truncate in each other partition.
     """
 
@@ -201,23 +201,23 @@ class OrderedTruncates:
         self,
         consumer: TopicConsumer,
         write: Callable[[Batch], None],
-        breathe: Callable[[float], None],
-        keep: Callable[[int, int, Mapping[int, int]], None],
+        keep_polling: Callable[[float], None],
+        record: Callable[[int, int, Mapping[int, int]], None],
         wait_seconds: float = _WAIT_SECONDS,
     ) -> None:
         self._consumer = consumer
         self._write = write
-        self._breathe = breathe
-        self._keep = keep
+        self._keep_polling = keep_polling
+        self._record = record
         self._wait_seconds = wait_seconds
 
     def apply(self, truncate: Truncate) -> None:
-        """Apply the earliest truncate that nothing stands before, this one or one of another partition.
+        """Apply the earliest truncate, this one or one of another partition, and what comes before it.
 
-        What was applied up to it is committed; the consumer is then to go on from what is committed.
+        All of it is committed; the consumer is then to go on from the committed offsets.
 
         Raises:
-            PermanentError: The order is not sure.
+            PermanentError: The order is uncertain.
         """
         while True:
             stops = self._stops(truncate)
@@ -227,21 +227,23 @@ class OrderedTruncates:
                 break
             truncate = earlier
         decoder = RecordDecoder(ChangeDecoder(), self._consumer.kafka)
+
+        def batch_of(messages: list[Message]) -> Batch:
+            batch = Batch()
+            batch.add(messages, decoder.decode(messages))
+            return batch
+
         for partition, stop in stops.items():
             for messages in self._chunks(partition, starts[partition], stop):
-                batch = Batch()
-                batch.add(messages, decoder.decode(messages))
-                self._write(batch)
-        batch = Batch()
-        messages = self._read(truncate.partition, truncate.offset, truncate.offset + 1)
-        batch.add(messages, decoder.decode(messages))
-        self._keep(truncate.partition, truncate.offset, stops)
-        # Where the other partitions are behind the truncate already, they go back in the same commit.
+                self._write(batch_of(messages))
+        batch = batch_of(self._read(truncate.partition, truncate.offset, truncate.offset + 1))
+        self._record(truncate.partition, truncate.offset, stops)
+        # Partitions that are past the truncate already are rewound in the same commit.
         batch.offsets = {**stops, **batch.offsets}
         self._write(batch)
 
     def _stops(self, truncate: Truncate) -> dict[int, int]:
-        """Return up to where each partition is from before the truncate."""
+        """Return the first offset of each partition that is not from before the truncate."""
         partitions = self._consumer.all_partitions()
         if others := set(partitions) - self._consumer.partitions:
             named = ", ".join(map(str, sorted(others)))
@@ -262,7 +264,7 @@ class OrderedTruncates:
             if time.monotonic() > deadline:
                 why = f"partition {partition} holds no change from after it yet"
                 raise truncate.refused(f"{why}, and {scan.doubt}" if scan.doubt else why)
-            self._breathe(_LOOK_SECONDS)
+            self._keep_polling(_POLL_SECONDS)
 
     def _earlier(self, truncate: Truncate, starts: Mapping[int, int], stops: Mapping[int, int]) -> Truncate | None:
         """Return the earliest truncate among what is to be applied before this one."""
@@ -277,7 +279,7 @@ class OrderedTruncates:
 
     def _chunks(self, partition: int, start: int, stop: int) -> Iterator[list[Message]]:
         for at in range(start, stop, _CHUNK):
-            self._breathe(0)
+            self._keep_polling(0)
             if messages := self._read(partition, at, min(at + _CHUNK, stop)):
                 yield messages
 

@@ -186,7 +186,7 @@ class SourceReader:
             self._is_owner = bool(partitions) and set(everything) <= set(partitions)
             self._shared = (
                 f"A consumer has partitions {sorted(partitions)} of {sorted(everything)} only. Nobody else may apply "
-                "records of a user that is repaired, and a user id does not tell its partition."
+                "records of a user that is repaired, and a user id does not show its partition."
                 if partitions and not self._is_owner
                 else ""
             )

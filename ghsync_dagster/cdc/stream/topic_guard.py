@@ -68,7 +68,7 @@ class TopicGuard:
         self._ids.close()
 
     def is_another(self) -> bool:
-        """Return whether the topic is another than the one that the group consumed; False where it consumed none yet.
+        """Return whether the topic is another one than the group consumed; False where it consumed none yet.
 
         Raises:
             UnavailableError: A server is away, or there is no such topic.
@@ -129,10 +129,11 @@ class TopicGuard:
         return bool(self._awaited)
 
     def _check_partitions(self, known: int | None, number: int) -> None:
-        """Hold added partitions until the group has applied what the others held once the first record was in them.
+        """Hold added partitions until the group has applied the backlog of the others.
 
-        A key may have moved to one of them, and its older changes be in the backlog of another one. Until there is a
-        record in an added partition, the producer may still write by the old number.
+        A key may have moved to one of them while its older changes are in the backlog of another one. The backlog ends
+        where the others ended once the first record was in an added one: until then the producer may still write by the
+        old number of partitions.
         """
         self.held = frozenset() if known is None else frozenset(range(known, number))
         if known is not None and self.held:

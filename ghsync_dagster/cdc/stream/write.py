@@ -1,20 +1,21 @@
 """Write: one batch at a time reaches the store, and its dead letters their topic; users are repaired in between.
 
-Belongs here: the thread that writes while the next batch is taken, how long it may write for its partitions, and what
-becomes of faults. Not here: which records make a batch, and committing offsets, which the consuming thread does.
+Belongs here: the thread that writes while the next batch is polled, how long it may write for its partitions, and how
+faults are handled. Not here: which records make a batch, and committing offsets, which the consuming thread does.
 
 **Who may write.** A consumer that was held up for longer than the session time-out may have lost its partitions without
-knowing it. So before each command to the store the group must have confirmed this consumer, by accepting a commit,
-less than a session time-out ago; the command is given no more time than is left of it. A lost partition stops the batch
-before its next command.
+noticing. So before each command to the store the fence must hold: the group has accepted a commit of this consumer less
+than a session time-out ago. The command gets no more time than remains of it. A lost partition stops the batch before
+its next command.
 
-Still a command may come late: a process can be frozen between this look and the sending, or a server between taking and
-doing it. It would write a state that a key had over a newer one. So who gives a batch up and is in doubt of a command
-leaves a request in the database to rewind its partitions to an offset, and whoever has them carries it out within a
-second or so. A user that was repaired stays as it is then, so it is asked for again too. What remains: a process that
-is killed after it sent a command late and before it left the request; a server that does a command after it has refused
-or forgotten the connection that it came by; and a command that the network brings to the server only after its time was
-over and the batch was written by another one.
+Still a command may come late: a process can be frozen between this check and sending, or a server between receiving a
+command and executing it. Such a command would write an older state of a key over a newer one. So if a batch is given up
+while a command is in doubt, a rewind request for its partitions is left in the database. Whoever has the partitions
+carries it out within a second or so. The rewind leaves a repaired user as it is, so that user is requested again too.
+
+Three cases remain. A process is killed after it sent a command late and before it left the request. A server executes a
+command after it has refused or forgotten the connection. Or the network delivers a command only after its time was
+over and another consumer has written the batch.
 """
 
 from __future__ import annotations

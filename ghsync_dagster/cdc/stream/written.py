@@ -1,4 +1,4 @@
-"""What became of the records of a batch that is written.
+"""The outcome of each record of a batch that is written.
 
 Belongs here: the counts, and the report of them. Not here: writing (``cdc.stream.apply_batch``).
 """
@@ -22,17 +22,17 @@ _UNDECODABLE: Final = "undecodable"
 
 
 class Written:
-    """A batch that is written, and what became of its records.
+    """A batch that is written, and the outcomes of its records.
 
     Attributes:
         batch: The batch.
         letters: The dead letters among its records.
         applied: Records that were applied, by their kind.
         refused: Records that the database refused, likewise.
-        left_out: Records whose users were repaired from a later place, likewise.
+        left_out: Records whose users were read later in the binlog, likewise.
         broken_rules: Applied records that break a rule, by rule.
         seconds: How long the store took.
-        acknowledged_ms: When it had all, in milliseconds since 1970 UTC.
+        acknowledged_ms: When the store had all, in milliseconds since 1970 UTC.
         in_doubt: Whether a command may still reach the store, or reached it after its time.
     """
 
@@ -53,7 +53,7 @@ class Written:
         return Counter(letter.kind for letter in self.letters)
 
     def report(self) -> AppliedBatch:
-        """Return what a listener is told once the offsets are committed."""
+        """Return the report for listeners, once the offsets are committed."""
         from ghsync_dagster.stores.kafka.topics import timestamp_ms
 
         good = [change for change in self.batch.changes if type(change) is Change]
@@ -71,11 +71,10 @@ class Written:
 
     def _counts(self, good: Sequence[Change]) -> dict[tuple[str, str], int]:
         skipped = Counter([change.kind for change in good if change.op is Op.SKIP])
-        counts: dict[tuple[str, str], int] = {(what, SKIPPED): count for what, count in skipped.items()}
-        for what, count in self.batch.seen.items():
-            applied, refused, left_out = self.applied[what], self.refused[what], self.left_out[what]
-            rest = count - applied - refused - left_out - skipped[what]
-            counts |= {(what, APPLIED): applied, (what, DEAD_LETTER): refused, (what, LEFT_OUT): left_out}
-            counts[what, COALESCED] = rest
+        counts: dict[tuple[str, str], int] = {(kind, SKIPPED): count for kind, count in skipped.items()}
+        for kind, count in self.batch.kinds.items():
+            applied, refused, left_out = self.applied[kind], self.refused[kind], self.left_out[kind]
+            counts |= {(kind, APPLIED): applied, (kind, DEAD_LETTER): refused, (kind, LEFT_OUT): left_out}
+            counts[kind, COALESCED] = count - applied - refused - left_out - skipped[kind]
         counts[_UNDECODABLE, DEAD_LETTER] = len(self.batch) - len(good)
-        return {what: count for what, count in counts.items() if count}
+        return {key: count for key, count in counts.items() if count}
