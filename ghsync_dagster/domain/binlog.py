@@ -13,7 +13,7 @@ from bisect import bisect_right
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
 _UUID: Final = re.compile(r"\{?([0-9a-f]{8})-?([0-9a-f]{4})-?([0-9a-f]{4})-?([0-9a-f]{4})-?([0-9a-f]{12})\}?", re.ASCII)
 _TAG: Final = re.compile(r"[a-z_][a-z0-9_]{0,31}", re.ASCII)
@@ -35,7 +35,7 @@ class Gtid(NamedTuple):
 
 
 def read_gtid(text: str | None) -> Gtid | None:
-    """Read one GTID, as Debezium's `source.gtid` tells it; None where the text is none."""
+    """Read one GTID, in the form of Debezium's `source.gtid`; None where the text is none."""
     if text is None:
         return None
     text = text.strip().lower()
@@ -57,11 +57,8 @@ class GtidSet:
     """The transactions that a server has executed.
 
     A set of MySQL lists them (`gtid_executed`: `uuid:1-5:7,uuid:tag:1-3`). A position of MariaDB (`gtid_binlog_pos`:
-    `0-1-100,1-2-5`) tells the last number of each domain, and all numbers of a domain up to it are contained.
-    Make one by ``parse``.
+    `0-1-100,1-2-5`) has the last number of each domain, and contains all numbers of the domain up to it.
     """
-
-    __slots__ = ("_domains", "_intervals")
 
     def __init__(self, intervals: dict[str, list[tuple[int, int]]], domains: dict[str, int]) -> None:
         self._intervals = {sequence: _merged(found) for sequence, found in intervals.items()}
@@ -69,7 +66,7 @@ class GtidSet:
 
     @classmethod
     def parse(cls, text: str | None) -> GtidSet:
-        """Read a set. A text that is none, or an empty one, gives a set that can tell nothing."""
+        """Read a set. A text that is none, or an empty one, gives a set for which ``contains`` is None."""
         members = [member for part in (text or "").split(",") if (member := part.strip().lower())]
         domains: dict[str, int] = {}
         intervals: dict[str, list[tuple[int, int]]] = {}
@@ -89,7 +86,7 @@ class GtidSet:
         """Return whether a transaction is in the set; None where either text can't be read, or they are of two kinds.
 
         Args:
-            gtid: The transaction, as Debezium's `source.gtid` tells it.
+            gtid: The transaction, in the form of Debezium's `source.gtid`.
         """
         transaction = read_gtid(gtid)
         if transaction is None:
@@ -130,17 +127,11 @@ def _read_member(text: str) -> list[tuple[str, int, int]] | None:
 
 
 def _merged(intervals: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    return list(_merge(sorted(interval for interval in intervals if interval[0] <= interval[1])))
-
-
-def _merge(intervals: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    current: tuple[int, int] | None = None
-    for low, high in intervals:
-        if current is not None and low <= current[1] + 1:
-            current = current[0], max(current[1], high)
-            continue
-        if current is not None:
-            yield current
-        current = low, high
-    if current is not None:
-        yield current
+    """Return the intervals in order, with those joined that overlap or touch."""
+    merged: list[tuple[int, int]] = []
+    for low, high in sorted(interval for interval in intervals if interval[0] <= interval[1]):
+        if merged and low <= merged[-1][1] + 1:
+            merged[-1] = merged[-1][0], max(merged[-1][1], high)
+        else:
+            merged.append((low, high))
+    return merged

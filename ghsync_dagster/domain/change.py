@@ -1,4 +1,4 @@
-"""What a change is: an upsert or a delete of one user, a truncate, or nothing to apply, and its place in the binlog.
+"""What a change is: an upsert or a delete of one user, a truncate, or nothing to apply; and its binlog position.
 
 Not here: how a record of the topic becomes one (``domain.envelope``), and in which order changes are applied.
 """
@@ -25,12 +25,12 @@ class RecordKind(StrEnum):
     TOMBSTONE = "tombstone"
     """Without a value; it follows a delete."""
     KEYLESS_TOMBSTONE = "keyless-tombstone"
-    """A tombstone of a table without a key, which tells nothing."""
+    """A tombstone of a table without a key, which names no user."""
     HEARTBEAT = "heartbeat"
     SCHEMA_CHANGE = "schema-change"
     TRANSACTION = "transaction"
     REPAIR = "repair"
-    """No record: a row that a repair read."""
+    """No record of the topic: a row that a repair read."""
 
 
 class Op(Enum):
@@ -51,7 +51,7 @@ class Position(msgspec.Struct, frozen=True, gc=False):
         row: The number of the row, from 0. It begins again within a transaction, so with ``pos`` it is not unique.
         server: The server's `server_id` and the base name of its binlog files, such as "184054/mysql-bin"; "" where
             unknown. A relayed transaction carries the id of the server that it was first executed on.
-        gtid: The GTID of the transaction, as `source.gtid` tells it; None where the server writes none.
+        gtid: The GTID of the transaction, from `source.gtid`; None where the server writes none.
     """
 
     file: int
@@ -61,14 +61,14 @@ class Position(msgspec.Struct, frozen=True, gc=False):
     gtid: str | None = None
 
     def compare(self, other: Position) -> int | None:
-        """Tell which of two positions the server executed first.
+        """Return which of two positions the server executed first.
 
-        GTIDs of one sequence are in order, whichever server they are read from. Byte positions are so within one
-        server only, and without GTIDs or within one transaction.
+        GTIDs of one sequence are in order, whichever server they are read from. Byte positions are in order within one
+        server only, and only without GTIDs or within one transaction.
 
         Returns:
             -1 if this one was first, 1 if the other one was, 0 if they are of one event or transaction. None if they
-            can't be compared: they are of two servers, or one does not tell its server.
+            can't be compared: they are of two servers, or one names no server.
         """
         if self.gtid is not None or other.gtid is not None:
             one, another = read_gtid(self.gtid), read_gtid(other.gtid)
@@ -89,17 +89,17 @@ class Position(msgspec.Struct, frozen=True, gc=False):
 
 
 class Change(msgspec.Struct, frozen=True, gc=False):
-    """What one record says.
+    """The change that one record describes.
 
     Attributes:
         op: What is to be done.
         key: The user_id as a decimal string; None for TRUNCATE and SKIP.
-        user: For UPSERT, the fields of USER_FIELDS in their order; a field that Debezium gave as unavailable is
+        user: For UPSERT, the fields of USER_FIELDS in their order. A field that Debezium marks as unavailable is
             absent, and keeps its stored value. None otherwise.
         kind: What the record was.
-        committed_ms: When the database committed, in milliseconds since 1970 UTC, as Debezium's `source.ts_ms`
-            tells it (whole seconds from some servers); None where unknown and for snapshots.
-        position: The place in the binlog; None where unknown and for snapshots.
+        committed_ms: When the database committed, in milliseconds since 1970 UTC, from Debezium's `source.ts_ms`
+            (whole seconds from some servers); None where unknown and for snapshots.
+        position: The binlog position; None where unknown and for snapshots.
         unknown_columns: Columns of the row that no user has; ignored.
     """
 

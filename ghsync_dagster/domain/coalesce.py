@@ -1,11 +1,11 @@
-"""What remains of a batch of changes: the last operation a key, between truncates.
+"""Coalescing a batch of changes: the last operation a key, between truncates.
 
-Belongs here: merging changes of one order, such as a partition's. Not here: how segments are applied, or which
+Belongs here: merging changes that have one order, such as a partition's. Not here: how segments are applied, or which
 partitions may share a batch.
 
-Applying the segments in order, each truncate first and then its operations in any order, ends as applying the
-changes one by one: in the stored users, and in the keys that are recorded as deleted. So the changes before a
-truncate stay, though it wipes out what they write: it records as deleted what it finds stored.
+Segments are applied in order: each truncate first, and then its operations in any order. The result is the same as
+applying the changes one by one, in the stored users and in the keys that are recorded as deleted. So the changes before
+a truncate stay, though it removes what they write: it records as deleted what it finds stored.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _is_delete(change: Change | None) -> bool:
 
 
 def _completed(change: Change, user: dict[str, str | None], earlier: Change | None, truncated: bool) -> Change:
-    """Return the change with the fields it lacks, as far as the segment tells them."""
+    """Return the change with the fields it lacks, as far as the segment has them."""
     if earlier is None and not truncated:
         return change
     known = earlier.user if earlier is not None else None

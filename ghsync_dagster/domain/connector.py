@@ -1,7 +1,7 @@
 """The connector of the users' table: the states it may be in, whether its stream goes on, and the way out of each.
 
-Belongs here: pure data and decisions. Not here: how a worker is asked (``stores.connect``), or registering and starting
-(``local.connector``).
+Belongs here: pure data and decisions. Not here: how a worker is queried (``stores.connect``), or registering and
+starting (``local.connector``).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ HALTED: Final = ("PAUSED", "STOPPED")
 RIGHTS: Final = "the database user needs SELECT, RELOAD, SHOW DATABASES, REPLICATION SLAVE and REPLICATION CLIENT"
 
 _AWAY_SECONDS: Final = 60.0
-"""Some times the interval in which a connector is watched: who did not look for longer does not know what moved."""
+"""Several intervals of watching a connector. After a longer gap it is unknown whether the offset moved meanwhile."""
 _STOPPED: Final = (FAILED, NONE, UNKNOWN, *HALTED)
 _SNAPSHOT: Final = "take a new snapshot; see docs/operate/runbook.md, A new snapshot"
 _RESTART: Final = (
     f"then run ghsync up connect, or POST /connectors/{CONNECTOR}/restart?includeTasks=true&onlyFailed=true to the "
     "worker of CONNECT_URL."
 )
-# What Debezium and the servers say, in lower case, and what helps. The first that fits decides.
+# Texts in the errors of Debezium and of the servers, in lower case, and the way out. The first match decides.
 _CURES: Final = (
     (
         ("internal schema size", "row size", "schema isn't known", "table structure"),
@@ -57,7 +57,7 @@ class ConnectorState:
     """The state of the connector.
 
     Attributes:
-        state: ``RUNNING`` where it and its task run, else the state of what does not; ``NONE``; ``UNKNOWN``.
+        state: ``RUNNING`` where connector and task run, else the state of the one that does not; ``NONE``; ``UNKNOWN``.
         reason: Why it failed, or which worker is away, in one line; None else.
         halted: Whether the connector itself was halted, in whatever state its task is.
         where: The worker's address without credentials.
@@ -75,7 +75,7 @@ class ConnectorState:
 
     @property
     def is_stopped(self) -> bool:
-        """Whether the stream is stopped until somebody acts; False also while it is on its way to run."""
+        """Whether the stream is stopped until a person acts; False also while it starts."""
         return self.state in _STOPPED
 
     def as_json(self) -> dict[str, object]:
@@ -107,7 +107,7 @@ class ConnectorState:
 
 
 def stopped_words(state: ConnectorState | None) -> str:
-    """Return why a connector brings no changes and what to do, a sentence each; empty where it runs or nobody asked."""
+    """Return why a connector brings no changes and what to do, a sentence each; empty where it runs or is unknown."""
     if state is None or state.is_running:
         return ""
     words = state.words()
@@ -132,9 +132,9 @@ class Sample(msgspec.Struct, frozen=True):
 
     Attributes:
         at: Seconds since 1970.
-        offset: The connector's committed offset, as text; None where the worker does not tell.
-        log: The end of the database's binlog, as ``file:position``; None where nobody asked, or it is refused.
-        position: The offset's place in the binlog, likewise; None where the worker does not tell.
+        offset: The connector's committed offset, as text; None where the worker does not report it.
+        log: The end of the database's binlog, as ``file:position``; None where it was not queried, or is refused.
+        position: The offset's binlog position, likewise; None where the worker does not report it.
         seen: When a newer one was compared with it last, in seconds since 1970; 0 for never.
     """
 
@@ -153,8 +153,8 @@ class Sample(msgspec.Struct, frozen=True):
 def base_of(base: Sample | None, now: Sample) -> Sample:
     """Return the sample from which on the offset stands still while the database writes.
 
-    That is ``now`` where the offset moved or is at the end of the binlog, where the database wrote nothing, where
-    either is not known, and where nobody looked for long.
+    That is ``now`` if the offset moved or is at the end of the binlog, or if the database wrote nothing. It is also
+    ``now`` if either is unknown, or if no sample was taken for long.
 
     Args:
         base: What this returned for the sample before; None for the first.

@@ -1,4 +1,4 @@
-"""What a record of the change topic is: a change of one user, a truncate, nothing to apply, or a reason why it is none.
+"""Decoding a record of the change topic: to a change of one user, a truncate, nothing to apply, or a refusal.
 
 Belongs here: the decision about one record's key and value, complete: nothing is dropped, coerced or guessed. Not
 here: where records come from, what becomes of refused ones, or in which order changes are applied.
@@ -8,8 +8,8 @@ events") as Kafka Connect's JSON converter writes them, with schemas and without
 ExtractNewRecordState makes of them
 (https://debezium.io/documentation/reference/stable/transformations/event-flattening.html).
 
-There are two ways through this module that agree: a typed one for the records of every day, and one that looks at
-anything and finds words for what it refuses. The first hands over to the second whatever it does not expect.
+There are two ways through this module, with equal results: a typed one for the usual records, and a general one for
+any value, which words each refusal. The first leaves to the second whatever it does not expect.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 UNAVAILABLE: Final = "__debezium_unavailable_value"
-"""Debezium's default for `unavailable.value.placeholder`: the row holds a value that the event does not tell."""
+"""Debezium's default for `unavailable.value.placeholder`: the row holds a value that the event does not contain."""
 
 _KEY_FIELD: Final = USER_FIELDS[0]
 _TEXT_FIELDS: Final = USER_FIELDS[1:]
@@ -50,8 +50,8 @@ class Refusal(Enum):
 
     Attributes:
         kind: The slug.
-        words: What is the matter with such a record.
-        way_out: One line that tells the reader what to do.
+        words: What is wrong with such a record.
+        way_out: One line on what to do.
     """
 
     NOT_UTF8 = (
@@ -92,7 +92,7 @@ class Refusal(Enum):
     )
     MISSING_COLUMN = (
         "missing-column",
-        "The row lacks one of a user's five columns; nothing tells what to store for it.",
+        "The row lacks one of a user's five columns, so it is unknown what to store for it.",
         "Bring the column back in MySQL or in the connector's column filter. " + _REPAIR_NAMED,
     )
     COLUMN_CASE = (
@@ -117,7 +117,7 @@ class Refusal(Enum):
     )
     MISSING_KEY = (
         "missing-key",
-        "A delete or a tombstone that does not tell whose.",
+        "A delete or a tombstone that names no user.",
         "Look for a transformation that drops keys. " + _REPAIR_UNNAMED,
     )
     KEY_MISMATCH = (
@@ -202,43 +202,15 @@ _METADATA_PREFIX: Final = "__"
 _DELETED: Final = {"true": True, True: True, "false": False, False: False, None: None}
 
 
-def decode(key: bytes | None, value: bytes | None) -> Change:
-    """Decode one record. For many, make one `ChangeDecoder`: it is faster on records with schemas.
-
-    Args:
-        key: The record's raw key, or None.
-        value: The record's raw value, or None.
-
-    Raises:
-        UndecodableError: The record is no change that can be applied; its `kind` is one of `Refusal`.
-    """
-    return ChangeDecoder().decode(key, value)
-
-
 class ChangeDecoder:
     """Decodes the records of a topic.
 
     It remembers the bytes around the last payload (the schema, which is the same in all records of a table), so as
-    not to read them again: what it returns does not depend on that. For one thread.
+    not to parse them again. The result does not depend on that. For one thread.
 
     Args:
-        unavailable: The connector's `unavailable.value.placeholder`. A text that equals it can't be told from it.
+        unavailable: The connector's `unavailable.value.placeholder`. A text that equals it counts as unavailable.
     """
-
-    __slots__ = (
-        "_binary",
-        "_file",
-        "_file_number",
-        "_head",
-        "_key_head",
-        "_key_tail",
-        "_server",
-        "_server_id",
-        "_start",
-        "_stop",
-        "_typed",
-        "_unavailable",
-    )
 
     def __init__(self, unavailable: str = UNAVAILABLE) -> None:
         self._unavailable = unavailable
@@ -275,7 +247,7 @@ class ChangeDecoder:
         return self._decode_any(key, value)
 
     def _usual(self, key: bytes | None, event: _Event) -> Change | None:
-        """Return the change of a typed event, or None where it needs a closer look."""
+        """Return the change of a typed event, or None where the general way has to decide."""
         kind, row, before, source = _KINDS[event.op], event.after, event.before, event.source
         if kind is RecordKind.DELETE:
             if before is None or before.user_id is None:
@@ -295,7 +267,7 @@ class ChangeDecoder:
             if self._unavailable in user.values():
                 return None
         if key != self._key_head + user_id.encode() + self._key_tail:
-            self._agree(key, user_id)
+            self._refuse_other_key(key, user_id)
         if source is None or kind is RecordKind.READ or (source.snapshot != "false" and source.snapshot):
             return Change(op, user_id, user, kind)
         if source.file != self._file or source.server_id != self._server_id:
@@ -310,17 +282,17 @@ class ChangeDecoder:
         return Change(op, user_id, user, kind, committed_ms, position)
 
     def _decode_any(self, key: bytes | None, value: bytes | None) -> Change:
-        """Decode a record of any form, and find words for what is refused."""
+        """Decode a record of any form, or word the refusal."""
         payload = self._payload(value) if value else None
         if payload is None:
-            return Change(Op.DELETE, self._whose(key, None, "a tombstone"), None, RecordKind.TOMBSTONE)
+            return Change(Op.DELETE, self._deleted_user(key, None, "a tombstone"), None, RecordKind.TOMBSTONE)
         if not isinstance(payload, dict):
             raise Refusal.NOT_AN_EVENT.error(f"The value must be a JSON object, got {_shape(payload)}.")
         if "op" in payload and (_KEY_FIELD not in payload or not _ENVELOPE_PARTS.isdisjoint(payload)):
             return self._envelope(key, payload)
         if _KEY_FIELD in payload or "__deleted" in payload:
             return self._flattened(key, payload)
-        if (kind := _bystander(payload)) is not None:
+        if (kind := _message_kind(payload)) is not None:
             return Change(Op.SKIP, None, None, kind)
         if "specversion" in payload:
             raise Refusal.OTHER_FORMAT.error("The value is a CloudEvent.")
@@ -328,7 +300,7 @@ class ChangeDecoder:
         raise Refusal.NOT_AN_EVENT.error(f"The value has neither op nor user_id, but {_names(payload)}.")
 
     def _payload(self, value: bytes) -> Any:  # noqa: ANN401  any JSON value
-        """Read the value, taken out of its wrapper, and which of its columns the wrapper's schema declares as bytes."""
+        """Return the value without its wrapper; record which columns the wrapper's schema declares as bytes."""
         self._binary = frozenset()
         if self._head and value.startswith(self._head) and value.endswith(b"}"):
             try:
@@ -366,8 +338,8 @@ class ChangeDecoder:
         if kind is RecordKind.TRUNCATE:
             return Change(Op.TRUNCATE, None, None, kind, committed_ms, position)
         if kind is RecordKind.DELETE:
-            whose = self._whose(key, before, "a delete", "before.")
-            return Change(Op.DELETE, whose, None, kind, committed_ms, position)
+            user_id = self._deleted_user(key, before, "a delete", "before.")
+            return Change(Op.DELETE, user_id, None, kind, committed_ms, position)
         if kind not in _ROW_KINDS:
             got = _shown(op) if isinstance(op, str) else _shape(op)
             raise Refusal.UNKNOWN_OP.error(f"op must be one of c, u, d, r and t, got {got}.")
@@ -377,7 +349,7 @@ class ChangeDecoder:
         user = self._user(row, "after.")
         if kind is RecordKind.UPDATE:
             _refuse_changed_key(before, user)
-        self._agree(key, user[_KEY_FIELD])
+        self._refuse_other_key(key, user[_KEY_FIELD])
         unknown = tuple([name for name in row if name not in USER_FIELDS])
         self._typed = not unknown
         return Change(Op.UPSERT, user[_KEY_FIELD], user, kind, committed_ms, position, unknown)
@@ -388,12 +360,13 @@ class ChangeDecoder:
         deleted = _is_deleted(row, op)
         committed_ms, position = _flattened_origin(row, op)
         if deleted:
-            return Change(Op.DELETE, self._whose(key, row, "a delete"), None, RecordKind.DELETE, committed_ms, position)
+            user_id = self._deleted_user(key, row, "a delete")
+            return Change(Op.DELETE, user_id, None, RecordKind.DELETE, committed_ms, position)
         kind = RecordKind.FLATTENED if op is None else _KINDS.get(op) if isinstance(op, str) else None
         if kind is not RecordKind.FLATTENED and kind not in _ROW_KINDS:
             raise Refusal.UNKNOWN_OP.error(f"__op must be one of c, u, d and r, got {_shown(op)}.")
         user = self._user(row, "")
-        self._agree(key, user[_KEY_FIELD])
+        self._refuse_other_key(key, user[_KEY_FIELD])
         unknown = tuple([name for name in row if name not in USER_FIELDS and not name.startswith(_METADATA_PREFIX)])
         return Change(Op.UPSERT, user[_KEY_FIELD], user, kind, committed_ms, position, unknown)
 
@@ -415,12 +388,12 @@ class ChangeDecoder:
                 user[name] = value
         return user
 
-    def _whose(self, key: bytes | None, row: Any, what: str, where: str = "") -> str:  # noqa: ANN401
+    def _deleted_user(self, key: bytes | None, row: Any, what: str, where: str = "") -> str:  # noqa: ANN401
         """Return the user_id of a delete from its key and its row, of which one may be absent."""
         by_key = self._key_user_id(key)
         if not isinstance(row, dict) or _KEY_FIELD not in row:
             if by_key is None:
-                raise Refusal.MISSING_KEY.error(f"The record is {what} without a key, and no row tells whose.")
+                raise Refusal.MISSING_KEY.error(f"The record is {what} without a key, and no row names its user.")
             return by_key
         by_row = self._row_user_id(row, where)
         _refuse_mismatch(by_key, by_row)
@@ -431,8 +404,8 @@ class ChangeDecoder:
             raise Refusal.BAD_USER_ID.error(f"The schema declares {where}{_KEY_FIELD} as bytes, so its text is base64.")
         return _user_id(row[_KEY_FIELD], f"{where}{_KEY_FIELD}")
 
-    def _agree(self, key: bytes | None, user_id: str) -> None:
-        """Refuse a record whose key is unreadable or names another user. Without a key there is nothing to refuse."""
+    def _refuse_other_key(self, key: bytes | None, user_id: str) -> None:
+        """Refuse a record whose key is unreadable or names another user. A record without a key passes."""
         _refuse_mismatch(self._key_user_id(key), user_id)
 
     def _key_user_id(self, key: bytes | None) -> str | None:
@@ -456,8 +429,8 @@ class ChangeDecoder:
 
 
 def _origin(source: Any, op: Any) -> tuple[int | None, Position | None]:  # noqa: ANN401
-    """Return when and where the database committed, as far as the source block tells."""
-    return _when_and_where(op, source) if isinstance(source, dict) else (None, None)
+    """Return when and where the database committed, as far as the source block has it."""
+    return _commit_of(op, source) if isinstance(source, dict) else (None, None)
 
 
 def _flattened_origin(row: dict[str, Any], op: Any) -> tuple[int | None, Position | None]:  # noqa: ANN401
@@ -465,13 +438,13 @@ def _flattened_origin(row: dict[str, Any], op: Any) -> tuple[int | None, Positio
     source = {name: row.get(f"__source_{name}", row.get(f"__{name}")) for name in _ORIGIN_FIELDS}
     # Without `source.` it is the time at which the connector saw the change.
     source["ts_ms"] = row.get("__source_ts_ms")
-    return _when_and_where(op, source)
+    return _commit_of(op, source)
 
 
 _ORIGIN_FIELDS: Final = ("snapshot", "server_id", "gtid", "file", "pos", "row")
 
 
-def _when_and_where(op: Any, source: Mapping[str, Any]) -> tuple[int | None, Position | None]:  # noqa: ANN401
+def _commit_of(op: Any, source: Mapping[str, Any]) -> tuple[int | None, Position | None]:  # noqa: ANN401
     snapshot = source.get("snapshot")
     if op == "r" or (snapshot != "false" and snapshot):
         return None, None
@@ -507,7 +480,7 @@ def _file_number(file: str | None) -> int | None:
 
 
 def _server(server_id: int | None, file: str | None) -> str:
-    """Return what tells the binlogs of two servers apart, "" where it is unknown: no server that is followed is 0."""
+    """Return a name for the binlog of a server, "" where it is unknown. A server that is replicated is never 0."""
     base = (file or "").rpartition(".")[0]
     return f"{server_id}/{base}" if server_id and base else ""
 
@@ -529,8 +502,8 @@ def binlog_position(server_id: int, file: str, pos: int) -> Position:
     return Position(number, pos, 0, _server(server_id, file))
 
 
-def _bystander(payload: dict[str, Any]) -> RecordKind | None:
-    """Name the messages of Debezium that are no changes of rows, else None."""
+def _message_kind(payload: dict[str, Any]) -> RecordKind | None:
+    """Return the kind of a message of Debezium that is no change of a row, else None."""
     if payload.keys() == {"ts_ms"}:
         return RecordKind.HEARTBEAT
     if "ddl" in payload and "databaseName" in payload:
@@ -642,8 +615,8 @@ def _unreadable(raw: bytes, what: str, error: Exception) -> UndecodableError:
         return Refusal.OTHER_FORMAT.error(f"The {what} looks like {name}.")
     try:
         text = raw.decode()
-    except UnicodeDecodeError as place:
-        return Refusal.NOT_UTF8.error(f"The {what} is not UTF-8 from byte {place.start} on.")
+    except UnicodeDecodeError as invalid:
+        return Refusal.NOT_UTF8.error(f"The {what} is not UTF-8 from byte {invalid.start} on.")
     if isinstance(error, RecursionError):
         return Refusal.NOT_JSON.error(f"The {what} is nested too deeply.")
     if _has_lone_surrogate(text):
@@ -652,15 +625,13 @@ def _unreadable(raw: bytes, what: str, error: Exception) -> UndecodableError:
 
 
 def _has_lone_surrogate(text: str) -> bool:
-    """Return whether the text is JSON but for lone surrogates, which Python's own reader lets pass."""
+    """Return whether the text is JSON except for lone surrogates, which Python's own reader accepts."""
     try:
-        found = json.dumps(json.loads(text, parse_int=str), ensure_ascii=False)
-    except (ValueError, RecursionError):
-        return False
-    try:
-        found.encode()
+        json.dumps(json.loads(text, parse_int=str), ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return True
+    except (ValueError, RecursionError):
+        return False
     return False
 
 

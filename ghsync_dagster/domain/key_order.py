@@ -16,7 +16,7 @@ _WIDTH: Final = 20
 """So many digits tell cuts apart: as many as the largest 64-bit integer has."""
 _NINE_TENTHS: Final = 9 * 10 ** (_WIDTH - 1)
 _EDGES: Final = ("-", "-1", ".", "0", "1", ":")
-"""Cuts between kinds of text: no sign or digit, "-" and "-0…", below zero, between, "0…", from 1 on, what is above."""
+"""Cuts between kinds of text: no sign or digit, "-" and "-0…", below zero, between, "0…", from 1 on, the rest."""
 _DENSE: Final = {".": "-", ":": ""}
 """The kinds that hold canonical integers, by their upper edge, with the sign of these."""
 _MOST_GROWTH: Final = 4
@@ -100,24 +100,24 @@ class Stride:
             return edge
         sign = _DENSE[edge]
         step = self._step
-        while (place := _position(after, sign) + step) < 10**_WIDTH:
-            if (cut := f"{sign}{place:0{_WIDTH}}") > after:
+        while (number := _padded(after, sign) + step) < 10**_WIDTH:
+            if (cut := f"{sign}{number:0{_WIDTH}}") > after:
                 return cut
             step *= 2
         return edge
 
     def learn(self, after: str | None, upto: str | None, found: int) -> None:
-        """Take in how many keys an interval held, so that the next one holds about the target."""
+        """Adjust the stride to how many keys an interval held, so that the next one holds about the target."""
         if after is None or upto is None:
             return
         edge = next((edge for edge in _EDGES if edge > after), "")
         if edge in _DENSE:
             sign = _DENSE[edge]
-            end = 10**_WIDTH if upto == edge else _position(upto, sign)
-            covered = max(1, end - _position(after, sign))
+            end = 10**_WIDTH if upto == edge else _padded(upto, sign)
+            covered = max(1, end - _padded(after, sign))
             wanted = covered * self._target // max(found, 1)
             self._step = max(1, min(wanted, covered * _MOST_GROWTH))
 
 
-def _position(text: str, sign: str) -> int:
+def _padded(text: str, sign: str) -> int:
     return int(_prefix(text[len(sign) :])[:_WIDTH].ljust(_WIDTH, "0"))

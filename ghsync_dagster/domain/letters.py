@@ -1,9 +1,9 @@
-"""Dead letters as their index keeps them: the states, and what of the topic supersedes a letter.
+"""Dead letters as their index keeps them: the states, and which records supersede a letter.
 
-Belongs here: pure decisions. Not here: the records themselves, where letters are stored, and who asks.
+Belongs here: pure decisions. Not here: the records themselves, and where letters are stored.
 
-A letter says that one change of one user is not in the collection. It no longer matters once the whole state of its
-user was written by a newer record, or once the table was truncated after it.
+A letter means that one change of one user is not in the collection. It no longer matters once a newer record wrote the
+whole state of its user, or once the table was truncated after it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ghsync_dagster.domain.user import USER_FIELDS
 
 
 class LetterState(StrEnum):
-    """Whether somebody still has to do something about a dead letter."""
+    """Whether a dead letter still needs an action."""
 
     OPEN = "open"
     """The change is missing."""
@@ -26,11 +26,11 @@ class LetterState(StrEnum):
     """A newer record of its user was applied, or its user was repaired."""
 
     CLOSED = "closed"
-    """Somebody closed it."""
+    """A person closed it."""
 
 
 class Letter(NamedTuple):
-    """What the index knows of one dead letter.
+    """The entry of one dead letter in the index.
 
     Attributes:
         topic: The topic of its record.
@@ -44,7 +44,7 @@ class Letter(NamedTuple):
         place: Partition and offset of the letter itself in the topic of dead letters.
         state: Whether it is open.
         reason: Why it is not open any more.
-        at: Since when it is not, ISO 8601 in UTC; empty where it is open.
+        at: When it was resolved or closed, ISO 8601 in UTC; empty where it is open.
     """
 
     topic: str
@@ -62,7 +62,7 @@ class Letter(NamedTuple):
 
     @property
     def id(self) -> str:
-        """What names the letter and its record."""
+        """The name of the letter and its record."""
         return letter_id(self.topic, self.partition, self.offset)
 
 
@@ -75,7 +75,7 @@ class Mark(NamedTuple):
     """A record that was applied.
 
     Attributes:
-        offset: Its offset, or that of the first record after it where it stands in another partition.
+        offset: Its offset; for a record of another partition, the offset of the first record after it.
         timestamp_ms: Its Kafka timestamp in ms since 1970 UTC, None where it has none.
     """
 
@@ -85,7 +85,7 @@ class Mark(NamedTuple):
     def is_after(self, letter: Letter) -> bool:
         """Return whether it came after a letter of its partition.
 
-        Of a topic that was recreated, or copied from another one, offsets alone do not tell.
+        Timestamps count too, since the topic may have been recreated, or copied from another one.
         """
         if self.offset <= letter.offset:
             return False
@@ -114,7 +114,7 @@ class Applied:
             self.newest[change.key, partition] = mark
 
     def supersedes(self, letter: Letter) -> str | None:
-        """Return why a letter no longer matters, None where nothing here tells that it does not."""
+        """Return why a letter no longer matters; None where nothing that was applied supersedes it."""
         if letter.topic != self.topic:
             return None
         truncate = self.truncates.get(letter.partition)

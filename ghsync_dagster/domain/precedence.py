@@ -1,10 +1,10 @@
 """Who wins on one key: the steps of loads and of the change stream, and the decisions between them.
 
-Belongs here: the pure decisions (`classify`, `settle`) and the order of the atomic steps, as data that the flows take
+Belongs here: the pure decisions (`classify`, `settle`) and the order of the atomic steps, as data that the flows execute
 and a test enumerates. Not here: how a step is written to a server, in what batches, or who holds the lease.
 
-Each step is a read, or a write of one document. Nothing holds two documents together, so this runs on every
-deployment. It stands on three promises of its callers:
+Each step is a read, or a write of one document. No transaction spans two documents, so this runs on every deployment.
+It rests on three guarantees of its callers:
 
 - One load at a time (the lease), and a load that lost it writes nothing more. So only one process ever writes
   version entries, while the stream only drops them: an entry that is still there is the one that was read.
@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 
 class Version(NamedTuple):
-    """Where a stored user comes from. Later events compare greater.
+    """The event that a stored user comes from. Later events compare greater.
 
     Attributes:
         created_at: UTC time of the event as `YYYY-MM-DDTHH:MM:SSZ`, whose text order is the order of time.
@@ -38,7 +38,7 @@ class Stored(NamedTuple):
     """What a load read of one key, each part at its own moment.
 
     Attributes:
-        content: The document's user fields in any form that `==` compares, or None without a document.
+        content: The document's user fields in a form that `==` compares, or None without a document.
         version: The version entry, or None.
         deleted: Whether the stream recorded that it deleted the key.
     """
@@ -85,7 +85,7 @@ class Action(Enum):
     """There is no document because the stream deleted it."""
 
     STORED_MEANWHILE = "stored meanwhile"
-    """The load wrote the document, and it is unmarked when it is read back: another has written it since."""
+    """The load wrote the document, and it is unmarked when it is read back: another writer has written it since."""
 
     @property
     def writes_document(self) -> bool:
@@ -101,8 +101,8 @@ class Action(Enum):
 def classify(stored: Stored, incoming: Incoming) -> Action:
     """Decide what a load does with one key.
 
-    The decision may be out of date when it is acted on; the conditions of the write steps and `settle` see to that.
-    A version entry without a document says nothing and is overwritten.
+    The decision may be out of date when it is acted on; the conditions of the write steps and `settle` handle that.
+    A version entry without a document has no meaning and is overwritten.
 
     Args:
         stored: What was read of the key.
@@ -138,10 +138,10 @@ def classify_missing(stored: Stored, *, marked: bool) -> Action:
 
 
 class LoadState(Enum):
-    """How far the record of a load says that it came. Only this record tells pending version entries from final."""
+    """The progress of a load by its record. Only this record distinguishes pending version entries from final ones."""
 
     RUNNING = "running"
-    """It may have written documents and versions that nobody compared with the stream yet."""
+    """It may have written documents and versions that are not yet compared with the stream."""
 
     CHECKED = "checked"
     """Every key is settled: what is marked stays, and version entries are final."""
@@ -151,7 +151,7 @@ class LoadState(Enum):
 
 
 class Found(NamedTuple):
-    """What is found of one key after a load's writes ended, by the load itself or, if it died, by the next one.
+    """The state of one key after a load's last write, found by the load itself or, if it died, by the next one.
 
     Attributes:
         marked: The document is there and marked.
@@ -186,14 +186,14 @@ class Repair(Enum):
 
 
 def settle(state: LoadState | None, found: Found) -> Repair:
-    """Decide what becomes of one key that a load wrote, the same for a load at its end and for a dead one.
+    """Decide about one key that a load wrote, in the same way for a load at its end and for a dead one.
 
     Args:
-        state: What the load's record says, None without a record.
+        state: The state in the load's record, None without a record.
         found: What was read of the key after the load's last write to it.
 
     Returns:
-        The repair. Done again after a crash, it comes to the same end.
+        The repair. If it is repeated after a crash, the result is the same.
     """
     if state is not LoadState.RUNNING:
         return Repair.KEEP if found.marked else Repair.NOTHING
@@ -207,19 +207,19 @@ def settle(state: LoadState | None, found: Found) -> Repair:
 class LoadStep(Enum):
     """The steps of a load. Any time may pass between two of them, and each may be the last one.
 
-    RECORD_RUNNING once a load, READ_STEPS for each key, then what WRITE_STEPS has for its action, then READ_BACK. A key
-    that it finds missing is read again, and inserted again by INSERT_AGAIN_STEPS where ``classify_missing`` says so; as
-    often as needed, but before SETTLE_STEPS.
+    RECORD_RUNNING once a load, READ_STEPS for each key, then the WRITE_STEPS of its action, then READ_BACK. A key that
+    is found missing is read again, and inserted again by INSERT_AGAIN_STEPS if ``classify_missing`` decides so. That is
+    repeated as often as needed, but before SETTLE_STEPS.
     """
 
     RECORD_RUNNING = "record running"
-    """Record the load's id as running, once a load: before it nothing is written, so nothing is left without owner."""
+    """Record the load's id as running, once a load. Nothing is written before, so nothing is left without an owner."""
 
     READ_DOCUMENT = "read document"
     """First of three reads for `classify`. Any order is safe; this one misreads the stream least often."""
 
     READ_VERSION = "read version"
-    """Second read: an entry seen after the document speaks for a document that the stream had not yet touched."""
+    """Second read: an entry that is read after the document proves that the stream had not yet written the document."""
 
     READ_DELETED = "read deleted"
     """Third read. It only saves inserting what settling removes again."""
@@ -228,7 +228,7 @@ class LoadStep(Enum):
     """Delete the document where it is marked: it is not what was to be written."""
 
     DROP_STALE = "drop stale"
-    """Drop the version entry, which speaks for no document: WRITE_VERSION of an insert leaves one that is there."""
+    """Drop the version entry, which belongs to no document: WRITE_VERSION of an insert leaves one that is there."""
 
     FORGET_LOGGED = "forget logged"
     """Drop the old content of the key from the load's log: from here on it is an insert, with nothing to put back."""
@@ -242,9 +242,9 @@ class LoadStep(Enum):
     WRITE_VERSION = "write version"
     """INSERT: insert the entry, and leave one that is there. REPLACE, BUMP: update it where it still is.
 
-    After the document for REPLACE: an entry that is still there then proves that the stream had not come by when
-    the document was replaced. For INSERT both orders are safe. The old value need not be compared, since nobody but the
-    holder of the lease writes entries. BUMP keeps the id of the load that wrote the document, because an entry with
+    For REPLACE this comes after the document: an entry that is still there proves that the stream had not written the
+    user when the document was replaced. For INSERT both orders are safe. The old value need not be compared, since only
+    the holder of the lease writes entries. BUMP keeps the id of the load that wrote the document, because an entry with
     this load's id counts as pending. BUMP ends here: it has nothing to settle.
     """
 
@@ -301,8 +301,8 @@ class StreamStep(Enum):
     DROP_VERSION_AGAIN = "drop version again"
     """Drops what a load wrote since. A key that had an entry goes back, see ``GOES_BACK``.
 
-    With that entry a load may have taken the document for its own and replaced it in between. A lost answer counts as
-    an entry: the whole operation is repeated.
+    By that entry a load may have classified the document as its own and replaced it in between. A lost answer counts
+    as an entry: the whole operation is repeated.
     """
 
     FORGET_DELETED = "forget deleted"
@@ -332,11 +332,11 @@ SETTLE_STEPS = tuple(SettleStep)
 """The end of a load, or the recovery of a dead one."""
 
 OF_EACH_KEY = frozenset(SETTLE_STEPS[: SETTLE_STEPS.index(SettleStep.RECORD_CHECKED)])
-"""The steps of them that are taken for each key; the others are taken once a load, for all keys."""
+"""Those of them that are executed for each key; the others are executed once a load, for all keys."""
 
 
 def steps_left(state: LoadState, steps: tuple[SettleStep, ...] = SETTLE_STEPS) -> tuple[SettleStep, ...]:
-    """Return those of the steps that a load whose record has a state still has to take, in order."""
+    """Return the steps that remain for a load whose record has this state, in order."""
     last = {LoadState.CHECKED: SettleStep.RECORD_CHECKED, LoadState.DONE: SettleStep.RECORD_DONE}.get(state)
     return steps if last is None else steps[steps.index(last) + 1 :]
 
@@ -353,4 +353,4 @@ DELETE_STEPS = (StreamStep.RECORD_DELETED, StreamStep.DROP_VERSION, StreamStep.R
 """The stream deletes the key."""
 
 GOES_BACK = {StreamStep.DROP_VERSION_AGAIN: StreamStep.WRITE_DOCUMENT}
-"""The step from which a key goes on for which a step found what must not be there."""
+"""If a step finds for a key what must not be there, the key continues from this earlier step."""

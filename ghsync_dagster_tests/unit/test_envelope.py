@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ghsync_dagster.domain.change import Change, Op, Position, RecordKind
-from ghsync_dagster.domain.envelope import UNAVAILABLE, ChangeDecoder, Refusal, decode
+from ghsync_dagster.domain.envelope import UNAVAILABLE, ChangeDecoder, Refusal
 from ghsync_dagster.domain.errors import PermanentError, UndecodableError
 from ghsync_dagster.domain.user import USER_FIELDS
 from ghsync_dagster_tests.support.builders import row, user
@@ -34,6 +34,11 @@ SERVER = "223344/mysql-bin"
 GTID = "3e11fa47-71ca-11e1-9e33-c80aa9429562:23"
 AT = (1_700_000_000_123, Position(3, 484, 0, SERVER, GTID))
 """When and where the records of `envelopes.source` were committed."""
+
+
+def decode(key: bytes | None, value: bytes | None) -> Change:
+    """Decode one record, by a decoder that has decoded no other."""
+    return ChangeDecoder().decode(key, value)
 
 
 def upsert(

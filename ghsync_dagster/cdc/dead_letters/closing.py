@@ -1,7 +1,7 @@
-"""Closing dead letters that nobody misses any more.
+"""Closing dead letters that no longer matter.
 
-Belongs here: which letters a person closes, and which the topic of changes shows to be superseded. Not here: what
-supersedes a letter, which is ``domain.letters``'s, and a consumer's own (``cdc.stream.letters``).
+Belongs here: letters that a person closes, and those that the topic of changes shows to be superseded. Not here: what
+supersedes a letter (``domain.letters``), and what a consumer resolves by itself (``cdc.stream.letters``).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.stores.mongo.users import UserStore
 
 _PAGE: Final = 50_000
-"""How many open letters one reading of the topic of changes looks for."""
+"""How many open letters are checked in one pass over the topic of changes."""
 
 
 def close_letters(index: LetterIndex, letters: Iterable[Letter], reason: str) -> Iterator[Letter]:
@@ -36,8 +36,9 @@ def close_letters(index: LetterIndex, letters: Iterable[Letter], reason: str) ->
 def close_superseded(kafka: KafkaSettings, store: UserStore, index: LetterIndex) -> Iterator[Letter]:
     """Close the open letters that no longer matter, and yield them.
 
-    A newer record of the user, or a later truncate, stands in the topic of changes before the group's committed offset,
-    and is no dead letter. The topic is read from the lowest open letter on, once for each ``_PAGE`` of open letters.
+    A letter no longer matters if a newer record of its user, or a later truncate, is in the topic of changes before the
+    group's committed offset, and is no dead letter. The topic is read from the lowest open letter on, once for each
+    ``_PAGE`` of open letters.
 
     Raises:
         UnavailableError: Kafka or MongoDB can't be reached.
@@ -58,14 +59,14 @@ def _closed(index: LetterIndex, letters: Iterable[tuple[Letter, str]]) -> Iterat
         at = datetime.now(UTC).isoformat()
         closed = [letter._replace(state=LetterState.CLOSED, reason=reason, at=at) for letter, reason in part]
         if index.settle(part, LetterState.CLOSED, at=at) < len(closed):
-            # Others settled some first, or their records were refused again.
+            # Other processes settled some first, or their records were refused again.
             now = index.by_id(letter.id for letter in closed)
             closed = [letter for letter in closed if now.get(letter.id) == letter]
         yield from closed
 
 
 def _applied_after(kafka: KafkaSettings, store: UserStore, index: LetterIndex, letters: list[Letter]) -> Applied:
-    """Return what the group has applied since the first of some letters, as far as it is about their users."""
+    """Return what the group has applied since the first of some letters, as far as it concerns their users."""
     from ghsync_dagster.stores.kafka.backlog import read_backlog
     from ghsync_dagster.stores.kafka.topics import place, read_ranges, timestamp_ms
     from ghsync_dagster.stores.mongo.books import GroupBook
@@ -96,7 +97,7 @@ def _applied_after(kafka: KafkaSettings, store: UserStore, index: LetterIndex, l
 
 
 def add_other_partitions(applied: Applied, book: GroupBook, group: str) -> None:
-    """Add where the last truncate that was applied stands in the other partitions."""
+    """Add the offsets of the last truncate that was applied in the other partitions."""
     if not applied.truncates:
         return
     last = book.last_truncate(group)

@@ -1,4 +1,4 @@
-"""The index of dead letters, kept in step with their topic, and what it tells.
+"""The index of dead letters, kept in sync with their topic.
 
 Belongs here: adding to the index what only the topic holds, and finding letters. Not here: settling them.
 """
@@ -26,7 +26,7 @@ _INDEX_TEXT: Final = 200
 """Characters of the reason that the index keeps."""
 
 _OF_TWO_USERS: Final = frozenset({Refusal.KEY_MISMATCH.kind, Refusal.KEY_CHANGED.kind})
-"""Kinds of records that name two users, of which either may be wrong now."""
+"""Kinds of records that name two users, of which either may be wrong in the collection."""
 
 _SHOWN_OLDEST: Final = 20
 
@@ -36,10 +36,10 @@ log = get_logger("dead_letters")
 
 
 def catch_up(kafka: KafkaSettings, index: LetterIndex) -> bool:
-    """Add to the index what only the topic of dead letters holds, and remove what that no longer holds.
+    """Add to the index what only the topic of dead letters holds, and remove what the topic no longer holds.
 
-    Reads from where it ended the last time; letters of which nothing is known are open. Safe to run in several
-    processes at once.
+    Reads on from the offsets where the last call ended. Letters that are new to the index are open. Safe to run in
+    several processes at once.
 
     Args:
         kafka: The topic of changes and the way to the brokers.

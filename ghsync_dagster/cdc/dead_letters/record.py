@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _OURS: Final = "ghsync."
 
 _TEXT_LIMIT: Final = 1_000
-"""Characters of the reason that are kept: the record itself is there to look at."""
+"""Characters of the reason that are kept: the record itself is there too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class DeadLetter:
 
     @property
     def id(self) -> str:
-        """What names the record: its topic, partition and offset."""
+        """The name of the record: its topic, partition and offset."""
         return letter_id(self.topic, self.partition, self.offset)
 
     def as_record(self) -> tuple[bytes | None, bytes | None, Headers]:
@@ -78,7 +78,7 @@ class DeadLetter:
         return self.key, self.value, [*self.headers, *named]
 
     def as_json(self, *, whole: bool = False) -> dict[str, Any]:
-        """Return it for a program to read: what is no UTF-8 shows as escapes; the record itself only if ``whole``."""
+        """Return it as JSON: bytes that are no UTF-8 become escapes; value and headers only if ``whole``."""
         fields: dict[str, Any] = {
             "id": self.id,
             "topic": self.topic,

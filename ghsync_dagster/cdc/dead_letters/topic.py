@@ -20,7 +20,7 @@ log = get_logger("dead_letters")
 
 
 def dead_letter_ends(kafka: KafkaSettings) -> dict[int, int]:
-    """Return up to where there are dead letters now, by partition.
+    """Return the end of each partition of the topic now.
 
     Raises:
         UnavailableError: No broker can be reached.
@@ -36,7 +36,7 @@ def read_dead_letters(kafka: KafkaSettings, since: Mapping[int, int] | None = No
 
     Args:
         kafka: The topic of changes and the way to the brokers.
-        since: Only those written behind these offsets, by partition, as ``dead_letter_ends`` gave them earlier.
+        since: Only those from these offsets on, by partition, as ``dead_letter_ends`` returned them earlier.
 
     Raises:
         UnavailableError: No broker can be reached.
@@ -45,16 +45,16 @@ def read_dead_letters(kafka: KafkaSettings, since: Mapping[int, int] | None = No
     from ghsync_dagster.stores.kafka.topics import read_to_end
 
     seen: set[str] = set()
-    strangers = 0
+    foreign = 0
     for message in read_to_end(kafka, kafka.dead_letter_topic, since):
         letter = parse(message)
         if letter is None:
-            strangers += 1
+            foreign += 1
         elif letter.id not in seen:
             seen.add(letter.id)
             yield letter
-    if strangers:
-        log.warning("foreign records in the dead-letter topic", topic=kafka.dead_letter_topic, records=strangers)
+    if foreign:
+        log.warning("foreign records in the dead-letter topic", topic=kafka.dead_letter_topic, records=foreign)
 
 
 def whole_letter(kafka: KafkaSettings, letter: Letter) -> DeadLetter | None:
