@@ -645,6 +645,9 @@ _SHAPES: Final = {
 }
 
 
+_SHOWN_NAMES: Final = 8
+
+
 def _shape(value: Any) -> str:  # noqa: ANN401
     return "null" if value is None else _SHAPES[type(value)]
 
@@ -655,8 +658,8 @@ def _shown(value: Any, limit: int = 60) -> str:  # noqa: ANN401
     return shortened(text, limit)
 
 
-def _names(found: Mapping[str, Any], limit: int = 8) -> str:
+def _names(found: Mapping[str, Any]) -> str:
     """List the names of an object, not its values."""
-    names = [_shown(name, 30) for name in list(found)[:limit]]
-    more = ["..."] if len(found) > limit else []
+    names = [_shown(name, 30) for name in list(found)[:_SHOWN_NAMES]]
+    more = ["..."] if len(found) > _SHOWN_NAMES else []
     return ", ".join(names + more) or "nothing"

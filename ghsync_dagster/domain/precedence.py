@@ -1,7 +1,7 @@
 """Who wins on one key: the steps of loads and of the change stream, and the decisions between them.
 
-Belongs here: the pure decisions (`classify`, `settle`) and the order of the atomic steps, as data that the flows execute
-and a test enumerates. Not here: how a step is written to a server, in what batches, or who holds the lease.
+Belongs here: the pure decisions (`classify`, `settle`) and the order of the atomic steps, as data that the flows
+execute and a test enumerates. Not here: how a step is written to a server, in what batches, or who holds the lease.
 
 Each step is a read, or a write of one document. No transaction spans two documents, so this runs on every deployment.
 It rests on three guarantees of its callers:

@@ -34,7 +34,6 @@ from ghsync_dagster.cdc.stream.listener import Listeners, SilentListener
 from ghsync_dagster.cdc.stream.rewinds import RewindRequests
 from ghsync_dagster.cdc.stream.topic_guard import TopicChecks, TopicGuard
 from ghsync_dagster.dev import rehearsal
-from ghsync_dagster.domain.envelope import ChangeDecoder
 from ghsync_dagster.domain.errors import PermanentError, RefusedError, TransientError, UnavailableError
 from ghsync_dagster.domain.user import BUILT_IN_RULES
 from ghsync_dagster.settings import load_settings
@@ -952,7 +951,7 @@ def test_a_renewed_fence_sets_back_no_partition_that_has_gone(
     monkeypatch.setattr(TopicConsumer, "commit", lambda _, offsets: committed.append(dict(offsets)))
     messages = list(read_to_end(topic.kafka, topic.kafka.topic))
     batch = Batch()
-    batch.add(messages, RecordDecoder(ChangeDecoder()).decode(messages))
+    batch.add(messages, RecordDecoder().decode(messages))
     member = TopicConsumer(topic.kafka, assigned=print, revoked=print, lost=print)
     with closing(TopicGuard(topic.kafka, store)) as guard, closing(member):
         for partitions in ({0, 1}, {0}, set[int]()):

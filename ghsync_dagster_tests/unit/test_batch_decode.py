@@ -9,7 +9,7 @@ from confluent_kafka import Message
 
 from ghsync_dagster.cdc.stream.batch import Batch, RecordDecoder
 from ghsync_dagster.domain.change import RecordKind
-from ghsync_dagster.domain.envelope import ChangeDecoder, Refusal
+from ghsync_dagster.domain.envelope import Refusal
 from ghsync_dagster.domain.errors import UnavailableError, UndecodableError
 from ghsync_dagster.stores.kafka import topics as kafka_topics
 from ghsync_dagster_tests.support.builders import change, row
@@ -65,7 +65,7 @@ def test_it_is_skipped_right_after_a_delete_without_a_key(
     no_key: bytes | None, tombstone: bytes | None, delete: bytes
 ) -> None:
     records = [record(4, (no_key, delete)), record(5, (no_key, tombstone))]
-    decoded = RecordDecoder(ChangeDecoder()).decode(records)
+    decoded = RecordDecoder().decode(records)
     assert told(decoded) == ["d", "keyless-tombstone"]
     assert decoded[1] == SKIPPED
     batch = Batch()
@@ -88,28 +88,28 @@ def test_it_is_skipped_right_after_a_delete_without_a_key(
     ],
 )
 def test_it_is_a_dead_letter_after_anything_else(before: tuple[bytes | None, bytes | None]) -> None:
-    decoded = RecordDecoder(ChangeDecoder()).decode([record(4, before), record(5, TOMBSTONE)])
+    decoded = RecordDecoder().decode([record(4, before), record(5, TOMBSTONE)])
     assert told(decoded)[1] == Refusal.MISSING_KEY.kind
 
 
 def test_a_second_one_is_a_dead_letter() -> None:
-    decoded = RecordDecoder(ChangeDecoder()).decode([record(4, DELETE), record(5, TOMBSTONE), record(6, TOMBSTONE)])
+    decoded = RecordDecoder().decode([record(4, DELETE), record(5, TOMBSTONE), record(6, TOMBSTONE)])
     assert told(decoded) == ["d", "keyless-tombstone", Refusal.MISSING_KEY.kind]
 
 
 def test_a_delete_of_another_partition_or_offset_is_not_its_own() -> None:
-    decoder = RecordDecoder(ChangeDecoder())
+    decoder = RecordDecoder()
     decoded = decoder.decode([record(4, DELETE), record(5, TOMBSTONE, partition=1), record(6, TOMBSTONE)])
     assert told(decoded) == ["d", Refusal.MISSING_KEY.kind, Refusal.MISSING_KEY.kind]
 
 
 def test_records_of_other_partitions_may_come_between() -> None:
     records = [record(4, DELETE), record(9, (key(), envelope("c", None, row())), partition=1), record(5, TOMBSTONE)]
-    assert told(RecordDecoder(ChangeDecoder()).decode(records)) == ["d", "c", "keyless-tombstone"]
+    assert told(RecordDecoder().decode(records)) == ["d", "c", "keyless-tombstone"]
 
 
 def test_a_border_of_batches_may_come_between() -> None:
-    decoder = RecordDecoder(ChangeDecoder())
+    decoder = RecordDecoder()
     assert told(decoder.decode([record(4, DELETE)])) == ["d"]
     assert decoder.decode([]) == []
     assert decoder.decode([record(5, TOMBSTONE)]) == [SKIPPED]
@@ -117,8 +117,8 @@ def test_a_border_of_batches_may_come_between() -> None:
 
 def test_after_a_restart_the_record_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     stored = Stored(monkeypatch, record(4, DELETE), record(6, (key(), None)), record(7, TOMBSTONE))
-    assert RecordDecoder(ChangeDecoder(), KAFKA).decode([record(5, TOMBSTONE)]) == [SKIPPED]
-    assert told(RecordDecoder(ChangeDecoder(), KAFKA).decode([record(7, TOMBSTONE)])) == [Refusal.MISSING_KEY.kind]
+    assert RecordDecoder(KAFKA).decode([record(5, TOMBSTONE)]) == [SKIPPED]
+    assert told(RecordDecoder(KAFKA).decode([record(7, TOMBSTONE)])) == [Refusal.MISSING_KEY.kind]
     assert stored.asked == [(0, 4, 5), (0, 6, 7)]
 
 
@@ -128,7 +128,7 @@ def test_it_is_a_dead_letter_where_the_record_before_it_is_gone(
     monkeypatch: pytest.MonkeyPatch, away: bool, offset: int
 ) -> None:
     stored = Stored(monkeypatch, away=away)
-    (decoded,) = RecordDecoder(ChangeDecoder(), KAFKA).decode([record(offset, TOMBSTONE)])
+    (decoded,) = RecordDecoder(KAFKA).decode([record(offset, TOMBSTONE)])
     assert isinstance(decoded, UndecodableError)
     assert stored.asked == ([(0, 4, 5)] if offset else [])
 
@@ -136,5 +136,5 @@ def test_it_is_a_dead_letter_where_the_record_before_it_is_gone(
 def test_a_delete_without_a_key_that_tells_nobody_stays_a_dead_letter(monkeypatch: pytest.MonkeyPatch) -> None:
     stored = Stored(monkeypatch)
     records = [record(4, DELETE), record(5, (None, envelope("d", None, None)))]
-    assert told(RecordDecoder(ChangeDecoder(), KAFKA).decode(records)) == ["d", Refusal.MISSING_KEY.kind]
+    assert told(RecordDecoder(KAFKA).decode(records)) == ["d", Refusal.MISSING_KEY.kind]
     assert stored.asked == []

@@ -13,7 +13,7 @@ import msgspec
 
 from ghsync_dagster.domain.change import Change, Op, Position, RecordKind
 from ghsync_dagster.domain.coalesce import Segment, coalesce
-from ghsync_dagster.domain.envelope import Refusal
+from ghsync_dagster.domain.envelope import ChangeDecoder, Refusal
 from ghsync_dagster.domain.errors import TransientError, UndecodableError
 from ghsync_dagster.logging import get_logger
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from confluent_kafka import Message
 
-    from ghsync_dagster.domain.envelope import ChangeDecoder
     from ghsync_dagster.stores.kafka.client import KafkaSettings
 
 log = get_logger("cdc")
@@ -51,13 +50,12 @@ class RecordDecoder:
     is applied by its row. So such a tombstone is skipped if it comes right after one in its partition.
 
     Args:
-        decoder: Decodes one record.
         kafka: The topic, to read the record before such a tombstone from: at a border of batches, or after a restart.
             None to do without.
     """
 
-    def __init__(self, decoder: ChangeDecoder, kafka: KafkaSettings | None = None) -> None:
-        self._decoder = decoder
+    def __init__(self, kafka: KafkaSettings | None = None) -> None:
+        self._decoder = ChangeDecoder()
         self._kafka = kafka
         self._last: Message | None = None
 

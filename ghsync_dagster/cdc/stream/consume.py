@@ -20,7 +20,7 @@ from ghsync_dagster.cdc.stream.batch import Batch
 from ghsync_dagster.cdc.stream.end import EndOfTopic
 from ghsync_dagster.cdc.stream.group import GroupFence, GroupOffsets
 from ghsync_dagster.cdc.stream.in_flight import InFlight
-from ghsync_dagster.cdc.stream.interpreter import quick_turns, short_collections
+from ghsync_dagster.cdc.stream.interpreter import tuned_interpreter
 from ghsync_dagster.cdc.stream.lag import LagReporter
 from ghsync_dagster.cdc.stream.lasting_fault import LastingFault
 from ghsync_dagster.cdc.stream.letters import DeadLetters
@@ -133,7 +133,7 @@ class ChangeConsumer:
         try:
             store = _ready_store(self.open_store, until, listener)
             if store is not None:
-                with store, quick_turns(), short_collections():
+                with store, tuned_interpreter():
                     reached_end = _Run(self, store, listener, until).consume(until_end=until_end)
         except Exception as error:
             listener.failed(type(error).__name__)

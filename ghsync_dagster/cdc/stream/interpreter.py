@@ -19,21 +19,17 @@ _SWITCH_SECONDS: Final = 0.0005
 
 
 @contextmanager
-def quick_turns() -> Iterator[None]:
-    """Let the writing thread go on soon after each answer of the store, while the other one decodes."""
+def tuned_interpreter() -> Iterator[None]:
+    """Let threads take turns quickly, and exclude existing objects from garbage collection.
+
+    So the writing thread goes on soon after each answer of the store, while the other one decodes. A collection that
+    passes over all of Dagster would hold every thread up.
+    """
     before = sys.getswitchinterval()
     sys.setswitchinterval(min(before, _SWITCH_SECONDS))
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
-
-
-@contextmanager
-def short_collections() -> Iterator[None]:
-    """Exclude existing objects from garbage collection: a pass over all of Dagster holds every thread up."""
     gc.freeze()
     try:
         yield
     finally:
         gc.unfreeze()
+        sys.setswitchinterval(before)

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from ghsync_dagster.cdc.stream.batch import Batch, Decoded, RecordDecoder
 from ghsync_dagster.cdc.stream.group import next_offsets
 from ghsync_dagster.domain.change import Change, Op, RecordKind
-from ghsync_dagster.domain.envelope import ChangeDecoder
 from ghsync_dagster.domain.errors import PermanentError
 
 if TYPE_CHECKING:
@@ -37,8 +36,6 @@ _SCAN_BACK: Final = 1_000
 """How many records the first scan goes back from a partition's end; each further one goes ten times as far."""
 _CHUNK: Final = 5_000
 """How many records are read at once."""
-_WAIT_SECONDS: Final = 30.0
-"""How long to wait for a record from after the truncate in each other partition."""
 _POLL_SECONDS: Final = 0.5
 _LAST_RECORDS: Final = 20
 """How many records at a partition's end are searched for one with a position."""
@@ -142,7 +139,7 @@ def _scan(truncate: Truncate, partition: int, chunks: Iterable[Sequence[Message]
 
 def _decoded(chunks: Iterable[Sequence[Message]]) -> Iterator[tuple[Message, Decoded]]:
     """Yield each record with its change; a chunk is read when the one before it is used up."""
-    decoder = RecordDecoder(ChangeDecoder())
+    decoder = RecordDecoder()
     for messages in chunks:
         yield from zip(messages, decoder.decode(messages), strict=True)
 
@@ -203,7 +200,7 @@ class OrderedTruncates:
         write: Callable[[Batch], None],
         keep_polling: Callable[[float], None],
         record: Callable[[int, int, Mapping[int, int]], None],
-        wait_seconds: float = _WAIT_SECONDS,
+        wait_seconds: float,
     ) -> None:
         self._consumer = consumer
         self._write = write
@@ -226,7 +223,7 @@ class OrderedTruncates:
             if earlier is None:
                 break
             truncate = earlier
-        decoder = RecordDecoder(ChangeDecoder(), self._consumer.kafka)
+        decoder = RecordDecoder(self._consumer.kafka)
 
         def batch_of(messages: list[Message]) -> Batch:
             batch = Batch()

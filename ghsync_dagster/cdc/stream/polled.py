@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Final
 
 from ghsync_dagster.cdc.stream.batch import Batch, RecordDecoder, newest_positions
 from ghsync_dagster.cdc.stream.group import next_offsets
-from ghsync_dagster.domain.envelope import ChangeDecoder
 
 if TYPE_CHECKING:
     from confluent_kafka import Message
@@ -48,7 +47,7 @@ class PolledRecords:
         self.is_stale = False
         """Whether the records are dropped, and polling goes on from the committed offsets before anything else."""
         self._consumer, self._writer, self._in_flight, self._reader = consumer, writer, in_flight, reader
-        self._decoder = RecordDecoder(ChangeDecoder(), consumer.kafka)
+        self._decoder = RecordDecoder(consumer.kafka)
         self._has_more = False
         """Whether more records wait in this process to be polled."""
 
