@@ -3,7 +3,7 @@
 Belongs here: which command carries out which step, for many keys at once. Not here: the order of the steps, which is in
 the tables; where changes come from; what becomes of those that the database refuses.
 
-Keys are independent of each other, so a step is taken for all keys before the next one. After any error the whole
+Keys are independent of each other, so each step is executed for all keys before the next one. After any error the whole
 segment is to be applied again.
 """
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class GroupFence:
-    """Until when the group is sure to take this consumer for the owner of its partitions.
+    """How long the group certainly counts this consumer as the owner of its partitions.
 
     Args:
         session_seconds: How long the group waits for a silent consumer.

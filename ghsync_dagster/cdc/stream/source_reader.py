@@ -342,7 +342,7 @@ class SourceReader:
             with self._changed:
                 leave_out = [key for claim in self._claims for key in claim.requests]
             leave_out += [key for key, (until, _) in self._locked.items() if until > now]
-            # To look for open requests costs the store more than to give many of them.
+            # Finding open requests costs the store more than returning many of them.
             self._open = self._requests.open_requests(_CHUNKS * CHUNK, leave_out=leave_out)
         keys = list(islice(self._open, self._chunk))
         # A token that is old by now gets no fence: its user is claimed again.
