@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,13 +121,24 @@ def test_a_second_daemon_on_an_instance_is_refused_while_the_first_lives(setting
         dev.serve(settings, free_port(), "warning")
 
 
-def runner(home: Path, *ignored: str) -> subprocess.Popen[str]:
-    """Start RUNNER and wait until it runs."""
+@contextmanager
+def runner(home: Path, *ignored: str) -> Iterator[subprocess.Popen[str]]:
+    """Start RUNNER with these signals ignored and no other, wait until it runs, and end it whatever happens."""
     command = [sys.executable, "-c", RUNNER, str(home), str(free_port()), *ignored]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert running.stdout is not None
-    assert running.stdout.readline() == "runs\n"
-    return running
+    # Who starts the tests may ignore signals, as nohup does, and RUNNER would then too.
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
+    try:
+        running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    with running:
+        assert running.stdout is not None
+        try:
+            assert running.stdout.readline() == "runs\n"
+            yield running
+        finally:
+            running.kill()
 
 
 @pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM", "SIGHUP"])
@@ -144,7 +156,6 @@ def test_a_closed_terminal_is_ignored_where_nohup_says_so(tmp_path: Path) -> Non
     with runner(tmp_path, "SIGHUP") as running:
         assert running.stdout is not None
         assert running.stdout.readline() == "1 0 0\n"
-        running.terminate()
 
 
 class Late(http.server.BaseHTTPRequestHandler):
