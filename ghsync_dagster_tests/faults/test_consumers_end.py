@@ -66,7 +66,7 @@ class Member:
         consumer = TopicConsumer(self._topic.kafka, assigned=nothing, revoked=nothing, lost=nothing)
         try:
             while not self.stop.is_set():
-                consumer.take(10, 0.1)
+                consumer.poll(10, 0.1)
         except GhsyncError:
             # The topic is deleted under some of them.
             self.stop.wait()

@@ -286,7 +286,7 @@ def test_a_drain_of_a_topic_that_was_made_anew_is_no_success(topic: Topic, parts
         parts.consumer(topic).run(threading.Event(), until_end=True, seconds=20)
     assert topic.committed() == 1_000
     backlog = read_backlog(topic.kafka)
-    assert (backlog.anew, backlog.waiting) == (1, records)
+    assert (backlog.recreated, backlog.waiting) == (1, records)
     found = kafka_lag(backlog, limit=10)
     assert not found.passed
     assert "recreated" in found.summary
@@ -517,7 +517,7 @@ def failing(code: int) -> Callable[..., Any]:
 def joined(topic: Topic) -> TopicConsumer:
     """Return a consumer that has its partitions."""
     consumer = TopicConsumer(topic.kafka, assigned=lambda _: None, revoked=lambda _: None, lost=lambda _: None)
-    until(lambda: consumer.take(1, 0.05) == [] and bool(consumer.partitions))
+    until(lambda: consumer.poll(1, 0.05) == [] and bool(consumer.partitions))
     return consumer
 
 
@@ -541,7 +541,7 @@ def test_a_consumer_without_records_tells_the_group_that_it_lives_as_often_as_is
         beats.clear()
         # As long as the interval: at the latest every second look finds it over.
         for _ in range(looks):
-            assert consumer.take(1, 0.1) == []
+            assert consumer.poll(1, 0.1) == []
     # Unasked, one comes every half a second.
     assert len(beats) > looks // 3
 
@@ -558,14 +558,14 @@ def test_records_are_fetched_at_once_when_a_pause_ends(pause: str, topic: Topic)
 
     def comes_soon() -> bool:
         last, deadline = append(), time.monotonic() + 0.3
-        until(lambda: any(message.offset() == last for message in consumer.take(100, 0.05)))
+        until(lambda: any(message.offset() == last for message in consumer.poll(100, 0.05)))
         return time.monotonic() < deadline
 
     def soon_after_pause() -> bool:
         consumer.pause()
         append()
         # Its end is told to the library's thread, which then sees that nothing is to be fetched.
-        until(lambda: consumer.take(1, 0.05) == [])
+        until(lambda: consumer.poll(1, 0.05) == [])
         consumer.resume()
         return comes_soon()
 
@@ -573,17 +573,17 @@ def test_records_are_fetched_at_once_when_a_pause_ends(pause: str, topic: Topic)
         """Go on when another has come, which ends a pause that only the library knows of."""
         came, before = threading.Event(), len(given)
         with closing(member(lambda _: came.set())) as other:
-            until(lambda: other.take(1, 0.05) == [] and came.is_set())
+            until(lambda: other.poll(1, 0.05) == [] and came.is_set())
             append()
-            other.take(1, 0.05)
+            other.poll(1, 0.05)
             soon = comes_soon()
         # The next one can come only when this consumer has been told that this one went.
-        until(lambda: consumer.take(1, 0.05) == [] and len(given) >= before + 2)
+        until(lambda: consumer.poll(1, 0.05) == [] and len(given) >= before + 2)
         return soon
 
     given: list[set[int]] = []
     with closing(member(given.append)) as consumer:
-        until(lambda: consumer.take(1, 0.05) == [] and bool(consumer.partitions))
+        until(lambda: consumer.poll(1, 0.05) == [] and bool(consumer.partitions))
         soon = [soon_after_pause() if pause == "of its own" else soon_after_rebalance() for _ in range(6)]
     # Unasked, the thread looks once a second.
     assert sum(soon) >= 5, soon
@@ -601,7 +601,7 @@ def test_what_is_refused_in_a_rebalance_is_raised_when_records_are_taken_whateve
         consumer._on_revoke(inner, [])
         consumer._on_assign(inner, [])
         with pytest.raises(RefusedError):
-            consumer.take(1, 0.05)
+            consumer.poll(1, 0.05)
 
 
 def test_a_record_of_a_partition_that_goes_before_it_is_returned_is_not_returned(
@@ -617,7 +617,7 @@ def test_a_record_of_a_partition_that_goes_before_it_is_returned_is_not_returned
     topic.upsert(1)
     topic.flush()
     monkeypatch.setattr(consumer, "_consumer", Client(inner, consume=rebalance_first))
-    assert consumer.take(10, 10) == []
+    assert consumer.poll(10, 10) == []
     assert consumer.partitions == set()
     consumer.close()
 
@@ -629,12 +629,12 @@ def test_a_record_in_hand_is_not_lost_where_taking_more_fails(topic: Topic, monk
     topic.flush()
     with monkeypatch.context() as patched:
         patched.setattr(consumer, "_consumer", Client(consumer._consumer, consume=failing(KafkaError._STATE)))
-        taken = consumer.take(10, 10)
+        taken = consumer.poll(10, 10)
         with pytest.raises(UnavailableError):
-            consumer.take(10, 0)
+            consumer.poll(10, 0)
 
     def both_taken() -> bool:
-        taken.extend(consumer.take(10, 1))
+        taken.extend(consumer.poll(10, 1))
         return len(taken) == 2
 
     until(both_taken)
@@ -694,9 +694,9 @@ def test_a_member_without_partitions_leaves_at_once_so_that_nobody_waits_for_it(
     came_first: list[set[int]] = []
     came_second: list[set[int]] = []
     first = member(came_first)
-    until(lambda: not first.take(1, 0.05) and bool(came_first))
+    until(lambda: not first.poll(1, 0.05) and bool(came_first))
     second = member(came_second)
-    until(lambda: not first.take(1, 0.05) and not second.take(1, 0.05) and bool(came_second))
+    until(lambda: not first.poll(1, 0.05) and not second.poll(1, 0.05) and bool(came_second))
     assert (first.partitions, second.partitions, members(topic)) == ({0}, set(), 2)
     second.close()
     until(lambda: members(topic) == 1, topic.kafka.session_timeout_seconds / 3)

@@ -20,7 +20,7 @@ from ghsync_dagster.cdc.dead_letters.topic import read_dead_letters
 from ghsync_dagster.domain.errors import RefusedError, UnavailableError
 from ghsync_dagster.stores.kafka import topics as kafka_topics
 from ghsync_dagster.stores.kafka.client import KafkaSettings
-from ghsync_dagster.stores.kafka.topics import RecordWriter, place, read_to_end
+from ghsync_dagster.stores.kafka.topics import RecordWriter, location, read_to_end
 from ghsync_dagster_tests.support.long_campaign import HANG_SECONDS
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def test_the_places_are_those_of_the_records_where_the_topic_has_two_partitions(
     values = [b"v%d" % key for key in range(200)]
     places = writer.write((value, value, []) for value in values)
     writer.close()
-    found = {place(message): message.value() for message in read_to_end(topic.kafka, writer.topic)}
+    found = {location(message): message.value() for message in read_to_end(topic.kafka, writer.topic)}
     assert [found[at] for at in places] == values
 
 

@@ -68,7 +68,7 @@ def _closed(index: LetterIndex, letters: Iterable[tuple[Letter, str]]) -> Iterat
 def _applied_after(kafka: KafkaSettings, store: UserStore, index: LetterIndex, letters: list[Letter]) -> Applied:
     """Return what the group has applied since the first of some letters, as far as it concerns their users."""
     from ghsync_dagster.stores.kafka.backlog import read_backlog
-    from ghsync_dagster.stores.kafka.topics import place, read_ranges, timestamp_ms
+    from ghsync_dagster.stores.kafka.topics import location, read_ranges, timestamp_ms
     from ghsync_dagster.stores.mongo.books import GroupBook
 
     starts: dict[int, int] = {}
@@ -77,20 +77,20 @@ def _applied_after(kafka: KafkaSettings, store: UserStore, index: LetterIndex, l
     ranges = {
         found.partition: (max(found.low, starts[found.partition]), found.committed)
         for found in read_backlog(kafka).partitions
-        if found.partition in starts and found.committed is not None and not found.is_anew
+        if found.partition in starts and found.committed is not None and not found.is_recreated
     }
     users = {letter.user for letter in letters if letter.user is not None}
     dead = {(letter.partition, letter.offset) for letter in index.of_users(users) if letter.topic == kafka.topic}
     applied, decoder = Applied(kafka.topic), ChangeDecoder()
     for message in read_ranges(kafka, kafka.topic, ranges):
-        if place(message) in dead:
+        if location(message) in dead:
             continue
         try:
             change = decoder.decode(as_bytes(message.key()), as_bytes(message.value()))
         except UndecodableError:
             continue
         if change.key in users or change.kind is RecordKind.TRUNCATE:
-            partition, offset = place(message)
+            partition, offset = location(message)
             applied.add(change, partition, Mark(offset, timestamp_ms(message)))
     add_other_partitions(applied, GroupBook(store), kafka.group_name)
     return applied

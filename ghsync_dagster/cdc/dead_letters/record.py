@@ -103,9 +103,9 @@ def dead_letter(message: Message, kind: str, text: str) -> DeadLetter:
         kind: The slug of the reason.
         text: The reason in words.
     """
-    from ghsync_dagster.stores.kafka.topics import place, timestamp_ms
+    from ghsync_dagster.stores.kafka.topics import location, timestamp_ms
 
-    partition, offset = place(message)
+    partition, offset = location(message)
     return DeadLetter(
         topic=str(message.topic()),
         partition=partition,
@@ -122,7 +122,7 @@ def dead_letter(message: Message, kind: str, text: str) -> DeadLetter:
 
 def parse(message: Message) -> DeadLetter | None:
     """Return the dead letter that a record of the dead-letter topic is; None where it is none of ours."""
-    from ghsync_dagster.stores.kafka.topics import place
+    from ghsync_dagster.stores.kafka.topics import location
 
     headers = _headers(message)
     # Ours are the last ones: a record that was a dead letter before brought those of that time.
@@ -140,7 +140,7 @@ def parse(message: Message) -> DeadLetter | None:
             kind=ours["error.kind"],
             text=ours["error.text"],
             failed_at=ours["failed_at"],
-            place=place(message),
+            place=location(message),
         )
     except (KeyError, ValueError):
         return None

@@ -72,13 +72,13 @@ def kafka_lag(backlog: Backlog, limit: int, *, is_another: bool = False, placed:
         is_another: Whether the topic is another one than the group has consumed.
         placed: The partitions in which the group had a place before.
     """
-    forgotten = set() if is_another else backlog.unplaced.intersection(placed)
+    forgotten = set() if is_another else backlog.uncommitted.intersection(placed)
     worst = sorted(
         backlog.partitions,
-        key=lambda found: (not found.is_anew, found.partition not in forgotten, -found.lost, -found.waiting),
+        key=lambda found: (not found.is_recreated, found.partition not in forgotten, -found.lost, -found.waiting),
     )
     lost = f"; {backlog.lost} were removed from the topic before they were applied" if backlog.lost else ""
-    is_anew = is_another or backlog.anew > 0
+    is_anew = is_another or backlog.recreated > 0
     anew = "; the topic was recreated, and the group's place is none of it" if is_anew else ""
     gone = f"; the group's place in {len(forgotten)} partitions is forgotten" if forgotten else ""
     is_gone = bool(backlog.lost or is_anew or forgotten)
@@ -95,9 +95,9 @@ def kafka_lag(backlog: Backlog, limit: int, *, is_another: bool = False, placed:
         },
         passed=passed,
         offenders=[
-            {**asdict(found), "waiting": found.waiting, "lost": found.lost, "anew": found.is_anew}
+            {**asdict(found), "waiting": found.waiting, "lost": found.lost, "anew": found.is_recreated}
             for found in worst
-            if found.waiting or found.lost or found.is_anew or found.partition in forgotten
+            if found.waiting or found.lost or found.is_recreated or found.partition in forgotten
         ],
         way_out="Take a new snapshot, and let a new group begin at the beginning; see docs/operate/runbook.md."
         if is_gone

@@ -143,14 +143,14 @@ class DeadLetters:
             self._users -= users - {letter.user for letter in self._index.open_of(users)}
 
     def _applied(self, batch: Batch, users: set[str], refused: Iterable[DeadLetter]) -> Applied:
-        from ghsync_dagster.stores.kafka.topics import place, timestamp_ms
+        from ghsync_dagster.stores.kafka.topics import location, timestamp_ms
 
         dead = {(letter.partition, letter.offset) for letter in refused}
         applied = Applied(self._kafka.topic)
         for message, change in zip(batch.messages, batch.changes, strict=True):
             if type(change) is not Change or not (change.key in users or change.kind is RecordKind.TRUNCATE):
                 continue
-            partition, offset = place(message)
+            partition, offset = location(message)
             if (partition, offset) not in dead:
                 applied.add(change, partition, Mark(offset, timestamp_ms(message)))
         add_other_partitions(applied, self._book, self._kafka.group_name)

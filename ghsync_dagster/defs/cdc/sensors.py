@@ -174,10 +174,10 @@ def _waiting(settings: Settings) -> int | None:
 
 def _kafka_is_missing(settings: Settings) -> str | None:
     """Return why Kafka can't be used now, None where it can."""
-    from ghsync_dagster.stores.kafka.backlog import ask_for_topic
+    from ghsync_dagster.stores.kafka.backlog import require_topic
 
     try:
-        ask_for_topic(existing_kafka(settings), seconds=_PROBE_SECONDS)
+        require_topic(existing_kafka(settings), seconds=_PROBE_SECONDS)
     except TransientError as error:
         return str(error)
     return None

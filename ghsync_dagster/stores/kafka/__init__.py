@@ -1,1 +1,1 @@
-"""Kafka: clients, topics, and how far a group is."""
+"""Kafka: clients, topics, and the lag of a group."""

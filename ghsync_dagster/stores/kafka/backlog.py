@@ -1,7 +1,7 @@
-"""The backlog: how many changes wait for the group, asked from the brokers without joining it.
+"""The backlog: how many changes wait for the group, read from the brokers without joining it.
 
-Belongs here: where partitions end and what the group has committed. Not here: how much is too much, and the lag that a
-running consumer tells of itself (``cdc.stream.listener``).
+Belongs here: where partitions end and what the group has committed. Not here: which lag is too high, and the lag that
+a running consumer reports (``cdc.stream.listener``).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class PartitionBacklog:
         partition: Its number.
         low: The first offset that it holds.
         end: The offset of the next record to come.
-        committed: The offset that the group goes on from; None where it has never committed.
+        committed: The group's committed offset; None where there is none.
     """
 
     partition: int
@@ -35,14 +35,14 @@ class PartitionBacklog:
     committed: int | None
 
     @property
-    def is_anew(self) -> bool:
-        """Whether the group's place is beyond the end: it is one of a topic that is gone, recreated since."""
+    def is_recreated(self) -> bool:
+        """Whether the committed offset is beyond the end: it belongs to a deleted topic of the same name."""
         return self.committed is not None and self.committed > self.end
 
     @property
     def waiting(self) -> int:
         """Records that the group has not applied."""
-        begin = self.low if self.committed is None or self.is_anew else max(self.committed, self.low)
+        begin = self.low if self.committed is None or self.is_recreated else max(self.committed, self.low)
         return self.end - begin
 
     @property
@@ -76,13 +76,13 @@ class Backlog:
         return sum(partition.lost for partition in self.partitions)
 
     @property
-    def anew(self) -> int:
-        """How many partitions are of a topic that was recreated, which the group does not know."""
-        return sum(partition.is_anew for partition in self.partitions)
+    def recreated(self) -> int:
+        """How many partitions have a committed offset beyond their end, as the topic was recreated."""
+        return sum(partition.is_recreated for partition in self.partitions)
 
     @property
-    def unplaced(self) -> set[int]:
-        """The partitions in which the brokers know no place of the group."""
+    def uncommitted(self) -> set[int]:
+        """The partitions without a committed offset."""
         return {partition.partition for partition in self.partitions if partition.committed is None}
 
     def ends(self) -> dict[int, int]:
@@ -96,17 +96,17 @@ class Backlog:
 
 
 def read_backlog(kafka: KafkaSettings) -> Backlog:
-    """Ask how far the group is.
+    """Read the watermarks and the group's committed offsets.
 
     Raises:
         UnavailableError: No broker can be reached, or there is no such topic.
         RefusedError: The credentials or rights are refused.
         ConfigError: A setting is wrong.
     """
-    from confluent_kafka import Consumer, TopicPartition
+    from confluent_kafka import Consumer
 
-    from ghsync_dagster.stores.kafka.client import client_config, committed_offset, kafka_errors
-    from ghsync_dagster.stores.kafka.topics import bounds_of, partitions_of
+    from ghsync_dagster.stores.kafka.client import client_config, kafka_errors
+    from ghsync_dagster.stores.kafka.topics import committed_offsets, partitions_of, watermarks
 
     what = f"Asking how far {kafka.group_id} is in {kafka.topic}"
     with kafka_errors(what):
@@ -114,20 +114,19 @@ def read_backlog(kafka: KafkaSettings) -> Backlog:
         consumer = Consumer({**client_config(kafka), "group.id": kafka.group_id, "enable.auto.commit": False})
         try:
             partitions = partitions_of(consumer, kafka.topic, kafka.timeout_seconds)
-            places = [TopicPartition(kafka.topic, number) for number in partitions]
-            # The commits first: what is committed meanwhile may count as waiting, never the other way round.
-            committed = consumer.committed(places, timeout=kafka.timeout_seconds)
-            found = []
-            for place in committed:
-                low, end = bounds_of(consumer, kafka.topic, place.partition, kafka.timeout_seconds)
-                found.append(PartitionBacklog(place.partition, low, end, committed_offset(place, what)))
+            # Committed offsets first: a record that is committed meanwhile counts as waiting, none is left out.
+            committed = committed_offsets(consumer, kafka, partitions, what)
+            found = tuple(
+                PartitionBacklog(number, *watermarks(consumer, kafka.topic, number, kafka.timeout_seconds), offset)
+                for number, offset in committed.items()
+            )
         finally:
             consumer.close()
-    return Backlog(kafka.topic, kafka.group_id, tuple(found))
+    return Backlog(kafka.topic, kafka.group_id, found)
 
 
 def await_no_lag(kafka: KafkaSettings, seconds: float) -> int:
-    """Wait until no change waits for the group, at most so long; return how many wait then.
+    """Wait at most ``seconds`` until no change waits for the group; return how many wait then.
 
     Raises:
         GhsyncError: As ``read_backlog`` does.
@@ -138,11 +137,11 @@ def await_no_lag(kafka: KafkaSettings, seconds: float) -> int:
     return waiting
 
 
-def ask_for_topic(kafka: KafkaSettings, *, seconds: float) -> None:
-    """Ask the brokers for the topic.
+def require_topic(kafka: KafkaSettings, *, seconds: float) -> None:
+    """Check that the brokers answer and have the topic.
 
     Args:
-        kafka: Which topic, and how to get there.
+        kafka: The topic and the connection settings.
         seconds: How long to wait for an answer.
 
     Raises:

@@ -40,7 +40,7 @@ _WRONG: Final = {
     KafkaError.INCONSISTENT_GROUP_PROTOCOL: "Give KAFKA_GROUP_ID to ghsync alone: another program is in the group.",
 }
 DENIED: Final = frozenset({KafkaError.POLICY_VIOLATION, KafkaError.INVALID_CONFIG, KafkaError.INVALID_RECORD})
-"""What brokers answer that do not allow a topic's settings, or a record."""
+"""Errors of brokers that do not allow a topic's settings, or a record."""
 _TOO_LARGE: Final = frozenset({KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE})
 _NO_TOPIC: Final = frozenset(
     {
@@ -52,20 +52,20 @@ _NO_TOPIC: Final = frozenset(
 _REQUEST_SECONDS: Final = 10.0
 DELIVERY_SECONDS: Final = 20.0
 LARGEST_BYTES: Final = 100_000_000
-"""Just below what a broker takes in one request by default."""
+"""Just below the largest request that a broker accepts by default."""
 _POLL_LIMIT_SECONDS: Final = 120.0
-"""How long a consumer may go without asking for records before the group takes it for hung."""
+"""How long a consumer may go without a poll before the group removes it as hung."""
 
 
 @dataclass(frozen=True, slots=True)
 class KafkaSettings:
-    """Which topic, as which group, and how to get there.
+    """The topic, the group, and the connection settings.
 
     Attributes:
         bootstrap_servers: Brokers, host:port, comma-separated.
         topic: The topic of changes.
         group_id: The consumer group.
-        session_timeout_seconds: How long the group waits for a silent consumer.
+        session_timeout_seconds: After how long without a heartbeat the group removes a consumer.
         timeout_seconds: How long one request waits for a broker.
         security_protocol: PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL.
         sasl_mechanism: PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512.
@@ -98,15 +98,15 @@ class KafkaSettings:
 
     @property
     def group_name(self) -> str:
-        """What names the group and its topic in the database."""
+        """The name of the group and its topic in the database."""
         return f"{self.group_id}/{self.topic}"
 
 
 def client_config(kafka: KafkaSettings) -> dict[str, Any]:
-    """Return what every client of ours is configured with: the way to the brokers. It holds secrets.
+    """Return the configuration that all our clients share, with secrets.
 
     Raises:
-        ConfigError: SASL is asked for without mechanism, user or password.
+        ConfigError: SASL lacks mechanism, user or password.
     """
     config: dict[str, Any] = {
         "bootstrap.servers": kafka.bootstrap_servers,
@@ -115,7 +115,7 @@ def client_config(kafka: KafkaSettings) -> dict[str, Any]:
         "reconnect.backoff.ms": 100,
         "reconnect.backoff.max.ms": 1_000,
         "socket.keepalive.enable": True,
-        # The library would write to standard error itself; what matters comes as errors.
+        # The library would log to standard error; errors that matter reach our callbacks.
         "log_level": 2,
     }
     if kafka.security_protocol.startswith("SASL"):
@@ -140,19 +140,19 @@ def client_config(kafka: KafkaSettings) -> dict[str, Any]:
 
 
 def consumer_config(kafka: KafkaSettings) -> dict[str, Any]:
-    """Return the configuration of the group's consumer: nothing is committed or reset unasked."""
+    """Return the configuration of the group's consumer: it never commits or resets an offset by itself."""
     session_ms = int(kafka.session_timeout_seconds * 1000)
     return {
         **client_config(kafka),
         "group.id": kafka.group_id,
         "partition.assignment.strategy": "cooperative-sticky",
         "session.timeout.ms": session_ms,
-        # How soon a consumer learns that partitions are free for it.
+        # A consumer learns of a rebalance by the answer to a heartbeat.
         "heartbeat.interval.ms": min(100, session_ms // 3),
         "max.poll.interval.ms": max(int(_POLL_LIMIT_SECONDS * 1000), 2 * session_ms),
         "enable.auto.commit": False,
         "enable.auto.offset.store": False,
-        # A place that is gone from the topic must be told, not skipped.
+        # A committed offset that is no longer in the topic must be an error, not skipped.
         "auto.offset.reset": "error",
         "enable.partition.eof": True,
         "isolation.level": "read_committed",
@@ -166,7 +166,7 @@ def consumer_config(kafka: KafkaSettings) -> dict[str, Any]:
 
 
 def producer_config(kafka: KafkaSettings) -> dict[str, Any]:
-    """Return the configuration of a producer that loses and doubles nothing while it lives."""
+    """Return the configuration of a producer that neither loses nor repeats records while it lives."""
     return {
         **client_config(kafka),
         "enable.idempotence": True,
@@ -214,24 +214,24 @@ def kafka_error(error: KafkaError, what: str) -> GhsyncError:
     )
 
 
-def committed_offset(place: TopicPartition, what: str) -> int | None:
-    """Return the offset that a group has committed in a partition, None for nothing.
+def committed_offset(answer: TopicPartition, what: str) -> int | None:
+    """Return a group's committed offset in a partition, None where there is none.
 
     Args:
-        place: What the client answered for the partition; its own error comes without an offset.
+        answer: The client's answer for the partition: an offset or an error.
         what: What was being done.
 
     Raises:
-        UnavailableError: The brokers can't tell now.
-        RefusedError: They may not tell.
+        UnavailableError: The brokers can't answer now.
+        RefusedError: The rights are refused.
     """
-    if place.error is not None:
-        raise kafka_error(place.error, what)
-    return place.offset if place.offset >= 0 else None
+    if answer.error is not None:
+        raise kafka_error(answer.error, what)
+    return answer.offset if answer.offset >= 0 else None
 
 
 def is_no_topic(error: KafkaError) -> bool:
-    """Return whether an error of the client's says that there is no such topic or partition."""
+    """Return whether an error means that there is no such topic or partition."""
     return error.code() in _NO_TOPIC
 
 

@@ -1,4 +1,4 @@
-"""Topics and their records, outside of any group: what there is, from where to where, read once or written.
+"""Topics and their records: partitions, watermarks and offsets; reading without joining a group; writing.
 
 Not here: the member of the group that consumes the changes (``stores.kafka.consumer``), and what records mean.
 """
@@ -30,6 +30,7 @@ from ghsync_dagster.stores.kafka.client import (
     LARGEST_BYTES,
     KafkaSettings,
     client_config,
+    committed_offset,
     consumer_config,
     is_no_topic,
     kafka_error,
@@ -43,12 +44,12 @@ if TYPE_CHECKING:
 Headers = list[tuple[str, str | bytes | None]]
 
 PARTITION_EOF: Final = KafkaError._PARTITION_EOF  # noqa: SLF001  the library's own name of its local error
-"""What stands for a record where a partition ends."""
+"""The code of the event that a partition has ended."""
 _NO_ID: Final = str(Uuid(0, 0))
-_KEPT: Final = {"retention.ms": "-1", "cleanup.policy": "delete"}
+_RETAINED: Final = {"retention.ms": "-1", "cleanup.policy": "delete"}
 _LARGE: Final = {"max.message.bytes": str(LARGEST_BYTES)}
-_FEW_WAITING: Final = {"queued.max.messages.kbytes": 8_192, "queued.min.messages": 5_000}
-"""How much a reader's client fetches ahead: a reader is no faster with more."""
+_SMALL_QUEUE: Final = {"queued.max.messages.kbytes": 8_192, "queued.min.messages": 5_000}
+"""How much a reader's client fetches ahead: more makes no reader faster."""
 _NO_RIGHT: Final = frozenset({KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED})
 
 
@@ -56,7 +57,7 @@ def partitions_of(client: Consumer | AdminClient, topic: str, seconds: float) ->
     """Return the numbers of all partitions of a topic.
 
     Args:
-        client: Asks.
+        client: Sends the request.
         topic: Its name.
         seconds: How long to wait for an answer.
 
@@ -65,14 +66,14 @@ def partitions_of(client: Consumer | AdminClient, topic: str, seconds: float) ->
         RefusedError: The credentials or rights are refused.
         ConfigError: No topic can have this name.
     """
-    found, error = _look(client, topic, seconds)
+    found, error = _topic_metadata(client, topic, seconds)
     if error is not None:
         raise kafka_error(error, f"Looking for {topic}")
     return found
 
 
-def bounds_of(consumer: Consumer, topic: str, partition: int, seconds: float) -> tuple[int, int]:
-    """Return where a partition begins, and where it ends: the offset of the next record.
+def watermarks(consumer: Consumer, topic: str, partition: int, seconds: float) -> tuple[int, int]:
+    """Return a partition's low and high watermark: its first offset, and the offset of the next record to come.
 
     Raises:
         UnavailableError: There is no such partition, or no broker answers in time.
@@ -83,8 +84,24 @@ def bounds_of(consumer: Consumer, topic: str, partition: int, seconds: float) ->
     return low, high
 
 
-def _look(client: Consumer | AdminClient, topic: str, seconds: float) -> tuple[list[int], KafkaError | None]:
-    """Return the partitions of a topic, and what is wrong with it: there is none, or no right to see it."""
+def committed_offsets(
+    consumer: Consumer, kafka: KafkaSettings, partitions: Iterable[int], what: str
+) -> dict[int, int | None]:
+    """Return the group's committed offset by partition of the topic of changes, None where it has none.
+
+    Raises:
+        UnavailableError: The brokers can't answer now.
+        RefusedError: The credentials or rights are refused.
+    """
+    with kafka_errors(what):
+        found = consumer.committed(
+            [TopicPartition(kafka.topic, partition) for partition in partitions], timeout=kafka.timeout_seconds
+        )
+    return {answer.partition: committed_offset(answer, what) for answer in found}
+
+
+def _topic_metadata(client: Consumer | AdminClient, topic: str, seconds: float) -> tuple[list[int], KafkaError | None]:
+    """Return the partitions of a topic, and the error where it is not there or we may not see it."""
     with kafka_errors(f"Looking for {topic}"):
         found = client.list_topics(topic, timeout=seconds).topics[topic]
     return sorted(found.partitions), found.error
@@ -99,11 +116,11 @@ def group_members(kafka: KafkaSettings) -> int:
     """
     what = f"Asking who is in {kafka.group_id}"
     with kafka_errors(what):
-        # Kept until the answer is there: the library ends the question with the client.
+        # In a variable until the answer is there: the library cancels a request with its client.
         admin = AdminClient(client_config(kafka))
-        [asked] = admin.describe_consumer_groups([kafka.group_id], request_timeout=kafka.timeout_seconds).values()
+        [group] = admin.describe_consumer_groups([kafka.group_id], request_timeout=kafka.timeout_seconds).values()
         try:
-            return len(asked.result(kafka.timeout_seconds).members)
+            return len(group.result(kafka.timeout_seconds).members)
         except KafkaException as error:
             if error.args[0].code() == KafkaError.GROUP_ID_NOT_FOUND:
                 return 0
@@ -111,36 +128,36 @@ def group_members(kafka: KafkaSettings) -> int:
 
 
 def ensure_topic(kafka: KafkaSettings, topic: str) -> None:
-    """Make a topic of one partition that keeps records of any size permanently, unless it is there.
+    """Create a topic of one partition that keeps records of any size permanently, unless it is there.
 
-    Where the brokers allow no records of any size, it takes those that they do.
+    If the brokers refuse such a maximum size, the topic gets their default.
 
     Raises:
         UnavailableError: No broker can be reached.
         RefusedError: The credentials are refused, the brokers allow no topic that keeps records permanently, or it is
-            not there and we may not make it.
+            not there and we may not create it.
     """
     admin = AdminClient(client_config(kafka))
-    _, missing = _look(admin, topic, kafka.timeout_seconds)
+    _, missing = _topic_metadata(admin, topic, kafka.timeout_seconds)
     if missing is None:
         return
-    failed = _made(admin, topic, _KEPT | _LARGE, kafka.timeout_seconds)
+    failed = _create_topic(admin, topic, _RETAINED | _LARGE, kafka.timeout_seconds)
     if failed is not None and failed.code() in DENIED:
-        failed = _made(admin, topic, _KEPT, kafka.timeout_seconds)
+        failed = _create_topic(admin, topic, _RETAINED, kafka.timeout_seconds)
     if failed is None or failed.code() == KafkaError.TOPIC_ALREADY_EXISTS:
         return
-    # Where we may not even see it, writing to it tells whether it is there.
+    # If we may not even see the topic, it may be there all the same: writing to it shows.
     if failed.code() not in _NO_RIGHT or is_no_topic(missing):
         raise kafka_error(failed, f"Making {topic}")
 
 
-def _made(admin: AdminClient, topic: str, config: dict[str, str], seconds: float) -> KafkaError | None:
-    """Make a topic of one partition; return why it could not be made."""
+def _create_topic(admin: AdminClient, topic: str, config: dict[str, str], seconds: float) -> KafkaError | None:
+    """Create a topic of one partition; return the error if that fails."""
     wanted = NewTopic(topic, num_partitions=1, config=config)
     with kafka_errors(f"Making {topic}"):
-        [made] = admin.create_topics([wanted], request_timeout=seconds).values()
+        [created] = admin.create_topics([wanted], request_timeout=seconds).values()
     try:
-        made.result()
+        created.result()
     except KafkaException as error:
         failed: KafkaError = error.args[0]
         return failed
@@ -148,9 +165,9 @@ def _made(admin: AdminClient, topic: str, config: dict[str, str], seconds: float
 
 
 class TopicIds:
-    """The ids that topics got when they were made: another one with the same name has another id (KIP-516).
+    """The ids that topics got when they were created: a recreated topic has another id (KIP-516).
 
-    One connection is kept for all questions, until ``close``.
+    One connection serves all requests, until ``close``.
 
     Args:
         kafka: The way to the brokers.
@@ -174,18 +191,18 @@ class TopicIds:
         with kafka_errors(f"Asking for the id of {topic}"):
             self._admin = self._admin or AdminClient(client_config(self._kafka))
             seconds = self._kafka.timeout_seconds
-            [asked] = self._admin.describe_topics(TopicCollection([topic]), request_timeout=seconds).values()
-            description = asked.result()
+            [topics] = self._admin.describe_topics(TopicCollection([topic]), request_timeout=seconds).values()
+            description = topics.result()
         found = str(description.topic_id)
         return "" if found == _NO_ID else found, len(description.partitions)
 
     def close(self) -> None:
-        """Drop the connection; another question makes a new one."""
+        """Drop the connection; the next request opens a new one."""
         self._admin = None
 
 
 def ranges_of(kafka: KafkaSettings, topic: str) -> dict[int, tuple[int, int]]:
-    """Return where the partitions of a topic begin and end, empty ones too; none where there is no such topic.
+    """Return the watermarks of all partitions of a topic, empty ones too; none where there is no such topic.
 
     Raises:
         UnavailableError: No broker can be reached.
@@ -203,7 +220,7 @@ def read_to_end(kafka: KafkaSettings, topic: str, since: Mapping[int, int] | Non
     Args:
         kafka: The way to the brokers.
         topic: What to read.
-        since: Offsets by partition to begin at instead; what is gone by now is left out.
+        since: Offsets by partition to begin at instead; removed records are left out.
 
     Raises:
         UnavailableError: No broker can be reached.
@@ -241,11 +258,11 @@ def read_range(kafka: KafkaSettings, partition: int, start: int, stop: int) -> l
     return list(read_ranges(kafka, kafka.topic, {partition: (start, stop)}))
 
 
-def place(message: Message) -> tuple[int, int]:
+def location(message: Message) -> tuple[int, int]:
     """Return a record's partition and offset."""
     partition, offset = message.partition(), message.offset()
     if partition is None or offset is None:
-        raise AssertionError("what was consumed has a place")
+        raise AssertionError("a consumed record has a partition and an offset")
     return partition, offset
 
 
@@ -256,7 +273,7 @@ def timestamp_ms(message: Message) -> int | None:
 
 
 class RecordWriter:
-    """Writes records to one topic, all or an error, in one order: in its first partition. It makes a missing topic.
+    """Writes records to one topic, all or an error, in one order: in its first partition. It creates a missing topic.
 
     Args:
         kafka: The way to the brokers.
@@ -280,12 +297,12 @@ class RecordWriter:
         """
         what = f"Writing to {self.topic}"
         failed: list[KafkaError] = []
-        places: list[tuple[int, int]] = []
+        locations: list[tuple[int, int]] = []
 
         def delivered(error: KafkaError | None, message: Message) -> None:
-            # They come in order: there is one partition and an idempotent producer.
+            # Deliveries are in order: there is one partition and an idempotent producer.
             if error is None:
-                places.append(place(message))
+                locations.append(location(message))
             else:
                 failed.append(error)
 
@@ -308,10 +325,10 @@ class RecordWriter:
             if left:
                 raise UnavailableError(f"{what}: {left} records were not confirmed in time.", way_out="Run again.")
         except GhsyncError:
-            # What a failed producer still holds may be out of order: the next try begins with a new one.
+            # A failed producer may deliver what it still holds out of order, so the next try gets a new one.
             self.close()
             raise
-        return places
+        return locations
 
     def _ready(self) -> Producer:
         if self._producer is None:
@@ -331,7 +348,7 @@ class RecordWriter:
 def _reader(kafka: KafkaSettings) -> Iterator[Consumer]:
     """Open a consumer that joins no group."""
     with kafka_errors("Opening a reader"):
-        consumer = Consumer({**consumer_config(kafka), "group.id": "ghsync-reader", **_FEW_WAITING})
+        consumer = Consumer({**consumer_config(kafka), "group.id": "ghsync-reader", **_SMALL_QUEUE})
     try:
         yield consumer
     finally:
@@ -346,30 +363,30 @@ def _read(
     left = {partition: stop for partition, (_, stop) in ranges.items()}
     with kafka_errors(what):
         consumer.assign([TopicPartition(topic, partition, start) for partition, (start, _) in ranges.items()])
-    last_news = time.monotonic()
+    last_answer = time.monotonic()
     while left:
         with kafka_errors(what):
             found = consumer.consume(1_000, 0.05)
         if found:
-            last_news = time.monotonic()
-        elif time.monotonic() - last_news > 3 * kafka.timeout_seconds:
+            last_answer = time.monotonic()
+        elif time.monotonic() - last_answer > 3 * kafka.timeout_seconds:
             raise UnavailableError(f"{what}: no answer.", way_out="Check that the brokers are up; run again.")
         for message in found:
             error = message.error()
             if error is not None and error.code() != PARTITION_EOF:
                 raise kafka_error(error, what)
-            partition, offset = place(message)
+            partition, offset = location(message)
             stop = ranges[partition][1]
             if error is None and offset < stop:
                 yield message
-            # At its end a range may hold what is never delivered, such as the mark of a transaction.
+            # The last offsets of a range may hold no record, such as the marker of a transaction.
             if (offset if error else offset + 1) >= stop:
                 left.pop(partition, None)
 
 
 def _ranges(consumer: Consumer, kafka: KafkaSettings, topic: str) -> dict[int, tuple[int, int]]:
-    """Return where the partitions of a topic begin and end; none where there is no topic."""
-    partitions, error = _look(consumer, topic, kafka.timeout_seconds)
+    """Return the watermarks by partition; none where there is no topic."""
+    partitions, error = _topic_metadata(consumer, topic, kafka.timeout_seconds)
     if error is not None and not is_no_topic(error):
         raise kafka_error(error, f"Looking for {topic}")
-    return {partition: bounds_of(consumer, topic, partition, kafka.timeout_seconds) for partition in partitions}
+    return {partition: watermarks(consumer, topic, partition, kafka.timeout_seconds) for partition in partitions}
