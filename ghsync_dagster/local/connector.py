@@ -186,7 +186,7 @@ def ensure(
         UnavailableError: It is refused, fails, or does not run in time.
     """
     current = worker.config()
-    found = worker.told_state()
+    found = worker.read_state()
     state = found.state
     watched = gone is not None or state != RUNNING or found.halted
     gone = gone or frozenset()
@@ -209,7 +209,7 @@ def ensure(
         running = _await_running(worker, lambda: bool(followers() - gone))
     except UnavailableError:
         # Debezium's task may fail once as it starts right after another one has stopped.
-        if state == FAILED or worker.told_state().state != FAILED:
+        if state == FAILED or worker.read_state().state != FAILED:
             raise
         gone |= followers()
         _restart(worker, progress)
@@ -257,7 +257,7 @@ def _await_running(worker: ConnectWorker, follows: Callable[[], bool]) -> Connec
     began = since = time.monotonic()
     state = ConnectorState(NONE)
     while time.monotonic() - began < _RUNNING_SECONDS:
-        before, state = state, worker.told_state()
+        before, state = state, worker.read_state()
         # The answer may have taken long.
         now = time.monotonic()
         if state.state != before.state:
@@ -284,7 +284,7 @@ def _watch(worker: ConnectWorker, log_end: Callable[[], str | None]) -> Connecto
     began = time.monotonic()
     offset = worker.offset()
     while True:
-        state = worker.told_state()
+        state = worker.read_state()
         if state.state == FAILED:
             raise _does_not_run(state)
         now = worker.offset()
@@ -313,7 +313,7 @@ def await_settled(worker: ConnectWorker) -> ConnectorState:
         UnavailableError: The worker does not answer, or refuses to.
     """
     began = time.monotonic()
-    while (found := worker.told_state()).state not in _SETTLED:
+    while (found := worker.read_state()).state not in _SETTLED:
         if time.monotonic() - began > (_VERDICT_SECONDS if found.state in HALTED else _RUNNING_SECONDS):
             break
         time.sleep(_POLL_SECONDS)

@@ -31,9 +31,9 @@ from ghsync_dagster.logging import redact
 _REQUEST_SECONDS: Final = 10.0
 _REBALANCE_SECONDS: Final = 90.0
 _POLL_SECONDS = 0.1
-# A worker that is about to find its order anew says so with 409 to some requests and with 500 to others.
+# During a rebalance a worker answers some requests with 409 and others with 500 and this message.
 _REBALANCING: Final = "a rebalance is expected"
-_SAYS: Final = re.compile(r"[\w.$]+: *\S")
+_HAS_MESSAGE: Final = re.compile(r"[\w.$]+: *\S")
 _PASSWORD: Final = re.compile(r"(?is)(identified|password).*")
 _REASON_LIMIT: Final = 1_000
 _HEARTBEAT: Final = "heartbeat.interval.ms"
@@ -78,12 +78,12 @@ class _Root(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class CommittedOffset:
-    """The source offset that the connector goes on from.
+    """The committed offset of the connector in the binlog.
 
     Attributes:
-        text: All of it, to be compared with another one for equality only.
-        event_at: When the database wrote the last event that it covers, in seconds since 1970; None where not told.
-        position: Its place in the binlog, as ``file:position``; None where not told.
+        text: All of it, only to be compared for equality.
+        event_at: When the database wrote the last event that it covers, in seconds since 1970; None where not known.
+        position: The binlog position, as ``file:position``; None where not known.
     """
 
     text: str
@@ -97,14 +97,14 @@ class ConnectWorker:
     Args:
         url: Its address, which may hold credentials.
         timeout_seconds: How long one request may take.
-        patience_seconds: How long a request is repeated while workers find their order.
+        rebalance_seconds: How long a request is repeated while the workers rebalance.
     """
 
     def __init__(
-        self, url: str, timeout_seconds: float = _REQUEST_SECONDS, patience_seconds: float = _REBALANCE_SECONDS
+        self, url: str, timeout_seconds: float = _REQUEST_SECONDS, rebalance_seconds: float = _REBALANCE_SECONDS
     ) -> None:
         self.where = redact(url)
-        self._patience = patience_seconds
+        self._rebalance_seconds = rebalance_seconds
         self._client = client_of(url, timeout_seconds)
 
     def __enter__(self) -> Self:
@@ -118,24 +118,23 @@ class ConnectWorker:
         self._client.close()
 
     def serves(self) -> bool:
-        """Return whether a worker serves: it has read its topics and joined its group, as far as its version tells."""
+        """Return whether a worker is ready: it has read its topics and joined its group, if its version reports it."""
         try:
             health = self._client.get("/health")
             # Workers before Kafka 3.9 have no such path.
             serves = health.is_success or health.status_code == httpx.codes.NOT_FOUND
             return serves and bool(_decoded(self._client.get("/"), _Root))
-        except (httpx.HTTPError, _OtherAnswerError):
-            # Something else than a worker may answer there.
+        except (httpx.HTTPError, _NoWorkerError):
             return False
 
     def state(self) -> ConnectorState:
-        """Return the connector's state; ``UNKNOWN`` with the reason where the worker does not tell it."""
+        """Return the connector's state; ``UNKNOWN`` with the reason if the worker does not answer or refuses."""
         try:
-            return self.told_state()
+            return self.read_state()
         except UnavailableError as error:
-            return away(error, self.where)
+            return unreachable(error, self.where)
 
-    def told_state(self) -> ConnectorState:
+    def read_state(self) -> ConnectorState:
         """Return the connector's state.
 
         Raises:
@@ -143,7 +142,7 @@ class ConnectWorker:
         """
         answer = self._of_connector("status", _Status)
         if answer is None:
-            # A worker that has just begun, or got its settings, does not tell a connector's state yet.
+            # A worker that has just started, or got new settings, does not know a connector's state yet.
             return ConnectorState(NONE if self.config() is None else UNASSIGNED, where=self.where)
         halted = answer.connector.state in HALTED
         parts = [answer.connector, *answer.tasks]
@@ -151,7 +150,7 @@ class ConnectWorker:
             if part.state == FAILED:
                 return ConnectorState(FAILED, reason_of(part.trace), halted, self.where)
         others = [part.state for part in parts if part.state != RUNNING]
-        # A connector whose task is still to come does nothing yet.
+        # A connector without a task does nothing yet.
         state = others[0] if others else RUNNING if answer.tasks else UNASSIGNED
         return ConnectorState(state, halted=halted, where=self.where)
 
@@ -174,7 +173,7 @@ class ConnectWorker:
         return given.isdecimal() and int(given) > 0
 
     def offset(self) -> CommittedOffset | None:
-        """Return the connector's committed offset; None where there is none, or the worker knows no such question.
+        """Return the connector's committed offset; None where there is none, or the worker knows no such request.
 
         Raises:
             UnavailableError: The worker does not answer, or refuses to.
@@ -182,7 +181,7 @@ class ConnectWorker:
         found = self._offsets()
         if not found:
             return None
-        # The connector has one task, and that one source partition.
+        # The connector has one task with one source partition.
         newest = found[-1].offset or {}
         seconds = newest.get("ts_sec")
         return CommittedOffset(
@@ -192,7 +191,7 @@ class ConnectWorker:
         )
 
     def has_offset(self) -> bool | None:
-        """Return whether the connector has a committed offset; None where the worker knows no such question.
+        """Return whether the connector has a committed offset; None where the worker knows no such request.
 
         Raises:
             UnavailableError: The worker does not answer, or refuses to.
@@ -205,34 +204,34 @@ class ConnectWorker:
         return None if found is None else found.offsets
 
     def configure(self, config: dict[str, str]) -> None:
-        """Give the connector these settings; it is made where there is none.
+        """Give the connector these settings; create it where there is none.
 
         Raises:
             UnavailableError: The worker does not answer, or refuses them.
         """
-        self._read(self._ask("PUT", f"/connectors/{CONNECTOR}/config", config), _Named)
+        self._read(self._request("PUT", f"/connectors/{CONNECTOR}/config", config), _Named)
 
     def restart(self) -> None:
-        """Start what failed of the connector again.
+        """Restart the failed parts of the connector.
 
         Raises:
             UnavailableError: The worker does not answer, or refuses to.
         """
-        self._ask("POST", f"/connectors/{CONNECTOR}/restart?includeTasks=true&onlyFailed=true")
+        self._request("POST", f"/connectors/{CONNECTOR}/restart?includeTasks=true&onlyFailed=true")
 
     def resume(self) -> None:
-        """Let a halted connector go on.
+        """Resume a halted connector.
 
         Raises:
             UnavailableError: The worker does not answer, or refuses to.
         """
-        self._ask("PUT", f"/connectors/{CONNECTOR}/resume")
+        self._request("PUT", f"/connectors/{CONNECTOR}/resume")
 
     def _of_connector(self, what: str, kind: type[T]) -> T | None:
-        """Return what a worker tells of the connector; None where there is no such thing."""
-        answer = self._ask("GET", f"/connectors/{CONNECTOR}/{what}")
+        """Return a resource of the connector; None where the worker answers 404."""
+        answer = self._request("GET", f"/connectors/{CONNECTOR}/{what}")
         if answer.status_code == httpx.codes.NOT_FOUND:
-            # A worker says so in words; something else may know no such path.
+            # The 404 of a worker has an error code; that of another server has none.
             self._read(answer, _Refusal)
             return None
         return self._read(answer, kind)
@@ -240,14 +239,14 @@ class ConnectWorker:
     def _read(self, answer: httpx.Response, kind: type[T]) -> T:
         try:
             return _decoded(answer, kind)
-        except _OtherAnswerError:
+        except _NoWorkerError:
             raise UnavailableError(
                 f"What answers at {self.where} is no Connect worker.",
                 way_out="Correct CONNECT_URL, or look at what stands before the worker.",
             ) from None
 
-    def _ask(self, method: str, path: str, body: object = None) -> httpx.Response:
-        """Send one request and return its answer; while workers find their order, repeat it.
+    def _request(self, method: str, path: str, body: object = None) -> httpx.Response:
+        """Send one request and return its answer; repeat it while the workers rebalance.
 
         Args:
             method: HTTP's.
@@ -255,9 +254,9 @@ class ConnectWorker:
             body: Sent as JSON, if any.
 
         Raises:
-            UnavailableError: There is no answer, or it is a refusal, but for 404 to a question.
+            UnavailableError: There is no answer, or it is an error, except 404 to a GET.
         """
-        deadline = time.monotonic() + self._patience
+        deadline = time.monotonic() + self._rebalance_seconds
         while True:
             try:
                 answer = self._client.request(method, path, json=body)
@@ -283,39 +282,39 @@ class ConnectWorker:
 
 def client_of(url: str, seconds: float = _REQUEST_SECONDS) -> httpx.Client:
     """Return a client of the worker at an address."""
-    # A proxy of the environment knows no server of this machine.
+    # A proxy of the environment can't reach servers of this machine.
     return httpx.Client(base_url=url, timeout=seconds, trust_env=not url.startswith("http://127.0.0.1:"))
 
 
-def away(error: UnavailableError, where: str = "") -> ConnectorState:
-    """Return the state of a connector whose worker can't be asked."""
+def unreachable(error: UnavailableError, where: str = "") -> ConnectorState:
+    """Return the state of a connector whose worker can't be reached."""
     words = error.message.rstrip(".")
     return ConnectorState(UNKNOWN, words[:1].lower() + words[1:], where=where)
 
 
 def reason_of(trace: str) -> str:
-    """Return the first line of a Java stack trace, and its innermost cause that says anything where there is one."""
+    """Return the first line of a Java stack trace, and its innermost cause that has a message, if there is one."""
     lines = trace.strip().splitlines() or ["no reason is given"]
     causes = [line.removeprefix("Caused by: ") for line in lines if line.startswith("Caused by: ")]
-    told = [cause for cause in causes if _SAYS.match(cause)] or causes
-    # A statement that could not be parsed stands there as it is, and may quote a password in several ways.
-    found = [_PASSWORD.sub(r"\1 ***", line.rstrip(" .")) for line in (lines[0], *told[-1:])]
+    with_message = [cause for cause in causes if _HAS_MESSAGE.match(cause)] or causes
+    # A parsing error quotes the whole statement, which may hold a password in several forms.
+    found = [_PASSWORD.sub(r"\1 ***", line.rstrip(" .")) for line in (lines[0], *with_message[-1:])]
     return shortened(redact("; ".join(found)), _REASON_LIMIT)
 
 
-class _OtherAnswerError(Exception):
-    """An answer is none that a worker gives."""
+class _NoWorkerError(Exception):
+    """The answer does not come from a Connect worker."""
 
 
 def _decoded(answer: httpx.Response, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(answer.content, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise _OtherAnswerError from None
+        raise _NoWorkerError from None
 
 
 def _message(answer: httpx.Response) -> str:
     try:
         return _decoded(answer, _Message).message
-    except _OtherAnswerError:
+    except _NoWorkerError:
         return f"HTTP {answer.status_code}"

@@ -1,7 +1,7 @@
 """MySQL: the table ``Users`` that the change stream mirrors.
 
-Belongs here: single reads and transactions, and how the driver's failures translate to ours. Not here: what a
-``MYSQL_URL`` means, what is compared with what, or which changes a workload makes.
+Belongs here: single reads and transactions, and how the driver's failures translate to ours. Not here: how a
+``MYSQL_URL`` is parsed, what is compared with what, or which changes a workload makes.
 
 A row leaves this module in the shape of a stored user: ``user_id`` as a decimal string, the columns' text or None.
 Rows are ordered by the number, as the signed BIGINT key is.
@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import pymysql
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 Row = dict[str, str | None]
 Statement = tuple[str, Sequence[object]]
 """SQL with ``%s`` in the place of each value, and the values."""
-Ask = Callable[[str, Sequence[object]], Sequence[tuple[Any, ...]] | None]
-"""Sends one question with its values and returns the answer's rows; None where the server refuses this question."""
+Query = Callable[[str, Sequence[object]], Sequence[tuple[Any, ...]] | None]
+"""Runs one query with its values and returns the rows; None where the server refuses this query."""
 
 KEY_MIN: Final = -(2**63)
 KEY_MAX: Final = 2**63 - 1
@@ -44,12 +45,12 @@ KEY_MAX: Final = 2**63 - 1
 _CANONICAL: Final = re.compile(r"0|-?[1-9][0-9]{0,19}")
 _SEPARATOR: Final = b"\xff"
 _NULL: Final = b"\xfe"
-"""Bytes that no text in UTF-8 has, so that a row's bytes tell fields and nulls apart whatever the fields hold."""
-_TIMES_TO_ANSWER: Final = 6
-"""A query may take so many times as long as a connection: a count reads the whole table."""
+"""Bytes that no UTF-8 text contains, so that fields and nulls stay distinct in a row's bytes."""
+_QUERY_TIMEOUTS: Final = 6
+"""The time-out of a query, in time-outs of a connection: a count reads the whole table."""
 
 _NET_READ_ERROR: Final = range(1158, 1162)
-_AWAY: Final = frozenset(
+_UNAVAILABLE: Final = frozenset(
     {
         0,  # the driver's own: the connection is closed already
         CR.CR_CONNECTION_ERROR,
@@ -88,25 +89,25 @@ _CREDENTIALS: Final = frozenset(
     }
 )
 _NO_RIGHTS_OR_NO_SUCH: Final = frozenset({1044, 1064, 1142, 1143, 1227})
-"""The server's codes for a statement that the account may not send, or that its version does not know."""
+"""The server's codes for a statement that the account may not run, or that its version does not know."""
 _CHANGING_ACTIONS: Final = ("CASCADE", "SET NULL", "SET DEFAULT")
-_NOT_THERE: Final = frozenset({ER.BAD_DB_ERROR, ER.NO_SUCH_TABLE, ER.BAD_FIELD_ERROR})
+_MISSING: Final = frozenset({ER.BAD_DB_ERROR, ER.NO_SUCH_TABLE, ER.BAD_FIELD_ERROR})
 
 
 _LOCK_NOWAIT: Final = 3572
-"""MySQL: a row lock that is not waited for is another transaction's. MariaDB gives LOCK_WAIT_TIMEOUT for it."""
-_ALTERED_SECONDS: Final = 2
+"""MySQL: NOWAIT found a row lock of another transaction. MariaDB answers LOCK_WAIT_TIMEOUT."""
+_TABLE_LOCK_SECONDS: Final = 2
 """How long to wait for a table that is being altered."""
 
 
 class LockedRows(NamedTuple):
-    """Rows, and where the binlog ended while their keys were locked.
+    """Rows, and the binlog position while their keys were locked.
 
     Attributes:
-        rows: By ``user_id``; a key that is not there has no row.
+        rows: By ``user_id``; a missing key has no row.
         server_id: The server's ``server_id``.
         file: The binlog file that it writes.
-        pos: Where that file ended.
+        pos: The end of that file.
         gtids: The GTIDs in the binlog, in the server's own form; empty where it has none.
         read_ms: The server's clock, in milliseconds since 1970 UTC.
     """
@@ -120,7 +121,7 @@ class LockedRows(NamedTuple):
 
 
 class _Dialect(NamedTuple):
-    """What MariaDB and the MySQLs say differently."""
+    """The SQL and the error codes in which MariaDB and versions of MySQL differ."""
 
     locking: str
     locked: int
@@ -152,7 +153,7 @@ def mysql_errors(what: str) -> Iterator[None]:
     except pymysql.MySQLError as error:
         raise _translated(what, error) from None
     except OSError as error:
-        # A failing read in the middle of an answer is not wrapped by the driver.
+        # The driver does not wrap a read that fails in the middle of an answer.
         raise _unavailable(what, f"{type(error).__name__}: {error}") from None
 
 
@@ -161,9 +162,9 @@ def _translated(what: str, error: pymysql.MySQLError) -> ConfigError | RefusedEr
     text = f"code {code}: {_first_line(str(error.args[-1] if error.args else error))}"
     if problem := tls_problem(error):
         return RefusedError(f"{what}: {problem[0]}.", way_out=problem[1])
-    if code in _AWAY or isinstance(error, pymysql.InterfaceError):
+    if code in _UNAVAILABLE or isinstance(error, pymysql.InterfaceError):
         return _unavailable(what, text)
-    if code in _NOT_THERE:
+    if code in _MISSING:
         return ConfigError(
             f"{what}: {text}.", way_out="Check the database in MYSQL_URL; docs/reference/source.md describes the table."
         )
@@ -187,7 +188,7 @@ def _first_line(text: str) -> str:
 
 
 def is_key(key: str) -> bool:
-    """Return whether a ``user_id`` is one that MySQL can hold, written as this module writes it.
+    """Return whether a ``user_id`` is a signed BIGINT in canonical form.
 
     >>> [is_key(key) for key in ("42", "-7", "007", "-0", "9223372036854775808", "octo")]
     [True, True, False, False, False, False]
@@ -196,7 +197,7 @@ def is_key(key: str) -> bool:
 
 
 def _is_integer(key: str) -> bool:
-    """Return whether a ``user_id`` is written as the server writes an integer of 64 bits, with or without a sign."""
+    """Return whether a ``user_id`` is a signed or unsigned 64-bit integer in canonical form."""
     return _CANONICAL.fullmatch(key) is not None and KEY_MIN <= int(key) <= 2 * KEY_MAX + 1
 
 
@@ -216,14 +217,14 @@ class Span:
 def hash_sum(users: Iterable[Mapping[str, Any]]) -> int:
     """Return the sum of users' hashes, each the first 128 bits of SHA-256 over the five fields.
 
-    ``MySqlStore.digest`` adds up the same in SQL. Sums, since equal hashes would cancel out under XOR.
+    ``MySqlStore.digest`` computes the same in SQL. It is a sum, since equal hashes would cancel out under XOR.
 
     Raises:
         KeyError: A field is not there.
         AttributeError: A field is neither text nor None.
-        UnicodeEncodeError: A text has a half of a surrogate pair.
+        UnicodeEncodeError: A text has half of a surrogate pair.
     """
-    # One loop without calls of our own: it runs for every document of the collection.
+    # No calls of our own in the loop: it runs for every document of the collection.
     total, sha256, number = 0, hashlib.sha256, int.from_bytes
     for user in users:
         parts = [_NULL if (value := user[name]) is None else value.encode() for name in USER_FIELDS]
@@ -236,10 +237,10 @@ class _Key:
     """How the column ``user_id`` is read.
 
     Attributes:
-        text: SQL of the number, or of the text where it is none.
+        text: SQL of the number, or of the text where the type is no integer.
         order: SQL by which keys are compared: the number, or the bytes of the text, whatever its collation.
         unreadable: The condition that a key is null, or bytes that are no text.
-        limits: The least and the largest number that it holds; None where it holds none.
+        limits: The least and the largest number that it can hold; None for a type that is no integer.
     """
 
     text: str
@@ -257,12 +258,12 @@ class _Key:
         order = f"CAST({text} AS BINARY)"
         unreadable = f"{text} IS NULL"
         if kind.endswith(("binary", "blob")):
-            # One of the servers puts a question mark in the place of each byte that is no text.
+            # One of the servers replaces each byte that is no text by a question mark.
             unreadable = f"({unreadable} OR {order} <> `user_id`)"
         return cls(text, order, unreadable, None)
 
     def value(self, text: str) -> object:
-        """Return what a key's text is compared by."""
+        """Return the value by which the server compares a key."""
         return int(text) if self.limits else text.encode()
 
     def columns(self) -> str:
@@ -281,7 +282,7 @@ class _Key:
 
 
 class MySqlStore:
-    """The table of users over one connection, which is made when first needed and again after it broke.
+    """The table of users over one connection, which is opened on first use and again after it broke.
 
     Not for several threads at once. Use as a context manager, or call ``close``.
 
@@ -289,8 +290,8 @@ class MySqlStore:
         url: As ``parse_mysql_url`` reads it.
         table: The table's name.
         timeout_seconds: How long a connection may take; a query has six times as long.
-        in_database: Whether to use the URL's database. Without it the server can be asked also where there is none,
-            or the account may not use it.
+        in_database: Whether to use the URL's database. Without it, queries work also if it does not exist or
+            the account may not use it.
 
     Raises:
         ConfigError: The URL or its TLS files can't be used.
@@ -307,7 +308,7 @@ class MySqlStore:
         self._connection: Connection[Cursor] | None = None
         self._dialect: _Dialect | None = None
         self._has_locks = False
-        """Whether this connection was seen to lock rows by their key."""
+        """Whether this connection was checked to lock rows by their key."""
 
     def __enter__(self) -> MySqlStore:
         return self
@@ -328,22 +329,21 @@ class MySqlStore:
         self._run(f"Creating {self.table}", create_table(self.table))
 
     def version(self) -> str:
-        """Return what the server calls itself, such as ``11.4.5-MariaDB-log``."""
+        """Return the server's version, such as ``11.4.5-MariaDB-log``."""
         return str(self._run("Asking the version", "SELECT VERSION()")[0][0])
 
     def source(self) -> Source:
-        """Return what the server says of itself and of the table, as far as the account may ask.
+        """Return the server's settings and the table's shape, as far as the account may read them.
 
         Raises:
             UnavailableError: The server can't be reached.
             RefusedError: It refuses the account or its certificate is not trusted.
         """
-        with self._cursor("Looking at the source"):
-            assert self._connection is not None  # noqa: S101  a cursor has one
-            return read_source(_asker(self._connection), self.address.database, self._name)
+        with self._cursor("Looking at the source") as cursor:
+            return read_source(partial(_rows_if_allowed, cursor), self.address.database, self._name)
 
     def followers(self) -> frozenset[int]:
-        """Return the connections by which programs that log in as this one does read the binlog now."""
+        """Return the ids of connections of the same account that read the binlog now."""
         rows = self._run("Asking who follows", "SHOW PROCESSLIST")
         return frozenset(
             row[0] for row in rows if row[1] == self.address.user and str(row[4]).startswith("Binlog Dump")
@@ -360,7 +360,7 @@ class MySqlStore:
         return self._dialect
 
     def log_end(self) -> str | None:
-        """Return where the binlog ends now, as ``file:position``; None where none is written.
+        """Return the end of the binlog, as ``file:position``; None where none is written.
 
         Raises:
             RefusedError: The user lacks REPLICATION CLIENT, in MariaDB BINLOG MONITOR.
@@ -369,7 +369,7 @@ class MySqlStore:
         return f"{found[0][0]}:{found[0][1]}" if found else None
 
     def rows_by_id(self, keys: Iterable[str]) -> dict[str, Row]:
-        """Return the rows of ``keys``; what MySQL can't hold as a key is not there."""
+        """Return the rows of ``keys`` by ``user_id``; a key that the column can't hold has none."""
         key = self._key()
         wanted: list[object] = [
             key.value(one)
@@ -382,13 +382,13 @@ class MySqlStore:
         return {str(values[0]): _row(values) for values in self._run("Reading rows", query, (wanted,))}
 
     def digest(self, span: Span, most: int) -> tuple[int, int]:
-        """Return the count of a span's rows and their ``hash_sum``, made by the server; stop at ``most`` rows."""
+        """Return the count of a span's rows and their ``hash_sum``, computed by the server; stop at ``most`` rows."""
         key = self._key()
         if not (where := key.within(span)):
             return 0, 0
         texts = (f"IFNULL(CAST(CONVERT(`{name}` USING utf8mb4) AS BINARY), _binary 0xfe)" for name in USER_FIELDS[1:])
-        # Not MD5: MySQL 9.7 is without it.
-        # With its limit the inner query is carried out once and first: no row is hashed twice, and none beyond it.
+        # Not MD5, which MySQL 9.7 does not have.
+        # The limit makes the server run the inner query once and first, so no row is hashed twice.
         query = (
             "SELECT COUNT(*), SUM(CAST(CONV(LEFT(hash, 16), 16, 10) AS UNSIGNED)),"  # noqa: S608  only names
             " SUM(CAST(CONV(MID(hash, 17, 16), 16, 10) AS UNSIGNED))"
@@ -399,7 +399,7 @@ class MySqlStore:
         return int(count), (int(high or 0) << 64) + int(low or 0)
 
     def rows_within(self, span: Span, above: Mapping[str, str | None] | None, limit: int) -> list[Row]:
-        """Return up to ``limit`` rows of a span, in the key's own order; only those above the row ``above``."""
+        """Return up to ``limit`` rows of a span, in the order of the key; only those above the row ``above``."""
         key = self._key()
         if not (where := key.within(span)):
             return []
@@ -410,7 +410,7 @@ class MySqlStore:
         return [_row(found) for found in self._run("Reading rows", query, (*values, limit))]
 
     def rows_outside(self, limit: int) -> tuple[int, list[str]]:
-        """Return how many rows no span holds, as their key is null or no text, and up to ``limit`` of these keys."""
+        """Return how many rows are in no span, as their key is null or no text, and up to ``limit`` of these keys."""
         where = f"WHERE {self._key().unreadable}"
         ((count,),) = self._run("Counting rows", f"SELECT COUNT(*) FROM {self.table} {where}")  # noqa: S608  only names
         if not count:
@@ -426,7 +426,7 @@ class MySqlStore:
                 " WHERE TABLE_SCHEMA = DATABASE() AND TABLE_NAME = %s AND COLUMN_NAME = 'user_id'"
             )
             found = self._run("Asking the key's type", query, (self._name,))
-            # Where there is no such table, the next query says so.
+            # Without the table, the next query fails with the reason.
             kind, words = (str(text).lower() for text in (found[0] if found else ("bigint", "bigint")))
             self._key_column = _Key.of(kind, "unsigned" in words)
         return self._key_column
@@ -434,14 +434,14 @@ class MySqlStore:
     def read_locked(self, keys: Iterable[str]) -> LockedRows | None:
         """Read the rows of ``keys`` and the end of the binlog while no other transaction can change these keys.
 
-        A shared lock is held on each key, and on the gap where there is no row, for one round trip. It is never waited
-        for: this connection cannot be part of a deadlock, and holds nothing up that is already at work.
+        A shared lock is held on each key, or on its gap if there is no row, for one round trip. It never waits for a
+        row lock, so it causes no deadlock and delays no running transaction.
 
         Args:
-            keys: Few, so that the locks are short; what the table cannot hold as a key has no row.
+            keys: Few, so that the locks are short. A key that the table cannot hold has no row.
 
         Returns:
-            What was read; None where another transaction has one of the keys locked, with MariaDB also the table.
+            What was read; None if another transaction has locked one of the keys, with MariaDB also the table.
 
         Raises:
             ConfigError: The server writes no binlog, or the table's engine or key gives no such locks.
@@ -451,12 +451,12 @@ class MySqlStore:
         dialect = self._dialect_of_server()
         self._require_locks()
         wanted = sorted(int(key) for key in keys if is_key(key))
-        # An index that is forced: a scan would lock every row that it passes.
+        # The index is forced, as a scan would lock every row that it reads.
         query = f"SELECT {_COLUMNS} FROM {self.table} FORCE INDEX (PRIMARY) WHERE `user_id` IN %s {dialect.locking}"  # noqa: S608  only names
         with self._cursor("Reading rows under locks") as cursor:
             statements = [
                 "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ",
-                f"SET SESSION lock_wait_timeout = {_ALTERED_SECONDS}",
+                f"SET SESSION lock_wait_timeout = {_TABLE_LOCK_SECONDS}",
                 "START TRANSACTION",
                 cursor.mogrify(query, (wanted or (0,),)),
                 dialect.binlog_end,
@@ -485,7 +485,7 @@ class MySqlStore:
         return LockedRows(by_key, int(server_id), file, pos, str(gtids or ""), int(read_ms))
 
     def _require_locks(self) -> None:
-        """See once a connection that the table's rows can be locked by their key."""
+        """Check once a connection that the table's rows can be locked by their key."""
         if self._has_locks:
             return
         source = self.source()
@@ -517,7 +517,7 @@ class MySqlStore:
                 while cursor.nextset():
                     changed += cursor.rowcount
             except pymysql.MySQLError:
-                # The server has left out the statements after the refused one, COMMIT among them.
+                # The server has skipped the statements after the refused one, COMMIT included.
                 with suppress(pymysql.MySQLError):
                     cursor.execute("ROLLBACK")
                 raise
@@ -525,13 +525,11 @@ class MySqlStore:
 
     def _run(self, what: str, query: str, values: Sequence[object] = ()) -> Sequence[tuple[Any, ...]]:
         with self._cursor(what) as cursor:
-            # Without values the driver leaves a % in the text alone.
-            cursor.execute(query, values or None)
-            return cursor.fetchall()
+            return _rows(cursor, query, values)
 
     @contextmanager
     def _cursor(self, what: str) -> Iterator[Cursor]:
-        """Give a cursor; a connection whose state is unknown after an error is closed."""
+        """Yield a cursor; close a connection whose state is unknown after an error."""
         with mysql_errors(f"{what} of {self.address}"):
             if self._connection is None:
                 self._connection = self._connect()
@@ -539,7 +537,7 @@ class MySqlStore:
                 with self._connection.cursor() as cursor:
                     yield cursor
             except pymysql.DatabaseError as error:
-                if error.args and error.args[0] in _AWAY:
+                if error.args and error.args[0] in _UNAVAILABLE:
                     self.close()
                 raise
             except BaseException:
@@ -551,9 +549,9 @@ class MySqlStore:
             self.address,
             self._tls,
             seconds=self._timeout,
-            answer_seconds=self._timeout * _TIMES_TO_ANSWER,
+            answer_seconds=self._timeout * _QUERY_TIMEOUTS,
             database=self.address.database if self._in_database else None,
-            # FOUND_ROWS: an update that leaves its row as it was has touched it all the same.
+            # FOUND_ROWS: an update counts its row also if it changes nothing.
             client_flag=CLIENT.MULTI_STATEMENTS | CLIENT.FOUND_ROWS,
         )
 
@@ -566,38 +564,38 @@ def _row(values: tuple[Any, ...]) -> Row:
     return dict(zip(USER_FIELDS, (str(key), *texts), strict=True))
 
 
-def read_source(ask: Ask, database: str, table: str) -> Source:
-    """Ask the server about itself and the table, each time anew.
+def read_source(query: Query, database: str, table: str) -> Source:
+    """Read the server's settings and the table's shape.
 
     Args:
-        ask: Leads to the server.
-        database: Holds the table.
+        query: Runs a query.
+        database: The table's database.
         table: The table of users.
     """
-    version = str((ask("SELECT VERSION()", ()) or [("",)])[0][0])
-    settings = ask("SHOW GLOBAL VARIABLES WHERE Variable_name IN %s", (SETTINGS,)) or ()
-    cipher = ask("SHOW SESSION STATUS LIKE 'Ssl_cipher'", ()) or ()
-    binlog = _first_answer(ask, "SHOW BINARY LOG STATUS", "SHOW MASTER STATUS")
-    replica = _first_answer(ask, "SHOW REPLICA STATUS", "SHOW SLAVE STATUS")
-    # Where names have no case the server may hold another one than was asked for; the exact name comes first.
-    found = ask(
+    version = str((query("SELECT VERSION()", ()) or [("",)])[0][0])
+    settings = query("SHOW GLOBAL VARIABLES WHERE Variable_name IN %s", (SETTINGS,)) or ()
+    cipher = query("SHOW SESSION STATUS LIKE 'Ssl_cipher'", ()) or ()
+    binlog = _first_answer(query, "SHOW BINARY LOG STATUS", "SHOW MASTER STATUS")
+    replica = _first_answer(query, "SHOW REPLICA STATUS", "SHOW SLAVE STATUS")
+    # On a server without case in names, the table's name may have another case. The exact name comes first.
+    found = query(
         "SELECT TABLE_NAME, TABLE_TYPE, ENGINE FROM information_schema.TABLES WHERE TABLE_SCHEMA = %s"
         " AND LOWER(TABLE_NAME) = LOWER(%s) ORDER BY BINARY TABLE_NAME = BINARY %s DESC",
         (database, table, table),
     )
     name, kind, engine = ([str(part or "") for part in found[0]]) if found else ("", "", "")
     of_table = (database, name)
-    columns = ask(
+    columns = query(
         "SELECT COLUMN_NAME, DATA_TYPE, COLUMN_TYPE, IS_NULLABLE FROM information_schema.COLUMNS"
         " WHERE TABLE_SCHEMA = %s AND TABLE_NAME = %s ORDER BY ORDINAL_POSITION",
         of_table,
     )
-    indexes = ask(
+    indexes = query(
         "SELECT INDEX_NAME, COLUMN_NAME FROM information_schema.STATISTICS WHERE NON_UNIQUE = 0"
         " AND TABLE_SCHEMA = %s AND TABLE_NAME = %s ORDER BY INDEX_NAME <> 'PRIMARY', INDEX_NAME, SEQ_IN_INDEX",
         of_table,
     )
-    actions = ask(
+    actions = query(
         "SELECT CONSTRAINT_NAME, DELETE_RULE, UPDATE_RULE FROM information_schema.REFERENTIAL_CONSTRAINTS"
         " WHERE CONSTRAINT_SCHEMA = %s AND TABLE_NAME = %s ORDER BY CONSTRAINT_NAME",
         of_table,
@@ -629,23 +627,21 @@ def read_source(ask: Ask, database: str, table: str) -> Source:
     )
 
 
-def _first_answer(ask: Ask, *questions: str) -> Sequence[tuple[Any, ...]] | None:
-    """Return the answer to the first question that the server's version and the account's rights allow."""
-    return next((answer for question in questions if (answer := ask(question, ())) is not None), None)
+def _first_answer(query: Query, *statements: str) -> Sequence[tuple[Any, ...]] | None:
+    """Return the rows of the first statement that the server's version and the account's rights allow."""
+    return next((rows for statement in statements if (rows := query(statement, ())) is not None), None)
 
 
-def _asker(connection: Connection[Cursor]) -> Ask:
-    """Return what sends one question over a connection; it raises the driver's own errors."""
+def _rows(cursor: Cursor, statement: str, values: Sequence[object]) -> Sequence[tuple[Any, ...]]:
+    # Without values the driver leaves a % in the text alone.
+    cursor.execute(statement, values or None)
+    return cursor.fetchall()
 
-    def ask(question: str, values: Sequence[object]) -> Sequence[tuple[Any, ...]] | None:
-        with connection.cursor() as cursor:
-            try:
-                # Without values the driver leaves a % in the text alone.
-                cursor.execute(question, values or None)
-            except pymysql.MySQLError as error:
-                if error.args and error.args[0] in _NO_RIGHTS_OR_NO_SUCH:
-                    return None
-                raise
-            return cursor.fetchall()
 
-    return ask
+def _rows_if_allowed(cursor: Cursor, statement: str, values: Sequence[object]) -> Sequence[tuple[Any, ...]] | None:
+    try:
+        return _rows(cursor, statement, values)
+    except pymysql.MySQLError as error:
+        if error.args and error.args[0] in _NO_RIGHTS_OR_NO_SUCH:
+            return None
+        raise

@@ -1,7 +1,7 @@
-"""What a ``MYSQL_URL`` says, and a connection made as it says: the one reader for the store and the local servers.
+"""Parses a ``MYSQL_URL`` and opens connections by it, for the store and the local servers.
 
-Belongs here: the URL's parts and options, the TLS context they ask for, and the driver's calls. Not here: what is asked
-over the connection, or how a failure of it is worded.
+Belongs here: the URL's parts and options, the TLS context that they need, and the driver's call. Not here: the queries,
+or how a failure of them is worded.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ _URL_FORM: Final = "mysql://user:password@host:port/new_data"
 
 @dataclass(frozen=True, slots=True)
 class MySqlAddress:
-    """What a ``MYSQL_URL`` says. Its text form shows no credentials.
+    """A parsed ``MYSQL_URL``. Its text form shows no credentials.
 
     Attributes:
         host: Name or address.
         port: TCP port.
-        user: Who connects.
-        password: Their password; empty where there is none.
-        database: Holds the table.
+        user: The account.
+        password: Its password; empty where there is none.
+        database: The database of the table.
         unix_socket: Path of a socket in place of host and port, or None.
         ssl_mode: ``DISABLED``, ``PREFERRED`` (TLS where the server has it, unverified), ``REQUIRED`` (TLS, unverified),
-            ``VERIFY_CA`` or ``VERIFY_IDENTITY``: the mysql client's words and meaning.
+            ``VERIFY_CA`` or ``VERIFY_IDENTITY``, as in the mysql client.
         ssl_ca: PEM file of the authorities, or None for the system's.
         ssl_cert: PEM file of the client's certificate, or None.
         ssl_key: PEM file of its key, or None where ``ssl_cert`` holds it.
@@ -85,7 +85,7 @@ def parse_mysql_url(url: str) -> MySqlAddress:
     ``ssl_key_password``, ``unix_socket``. As in the mysql client, an ``ssl_ca`` without a mode means ``VERIFY_CA``.
 
     Raises:
-        ConfigError: It is malformed; what is wrong is named, credentials are not shown.
+        ConfigError: It is malformed. The message names the fault and shows no credentials.
     """
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
@@ -114,7 +114,7 @@ def parse_mysql_url(url: str) -> MySqlAddress:
         port=port,
         user=parts.username,
         password=str(parts.password or ""),
-        # The library decodes user and password only.
+        # SQLAlchemy decodes user and password only.
         database=unquote(parts.database),
         ssl_mode=mode,
         **given,
@@ -122,7 +122,7 @@ def parse_mysql_url(url: str) -> MySqlAddress:
 
 
 def _options(url: str) -> dict[str, str]:
-    """Return the URL's options; the library leaves out what has no value."""
+    """Return the URL's options. SQLAlchemy would drop those without a value."""
     found = _QUERY.search(url)
     pairs = parse_qsl(found[1], keep_blank_values=True) if found else []
     names = [name for name, _ in pairs]
@@ -142,7 +142,7 @@ def _malformed(why: str) -> ConfigError:
 
 
 def tls_context(address: MySqlAddress) -> ssl.SSLContext | None:
-    """Return the context that an address asks for; None where TLS is left to the server or disabled.
+    """Return the TLS context of an address; None where TLS is left to the server or disabled.
 
     Raises:
         ConfigError: A file can't be read.
@@ -152,11 +152,11 @@ def tls_context(address: MySqlAddress) -> ssl.SSLContext | None:
     try:
         context = ssl.create_default_context(cafile=address.ssl_ca)
         if address.ssl_cert:
-            # An empty password where there is none: without one OpenSSL would ask at the terminal.
+            # Without a password OpenSSL would prompt at the terminal, so an empty one is given.
             context.load_cert_chain(address.ssl_cert, address.ssl_key, address.ssl_key_password or "")
     except (OSError, ssl.SSLError) as error:
         raise unusable_tls_files(error) from None
-    # Certificates that MySQL makes for itself lack what the strict mode of newer Pythons asks for.
+    # Certificates that MySQL generates do not pass the strict mode of newer Pythons.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     context.check_hostname = address.ssl_mode == "VERIFY_IDENTITY"
     context.verify_mode = ssl.CERT_REQUIRED if address.is_verified else ssl.CERT_NONE
@@ -180,15 +180,15 @@ def connect(
     database: str | None = None,
     client_flag: int = 0,
 ) -> Connection[Cursor]:
-    """Connect as an address says; each statement is a transaction of its own.
+    """Open a connection with autocommit.
 
     Args:
-        address: The server and who connects.
+        address: The server and the account.
         tls: From ``tls_context``.
-        seconds: How long the connection may take.
+        seconds: How long connecting may take.
         answer_seconds: How long an answer may take.
-        database: The one in use; None for none.
-        client_flag: Capabilities of the driver's.
+        database: The default database, if any.
+        client_flag: The driver's capability flags.
 
     Raises:
         pymysql.MySQLError: The driver's own.
@@ -196,13 +196,13 @@ def connect(
     """
     import pymysql
 
-    # Given a context the driver refuses a server that offers no TLS; without one it takes TLS where there is some.
+    # With a context the driver refuses a server without TLS; without one it uses TLS if the server has it.
     wants: dict[str, Any] = {"ssl_disabled": True} if address.ssl_mode == "DISABLED" else {"ssl": tls} if tls else {}
     return pymysql.connect(
         host=address.host,
         port=address.port,
         user=address.user,
-        # As text the driver would take it for Latin-1, which is neither MySQL's nor every password.
+        # The driver would encode text as Latin-1, while MySQL uses UTF-8.
         password=address.password.encode(),
         database=database,
         unix_socket=address.unix_socket,
@@ -213,14 +213,14 @@ def connect(
         read_timeout=answer_seconds,
         write_timeout=answer_seconds,
         program_name="ghsync",
-        # A limit of the server's would cut rows off, whose users would count as removed.
+        # A default limit of the server would cut rows off, and their users would count as removed.
         init_command=f"SET SESSION sql_select_limit = {_NO_LIMIT}",
         **wants,
     )
 
 
 def tls_problem(error: Exception) -> tuple[str, str] | None:
-    """Return in words why a connection failed, and the way out, where TLS is the reason; else None."""
+    """Return why a connection failed and the way out, if TLS is the reason; else None."""
     from pymysql.constants import CR
 
     cause = getattr(error, "original_exception", error)

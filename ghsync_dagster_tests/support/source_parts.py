@@ -45,7 +45,7 @@ _SECONDS = 60.0
 
 def _state(url: str) -> ConnectorState:
     with ConnectWorker(url) as worker:
-        return worker.told_state()
+        return worker.read_state()
 
 
 class StoppedError(Exception):

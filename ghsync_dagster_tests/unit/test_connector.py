@@ -197,7 +197,7 @@ def test_a_worker_that_is_about_to_rebalance_is_asked_again(
 
 
 CALLS: dict[str, Callable[[ConnectWorker], object]] = {
-    "status": ConnectWorker.told_state,
+    "status": ConnectWorker.read_state,
     "config": ConnectWorker.config,
     "heartbeats": ConnectWorker.sends_heartbeats,
     "offset": ConnectWorker.offset,

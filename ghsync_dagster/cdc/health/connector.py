@@ -83,13 +83,13 @@ class ConnectorProbe:
 
     def state(self) -> ConnectorState:
         """Return the connector's state now; ``UNKNOWN`` where the worker does not tell it."""
-        from ghsync_dagster.stores.connect import away
+        from ghsync_dagster.stores.connect import unreachable
 
         try:
             with self._open_worker() as worker:
                 return worker.state()
         except UnavailableError as error:
-            return away(error)
+            return unreachable(error)
 
     def settled(self, seconds: float = _SETTLE_SECONDS) -> ConnectorState:
         """Return the connector's state, once it is no longer on its way to run or the time is over."""
@@ -107,7 +107,7 @@ class ConnectorProbe:
         Args:
             with_log: Whether the database is asked for the end of its binlog too.
         """
-        from ghsync_dagster.stores.connect import away
+        from ghsync_dagster.stores.connect import unreachable
 
         now = time.time()
         try:
@@ -118,7 +118,7 @@ class ConnectorProbe:
                 offset = worker.offset()
                 beats = worker.sends_heartbeats()
         except UnavailableError as error:
-            return ConnectorReport(away(error), Sample(now))
+            return ConnectorReport(unreachable(error), Sample(now))
         if offset is None:
             return ConnectorReport(state, Sample(now), blind="the worker tells no committed offset")
         log, blind = None, "the connector has no heartbeat.interval.ms"
