@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 
-from ghsync_dagster.cdc.health.audit import Patience, Sighting, Verdict, differences, is_shifted, judge, matches
+from ghsync_dagster.cdc.health.audit import KeyState, Patience, Verdict, differences, is_shifted, judge, matches
 from ghsync_dagster.domain.user import MARKER_FIELD, MARKER_VALUE, User
 from ghsync_dagster_tests.support.builders import user
 
@@ -16,18 +16,18 @@ OLD, NEW, NEWEST = user(1, "old"), user(1, "new"), user(1, "newest")
 @pytest.mark.parametrize(
     ("rows", "document", "by_file", "verdict"),
     [
-        ([NEW], NEW, False, Verdict.IN_STEP),
-        ([None], None, False, Verdict.IN_STEP),
+        ([NEW], NEW, False, Verdict.IN_SYNC),
+        ([None], None, False, Verdict.IN_SYNC),
         ([NEW], None, False, Verdict.MISSING),
         ([NEW], OLD, False, Verdict.DIFFERENT),
         ([None], NEW, False, Verdict.EXTRA),
         ([None], NEW, True, Verdict.FROM_FILES),
         # A row that changes all the time: what was there at one moment of the audit has arrived.
-        ([NEW, NEWEST], NEW, False, Verdict.IN_STEP),
+        ([NEW, NEWEST], NEW, False, Verdict.IN_SYNC),
         ([NEW, NEWEST], OLD, False, Verdict.DIFFERENT),
         ([NEW, NEWEST], None, False, Verdict.MISSING),
-        ([None, NEW], None, False, Verdict.IN_STEP),
-        ([NEW, None], NEW, False, Verdict.IN_STEP),
+        ([None, NEW], None, False, Verdict.IN_SYNC),
+        ([NEW, None], NEW, False, Verdict.IN_SYNC),
         ([NEW, None], OLD, False, Verdict.EXTRA),
         # A file's document is compared where MySQL has had a row.
         ([NEW], OLD, True, Verdict.DIFFERENT),
@@ -37,7 +37,7 @@ OLD, NEW, NEWEST = user(1, "old"), user(1, "new"), user(1, "newest")
 def test_a_key_is_judged_by_what_mysql_held_during_the_audit(
     rows: list[User | None], document: User | None, by_file: bool, verdict: Verdict
 ) -> None:
-    assert judge(Sighting(rows, document, by_file)) is verdict
+    assert judge(KeyState(rows, document, by_file)) is verdict
 
 
 def test_only_missing_extra_and_different_are_differences() -> None:

@@ -1,24 +1,24 @@
-"""The audit: whether the collection holds what MySQL's table holds, key by key, while both may change.
+"""The audit: compares the collection with MySQL's table, key by key, while both may change.
 
-Belongs here: what counts as a difference, and the two scans that find them. Not here: when the audit runs, or what a
-check makes of it. The judgement (`judge`, `differences`) is pure; `audit` reads, and writes nothing.
+Belongs here: what counts as a difference, and the scans that find differences. Not here: when the audit runs, or how a
+check judges its result. The functions `judge` and `differences` are pure. `audit` reads and writes nothing.
 
-**How.** The order of ``user_id`` as text is cut into blocks. A block's documents are read and hashed here, and MySQL
-is asked at once for count and sum of the same hashes of the same keys, which are a few ranges of its primary key
+**Blocks.** The keys are cut into blocks, in the order of ``user_id`` as text. A block's documents are read and hashed
+here. MySQL computes count and sum of the same hashes for the same keys, which are a few ranges of its primary key
 (``domain/key_order.py``). Equal blocks are done. The others are compared row by row. Each key is in exactly one block,
-and both sides of a block are read within milliseconds, so few differ while changes come. What is no text in MongoDB
-(a number as ``user_id``) and what is no key in MySQL (null) are in no block and counted by themselves. Memory is that
-of a block and of a bounded set of suspects.
+and both sides of a block are read within milliseconds, so few blocks differ while changes arrive. A ``user_id`` that is
+no text in MongoDB or null in MySQL is in no block and counted separately. Memory is that of a block and of a bounded
+set of suspects.
 
-**In flight.** A suspect is read again, MySQL first, with growing waits until the patience ends. It is in step as soon
-as its document equals a row that MySQL held at any time during the audit: everything committed before that moment has
-arrived. While few are left their documents are looked at closely during the waits, so that a row which changes all the
-time is no difference.
+**Changes in flight.** A suspect is a key that differs. It is read again, MySQL first, with growing waits until the
+patience ends. It is in sync once its document equals a row that MySQL held at any time during the audit. While few
+suspects are left, their documents are polled during the waits, so that a row which changes all the time is no
+difference.
 
-**Users that only files brought** are not in MySQL. A document without a row is theirs, and counted as ``from_files``,
-where it has an entry in ``_ghsync_versions`` or still carries a load's marker, and the stream has not recorded its
-deletion. Any other document without a row is extra: the stream should have deleted it, or somebody else wrote it.
-A user that has a row is compared whoever wrote the document.
+**Users from files** are not in MySQL. A document without a row counts as ``from_files`` if it has an entry in
+``_ghsync_versions`` or carries a load's marker, and the stream has not recorded its deletion. Any other document
+without a row is extra: the stream should have deleted it, or another writer wrote it. A user that has a row is compared
+whoever wrote the document.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ if TYPE_CHECKING:
 
 OFFENDERS: Final = 20
 MOST_OFFENDERS: Final = 100_000
-"""So many differences are kept where all are asked for."""
+"""How many differences the result holds where all are wanted."""
 _BLOCK: Final = 2_000
-"""How many documents or rows are held at once."""
+"""How many documents or rows are in memory at once."""
 _FILL: Final = 0.7
-"""How full a block is meant to be: one that is cut off at its limit has cost more than it shows."""
+"""The intended fill of a block: one that is cut off at its limit is read in part for nothing."""
 _SUSPECTS: Final = 10_000
-_FEW: Final = 100
-"""So many suspects are looked at closely while a wait lasts."""
-_CLOSE_SECONDS: Final = 0.01
+_POLLED_SUSPECTS: Final = 100
+"""Up to how many suspects are polled during a wait."""
+_POLL_SECONDS: Final = 0.01
 _SHOWN: Final = 60
 """How many characters of a value are shown."""
 _BEFORE: Final = 10
-"""How many of them come before the first character that differs."""
+"""How many of them are before the first character that differs."""
 _ABSENT: Final = object()
 
 Document = Mapping[str, Any]
@@ -66,9 +66,9 @@ log = get_logger("audit")
 
 
 class Verdict(Enum):
-    """What is said of one key."""
+    """The outcome of one key."""
 
-    IN_STEP = "in step"
+    IN_SYNC = "in sync"
     FROM_FILES = "from files"
     MISSING = "missing"
     EXTRA = "extra"
@@ -76,18 +76,18 @@ class Verdict(Enum):
 
     @property
     def is_difference(self) -> bool:
-        """Whether the two sides differ by it."""
-        return self not in (Verdict.IN_STEP, Verdict.FROM_FILES)
+        """Whether it is a difference of the two sides."""
+        return self not in (Verdict.IN_SYNC, Verdict.FROM_FILES)
 
 
 @dataclass(frozen=True, slots=True)
-class Sighting:
-    """One key as it was read, MySQL before MongoDB.
+class KeyState:
+    """What was read of one key, MySQL before MongoDB.
 
     Attributes:
         rows: What MySQL held when it was read, oldest first, at least one; None where there was no row.
         document: What MongoDB held after the last of these reads; None where there was no document.
-        by_file: Whether the document is known to be a file's: it has a version entry or the marker, and no deletion.
+        by_file: Whether a load wrote the document: it has a version entry or the marker, and no recorded deletion.
     """
 
     rows: Sequence[User | None]
@@ -102,8 +102,8 @@ class Offender:
     Attributes:
         user_id: The key.
         kind: ``missing``, ``extra`` or ``different``.
-        fields: For ``different``: each field that differs to what ``mysql`` and ``mongodb`` hold, cut to size.
-        shifted: For ``different``: values stand in each other's columns.
+        fields: For ``different``: by field that differs, the shortened values of ``mysql`` and ``mongodb``.
+        shifted: For ``different``: whether values are in each other's columns.
     """
 
     user_id: str
@@ -114,19 +114,19 @@ class Offender:
 
 @dataclass(frozen=True, slots=True)
 class AuditResult:
-    """What the audit found. The counts are exact for whatever did not change meanwhile.
+    """What the audit found. The counts are exact for all keys that did not change meanwhile.
 
     Attributes:
         rows: Rows of MySQL that were compared.
-        documents: Documents of MongoDB that were looked at.
+        documents: Documents of MongoDB that were compared.
         missing: Users with a row and no document.
-        extra: Documents with no row that no file brought, and further documents of one user.
+        extra: Documents without a row that no load wrote, and further documents of one user.
         different: Users whose document has other fields than their row.
         shifted: How many of these hold their row's values in each other's columns.
         unusual_keys: How many users with a difference have a row whose key is no signed BIGINT.
         extra_keys: The least and the largest integer among the extra users; None where there is none.
-        from_files: Documents with no row that a file brought; no difference.
-        offenders: The first of the differences, as many as were asked for.
+        from_files: Documents without a row that a load wrote; no difference.
+        offenders: The first differences, up to the limit.
         reread: Keys that were read again, because they differed at first.
         rounds: How often such keys were read again.
         seconds: How long it took.
@@ -172,15 +172,13 @@ class Patience:
 
     Attributes:
         seconds: In all, over the whole audit.
-        first_wait: Before the second reading, in seconds; each further wait is twice as long.
+        first_wait: The wait before the second reading, in seconds; each further wait is twice as long.
         longest_wait: In seconds.
-        wait: Waits so many seconds. An event's ``wait`` may be given: once it returns true, patience has ended.
     """
 
     seconds: float = 30.0
     first_wait: float = 0.05
     longest_wait: float = 2.0
-    wait: Callable[[float], object] = time.sleep
 
     def waits(self) -> Iterator[float]:
         """Yield the waits, without end."""
@@ -191,22 +189,22 @@ class Patience:
 
 
 def matches(row: User | None, document: Document | None) -> bool:
-    """Return whether a document is what a row says: equal text in all five fields, or neither is there."""
+    """Return whether a document equals a row in all five fields, or neither exists."""
     if row is None or document is None:
         return row is None and document is None
     return all(document.get(name, _ABSENT) == row[name] for name in USER_FIELDS)
 
 
-def judge(sighting: Sighting) -> Verdict:
-    """Say what a key is, from all that was read of it."""
-    if any(matches(row, sighting.document) for row in sighting.rows):
-        return Verdict.IN_STEP
-    if sighting.document is None:
+def judge(state: KeyState) -> Verdict:
+    """Return the verdict on a key from all that was read of it."""
+    if any(matches(row, state.document) for row in state.rows):
+        return Verdict.IN_SYNC
+    if state.document is None:
         return Verdict.MISSING
-    if sighting.rows[-1] is not None:
+    if state.rows[-1] is not None:
         return Verdict.DIFFERENT
-    never_in_mysql = all(row is None for row in sighting.rows)
-    return Verdict.FROM_FILES if never_in_mysql and sighting.by_file else Verdict.EXTRA
+    never_in_mysql = all(row is None for row in state.rows)
+    return Verdict.FROM_FILES if never_in_mysql and state.by_file else Verdict.EXTRA
 
 
 def differences(row: User, document: Document) -> dict[str, dict[str, str]]:
@@ -221,9 +219,9 @@ def differences(row: User, document: Document) -> dict[str, dict[str, str]]:
 
 
 def is_shifted(row: User, document: Document) -> bool:
-    """Return whether values stand in each other's columns, as after a change of the table that was read too late.
+    """Return whether values are in each other's columns, as after a schema change that the connector missed.
 
-    At least two fields differ, and at least half of these hold what the row has in another column, a text among them.
+    At least two fields differ, and at least half of these hold the row's value of another column, one of them a text.
     """
     names = USER_FIELDS[1:]
     differing = [name for name in names if document.get(name, _ABSENT) != row[name]]
@@ -261,14 +259,14 @@ def audit(
     limit: int = OFFENDERS,
     on_difference: Callable[[Offender], object] | None = None,
 ) -> AuditResult:
-    """Compare MySQL's table with the collection; see the module's words for what a difference is.
+    """Compare MySQL's table with the collection; the module's docstring defines a difference.
 
     Args:
         mysql: Open, not in use elsewhere.
         mongo: Open.
         patience: For changes in flight; 30 s when left out.
         limit: How many differences the result holds.
-        on_difference: Gets every difference as it is found. An audit that is repeated gives them again.
+        on_difference: Called with every difference as it is found. A repeated audit calls it again for each.
 
     Raises:
         UnavailableError: A server went away; the audit may be repeated.
@@ -276,7 +274,7 @@ def audit(
         ConfigError: There is no such table.
     """
     run = _Audit(mysql, mongo, patience or Patience(), limit, on_difference or (lambda _: None))
-    run.count_what_is_in_no_block()
+    run.count_outside_blocks()
     run.compare_blocks()
     result = run.result()
     log.info("compared", equal=result.equal, summary=result.summary(), reread=result.reread, rounds=result.rounds)
@@ -284,7 +282,7 @@ def audit(
 
 
 class _Block(NamedTuple):
-    """Documents, and what MySQL says of the same keys: how many rows, and the sum of their hashes."""
+    """Documents, and MySQL's count of rows and sum of hashes for the same keys."""
 
     span: Span
     documents: Sequence[Document]
@@ -320,22 +318,22 @@ class _Audit:
         self._offenders: list[Offender] = []
         self._suspects: dict[str, list[User | None]] = {}
 
-    def count_what_is_in_no_block(self) -> None:
-        """Count rows and documents that can have no counterpart, as their key is no key or no text."""
+    def count_outside_blocks(self) -> None:
+        """Count rows and documents that can have no counterpart, as their key is null or no text."""
         count, keys = self._mysql.rows_outside(_BLOCK)
         self._rows += count
         for key in keys:
-            self._count(Verdict.MISSING, Offender(key, Verdict.MISSING.value))
+            self._count(Verdict.MISSING, key)
         self._counts[Verdict.MISSING] += count - len(keys)
         self._unusual_keys += count - len(keys)
         for odd in self._mongo.ids_that_are_no_text():
             self._documents += 1
-            self._count(Verdict.EXTRA, Offender(f"{odd!r} ({type(odd).__name__})"[:_SHOWN], Verdict.EXTRA.value))
+            self._count(Verdict.EXTRA, f"{odd!r} ({type(odd).__name__})"[:_SHOWN])
 
     def compare_blocks(self) -> None:
-        """Go through all keys in the order of their text, block by block.
+        """Compare all keys block by block, in the order of their text.
 
-        MySQL hashes a block while the next one's documents are read.
+        MySQL hashes a block while the documents of the next one are read.
         """
         before: _Block | None = None
         with ThreadPoolExecutor(1, "audit-mysql") as mysql:
@@ -369,7 +367,7 @@ class _Audit:
         """Read documents in the order of text.
 
         Raises:
-            RefusedError: The server orders them otherwise, so that the two sides of a block would not be the same.
+            RefusedError: The server orders them otherwise, so the two sides of a block would have different keys.
         """
         found = self._mongo.page(after, upto, limit)
         keys = [document["user_id"] for document in found if isinstance(document["user_id"], str)]
@@ -385,18 +383,18 @@ class _Audit:
 
         count, total = block.digest.result()
         if count == len(block.documents):
-            # What is no user at all has no hash.
+            # A document without the contract's fields has no hash.
             with suppress(KeyError, AttributeError, UnicodeEncodeError):
                 if total == hash_sum(block.documents):
                     self._rows += count
                     return
         if following is not None:
-            # One connection serves one question at a time.
+            # One connection runs one query at a time.
             wait([following.digest])
         self._compare_rows(block.span, block.documents)
 
     def _compare_rows(self, span: Span, documents: Sequence[Document]) -> None:
-        """Compare a block's rows with its documents; suspect what differs."""
+        """Compare a block's rows with its documents; keys that differ become suspects."""
         by_key: dict[str, list[Document]] = {}
         for document in documents:
             by_key.setdefault(document["user_id"], []).append(document)
@@ -411,8 +409,8 @@ class _Audit:
                 key = str(row["user_id"])
                 unknown.discard(key)
                 if key == before:
-                    # Only a table without a unique key has such: the user's one document can't be that of both.
-                    self._count(Verdict.MISSING, Offender(key, Verdict.MISSING.value))
+                    # Two rows of one key, in a table without a unique key: one of them has no document.
+                    self._count(Verdict.MISSING, key)
                 elif not any(matches(row, document) for document in by_key.get(key, ())):
                     self._suspect(key, row)
                 before = key
@@ -421,36 +419,34 @@ class _Audit:
             if not is_cut:
                 break
             above = rows[-1]
-        self._sort_out(unknown)
+        by_file = self._by_file(unknown, {})
+        self._counts[Verdict.FROM_FILES] += len(by_file)
+        for key in unknown - by_file:
+            self._suspect(key, None)
         if len(self._suspects) >= _SUSPECTS:
             self._settle()
 
     def _count_repeated(self, by_key: Mapping[str, Sequence[Document]]) -> None:
-        """Count documents whose user has another one, which only the unique index rules out."""
+        """Count further documents of one user, which a collection without the unique index may hold."""
         for key, documents in by_key.items():
-            # One that was met again may have been deleted and inserted meanwhile.
+            # A document that was deleted and inserted meanwhile may be read twice.
             if len(documents) > 1 and self._mongo.count_of(key) > 1:
                 for _ in documents[1:]:
-                    self._count(Verdict.EXTRA, Offender(key, Verdict.EXTRA.value))
+                    self._count(Verdict.EXTRA, key)
 
-    def _sort_out(self, unknown: set[str]) -> None:
-        """Count those keys without a row that a file brought; suspect the others."""
-        by_file = self._by_file(unknown)
-        self._counts[Verdict.FROM_FILES] += len(by_file)
-        for key in unknown - by_file:
-            self._suspect(key, None)
-
-    def _by_file(self, keys: set[str]) -> set[str]:
-        versioned = self._mongo.versioned_among(list(keys)) if keys else set()
-        return versioned - self._mongo.deleted_among(list(versioned)) if versioned else versioned
+    def _by_file(self, keys: set[str], documents: Mapping[str, Document]) -> set[str]:
+        """Return those of ``keys`` that a load wrote, by their version or marker, and the stream did not delete."""
+        found = self._mongo.versioned_among(list(keys)) if keys else set()
+        found |= {key for key in keys if MARKER_FIELD in documents.get(key, {})}
+        return found - self._mongo.deleted_among(list(found)) if found else found
 
     def _suspect(self, key: str, row: User | None) -> None:
-        seen = self._suspects.setdefault(key, [])
-        if row not in seen[-1:]:
-            seen.append(row)
+        rows = self._suspects.setdefault(key, [])
+        if row not in rows[-1:]:
+            rows.append(row)
 
     def _settle(self) -> None:
-        """Read the suspects again until all are in step or the patience ends; count what they are then."""
+        """Read the suspects again until all are in sync or the patience ends; count their verdicts."""
         from ghsync_dagster.chunks import chunks
 
         self._reread += len(self._suspects)
@@ -461,65 +457,55 @@ class _Audit:
             self._rounds += 1
             for part in chunks(list(self._suspects)):
                 self._read_again(part, last=last)
-            ended = not last and self._watch(min(next(waits), self._patience_left))
-            self._patience_left = 0.0 if ended else self._patience_left - (time.monotonic() - began)
+            if not last:
+                self._wait(min(next(waits), self._patience_left))
+            self._patience_left -= time.monotonic() - began
 
-    def _watch(self, seconds: float) -> bool:
-        """Wait; look closely at the documents of few suspects meanwhile. Return whether patience was ended early.
+    def _wait(self, seconds: float) -> None:
+        """Wait; if the suspects are few, poll their documents meanwhile.
 
-        What a row held a moment ago is in a document that is written all the time for a moment only.
+        If a user changes all the time, its document equals a row that was read for a moment only.
         """
         ends = time.monotonic() + seconds
         while self._suspects and (left := ends - time.monotonic()) > 0:
-            close = len(self._suspects) <= _FEW
-            if self._patience.wait(min(left, _CLOSE_SECONDS) if close else left):
-                return True
-            if close:
-                self._look_at_documents(list(self._suspects))
-        return False
-
-    def _look_at_documents(self, keys: list[str]) -> None:
-        documents = self._mongo.users_by_id(keys)
-        for key in keys:
-            if judge(Sighting(self._suspects[key], documents.get(key))) is Verdict.IN_STEP:
-                del self._suspects[key]
+            if len(self._suspects) > _POLLED_SUSPECTS:
+                time.sleep(left)
+                return
+            time.sleep(min(left, _POLL_SECONDS))
+            documents = self._mongo.users_by_id(list(self._suspects))
+            for key, rows in list(self._suspects.items()):
+                if judge(KeyState(rows, documents.get(key))) is Verdict.IN_SYNC:
+                    del self._suspects[key]
 
     def _read_again(self, keys: list[str], *, last: bool) -> None:
         rows = self._mysql.rows_by_id(keys)
         documents = self._mongo.users_by_id(keys)
         rowless = {key for key in documents if key not in rows}
-        by_file = self._by_file(rowless) | self._marked(documents, rowless)
+        by_file = self._by_file(rowless, documents)
         for key in keys:
             self._suspect(key, rows.get(key))
-            sighting = Sighting(self._suspects[key], documents.get(key), key in by_file)
-            verdict = judge(sighting)
+            state = KeyState(self._suspects[key], documents.get(key), key in by_file)
+            verdict = judge(state)
             if last or not verdict.is_difference:
                 del self._suspects[key]
-                self._count(verdict, _offender(key, verdict, sighting))
+                self._count(verdict, key, state)
 
-    def _marked(self, documents: Mapping[str, Document], keys: set[str]) -> set[str]:
-        """Return those of ``keys`` that a load has not finished with, but for those that the stream deleted."""
-        marked = [key for key in keys if MARKER_FIELD in documents[key]]
-        return set(marked) - self._mongo.deleted_among(marked) if marked else set()
+    def _count(self, verdict: Verdict, key: str, state: KeyState | None = None) -> None:
+        from ghsync_dagster.stores.mysql import is_key
 
-    def _count(self, verdict: Verdict, offender: Offender) -> None:
         self._counts[verdict] += 1
         if not verdict.is_difference:
             return
+        offender = _offender(key, verdict, state)
         self._shifted += offender.shifted
-        self._note_key(verdict, offender.user_id)
-        if len(self._offenders) < self._limit:
-            self._offenders.append(offender)
-        self._on_difference(offender)
-
-    def _note_key(self, verdict: Verdict, key: str) -> None:
-        from ghsync_dagster.stores.mysql import is_key
-
         if verdict is not Verdict.EXTRA:
             self._unusual_keys += not is_key(key)
         elif is_key(key):
             least, largest = self._extra_keys or (int(key), int(key))
             self._extra_keys = min(least, int(key)), max(largest, int(key))
+        if len(self._offenders) < self._limit:
+            self._offenders.append(offender)
+        self._on_difference(offender)
 
     def result(self) -> AuditResult:
         """Return what was found."""
@@ -541,23 +527,23 @@ class _Audit:
 
 
 def _whole_keys(read: Callable[[int], Sequence[Item]]) -> tuple[Sequence[Item], bool]:
-    """Read up to a block's size without splitting what has one key; return it, and whether there is more."""
+    """Read up to a block's size without splitting the items of one key; return them, and whether there is more."""
     limit = _BLOCK
     while True:
         found = read(limit)
-        # What is no text is in no block.
+        # Keys that are no text are in no block.
         items = [item for item in found if isinstance(item["user_id"], str)]
         if len(found) < limit:
             return items, False
-        # The last key may go on beyond the limit.
+        # The last key may have more items beyond the limit.
         whole = [item for item in items if item["user_id"] != items[-1]["user_id"]]
         if whole:
             return whole, True
         limit *= 2
 
 
-def _offender(key: str, verdict: Verdict, sighting: Sighting) -> Offender:
-    row, document = sighting.rows[-1], sighting.document
+def _offender(key: str, verdict: Verdict, state: KeyState | None) -> Offender:
+    row, document = (state.rows[-1], state.document) if state else (None, None)
     if row is None or document is None:
         return Offender(key, verdict.value)
     return Offender(key, verdict.value, differences(row, document), is_shifted(row, document))

@@ -1,6 +1,6 @@
-"""Why table and collection differ: the likely causes, told by the pattern of an audit's differences.
+"""Why table and collection differ: the likely causes, by the pattern of an audit's differences.
 
-Belongs here: the judgement, pure. Not here: what finds the differences, or asks the servers.
+Belongs here: the pure judgement. Not here: what finds the differences or queries the servers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 CURE: Final = "ghsync cdc repair --from-audit"
 _BULK: Final = 100
-"""From so many extra users on they may be the rest of one statement."""
+"""From how many extra users on one statement may have deleted their rows."""
 _NEARLY_ALL: Final = 0.9
 _NO_PATTERN: Final = (
     "No cause shows: look for sessions with sql_log_bin=0 or binlog_format other than ROW, and for who else writes to "
@@ -25,12 +25,12 @@ _NO_PATTERN: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Circumstances:
-    """What the caller knows alongside the audit; each may be left out.
+    """What else may explain differences. Each attribute is optional.
 
     Attributes:
-        connector: Why the connector brings no changes, as a sentence; empty where it does, or nobody asked.
-        settings: What is wrong with the server's settings or the table's shape, a sentence each.
-        with_letters: Users that have open dead letters.
+        connector: Why the connector sends no changes, as a sentence; empty where it runs or is not known.
+        settings: Faults of the server's settings or the table's shape, a sentence each.
+        with_letters: Users with open dead letters.
     """
 
     connector: str = ""
@@ -39,11 +39,11 @@ class Circumstances:
 
 
 def likely_causes(result: AuditResult, known: Circumstances) -> list[str]:
-    """Return the likely causes of an audit's differences, a sentence each, the surest first.
+    """Return the likely causes of an audit's differences, a sentence each, the most certain first.
 
     Args:
         result: An audit's, with at least one difference.
-        known: What else is known.
+        known: What else may explain differences.
     """
     causes = [known.connector] if known.connector else []
     causes += known.settings
@@ -67,7 +67,7 @@ def likely_causes(result: AuditResult, known: Circumstances) -> list[str]:
 
 
 def _unlogged_deletes(result: AuditResult) -> str:
-    """Return in words that most differences look like deletes in bulk; empty where they do not."""
+    """Return the cause if most differences look like a bulk delete that is not in the binlog; else an empty text."""
     if result.extra < max(_BULK, _NEARLY_ALL * result.total):
         return ""
     if not result.rows:

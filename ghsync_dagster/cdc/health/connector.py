@@ -1,6 +1,6 @@
-"""Whether the stream's source goes on: the connector's state, its offset, and the database's binlog, asked together.
+"""Probes the stream's source: the connector's state, its committed offset, and the end of the database's binlog.
 
-Belongs here: what is asked, and in which order. Not here: the requests (``stores.connect``, ``stores.mysql``), what a
+Belongs here: what is read, and in which order. Not here: the requests (``stores.connect``, ``stores.mysql``), what a
 state means (``domain.connector``), and the judgement (``cdc.health.checks``).
 """
 
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 NOT_ASKED: Final = "the connector was not asked: CONNECT_URL is not set, and there is no local worker here"
 _SETTLE_SECONDS: Final = 10.0
-"""How long a connector may be on its way to run, before that is its state."""
+"""How long to wait for a connector that is starting."""
 _POLL_SECONDS: Final = 0.5
 
 log = get_logger("cdc")
 
 
 def require_stream(state: ConnectorState | None) -> None:
-    """See that changes keep coming, after what the topic holds is applied.
+    """Check that the connector runs, once all records of the topic are applied.
 
     Args:
-        state: The connector's; None where no worker is known, of which nothing is claimed.
+        state: The connector's; None where no worker is known, which is no error.
 
     Raises:
         UnavailableError: It does not run.
@@ -49,10 +49,10 @@ class ConnectorReport:
 
     Attributes:
         state: Its state.
-        sample: Where it and the database are.
+        sample: Its offset and the end of the binlog.
         event_at: When the database wrote the last event that its offset covers, in seconds since 1970; None where that
             is not known.
-        blind: What could not be looked at, in words; empty where all could.
+        blind: Why the offset or the binlog could not be read, in words; empty where both were.
     """
 
     state: ConnectorState
@@ -62,11 +62,11 @@ class ConnectorReport:
 
 
 class ConnectorProbe:
-    """Asks for the connector.
+    """Reads the state of the connector and of its database.
 
     Args:
-        open_worker: Opens its worker.
-        open_mysql: Opens the database that it follows; None where none is known.
+        open_worker: Opens a connection to its worker.
+        open_mysql: Opens a connection to the database that it follows; None where none is known.
         still_seconds: How long its offset may stand still while the database writes.
     """
 
@@ -82,7 +82,7 @@ class ConnectorProbe:
         self.still_seconds = still_seconds
 
     def state(self) -> ConnectorState:
-        """Return the connector's state now; ``UNKNOWN`` where the worker does not tell it."""
+        """Return the connector's state now; ``UNKNOWN`` where the worker does not answer."""
         from ghsync_dagster.stores.connect import unreachable
 
         try:
@@ -92,11 +92,11 @@ class ConnectorProbe:
             return unreachable(error)
 
     def settled(self, seconds: float = _SETTLE_SECONDS) -> ConnectorState:
-        """Return the connector's state, once it is no longer on its way to run or the time is over."""
+        """Return the connector's state, once it is no longer starting or the time is over."""
         deadline = time.monotonic() + seconds
         while True:
             state = self.state()
-            # A worker that restarts answers again soon.
+            # A worker that restarts is UNKNOWN for a moment only.
             if state.is_running or (state.is_stopped and state.state != UNKNOWN) or time.monotonic() > deadline:
                 return state
             time.sleep(_POLL_SECONDS)
@@ -105,7 +105,7 @@ class ConnectorProbe:
         """Return what is known now.
 
         Args:
-            with_log: Whether the database is asked for the end of its binlog too.
+            with_log: Whether to read the end of the binlog too.
         """
         from ghsync_dagster.stores.connect import unreachable
 
@@ -121,25 +121,25 @@ class ConnectorProbe:
             return ConnectorReport(unreachable(error), Sample(now))
         if offset is None:
             return ConnectorReport(state, Sample(now), blind="the worker tells no committed offset")
-        log, blind = None, "the connector has no heartbeat.interval.ms"
+        log_end, blind = None, "the connector has no heartbeat.interval.ms"
         if beats:
-            log, blind = self._log_end() if with_log else (None, "")
-        return ConnectorReport(state, Sample(now, offset.text, log, offset.position), offset.event_at, blind)
+            log_end, blind = self._log_end() if with_log else (None, "")
+        return ConnectorReport(state, Sample(now, offset.text, log_end, offset.position), offset.event_at, blind)
 
     def _log_end(self) -> tuple[str | None, str]:
         if self._open_mysql is None:
             return None, "MYSQL_URL is not set"
         try:
             with self._open_mysql() as mysql:
-                log = mysql.log_end()
+                log_end = mysql.log_end()
         except GhsyncError as error:
             return None, error.message.rstrip(".")
-        return log, "" if log else "MySQL writes no binlog"
+        return log_end, "" if log_end else "MySQL writes no binlog"
 
     def watched(self) -> tuple[ConnectorReport, float]:
         """Return the connector's report, and for how many seconds its offset has stood still while the database wrote.
 
-        Returns as soon as it is seen that it does not stand still, or does so for longer than it may.
+        It returns once the offset moves, or has stood still for longer than allowed.
         """
         self.settled()
         report = self.report()
@@ -155,12 +155,12 @@ class ConnectorProbe:
         return report, still
 
 
-def watch_connector(probe: ConnectorProbe | None, tell: Callable[[ConnectorReport], None]) -> None:
-    """Tell what is known of the connector; log where it can't be asked, since a consumer goes on without.
+def watch_connector(probe: ConnectorProbe | None, receive: Callable[[ConnectorReport], None]) -> None:
+    """Pass on the connector's report. A failure is only logged, since a consumer goes on without it.
 
     Args:
-        probe: Asks; None where no worker is known.
-        tell: Gets the report.
+        probe: Reads the state; None where no worker is known.
+        receive: Called with the report.
     """
     if probe is None:
         return
@@ -169,4 +169,4 @@ def watch_connector(probe: ConnectorProbe | None, tell: Callable[[ConnectorRepor
     except GhsyncError as error:
         log.warning("connector not asked", reason=error.message)
     else:
-        tell(report)
+        receive(report)

@@ -1,6 +1,6 @@
-"""What is known of one user: what is stored, why, and what MySQL says.
+"""One user on both sides: the stored document, its origin, and its row in MySQL.
 
-Belongs here: gathering it, reading only. Not here: a judgement over all users, which is the audit's.
+Belongs here: reading it. Not here: a judgement over all users, which is the audit's.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class KnownUser:
     Attributes:
         user_id: The user.
         stored: The stored document without ``_id``; None where there is none.
-        version: The event that a load wrote it from; None where the stream, or somebody else, wrote it.
-        deleted: Whether the stream's deletion is on record, so that no file brings the user back.
-        repair: The newest repair: its state, outcome, problem and time; None where none was asked for.
+        version: The event of the load that wrote it; None where the stream or another writer wrote it.
+        deleted: Whether the stream's deletion is recorded, so that no load inserts the user again.
+        repair: The newest repair: its state, outcome, problem and time; None where none was requested.
         open_letters: Ids of the user's open dead letters.
-        mysql: ``equal``, ``no row``, the fields that differ, or why it was not asked or gave no answer.
+        mysql: ``equal``, ``no row``, the fields that differ, or why it was not asked or did not answer.
     """
 
     user_id: str
@@ -69,16 +69,16 @@ class KnownUser:
 
 
 def known_user(store: UserStore, topic: str, user_id: str, open_mysql: Callable[[], MySqlStore] | None) -> KnownUser:
-    """Gather what is known of a user.
+    """Read what is known of a user.
 
     Args:
         store: The open store.
-        topic: The topic of changes, whose dead letters are looked up as far as they are indexed.
+        topic: The topic of changes, whose indexed dead letters are searched.
         user_id: The user.
         open_mysql: Opens the table; None where there is no MySQL here.
 
     Raises:
-        UnavailableError: MongoDB went away. MySQL's faults are told in ``mysql``.
+        UnavailableError: MongoDB went away. A fault of MySQL is in ``mysql`` instead.
     """
     stored = store.users_by_id([user_id]).get(user_id)
     letters = LetterIndex(store, topic).of_users([user_id])

@@ -1,4 +1,4 @@
-"""Asking for repairs: which users, and waiting until the owner of the partitions has carried the requests out.
+"""Requests repairs: selects users, and waits until the owner of the partitions has carried the requests out.
 
 Belongs here: what a person or a job asks for, and what became of it. Not here: carrying requests out
 (``cdc.stream``); where nobody consumes, a consumer of this process does it for as long as it takes.
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
     from ghsync_dagster.stores.mysql import MySqlStore
 
 SHOWN: Final = 20
-_FIRST_LOOK_SECONDS: Final = 0.1
-_LONGEST_LOOK_SECONDS: Final = 2.0
-"""To count the open requests costs the store time that the stream needs too."""
+_FIRST_POLL_SECONDS: Final = 0.1
+_LONGEST_POLL_SECONDS: Final = 2.0
+"""Counting the open requests costs the store time that the stream needs too."""
 _ATTEMPTS: Final = 5
 _STILL_SECONDS: Final = 60.0
-"""How long no user may be repaired before who waits gives up."""
+"""After how long without a repaired user the waiting ends."""
 _LONGEST_ID: Final = 100
 _NO_PROBLEM: Final = "No consumer has reported why; read the log of the group's consumer."
 IN_SYNC: Final = "in_sync"
-"""What a dry run says of a user whose document is its row already."""
+"""The outcome of a dry run for a user whose document equals its row."""
 _NO_USER_ID: Final = (
     "A document or row whose user_id is no whole number: remove it, or give it the right user_id; then audit again."
 )
@@ -55,7 +55,7 @@ log = get_logger("repair")
 
 
 class Unrepairable(NamedTuple):
-    """Something wrong that no repair can put right.
+    """A fault that no repair can fix.
 
     Attributes:
         name: The ``user_id`` as the audit shows it, or the id of a dead letter.
@@ -68,21 +68,21 @@ class Unrepairable(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RepairReport:
-    """What became of a request.
+    """The result of a request.
 
     Attributes:
-        asked: Users that were asked for.
-        outcomes: Users by ``domain.repair.Outcome``; of a dry run what would become of them, and ``in_sync``.
+        asked: How many users were requested.
+        outcomes: Users by ``domain.repair.Outcome``; of a dry run the expected outcomes, and ``in_sync``.
         open: Users that are not repaired yet; their requests stay.
         refused: Up to 20 users whose row the database refuses.
         problem: Why users are open, where that is known.
-        by_itself: Whether a consumer of this process carried requests out, since no other consumed.
+        by_itself: Whether a consumer of this process carried requests out, as the group had no other.
         seconds: How long it took.
-        planned: What would become of each user that is not in sync, by id; of a dry run only.
-        dry_run: Whether nothing was asked for.
-        unrepairable: How much that is wrong no repair can put right.
+        planned: The expected outcome by id of each user that is not in sync; of a dry run only.
+        dry_run: Whether nothing was requested.
+        unrepairable: How many faults no repair can fix.
         by_hand: Up to 20 of these, by name.
-        way_out: What to do with these by hand.
+        way_out: What to do about these by hand.
     """
 
     asked: int
@@ -100,11 +100,11 @@ class RepairReport:
 
     @property
     def is_carried_out(self) -> bool:
-        """Whether everything that was chosen is right now."""
+        """Whether all chosen users are repaired and nothing is left to do by hand."""
         return not self.open and not self.outcomes.get(Outcome.REFUSED.value) and not self.unrepairable
 
     def with_unrepairable(self, found: Sequence[Unrepairable]) -> RepairReport:
-        """Return the report with what no repair can put right."""
+        """Return the report with the faults that no repair can fix."""
         return replace(
             self,
             unrepairable=len(found),
@@ -113,7 +113,7 @@ class RepairReport:
         )
 
     def as_json(self) -> dict[str, object]:
-        """Return the fields for a program to read; what a dry run plans is not carried out, whatever it is."""
+        """Return the fields for JSON output; a dry run has no ``carried_out``."""
         carried_out = {} if self.dry_run else {"carried_out": self.is_carried_out}
         return {**asdict(self), "refused": [refused._asdict() for refused in self.refused], **carried_out}
 
@@ -130,10 +130,10 @@ class RepairReport:
 
 
 def refuse_too_many(count: int, limit: int) -> None:
-    """See that no more users are asked for than the settings allow without a word.
+    """Refuse more users than the settings allow without confirmation.
 
     Raises:
-        ConfigError: They are more.
+        ConfigError: There are more.
     """
     if count > limit:
         raise ConfigError(
@@ -143,7 +143,7 @@ def refuse_too_many(count: int, limit: int) -> None:
 
 
 def plan(mysql: MySqlStore, store: UserStore, repairs: RepairRequests, keys: Collection[str]) -> RepairReport:
-    """Return what a repair of users would come to now; write nothing.
+    """Return the expected outcomes of a repair of users now; write nothing.
 
     Raises:
         UnavailableError: A server is away.
@@ -177,16 +177,16 @@ def repair(
     progress: Callable[[int], None] = lambda _: None,
     still_seconds: float = _STILL_SECONDS,
 ) -> RepairReport:
-    """Ask for users to be repaired, and wait until they are.
+    """Request the repair of users, and wait until it is done.
 
     Args:
-        kafka: The topic, the group and the way to the brokers.
-        repairs: Where requests are kept.
+        kafka: The topic, the group and the connection settings.
+        repairs: Stores the requests.
         keys: Users.
-        own_consumer: Makes a consumer, which joins the group where nobody is in it, and applies changes meanwhile.
+        own_consumer: Creates a consumer. If the group is empty it joins, and also applies changes meanwhile.
         stop: Ends the waiting when set; the requests stay.
-        progress: Is given how many users are done, every second or two.
-        still_seconds: How long no user may be repaired before the waiting ends.
+        progress: Called with the number of repaired users, every second or two.
+        still_seconds: After how long without a repaired user the waiting ends.
 
     Raises:
         GhsyncError: A server is away or refuses; the requests stay.
@@ -196,8 +196,8 @@ def repair(
         return RepairReport(0, {})
     token = repairs.request(keys)
     log.info("repairs requested", users=len(keys))
-    waiting = _Waiting(kafka, repairs, (token, len(keys)), own_consumer, stop, still_seconds)
-    found = waiting.until_done(progress)
+    waiting = _Waiting(kafka, repairs, token, len(keys), own_consumer, stop, progress, still_seconds)
+    found = waiting.until_done()
     outcomes = repairs.outcomes(token)
     return RepairReport(
         asked=len(keys),
@@ -210,68 +210,61 @@ def repair(
     )
 
 
+@dataclass(slots=True)
 class _Waiting:
-    """Waits for the owner of the partitions, or is it."""
+    """Waits until the owner of the partitions has carried a request out, or consumes itself."""
 
-    def __init__(
-        self,
-        kafka: KafkaSettings,
-        repairs: RepairRequests,
-        request: tuple[str, int],
-        own_consumer: Callable[[], ChangeConsumer],
-        stop: threading.Event,
-        still_seconds: float,
-    ) -> None:
-        self.by_itself = False
-        self._kafka, self._repairs, (self._token, self._asked) = kafka, repairs, request
-        self._own_consumer, self._stop, self._still_seconds = own_consumer, stop, still_seconds
+    kafka: KafkaSettings
+    repairs: RepairRequests
+    token: str
+    asked: int
+    own_consumer: Callable[[], ChangeConsumer]
+    stop: threading.Event
+    progress: Callable[[int], None]
+    still_seconds: float
+    by_itself: bool = False
 
-    def until_done(self, progress: Callable[[int], None]) -> RepairProgress:
-        """Wait until no user is open, the stop is set, or nothing goes on any more."""
-        still_seconds = self._kafka.session_timeout_seconds
+    def until_done(self) -> RepairProgress:
+        """Wait until no user is open, the stop is set, or no user is repaired any more."""
+        still_seconds = self.kafka.session_timeout_seconds
         while self._members():
-            found, is_over = self._watch(progress, still_seconds, lambda: None)
-            if is_over or still_seconds == self._still_seconds:
+            found = self._watch(still_seconds)
+            if not found.open or self.stop.is_set() or still_seconds == self.still_seconds:
                 return found
-            # Who consumed may have gone; who has not gets more time.
-            still_seconds = self._still_seconds
+            # The consumer may have left the group. One that has not gets more time.
+            still_seconds = self.still_seconds
         self.by_itself = True
         with self._consuming() as check:
-            return self._watch(progress, self._still_seconds, check)[0]
+            return self._watch(self.still_seconds, check)
 
     def _members(self) -> int:
         from ghsync_dagster.retry import retrying
         from ghsync_dagster.stores.kafka.topics import group_members
 
-        return retrying("Asking who consumes", lambda: group_members(self._kafka), attempts=_ATTEMPTS)
+        return retrying("Asking who consumes", lambda: group_members(self.kafka), attempts=_ATTEMPTS)
 
-    def _watch(
-        self, progress: Callable[[int], None], still_seconds: float, check: Callable[[], None]
-    ) -> tuple[RepairProgress, bool]:
-        """Look at the requests until they are done; return whether that is so, or the stop was set.
-
-        Else no user was repaired for ``still_seconds``.
-        """
-        wait, moved, before = _FIRST_LOOK_SECONDS, time.monotonic(), -1
+    def _watch(self, still_seconds: float, check: Callable[[], None] = lambda: None) -> RepairProgress:
+        """Poll the requests until they are done, the stop is set, or none was repaired for ``still_seconds``."""
+        wait, moved, before = _FIRST_POLL_SECONDS, time.monotonic(), -1
         while True:
             check()
-            found = self._repairs.progress(self._token)
-            progress(self._asked - found.open)
-            if not found.open or self._stop.is_set():
-                return found, True
+            found = self.repairs.progress(self.token)
+            self.progress(self.asked - found.open)
+            if not found.open or self.stop.is_set():
+                return found
             if found.open != before:
                 moved, before = time.monotonic(), found.open
             elif time.monotonic() - moved > still_seconds:
-                return found, False
-            self._stop.wait(wait)
-            wait = min(2 * wait, _LONGEST_LOOK_SECONDS)
+                return found
+            self.stop.wait(wait)
+            wait = min(2 * wait, _LONGEST_POLL_SECONDS)
 
     @contextmanager
     def _consuming(self) -> Iterator[Callable[[], None]]:
-        """Run a consumer of this process; gives what raises why it ended, if it did."""
+        """Run a consumer in a thread; yield a function that raises its error if it failed."""
         stop = threading.Event()
         failures: list[BaseException] = []
-        consumer = self._own_consumer()
+        consumer = self.own_consumer()
 
         def run() -> None:
             try:
@@ -297,13 +290,13 @@ class _Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which users are to be repaired: the union of what is chosen.
+    """Which users are to be repaired: the union of the attributes.
 
     Attributes:
-        user_ids: These, as they are stored.
-        from_audit: Those in which an audit finds the two sides to differ, changes in flight left out.
-        everyone: Those in which they differ at the first look, changes in flight included.
-        dead_letters: Those with an open dead letter.
+        user_ids: These users, as they are stored.
+        from_audit: Users that an audit finds to differ, without changes in flight.
+        everyone: Users that differ at the first comparison, changes in flight included.
+        dead_letters: Users with an open dead letter.
     """
 
     user_ids: tuple[str, ...] = ()
@@ -318,11 +311,11 @@ class Selection:
 
 
 class Chosen(NamedTuple):
-    """What a selection comes to.
+    """The users of a selection.
 
     Attributes:
         users: Those that are to be repaired, each once.
-        unrepairable: What else is wrong.
+        unrepairable: Faults that no repair can fix.
     """
 
     users: list[str]
@@ -332,14 +325,14 @@ class Chosen(NamedTuple):
 def select(
     selection: Selection, mysql: MySqlStore, store: UserStore, kafka: KafkaSettings, patience_seconds: float
 ) -> Chosen:
-    """Return the users that are to be repaired, and what no repair can put right.
+    """Return the users that are to be repaired, and the faults that no repair can fix.
 
     Args:
-        selection: Which ones.
+        selection: Which users.
         mysql: Open.
         store: Open.
-        kafka: The way to the dead letters, whose index is brought up to date for them.
-        patience_seconds: For how long the audit looks again at what differs.
+        kafka: The connection to the dead letters, whose index is updated.
+        patience_seconds: For how long the audit reads differences again.
 
     Raises:
         UnavailableError: A server is away.
@@ -402,7 +395,7 @@ def _is_user_id(text: str) -> bool:
 
 
 def user_ids(given: Collection[str]) -> list[str]:
-    """Return user ids as they are given, each once: a document with the user id 007 is not that of row 7.
+    """Return user ids unchanged, each once. They are not normalized, as the document of 007 is not that of row 7.
 
     Raises:
         ConfigError: One is no whole number.
