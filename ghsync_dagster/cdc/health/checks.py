@@ -1,7 +1,7 @@
-"""The checks of the change flow: what each holds true, on data only, with exact counts and the way to recover.
+"""The checks of the change flow. Each judges data only, and returns exact counts and the way out.
 
-Belongs here: the judgement, used by the Dagster checks and the command line alike. Not here: faults of servers: these
-raise, and never look like failed data.
+Belongs here: the judgement, for the Dagster checks and the command line. Not here: faults of servers, which raise and
+never look like failed data.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ IN_STEP_WITH_MYSQL: Final = "in_step_with_mysql"
 SOURCE_SETTINGS: Final = "source_settings"
 CONNECTOR_RUNNING: Final = "connector_running"
 
-_LOOK: Final = (
+_CHECK_CONSUMER: Final = (
     "See that a consumer runs (the sensor cdc_supervisor, or ghsync cdc run) and what its newest observation says"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The latency that one consumer measured over one interval.
+    """The latency that one consumer measured in one interval.
 
     Attributes:
         at: The interval's end, in seconds since 1970.
         run_id: The consumer's run.
         records: How many records were measured.
-        p99_ms: 99 of 100 were stored so soon after their commit, or sooner, in ms; see ``certain_p99``.
+        p99_ms: The p99 from commit to stored document, in ms; see ``certain_p99``.
     """
 
     at: float
@@ -55,22 +55,22 @@ class Measured:
 
 
 def certain_p99(commit: Latency, kafka: Latency) -> int:
-    """Return the p99 in ms from the database's commit to the write that the window shows for certain.
+    """Return a lower bound of the window's p99 from the database's commit to the write, in ms.
 
-    A database that tells the commit in whole seconds makes it look up to a second earlier than it was; what Kafka's
-    own timestamp shows is then the better proof, where it is more. Snapshots have no commit at all.
+    If commit times come in whole seconds, a commit may seem up to a second earlier than it was. The latency from
+    Kafka's timestamp is a lower bound too, so the higher one counts. Records of a snapshot have no commit time.
     """
     return max(commit.window.p99 - (commit.grain_ms - 1), kafka.window.p99, 0)
 
 
 def kafka_lag(backlog: Backlog, limit: int, *, is_another: bool = False, placed: Collection[int] = ()) -> Finding:
-    """Hold that no more than ``limit`` records wait for the group, and that none was removed before it was applied.
+    """Check that at most ``limit`` records wait for the group, and that none was removed before it was applied.
 
     Args:
-        backlog: What waits.
+        backlog: The records that wait.
         limit: How many records may wait.
-        is_another: Whether the topic is another one than the group has consumed.
-        placed: The partitions in which the group had a place before.
+        is_another: Whether the topic is not the one that the group has consumed.
+        placed: The partitions in which the group had a committed offset before.
     """
     forgotten = set() if is_another else backlog.uncommitted.intersection(placed)
     worst = sorted(
@@ -78,14 +78,14 @@ def kafka_lag(backlog: Backlog, limit: int, *, is_another: bool = False, placed:
         key=lambda found: (not found.is_recreated, found.partition not in forgotten, -found.lost, -found.waiting),
     )
     lost = f"; {backlog.lost} were removed from the topic before they were applied" if backlog.lost else ""
-    is_anew = is_another or backlog.recreated > 0
-    anew = "; the topic was recreated, and the group's place is none of it" if is_anew else ""
-    gone = f"; the group's place in {len(forgotten)} partitions is forgotten" if forgotten else ""
-    is_gone = bool(backlog.lost or is_anew or forgotten)
+    is_recreated = is_another or backlog.recreated > 0
+    recreated = "; the topic was recreated, and the group's committed offsets are not of it" if is_recreated else ""
+    gone = f"; the group's committed offsets of {len(forgotten)} partitions are gone" if forgotten else ""
+    is_gone = bool(backlog.lost or is_recreated or forgotten)
     passed = backlog.waiting <= limit and not is_gone
     return Finding.judged(
         KAFKA_LAG,
-        f"{backlog.waiting} changes wait for group {backlog.group} (at most {limit} may){lost}{anew}{gone}",
+        f"{backlog.waiting} changes wait for group {backlog.group} (at most {limit} may){lost}{recreated}{gone}",
         {
             "waiting": backlog.waiting,
             "limit": limit,
@@ -101,18 +101,18 @@ def kafka_lag(backlog: Backlog, limit: int, *, is_another: bool = False, placed:
         ],
         way_out="Take a new snapshot, and let a new group begin at the beginning; see docs/operate/runbook.md."
         if is_gone
-        else f"{_LOOK}; a lag that shrinks needs only time, or a higher GHSYNC_MAX_LAG_RECORDS.",
+        else f"{_CHECK_CONSUMER}; a lag that shrinks needs only time, or a higher GHSYNC_MAX_LAG_RECORDS.",
     )
 
 
 def cdc_latency(measured: Sequence[Measured], waiting: int, *, limit_ms: float, window_seconds: float) -> Finding:
-    """Hold that the p99 of the newest intervals is within the limit, and that somebody works while changes wait.
+    """Check that the p99 of the newest intervals is within the limit, and that changes do not wait without consumer.
 
     Args:
-        measured: What was observed within the window; intervals without a record left out.
-        waiting: Records that wait for the group; asked only where nothing was measured, else 0.
+        measured: The observations within the window, without intervals that have no record.
+        waiting: Records that wait for the group; read only if nothing was measured, else 0.
         limit_ms: The allowed p99.
-        window_seconds: How far back was looked.
+        window_seconds: The length of the window.
     """
     slow = sorted((one for one in measured if one.p99_ms > limit_ms), key=lambda one: -one.p99_ms)
     worst = max((one.p99_ms for one in measured), default=0)
@@ -134,12 +134,12 @@ def cdc_latency(measured: Sequence[Measured], waiting: int, *, limit_ms: float, 
         counts,
         passed=passed,
         offenders=map(asdict, slow),
-        way_out=f"{_LOOK}: lag, retries, connections. MongoDB's own latency and Debezium's are part of it.",
+        way_out=f"{_CHECK_CONSUMER}: lag, retries, connections. MongoDB's own latency and Debezium's are part of it.",
     )
 
 
 def dead_letters_empty(letters: OpenLetters) -> Finding:
-    """Hold that no dead letter is open."""
+    """Check that no dead letter is open."""
     kinds = letters.kinds
     count = kinds.total()
     by_kind = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
@@ -165,13 +165,13 @@ def dead_letters_empty(letters: OpenLetters) -> Finding:
 
 
 def source_settings(source: Source, statements: Statements | None) -> Finding:
-    """Hold that the table can be followed as it is, and that the server writes each of its changes as a whole row.
+    """Check that Debezium can follow the table, and that the server logs each of its changes as a whole row.
 
-    What is only a risk passes, and is told.
+    A mere risk is reported, and the check passes.
 
     Args:
-        source: What the server says of itself and the table.
-        statements: What Connect's log warns of; None where the log can't be read here.
+        source: The server's settings and the table's shape.
+        statements: The statements in Connect's log; None where the log can't be read here.
     """
     problems = problems_of(source, statements)
     unread = "" if statements is not None else "; Connect's log can't be read here, so no statement is looked for"
@@ -192,26 +192,26 @@ def source_settings(source: Source, statements: Statements | None) -> Finding:
 
 
 def no_source(why: str, *, passed: bool) -> Finding:
-    """Return the finding of a deployment whose source can't be looked at.
+    """Return the finding of a deployment whose source can't be read.
 
     Args:
         why: What it lacks, in words.
-        passed: Whether nothing is wrong with that, as no changes reach it.
+        passed: Whether that is no fault, as no changes reach it.
     """
     way_out = "" if passed else "Set MYSQL_URL to an account that may read the table."
     return Finding(SOURCE_SETTINGS, passed, f"not looked at: {why}", {"problems": 0}, way_out=way_out)
 
 
 def loses_changes(source: Finding) -> bool:
-    """Return whether changes can't come, or are lost, and not only at risk."""
+    """Return whether the connector can't run or changes are lost, and not only at risk."""
     lesser = (Effect.UNTOLD.value, Effect.RISKS.value)
     return any(offender["effect"] not in lesser for offender in source.offenders)
 
 
 def causes_in(source: Finding | None) -> list[str]:
-    """Return what is wrong with the source, a sentence each: the likely causes of differences.
+    """Return the faults of the source as likely causes of differences, a sentence each.
 
-    A risk is none, but for an engine that makes repairs unsound too.
+    Risks are left out, except an engine that makes repairs unsound too.
     """
     return [
         f"Likely cause: {problem['text']}. {problem['way_out']}"
@@ -221,14 +221,14 @@ def causes_in(source: Finding | None) -> list[str]:
 
 
 def connector_running(report: ConnectorReport | None, still_seconds: float, *, limit_seconds: float) -> Finding:
-    """Hold that the connector runs, and that its offset moves while the database writes.
+    """Check that the connector runs, and that its offset moves while the database writes.
 
-    A worker that does not answer is a failure too: no connector is known to run there.
+    A worker that does not answer fails the check, as its connector is not known to run.
 
     Args:
-        report: What is known of the connector; None where no worker is known.
+        report: The connector's state and offset; None where no worker is known.
         still_seconds: How long its offset has stood still while the database wrote.
-        limit_seconds: How long it may.
+        limit_seconds: For how long that is allowed.
     """
     if report is None:
         return Finding(CONNECTOR_RUNNING, passed=True, summary=NOT_ASKED)
@@ -253,7 +253,7 @@ def connector_running(report: ConnectorReport | None, still_seconds: float, *, l
 
 
 def nothing_to_compare(why: str, way_out: str = "") -> Finding:
-    """Return the finding of a deployment that no changes reach, or of a load whose stream is away: no data is wrong.
+    """Return the finding of a deployment without changes, or of a load whose stream is unavailable: it passes.
 
     Args:
         why: What is missing, in words.
@@ -263,7 +263,7 @@ def nothing_to_compare(why: str, way_out: str = "") -> Finding:
 
 
 def nothing_to_compare_with(why: str) -> Finding:
-    """Return the finding of a deployment that changes reach, but whose table nobody can look at.
+    """Return the finding of a deployment that changes reach, but whose table can't be read.
 
     Args:
         why: What it lacks, in words.
@@ -278,10 +278,10 @@ def nothing_to_compare_with(why: str) -> Finding:
 
 
 def in_step_with_mysql(result: AuditResult, waiting: int, known: Circumstances | None = None) -> Finding:
-    """Hold that the collection holds what MySQL's table holds.
+    """Check that the collection is in sync with MySQL's table.
 
     Args:
-        result: What the audit found.
+        result: The audit's result.
         waiting: Records that still waited for the group when the audit began.
         known: What else may explain differences.
     """
@@ -311,6 +311,6 @@ def in_step_with_mysql(result: AuditResult, waiting: int, known: Circumstances |
 
 def _way_out_of_differences(result: AuditResult, waiting: int, known: Circumstances) -> str:
     if waiting and not known.connector:
-        return f"{_LOOK}; then run the check again."
+        return f"{_CHECK_CONSUMER}; then run the check again."
     causes = " ".join(likely_causes(result, known))
     return f"{causes} Once the cause is gone: {CURE}; see docs/operate/runbook.md, in_step_with_mysql."

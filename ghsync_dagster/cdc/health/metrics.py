@@ -1,15 +1,15 @@
-"""What the change consumer did, measured: counts, latency percentiles, lag, and the Prometheus endpoint.
+"""Metrics of the change consumer: counts, latency percentiles, lag, and the Prometheus endpoint.
 
-Belongs here: the listener that measures (`ChangeMetrics`), its snapshot, and how it looks to Prometheus. Not here: what
-is applied, or which value is too high.
+Belongs here: the listener that measures (`ChangeMetrics`), its snapshot, and the Prometheus format. Not here: what is
+applied, or which value is too high.
 
-What only grows is kept in a counter of Prometheus's own. What may be unknown has no instrument there: a collector shows
-it at each scrape, or leaves it out.
+Values that only grow are counters of the Prometheus client. For values that may be unknown, a collector yields gauges
+at each scrape, and omits unknown ones.
 
-Latency is taken per record, from the database's commit and from Kafka's timestamp to the store's acknowledgement of the
-batch. ``Counter`` gathers it in slots of a second, and each slot joins the total once: a record costs a fraction of a
-microsecond. A latency in the total keeps 11 leading bits: exact below 2.048 s, to 0.1 % above. Percentiles of a window
-and the histograms are read off these counts; a histogram of Prometheus's own takes one record at a time.
+Latency is measured per record, from the database's commit and from Kafka's timestamp to the store's acknowledgement of
+the batch. A ``Counter`` per second gathers it and is later added to the total, so a record costs a fraction of a
+microsecond. The total keeps the 11 leading bits of a latency: exact below 2.048 s, to 0.1 % above. Percentiles and
+histograms are computed from these counts, since the client's own histogram takes one record at a time.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ class Percentiles:
 
     Attributes:
         count: Records in it.
-        p50: Half of them were this fast or faster.
-        p95: 95 of 100 were.
-        p99: 99 of 100 were.
+        p50: The median.
+        p95: The 95th percentile.
+        p99: The 99th percentile.
         max: The slowest.
     """
 
@@ -81,11 +81,11 @@ class Latency:
     """Latency up to the store's acknowledgement.
 
     Attributes:
-        window: Of the window that was asked for.
+        window: In the requested window.
         total: Since the start.
-        negative: Records whose time lay in the future, by clocks that differ; they count as 0 ms.
-        grain_ms: 1000 where every time came in whole seconds, as some servers give them: a latency is then up to a
-            second too high. Else 1.
+        negative: Records whose time was in the future, as clocks differ; they count as 0 ms.
+        grain_ms: 1000 if all times came in whole seconds, as from some servers, else 1. With 1000 a latency is up to a
+            second too high.
     """
 
     window: Percentiles
@@ -96,11 +96,11 @@ class Latency:
 
 @dataclass(frozen=True, slots=True)
 class PartitionLag:
-    """How far one partition is behind.
+    """The lag of one partition.
 
     Attributes:
-        records: That wait.
-        seconds: Since the oldest of them was appended.
+        records: How many records wait.
+        seconds: Time since the oldest of them was appended.
     """
 
     records: int
@@ -109,35 +109,35 @@ class PartitionLag:
 
 @dataclass(frozen=True, slots=True)
 class MetricsSnapshot:
-    """All that is known at one moment; ``as_dict`` gives it for JSON.
+    """All metrics at one moment; ``as_dict`` returns them for JSON.
 
     Attributes:
         seconds: Since the start.
-        window_seconds: The window of the percentiles and the rate: what was asked for, or less at the start.
-        records: All records so far, of whatever outcome.
+        window_seconds: The window of the percentiles and the rate: as requested, or shorter at the start.
+        records: All records so far, of any outcome.
         records_a_minute: In the window.
-        counts: Records by what they were and what became of them: ``{"c": {"applied": 3}}``.
-        outcomes: Records by what became of them.
+        counts: Records by kind and outcome: ``{"c": {"applied": 3}}``.
+        outcomes: Records by outcome.
         batches: So far.
         write_seconds: Spent in writes so far.
         commit: Latency from the database's commit.
         kafka: Latency from Kafka's timestamp.
-        lag: By partition of this consumer; None where it is not known, as it has only come or Kafka does not answer.
-        lag_records: Of all partitions; None where that of one is not known, or there is none.
-        lag_seconds: Of the partition that is furthest behind; None as above.
+        lag: By partition of this consumer; None where it is not known: just assigned, or Kafka does not answer.
+        lag_records: Of all partitions; None if one is not known, or there is none.
+        lag_seconds: Of the partition with the highest lag; None as above.
         retries: Retried steps, by the error's class.
         errors: Errors that ended the loop, by class.
         dead_letters: By kind.
         repaired: Users that were repaired, by outcome.
         broken_rules: Applied records that break a rule, by rule.
-        unknown_columns: Records with a column that nobody knows, by column.
+        unknown_columns: Records with an unknown column, by column.
         connections: Whether each server answers.
-        disconnections: How often each server stopped to answer.
+        disconnections: How often each server stopped answering.
         seconds_since_write: Since the last acknowledged batch; None where there was none.
-        connector: The connector's state; None where it is not known: nobody asked, or its worker is away.
-        connector_event_age: Seconds since the database wrote the last event that the connector has handled; None as
-            above, and where the worker does not tell.
-        connector_fault: Why the stream brings nothing new, in words; None where it goes on or nobody asked.
+        connector: The connector's state; None where it is not known.
+        connector_event_age: Seconds since the database wrote the last event that the connector has handled; None where
+            it is not known.
+        connector_fault: Why the connector sends no new changes, in words; None where it runs or is not known.
     """
 
     seconds: float
@@ -168,13 +168,13 @@ class MetricsSnapshot:
 
     @property
     def held_up(self) -> str | None:
-        """Why nothing can be consumed now, in words; None where nothing is known to be in the way."""
+        """Why nothing can be consumed now, in words; None where no reason is known."""
         for server, name in _SERVERS.items():
             if self.connections.get(server) is False:
                 return f"{name} does not answer"
         if not self.lag:
             return "this consumer has no partition"
-        # What the topic still holds is consumed, whatever became of the connector.
+        # Without the connector, records that the topic still holds are consumed all the same.
         return None if self.records_a_minute or self.lag_records else self.connector_fault
 
     def as_dict(self) -> dict[str, Any]:
@@ -184,7 +184,7 @@ class MetricsSnapshot:
 
 @dataclass(slots=True)
 class _Slot:
-    """What one second brought: records, and latencies in ms with how often each was seen."""
+    """The records of one second, and how often each latency in ms occurred."""
 
     began: float
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -193,11 +193,11 @@ class _Slot:
 
 
 def percentiles(latencies: Mapping[int, int], slowest: int = 0) -> Percentiles:
-    """Return the distribution of latencies, given as how many records took so many ms.
+    """Return the distribution of latencies.
 
     Args:
-        latencies: Records by ms.
-        slowest: The slowest in ms, where ``latencies`` are less exact than it.
+        latencies: How many records took so many ms.
+        slowest: The exact maximum in ms, if ``latencies`` are rounded.
     """
     if not latencies:
         return Percentiles()
@@ -208,8 +208,8 @@ def percentiles(latencies: Mapping[int, int], slowest: int = 0) -> Percentiles:
     return Percentiles(up_to[-1], p50, p95, p99, max(slowest, ordered[-1]))
 
 
-class _Clock:
-    """The latencies from one clock since the start: flat memory, whatever the number of records."""
+class _LatencyTotals:
+    """The latencies from one kind of timestamp since the start, in bounded memory."""
 
     def __init__(self) -> None:
         self.latencies: Counter[int] = Counter()
@@ -217,7 +217,7 @@ class _Clock:
         self.slowest = 0
         self.whole_seconds = True
 
-    def gather(self, times: Iterable[int | None], until_ms: int, into: Counter[int]) -> None:
+    def observe(self, times: Iterable[int | None], until_ms: int, into: Counter[int]) -> None:
         """Count the latencies of one batch into a slot."""
         moments = [at for at in times if at is not None]
         if not moments:
@@ -229,18 +229,18 @@ class _Clock:
             self.negative += sum(latency < 0 for latency in latencies)
             latencies = [max(latency, 0) for latency in latencies]
         self.slowest = max(self.slowest, slowest)
-        # Where even the fastest has more bits than are kept, a slot stays small.
+        # If even the fastest has more bits than are kept, rounding here keeps the slot small.
         drop = max(fastest.bit_length() - _BITS, 0)
         into.update([latency >> drop << drop for latency in latencies] if drop else latencies)
 
-    def keep(self, latencies: Mapping[int, int]) -> None:
-        """Take a finished slot's latencies into those since the start."""
+    def add(self, latencies: Mapping[int, int]) -> None:
+        """Add a finished slot's latencies to those since the start."""
         for latency, count in latencies.items():
             drop = max(latency.bit_length() - _BITS, 0)
             self.latencies[latency >> drop << drop] += count
 
     def latency(self, window: Mapping[int, int]) -> Latency:
-        """Return what is known; ``window`` holds the latencies of the window."""
+        """Return the latency; ``window`` holds the latencies of the window."""
         return Latency(
             window=percentiles(window),
             total=percentiles(self.latencies, self.slowest),
@@ -259,41 +259,39 @@ class ChangeMetrics(listener.ChangeListener):
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         import prometheus_client
 
-        # A series with the moment of its birth alongside each counter tells nothing here.
+        # The timestamp of its creation, as a series for each counter, is of no use here.
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = prometheus_client.CollectorRegistry(auto_describe=False)
-        # The first in a scrape, as it takes the open slot into the counters.
+        # It is the first collector in a scrape, as it adds the open slot to the counters.
         self.registry.register(PrometheusView(self))
 
         def counter(name: str, words: str, *labels: str) -> prometheus_client.Counter:
             return prometheus_client.Counter(f"ghsync_cdc_{name}", words, labels, registry=self.registry)
 
-        self._records = counter(
-            "records", "Change records, by what they were and what became of them.", "what", "outcome"
-        )
+        self._records = counter("records", "Change records, by kind and outcome.", "what", "outcome")
         self._batches = counter("batches", "Batches written and acknowledged.")
         self._write_seconds = counter("write_seconds", "Seconds spent in writes.")
-        self._retries = counter("retries", "Steps tried again after a transient fault, by the error's class.", "error")
+        self._retries = counter("retries", "Retried steps after a transient fault, by the error's class.", "error")
         self._errors = counter("errors", "Errors that ended the loop, by class.", "error")
         self._dead_letters = counter("dead_letters", "Records that went to the dead letters, by kind.", "kind")
-        self._repaired = counter("repaired_users", "Users that were put right by asking MySQL, by outcome.", "outcome")
+        self._repaired = counter("repaired_users", "Users that were repaired from MySQL, by outcome.", "outcome")
         self._broken_rules = counter("broken_rules", "Applied records that break a business rule.", "rule")
-        self._unknown_columns = counter("unknown_columns", "Records with a column that nobody knows.", "column")
-        self._disconnections = counter("disconnections", "How often a server stopped to answer.", "server")
+        self._unknown_columns = counter("unknown_columns", "Records with an unknown column.", "column")
+        self._disconnections = counter("disconnections", "How often a server stopped answering.", "server")
         prometheus_client.ProcessCollector(registry=self.registry)
         self._clock = clock
         self._lock = threading.Lock()
         self._started = clock()
         self._last_write: float | None = None
-        self._commit = _Clock()
-        self._kafka = _Clock()
+        self._commit = _LatencyTotals()
+        self._kafka = _LatencyTotals()
         self._slots: deque[_Slot] = deque()
         self._slot = _Slot(self._started)
         self._lag: dict[int, PartitionLag | None] = {}
         self._connections: dict[str, bool] = {}
         self._connector: ConnectorReport | None = None
 
-    # What the loop tells
+    # Reports of the consumer
 
     def batch_applied(self, batch: AppliedBatch) -> None:
         """Count a batch and its latencies."""
@@ -302,8 +300,8 @@ class ChangeMetrics(listener.ChangeListener):
             if now - self._slot.began >= _SLOT_SECONDS:
                 self._finish_slot(now)
             self._slot.counts.update(batch.counts)
-            self._commit.gather(batch.committed_ms, batch.acknowledged_ms, self._slot.commit)
-            self._kafka.gather(batch.appended_ms, batch.acknowledged_ms, self._slot.kafka)
+            self._commit.observe(batch.committed_ms, batch.acknowledged_ms, self._slot.commit)
+            self._kafka.observe(batch.appended_ms, batch.acknowledged_ms, self._slot.kafka)
             self._batches.inc()
             self._write_seconds.inc(batch.write_seconds)
             self._last_write = now
@@ -313,17 +311,17 @@ class ChangeMetrics(listener.ChangeListener):
                 self._unknown_columns.labels(column).inc(count)
 
     def lag(self, partition: int, records: int, seconds: float) -> None:
-        """Note how far a partition is behind."""
+        """Record the lag of a partition."""
         with self._lock:
             self._lag[partition] = PartitionLag(records, seconds)
 
     def assigned(self, partitions: Collection[int]) -> None:
-        """Forget the lag of partitions that others have now; that of a new one is not known until it is told."""
+        """Drop the lag of revoked partitions; that of a new one is not known until it is reported."""
         with self._lock:
             self._lag = {number: self._lag.get(number) for number in sorted(partitions)}
 
     def retried(self, kind: str) -> None:
-        """Count a step that is tried again."""
+        """Count a retried step."""
         self._retries.labels(kind).inc()
 
     def failed(self, kind: str) -> None:
@@ -339,7 +337,7 @@ class ChangeMetrics(listener.ChangeListener):
         self._repaired.labels(outcome).inc(count)
 
     def connection(self, name: str, *, up: bool) -> None:
-        """Note whether a server answers; what waits in Kafka is not known while that does not."""
+        """Record whether a server answers; without Kafka the lag is not known."""
         with self._lock:
             if name == listener.KAFKA and not up:
                 self._lag = dict.fromkeys(self._lag)
@@ -348,18 +346,18 @@ class ChangeMetrics(listener.ChangeListener):
             self._connections[name] = up
 
     def connector(self, report: ConnectorReport) -> None:
-        """Note what is known of the connector."""
+        """Record the connector's report."""
         self.connection(listener.CONNECT, up=report.state.state != UNKNOWN)
         with self._lock:
             self._connector = report
 
-    # What others read
+    # Reading the metrics
 
     def snapshot(self, window_seconds: float = WINDOW_SECONDS) -> MetricsSnapshot:
-        """Return all that is known now.
+        """Return all metrics now.
 
         Args:
-            window_seconds: Of the windowed percentiles and the rate, to a second; at most 300.
+            window_seconds: The window of the percentiles and the rate, to a second; at most 300.
         """
         with self._lock:
             now = self._clock()
@@ -410,26 +408,26 @@ class ChangeMetrics(listener.ChangeListener):
         }
 
     def _total_lag(self) -> PartitionLag | None:
-        """Return how far all partitions are behind; None where that of one is not known, or there is none."""
+        """Return the lag of all partitions; None if one is not known, or there is none."""
         known = [lag for lag in self._lag.values() if lag is not None]
         if not known or len(known) < len(self._lag):
             return None
         return PartitionLag(sum(lag.records for lag in known), max(lag.seconds for lag in known))
 
     def _finish_slot(self, now: float) -> None:
-        """Take the open slot into the totals and begin another; forget slots that no window reaches."""
+        """Add the open slot to the totals and open another; drop slots that no window reaches."""
         if self._slot.counts:
             for (what, outcome), count in self._slot.counts.items():
                 self._records.labels(what, outcome).inc(count)
-            self._commit.keep(self._slot.commit)
-            self._kafka.keep(self._slot.kafka)
+            self._commit.add(self._slot.commit)
+            self._kafka.add(self._slot.kafka)
             self._slots.append(self._slot)
         self._slot = _Slot(now)
         while self._slots and self._slots[0].began < now - LONGEST_WINDOW_SECONDS - _SLOT_SECONDS:
             self._slots.popleft()
 
     def latencies(self, since: str) -> dict[int, int]:
-        """Return how many records took so many ms, from ``COMMIT`` or ``KAFKA``, since the start."""
+        """Return how many records took so many ms since the start, from ``COMMIT`` or ``KAFKA``."""
         with self._lock:
             self._finish_slot(self._clock())
             return dict((self._commit if since == COMMIT else self._kafka).latencies)
@@ -453,13 +451,13 @@ def _by_labels(counter: prometheus_client.Counter) -> dict[str, dict[str, int]]:
 
 
 class PrometheusView:
-    """A collector that shows what one ``ChangeMetrics`` knows at the moment of a scrape."""
+    """A collector that yields the values of one ``ChangeMetrics`` at a scrape."""
 
     def __init__(self, metrics: ChangeMetrics) -> None:
         self._metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
-        """Yield what is known."""
+        """Yield the values that are known."""
         now = self._metrics.snapshot(WINDOW_SECONDS)
         yield from _gauges(now)
         yield from self._latencies(now)
@@ -468,7 +466,7 @@ class PrometheusView:
         from prometheus_client.core import CounterMetricFamily
 
         negative = CounterMetricFamily(
-            "ghsync_cdc_negative_latencies", "Records whose time lay in the future: clocks differ.", labels=["since"]
+            "ghsync_cdc_negative_latencies", "Records whose time was in the future: clocks differ.", labels=["since"]
         )
         recent = {}
         for since, words, latency in (
@@ -547,11 +545,11 @@ def _gauges(now: MetricsSnapshot) -> Iterator[Metric]:
 class MetricsEndpoint:
     """The Prometheus endpoint ``http://host:port/metrics`` of one ``ChangeMetrics``, from a registry of its own.
 
-    It knows no login: bind it to loopback, or to a network that only the scraper reaches. Use as a context manager, or
-    call ``close``.
+    It has no authentication: bind it to loopback, or to a network that only the scraper reaches. Use as a context
+    manager, or call ``close``.
 
     Args:
-        metrics: What it shows, and the process's own CPU and memory alongside it.
+        metrics: Its values are exposed, with the process's CPU and memory.
         host: Address to bind to.
         port: Port to bind to; 0 takes a free one.
 
@@ -580,7 +578,7 @@ class MetricsEndpoint:
         self.close()
 
     def close(self) -> None:
-        """Stop to serve and free the port."""
+        """Stop serving and free the port."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
