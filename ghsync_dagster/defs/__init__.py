@@ -4,6 +4,6 @@ import warnings
 
 from dagster import BetaWarning, PreviewWarning
 
-# Whether a parameter in beta is used is decided where a version of Dagster is locked: a user can't act on it.
+# The locked version of Dagster decides whether beta parameters work, so users need no warning.
 for _kind in (BetaWarning, PreviewWarning):
     warnings.filterwarnings("ignore", category=_kind)

@@ -1,6 +1,6 @@
-"""How ghsync's errors reach Dagster: one clear message, no retry by Dagster, since the flows have retried already.
+"""Turns ghsync's errors into Dagster failures with one message. Dagster does not retry, as the flows have retried.
 
-Not here: what an error means, or when it is tried again.
+Not here: what an error means, or when it is retried.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class ChecksFailedError(Exception):
-    """Checks that do not block did not pass, and the run that evaluated them is to fail for it."""
+    """Non-blocking checks did not pass, so the run that evaluated them fails."""
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def as_failure() -> Iterator[None]:
 
 
 def kind_of(error: type[GhsyncError] | None) -> str:
-    """Return what a class of errors says of a run: ``infrastructure``, ``permanent``, or else ``unforeseen``."""
+    """Return the kind of a run's failure by its class of error: ``infrastructure``, ``permanent`` or ``unforeseen``."""
     if error is None:
         return "unforeseen"
     return "infrastructure" if issubclass(error, TransientError) else "permanent"
@@ -51,7 +51,7 @@ def own_class(error: SerializableErrorInfo) -> type[GhsyncError] | None:
 
 
 def root_cause(error: SerializableErrorInfo | None) -> SerializableErrorInfo | None:
-    """Return the error that a step's error comes from: ghsync's own, whatever caused it, or else the first one."""
+    """Return the cause of a step's error: the outermost error of ghsync's own, or else the innermost error."""
     while error is not None and error.cause is not None and own_class(error) is None:
         error = error.cause
     return error

@@ -1,7 +1,7 @@
-"""How a run of checks that do not block ends as a failure all the same, so that `dagster job execute` exits with 1.
+"""An executor that fails a run after non-blocking checks that did not pass, so `dagster job execute` exits with 1.
 
-Dagster fails a run on blocking checks only, and these would hold up whatever else depends on the asset. Not here: which
-job is run in this way, and the alert of a failed check, which it has anyway.
+Dagster fails a run on blocking checks only, and these would also block downstream assets. Not here: which job uses it,
+and the alert of a failed check.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 
 class _GatedExecutor(dg.Executor):
-    """Runs a job as another executor does, then fails the run where a check did not pass."""
+    """Runs a job with another executor, then fails the run if a check did not pass."""
 
     def __init__(self, inner: dg.Executor) -> None:
         self._inner = inner
 
     @property
     def retries(self) -> RetryMode:
-        """Those of the other executor."""
+        """The other executor's retries."""
         return self._inner.retries
 
     def execute(
         self, plan_context: PlanOrchestrationContext, execution_plan: ExecutionPlan
     ) -> Iterator[dg.DagsterEvent]:
-        """Pass on what happens.
+        """Yield the events of the other executor.
 
         Raises:
             ChecksFailedError: A check did not pass. All of them have been evaluated.
@@ -52,7 +52,7 @@ class _GatedExecutor(dg.Executor):
 
 def _make(context: dg.InitExecutorContext) -> dg.Executor:
     make = dg.in_process_executor.executor_creation_fn
-    assert make is not None  # noqa: S101  Dagster's own has one
+    assert make is not None  # noqa: S101  Dagster's executor has one
     return _GatedExecutor(make(context))
 
 

@@ -1,4 +1,4 @@
-"""Where the UI leads a person to: the code of an asset, and the page of the documentation about it.
+"""Links of the UI to the code of an asset and to its documentation.
 
 Belongs here: links into the repository where GHSYNC_GIT_URL names it, else paths on this machine.
 """
@@ -22,7 +22,7 @@ _PACKAGE: Final = Path(__file__).parents[1]
 
 
 def repository() -> Settings | None:
-    """Return the settings where they name the repository; None also where they are wrong, which a run tells."""
+    """Return the settings if they name the repository; None also if they are invalid, as each run fails on that."""
     try:
         settings = load_settings()
     except ConfigError:
@@ -31,7 +31,7 @@ def repository() -> Settings | None:
 
 
 def guide(page: str) -> dict[str, Any]:
-    """Return metadata that leads to a page of the documentation: its address, or its file where that is here.
+    """Return metadata with a link to a page of the documentation: its URL, or its file if that exists here.
 
     Args:
         page: Path in the repository.
@@ -44,7 +44,7 @@ def guide(page: str) -> dict[str, Any]:
 
 
 def with_code(assets: Sequence[Any]) -> list[Any]:
-    """Return assets that lead to their code: in the repository where it is named, else on this machine.
+    """Return assets with references to their code: in the repository where it is named, else on this machine.
 
     Args:
         assets: Definitions; specs have no code.

@@ -1,6 +1,6 @@
-"""With which config the launchpad of a job opens: everything that its ops may be given, with its default.
+"""The launchpad's default config of a job: every config field of its ops with its default.
 
-Not here: what may be set, which each op's config says.
+Not here: the fields, which each op's config class declares.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Resources: what assets, checks and jobs are given. The one seam that tests replace.
+"""Resources of assets, checks and jobs: the one seam that tests replace.
 
-Belongs here: how Dagster's resource life cycle meets the flows' wiring, and which settings the UI shows and the
-launchpad may set. The docstring of a resource is its description in the UI. Not here: any wiring of its own.
+Belongs here: Dagster's resource life cycle, and the settings that the UI shows and the launchpad may set. The docstring
+of a resource is its description in the UI. Not here: the wiring of the flows.
 """
 
 # No annotations from __future__: Dagster wants the type of a resource that another one needs, not its name.
@@ -37,7 +37,7 @@ _SECRET: Final = re.compile("password|secret|token", re.IGNORECASE)
 
 
 def _setting(name: str) -> Any:  # noqa: ANN401  as pydantic's Field
-    """Return the field of a resource that is one of the settings, by the setting's name in ``Settings``."""
+    """Return a resource's field for a setting, by its name in ``Settings``."""
     field = Settings.model_fields[name]
     return Field(default=None, description=f"{field.validation_alias}: {field.description} Empty: as it is set there.")
 
@@ -54,7 +54,7 @@ class SettingsResource(dg.ConfigurableResource["SettingsResource"]):
 
     @classmethod
     def of_environment(cls, **more: Any) -> Any:  # noqa: ANN401  other resources, and a part of one
-        """Return the resource as the UI is to show it: variables by name, other settings by value, secrets by neither.
+        """Return the resource as the UI shows it: variables by name, other settings by value, secrets not at all.
 
         The launchpad may give others for one run.
 
@@ -64,7 +64,7 @@ class SettingsResource(dg.ConfigurableResource["SettingsResource"]):
         try:
             settings = load_settings()
         except ConfigError:
-            # A run tells what is wrong with them, and there it is seen.
+            # Each run fails with this error, so it is not lost.
             settings = None
         shown: dict[str, Any] = {}
         for name in cls._names():
@@ -80,7 +80,7 @@ class SettingsResource(dg.ConfigurableResource["SettingsResource"]):
         return [name for name in cls.model_fields if name in Settings.model_fields]
 
     def refuse_typed_secrets(self, context: dg.InitResourceContext) -> None:
-        """Refuse a secret that was typed into the launchpad: the run's config is kept and shown to all.
+        """Refuse a secret that was typed into the launchpad, as Dagster stores and shows the run's config.
 
         Raises:
             ConfigError: There is one.
@@ -95,13 +95,32 @@ class SettingsResource(dg.ConfigurableResource["SettingsResource"]):
                     )
 
     def given(self) -> Mapping[str, object]:
-        """Return the settings that this resource gives, by environment variable."""
+        """Return this resource's settings by environment variable."""
         values = ((Settings.model_fields[name].validation_alias, getattr(self, name)) for name in self._names())
         return {str(variable): value for variable, value in values if value not in (None, "")}
 
     def settings(self) -> Settings:
         """Return the settings with this resource's; a test's resource may override this."""
         return load_settings(**self.given())
+
+
+class StoreResource(SettingsResource):
+    """A resource that writes the collection, with the life cycle of one run."""
+
+    mongodb_uri: str | None = _setting("mongodb_uri")
+    mongodb_database: str | None = _setting("mongodb_database")
+    mongodb_collection: str | None = _setting("mongodb_collection")
+
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        """Configure the log, and bind the run to it."""
+        self.refuse_typed_secrets(context)
+        configure_logging(self.settings())
+        bind_run(context.run.run_id if context.run else None)
+
+    def teardown_after_execution(self, context: dg.InitResourceContext) -> None:
+        """Unbind the run; the Spark session goes on, since the process may run another."""
+        del context
+        bind_run(None)
 
 
 class SparkResource(SettingsResource):
@@ -126,38 +145,27 @@ class SparkResource(SettingsResource):
 def _session_of(configuration: Mapping[str, str]) -> Any:  # noqa: ANN401  as dagster-pyspark declares it
     """Return the session of dagster-pyspark's resource.
 
-    Java, the connector's jar and the class archive are looked for when a session is asked for, so that resource gets
-    its configuration then, in place of a fixed one; see docs/decisions/015-spark-by-dagster-pyspark.md.
+    Java, the connector's jar and the class archive are located when the session is first used, so that resource is
+    configured only then; see docs/decisions/015-spark-by-dagster-pyspark.md.
     """
-    # It imports pyspark, which the code location does without.
+    # It imports pyspark, which the code location does not need.
     from dagster_pyspark import LazyPySparkResource
 
     return LazyPySparkResource(spark_config=dict(configuration)).spark_session
 
 
-class BatchResource(SettingsResource):
+class BatchResource(StoreResource):
     """The batch flow; the Spark session begins to start with the run."""
 
     spark: dg.ResourceDependency[SparkResource]
-    mongodb_uri: str | None = _setting("mongodb_uri")
-    mongodb_database: str | None = _setting("mongodb_database")
-    mongodb_collection: str | None = _setting("mongodb_collection")
     rules_module: str | None = _setting("rules_module")
 
     _flow: BatchFlow | None = PrivateAttr(default=None)
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
         """Wire the flow for one run."""
-        self.refuse_typed_secrets(context)
-        configure_logging(self.settings())
-        run_id = context.run.run_id if context.run else None
-        bind_run(run_id)
-        self._flow = self.build(run_id)
-
-    def teardown_after_execution(self, context: dg.InitResourceContext) -> None:
-        """End what was begun for the run; the Spark session goes on, since the process may run another."""
-        del context
-        bind_run(None)
+        super().setup_for_execution(context)
+        self._flow = self.build(context.run.run_id if context.run else None)
 
     def settings(self) -> Settings:
         """Return the settings with this resource's and Spark's; a test's resource may override this."""
@@ -178,31 +186,17 @@ class BatchResource(SettingsResource):
         return self._flow
 
 
-class ChangesResource(SettingsResource):
+class ChangesResource(StoreResource):
     """The change flow's parts. Kafka and MySQL must be there: none is started."""
 
-    mongodb_uri: str | None = _setting("mongodb_uri")
-    mongodb_database: str | None = _setting("mongodb_database")
-    mongodb_collection: str | None = _setting("mongodb_collection")
     kafka_bootstrap_servers: str | None = _setting("kafka_bootstrap_servers")
     kafka_topic: str | None = _setting("kafka_topic")
     kafka_group_id: str | None = _setting("kafka_group_id")
     mysql_url: str | None = _setting("mysql_url")
     connect_url: str | None = _setting("connect_url")
 
-    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
-        """Bind the run to the log."""
-        self.refuse_typed_secrets(context)
-        configure_logging(self.settings())
-        bind_run(context.run.run_id if context.run else None)
-
-    def teardown_after_execution(self, context: dg.InitResourceContext) -> None:
-        """Take the run off the log."""
-        del context
-        bind_run(None)
-
     def kafka(self) -> "KafkaSettings":
-        """Return the topic, the group and the way to the brokers.
+        """Return the topic, the group and the connection settings.
 
         Raises:
             UnavailableError: KAFKA_BOOTSTRAP_SERVERS is not set and the local broker is not up.
@@ -222,16 +216,16 @@ class ChangesResource(SettingsResource):
         return change_consumer(self.settings(), self.kafka(), listener)
 
     def no_kafka(self) -> str | None:
-        """Return in words that Kafka was never set up here; None where it is named or was once started.
+        """Return why there is no Kafka here; None where it is configured or a local one was ever started.
 
-        One that was set up and is away is not missing: asking it raises.
+        If it was set up and is unavailable, this returns None, and using it raises.
         """
         from ghsync_dagster.wiring import has_kafka
 
         return None if has_kafka(self.settings()) else _words("Kafka", "KAFKA_BOOTSTRAP_SERVERS")
 
     def no_mysql(self) -> str | None:
-        """Return the same of MySQL."""
+        """Return why there is no MySQL here, as ``no_kafka`` does for Kafka."""
         from ghsync_dagster.wiring import has_mysql
 
         return None if has_mysql(self.settings()) else _words("MySQL", "MYSQL_URL")
@@ -253,13 +247,13 @@ class ChangesResource(SettingsResource):
         return open_mysql(self.settings())
 
     def source(self, hours: float | None = None) -> "Finding | None":
-        """Look at MySQL's table and settings; None where there is no MySQL here.
+        """Return the finding on MySQL's table and settings; None where there is no MySQL here.
 
         Args:
-            hours: How far back Connect's log is looked at; None for the usual time.
+            hours: How far back Connect's log is read; None for the default.
 
         Raises:
-            GhsyncError: MySQL is away or refuses.
+            GhsyncError: MySQL is unavailable or refuses.
         """
         from ghsync_dagster.wiring import look_at_source
 
@@ -268,13 +262,13 @@ class ChangesResource(SettingsResource):
         return look_at_source(self.settings(), hours=STATEMENT_HOURS if hours is None else hours)
 
     def close_statements(self, began: "datetime") -> None:
-        """Remember that both sides were equal in a comparison that began then."""
+        """Record that both sides were equal in a comparison that began then."""
         from ghsync_dagster.wiring import close_statements
 
         close_statements(self.settings(), began)
 
     def connector(self) -> "ConnectorProbe | None":
-        """Return what asks for the connector; None where no worker is known."""
+        """Return the connector's probe; None where no worker is known."""
         from ghsync_dagster.wiring import connector_probe
 
         return connector_probe(self.settings())

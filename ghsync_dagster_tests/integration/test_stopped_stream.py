@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from ghsync_dagster.cdc.health import checks
-from ghsync_dagster.defs.cdc.connector_watch import Memory, look
+from ghsync_dagster.defs.cdc.connector_watch import Memory, check
 from ghsync_dagster.local import stack
 from ghsync_dagster.settings import Settings, load_settings
 from ghsync_dagster.wiring import change_consumer, connector_probe, existing_kafka, open_mysql, store_opener
@@ -127,8 +127,8 @@ class Stream:
         """What the sensor says at its second look."""
         probe = connector_probe(self.settings(**more))
         assert probe is not None
-        memory = look(probe, Memory())[1]
-        return look(probe, memory)[0]
+        memory = check(probe, Memory())[1]
+        return check(probe, memory)[0]
 
     def ask(self, *steps: tuple[str, str]) -> None:
         """Ask the worker for something about the connector."""

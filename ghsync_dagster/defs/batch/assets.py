@@ -31,25 +31,25 @@ GROUP = "batch"
 TARGET = "target"
 OWNERS = ["team:data-platform"]
 FRESHNESS = dg.FreshnessPolicy.time_window(fail_window=timedelta(days=7), warn_window=timedelta(days=2))
-"""How old what files brought may be: nothing here runs by a clock, so it is wide."""
+"""How old loaded data may be. The windows are wide, as no schedule runs a load."""
 _GUIDE = guide("docs/explain/files.md")
 
 
 def _of_load(code: str, settings: Settings) -> str:
-    """Return the version of the code that loads, for one target: what is in another one was not loaded there."""
+    """Return the version of the code and the target, so that another target does not look in sync."""
     uri = settings.mongodb_uri
     server = str(settings.home_dir) if uri is None else redact(uri.get_secret_value())
     return version_of(code, server, settings.mongodb_database, settings.mongodb_collection)
 
 
 def _made_from(code: str, **inputs: str) -> dict[str, str]:
-    """Return the tags that say what a materialization was made from.
+    """Return the tags with the input versions of a materialization.
 
-    Dagster would name the versions that it knows of; the flow may have read others, as ``ghsync batch`` leaves them or
-    the launchpad names them, and then the asset must not look in sync.
+    Dagster would use the versions that it knows of. The flow may have read others, written by ``ghsync batch`` or named
+    in the launchpad. Then the asset must not look in sync.
 
     Args:
-        code: Version of the code; unknown where a flow was built without one.
+        code: Version of the code; empty where a flow was built without one.
         inputs: Versions of the inputs, by their assets.
     """
     versions = {f"dagster/input_data_version/{asset}": version for asset, version in inputs.items()}
@@ -57,7 +57,7 @@ def _made_from(code: str, **inputs: str) -> dict[str, str]:
 
 
 SAMPLE_TAG = "ghsync/sample"
-"""Tag of runs that load the sample, which no MongoDB but the local one gets."""
+"""Tag of runs that load the sample, which only the local MongoDB accepts."""
 
 
 class ReadConfig(dg.Config):
@@ -83,7 +83,7 @@ class ReadConfig(dg.Config):
     ],
 )
 def event_files(batch: BatchResource) -> Iterator[dg.ObserveResult]:
-    """Look at the input files."""
+    """Find the input files."""
     with as_failure():
         state = batch.flow.find_input(batch.settings().events())
     yield dg.ObserveResult(EVENT_FILES, data_version=dg.DataVersion(state.version), metadata=metadata.of_input(state))
@@ -162,7 +162,7 @@ def users(batch: BatchResource) -> dg.MaterializeResult[None]:
 
 @dg.asset(
     name=MONGO_USERS,
-    # The load needs no changes: they are here because the stream writes the same collection.
+    # The load does not need the changes. They are a dependency, as the stream writes the same collection.
     deps=[USERS, USERS_CHANGES],
     group_name=TARGET,
     owners=OWNERS,
@@ -180,7 +180,7 @@ def mongo_users(context: dg.AssetExecutionContext, batch: BatchResource) -> dg.M
         stored = batch.flow.count_users()
     return dg.MaterializeResult(
         metadata=metadata.of_load(report, batch.settings(), stored),
-        # Each load leaves another state: the stream may have changed the collection since the last one.
+        # Each load results in a new version, as the stream may have changed the collection since the last one.
         data_version=dg.DataVersion(report.load_id),
         tags=_made_from(_of_load(batch.flow.code_version, batch.settings()), **{USERS: report.input_version}),
     )
@@ -193,7 +193,7 @@ def assets() -> list[dg.AssetsDefinition]:
         code = code_version(settings.rules_module)
         of_load = _of_load(code, settings)
     except ConfigError:
-        # A run tells what is wrong with the settings.
+        # Each run fails with this error, so it is not lost.
         code = of_load = version_of(UNKNOWN)
 
     def versioned(spec: dg.AssetSpec) -> dg.AssetSpec:

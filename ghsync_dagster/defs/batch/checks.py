@@ -1,6 +1,6 @@
-"""The asset checks of the batch flow: each one a judgement of ``batch.checks``, blocking, with how to recover.
+"""The asset checks of the batch flow: all blocking, judged by ``batch.checks``, with the way out.
 
-A check fails on data only; where a server can't be reached it raises, and the run fails as infrastructure.
+A check fails on data only. If a server can't be reached it raises, and the run fails as infrastructure.
 """
 
 # No annotations from __future__: Dagster wants the types of context and config, not their names.
@@ -23,7 +23,7 @@ class QuarantineConfig(dg.Config):
 
 
 def as_result(finding: Finding) -> dg.AssetCheckResult:
-    """Return a finding as Dagster shows it: exact counts, capped offenders, the way out."""
+    """Return a finding as Dagster's result: exact counts, a limited number of offenders, the way out."""
     shown: dict[str, dg.MetadataValue | int | float | str] = {**finding.counts}
     if finding.offenders:
         shown["offenders"] = dg.MetadataValue.json(finding.offenders)

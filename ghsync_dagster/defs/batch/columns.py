@@ -1,6 +1,6 @@
-"""The columns of every table of the batch flow, as the UI shows them: type, meaning, and which columns they come from.
+"""The columns of the tables of the batch flow for the UI: type, description, and lineage.
 
-Belongs here: words for people, and lineage. Names and types come from the domain's declarations. Not here: counts and
+Belongs here: descriptions and lineage. Names and types come from the domain's declarations. Not here: counts and
 samples, which are ``defs.batch.metadata``'s.
 """
 
@@ -34,7 +34,7 @@ OF_USERS: Final = {
     "avatar_url": "Address of the user's picture.",
     "url": "Address of the user in GitHub's API.",
 }
-"""What each field of a user is, in words."""
+"""The description of each field of a user."""
 _OF_EVENTS: Final = {
     "id": "The event's number, as decimal text; the higher is the newer among events of one second.",
     "type": "Kind of event, such as PushEvent.",
@@ -65,7 +65,7 @@ def leaves(shape: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, ty
 
 
 class Table(NamedTuple):
-    """What the UI shows of a table before it holds anything.
+    """A table's schema and lineage, which the UI shows also for an empty table.
 
     Attributes:
         schema: Its columns.
@@ -106,7 +106,7 @@ def _of_events(types: Mapping[type, str]) -> dg.TableSchema:
 
 
 def _of_stored() -> Iterator[tuple[str, str, str]]:
-    # Alongside the contract's own fields; the marker is there during a load only.
+    # Without the marker, which documents have during a load only.
     yield "_id", "objectId", "MongoDB's own key; a load leaves it as it is."
     properties = json_schema()["properties"]
     for name in USER_FIELDS:

@@ -1,6 +1,6 @@
-"""The jobs of the batch flow: which assets and checks run together, by name, and with which config the launchpad opens.
+"""The jobs of the batch flow: which assets and checks run together, and the launchpad's default config.
 
-Not here: what they do. Dagster keeps one preset a job, its config: another preset is another job.
+Not here: what they do. Dagster has one default config a job, so each preset is a job of its own.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What a person wants to see alongside a materialization: counts, rates, samples, versions, where the data is.
+"""Metadata of the batch flow's materializations: counts, rates, samples, versions, locations.
 
-Not here: any judgement, which is a check's, and the columns of the tables (``defs.batch.columns``).
+Not here: judgements, which are the checks', and the columns of the tables (``defs.batch.columns``).
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def _table(columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> dg.
 
 
 def _rows(schema: dg.TableSchema, rows: Iterable[Mapping[str, Any]]) -> dg.MetadataValue[Any]:
-    # A table's cell is no null.
+    # Dagster allows no null in a table's cell.
     records: Sequence[dg.TableRecord] = [
         dg.TableRecord({name: "" if value is None else value for name, value in row.items()}) for row in rows
     ]

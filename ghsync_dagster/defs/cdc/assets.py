@@ -1,7 +1,7 @@
 """The assets of the change flow: mysql_users -> users_changes (both from outside) -> dead_letters.
 
-Belongs here: names, lineage and what is said of them. ``mongo_users``, which the changes lead to as well, is with the
-batch assets.
+Belongs here: names, lineage and descriptions. ``mongo_users``, which depends on the changes too, is with the batch
+assets.
 """
 
 # No annotations from __future__: Dagster wants the types of context and config, not their names.
@@ -27,7 +27,7 @@ _DEFAULTS = {name: field.default for name, field in Settings.model_fields.items(
 
 
 def _schema(types: Mapping[str, str]) -> dg.TableSchema:
-    """Return the columns of the table, by the types that they have somewhere."""
+    """Return the table's columns with the given types."""
     return dg.TableSchema(
         [
             dg.TableColumn(

@@ -1,7 +1,7 @@
 """The sensor connector_watch: reports the check connector_running whenever its outcome changes, without a run.
 
-Belongs here: what a tick remembers of the ticks before. Not here: what is asked (``cdc.health.connector``), the
-judgement (``cdc.health.checks``), and whether its outcome is news (``watching``).
+Belongs here: the sensor's cursor. Not here: the probe (``cdc.health.connector``), the judgement
+(``cdc.health.checks``), and whether the outcome has changed (``watching``).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from ghsync_dagster.domain.finding import Finding
 
 INTERVAL_SECONDS: Final = 15
-_DOUBTFUL_LOOKS: Final = 2
-"""A worker or task that restarts is back within moments: only the second look in a row counts."""
+_DOUBTFUL_TICKS: Final = 2
+"""A worker or task that restarts is back within moments, so only the second tick in a row counts."""
 
 log = get_logger("connector")
 
@@ -34,8 +34,8 @@ class Memory(msgspec.Struct, frozen=True):
     """The sensor's cursor.
 
     Attributes:
-        base: From when on the offset stands still while MySQL writes, see ``domain.connector.base_of``.
-        doubtful: How many looks in a row found a state that may pass by itself.
+        base: Since when the offset stands still while MySQL writes, see ``domain.connector.base_of``.
+        doubtful: How many ticks in a row found a state that may be transient.
     """
 
     base: Sample | None = None
@@ -50,43 +50,43 @@ class Memory(msgspec.Struct, frozen=True):
     "connector_running whenever its outcome changes, so that the sensor alerts tells of it. Starts no run.",
 )
 def connector_watch(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-    """Look once; report what has changed."""
+    """Check once; report a changed outcome."""
     settings = load_settings()
     configure_logging(settings)
     memory = _memory(context.cursor)
     probe = connector_probe(settings)
     if probe is None:
         return dg.SensorResult(skip_reason=dg.SkipReason(NOT_ASKED), cursor=_as_cursor(Memory()))
-    finding, after = look(probe, memory)
+    finding, after = check(probe, memory)
     if finding is None:
-        words = "the connector's state may pass by itself; asked again"
-        return dg.SensorResult(skip_reason=dg.SkipReason(words), cursor=_as_cursor(after))
+        reason = "the connector's state may be transient; it is checked again"
+        return dg.SensorResult(skip_reason=dg.SkipReason(reason), cursor=_as_cursor(after))
     return report(context.instance, finding, log, _as_cursor(after))
 
 
-def look(probe: ConnectorProbe, memory: Memory) -> tuple[Finding | None, Memory]:
-    """Look once.
+def check(probe: ConnectorProbe, memory: Memory) -> tuple[Finding | None, Memory]:
+    """Probe once.
 
     Returns:
-        The finding, or None where the state may pass by itself; the memory.
+        The finding, or None where the state may be transient; the new cursor.
     """
     found = probe.report()
     base = base_of(memory.base, found.sample)
-    doubtful = memory.doubtful + 1 if _may_pass(found) else 0
+    doubtful = memory.doubtful + 1 if _is_doubtful(found) else 0
     after = msgspec.structs.replace(memory, base=base, doubtful=doubtful)
-    if 0 < doubtful < _DOUBTFUL_LOOKS:
+    if 0 < doubtful < _DOUBTFUL_TICKS:
         return None, after
     still = found.sample.at - base.at
     return checks.connector_running(found, still, limit_seconds=probe.still_seconds), after
 
 
-def _may_pass(found: ConnectorReport) -> bool:
+def _is_doubtful(found: ConnectorReport) -> bool:
     state = found.state
     return state.state == UNKNOWN or not (state.is_running or state.is_stopped)
 
 
 def _memory(cursor: str | None) -> Memory:
-    """Read the cursor; one that is not of this sensor counts as none."""
+    """Read the cursor; an invalid one counts as none."""
     try:
         return msgspec.json.decode(cursor or "{}", type=Memory)
     except msgspec.DecodeError:

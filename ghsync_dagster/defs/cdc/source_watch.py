@@ -1,6 +1,7 @@
 """The sensor source_watch: reports the check source_settings whenever its outcome changes, without a run.
 
-Not here: what is asked (``wiring``), the judgement (``domain.source``), and whether its outcome is news (``watching``).
+Not here: the queries (``wiring``), the judgement (``domain.source``), and whether the outcome has changed
+(``watching``).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ log = get_logger("source")
     "source_settings whenever its outcome changes, so that the sensor alerts tells of it. Starts no run.",
 )
 def source_watch(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-    """Look once; report what has changed."""
+    """Check once; report a changed outcome."""
     changes = ChangesResource()
     configure_logging(changes.settings())
     try:

@@ -1,7 +1,7 @@
-"""What the sensors that watch report: a check's finding, where its outcome is another one than Dagster knows.
+"""Reports a sensor's finding as a check evaluation, if its outcome differs from the newest one in Dagster.
 
-Belongs here: the comparison with the newest evaluation, whoever made it, and what a tick returns then. Not here: when
-is looked, and at what.
+Belongs here: the comparison with the newest evaluation, of whatever origin, and the result of a tick. Not here: when a
+sensor checks, and what.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ if TYPE_CHECKING:
 
 _EVALUATED: Final = {AssetCheckExecutionRecordStatus.SUCCEEDED, AssetCheckExecutionRecordStatus.FAILED}
 _LATEST: Final = 10
-"""The records are in the order in which runs were planned: a run that took long may have evaluated after later ones."""
+"""How many records are read. They are ordered by the planning of their runs, and a long run may evaluate last."""
 
 
 def report(
     instance: dg.DagsterInstance, finding: Finding, log: BoundLogger, cursor: str | None = None
 ) -> dg.SensorResult:
-    """Return a tick's result: the evaluation of a finding that is news, else why there is none.
+    """Return a tick's result: the evaluation if the outcome has changed, else a skip reason.
 
     Args:
-        instance: Knows the evaluations, those of jobs too.
+        instance: Holds the evaluations, those of jobs too.
         finding: On ``users_changes``.
         log: The sensor's.
-        cursor: What the sensor remembers from now on.
+        cursor: The sensor's new cursor.
     """
     events = _changed(instance, finding)
     if not events:
         return dg.SensorResult(skip_reason=dg.SkipReason(finding.summary), cursor=cursor)
-    say = log.info if finding.passed else log.error
-    say("outcome changed", check=finding.check, passed=finding.passed, summary=finding.summary)
+    write = log.info if finding.passed else log.error
+    write("outcome changed", check=finding.check, passed=finding.passed, summary=finding.summary)
     return dg.SensorResult(asset_events=events, cursor=cursor)
 
 
 def _changed(instance: dg.DagsterInstance, finding: Finding) -> list[dg.AssetCheckEvaluation]:
     """Return the evaluation to report; none where the newest one has the same outcome.
 
-    Outcomes are told apart by whether the check passed and by the way out: the words of a summary may differ each time.
+    An outcome is whether the check passed, and the way out. The summary may differ each time.
     """
     result = as_result(finding)
     made = dg.AssetCheckEvaluation(

@@ -1,6 +1,6 @@
-"""Alerts: asset checks that did not pass and runs that failed are logged, and posted to a webhook where one is set.
+"""Alerts: logs asset checks that did not pass and runs that failed, and posts them to a webhook where one is set.
 
-Belongs here: which events are alerts, what an alert says, and how far each has got. Not here: what a check holds.
+Belongs here: which events are alerts, their content, and which events are dealt with. Not here: what a check judges.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ _MODULE: Final = re.compile(r"^(?:\w+\.)+(?=\w+: )")
 _TEXT_LIMIT: Final = 2_000
 _EVENTS_A_TICK: Final = 500
 _POST_TIMEOUT_SECONDS: Final = 5.0
-# Dagster ends a tick after 60 seconds, and what it had delivered would be forgotten.
+# Dagster ends a tick after 60 seconds without saving its cursor, so its alerts would be delivered again.
 _READING_SECONDS: Final = 10.0
 _POSTING_SECONDS: Final = 40.0
 
 log = get_logger("alerts")
 
 
-class Alert(msgspec.Struct, frozen=True):
+class Alert(msgspec.Struct, frozen=True, kw_only=True):
     """One asset check that did not pass, or one run that failed: the JSON document that a webhook gets.
 
     Attributes:
-        text: All of it in one line, the field that chat webhooks show.
-        kind: ``check``, or of a run what failed it: ``infrastructure`` (a server is away, another load is at work),
+        text: The whole alert in one line: the field that chat webhooks show.
+        kind: ``check``, or why a run failed: ``infrastructure`` (a server is unavailable, another load is running),
             ``permanent`` (something must change first), ``data`` (a drain has not reached the end, or its gate
             refused), or ``unforeseen`` (no error of ghsync's own: its process was killed, the disk is full).
         check: The check's name; empty for a run.
@@ -55,36 +55,36 @@ class Alert(msgspec.Struct, frozen=True):
         severity: ERROR or WARN.
         blocking: Whether the check stops what depends on the asset; false for a run.
         time: When the check was evaluated or the run ended, ISO 8601, UTC.
-        description: What the check found or what failed the run, in words.
-        counts: The numbers behind it.
+        description: What the check found or why the run failed, in words.
+        counts: The check's counts.
         way_out: How to recover.
         event_id: Number of the event in Dagster's log: the same when an alert arrives twice.
     """
 
     text: str
     kind: str
-    check: str
-    asset: str
+    check: str = ""
+    asset: str = ""
     run_id: str
     job: str
-    severity: str
-    blocking: bool
+    severity: str = dg.AssetCheckSeverity.ERROR.value
+    blocking: bool = False
     time: str
     description: str
-    counts: dict[str, int | float]
+    counts: dict[str, int | float] = {}
     way_out: str
     event_id: int
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """The sensor's cursor: numbers of the last event of Dagster's log that each way of alerting has dealt with."""
+    """The sensor's cursor: the numbers of the last events of Dagster's log that were logged, and posted."""
 
     logged: int
     posted: int
 
 
 def _alert(instance: dg.DagsterInstance, event_id: int, entry: dg.EventLogEntry) -> Alert | None:
-    """Return the alert that an event of Dagster's log is, or None where there is nothing to tell."""
+    """Return the alert for an event of Dagster's log, or None where it is none."""
     if evaluation := entry.asset_check_evaluation:
         return None if evaluation.passed else _of_check(event_id, entry, evaluation)
     failures = instance.get_records_for_run(entry.run_id, of_type=dg.DagsterEventType.STEP_FAILURE).records
@@ -120,7 +120,7 @@ def _of_check(event_id: int, entry: dg.EventLogEntry, evaluation: dg.AssetCheckE
 def _of_run(
     event_id: int, entry: dg.EventLogEntry, event: dg.DagsterEvent, steps: Sequence[dg.DagsterEvent]
 ) -> Alert | None:
-    """Return the alert of a run that failed, or None where only checks failed it: those have alerts of their own.
+    """Return the alert of a run that failed, or None where only checks failed, which have their own alerts.
 
     Args:
         event_id: Number of the event in Dagster's log.
@@ -138,15 +138,10 @@ def _of_run(
     return Alert(
         text=f"Run of {job} failed{at}: {description.rstrip('.')}. {way_out}",
         kind=kind,
-        check="",
-        asset="",
         run_id=entry.run_id,
         job=job,
-        severity=dg.AssetCheckSeverity.ERROR.value,
-        blocking=False,
         time=_time(entry),
         description=description,
-        counts={},
         way_out=way_out,
         event_id=event_id,
     )
@@ -167,10 +162,10 @@ def _reason(run: dg.DagsterEvent, step: dg.DagsterEvent | None) -> tuple[str, st
     """Return the kind of a run's failure, the reason, and the way out where there is one."""
     own = step.step_failure_data.user_failure_data if step else None
     if own:
-        said = {key: str(value.value) for key, value in own.metadata.items()}
+        given = {key: str(value.value) for key, value in own.metadata.items()}
         words, _, way_out = (own.description or "").partition(WAY_OUT)
-        return said.get("kind", "unforeseen"), words, said.get("way_out", way_out)
-    # A run that the daemon gives up, as its process has gone, has no data of its failure.
+        return given.get("kind", "unforeseen"), words, given.get("way_out", way_out)
+    # If the daemon marks a run failed, as its process is gone, there is no failure data.
     data = run.job_failure_data if run.event_specific_data else None
     error = root_cause(step.step_failure_data.error if step else data.error if data else None)
     if error is None:
@@ -180,7 +175,7 @@ def _reason(run: dg.DagsterEvent, step: dg.DagsterEvent | None) -> tuple[str, st
 
 
 def _shown(text: str) -> str:
-    """Return a text as an alert may hold it: no credentials, bearably long, and fit to be encoded."""
+    """Return a text for an alert: without credentials, of limited length, and encodable."""
     return shortened(redact(text.strip()).encode(errors="backslashreplace").decode(), _TEXT_LIMIT)
 
 
@@ -193,7 +188,7 @@ def _as_cursor(progress: Progress) -> str:
 
 
 def _progress(cursor: str, newest: int) -> Progress:
-    """Read the cursor; a log that was emptied since counts from the beginning again."""
+    """Read the cursor; after Dagster's log was emptied, event numbers start again."""
     try:
         progress = msgspec.json.decode(cursor, type=Progress)
     except msgspec.DecodeError:
@@ -205,30 +200,30 @@ def _progress(cursor: str, newest: int) -> Progress:
 
 
 def _alerts_after(instance: dg.DagsterInstance, event_id: int, newest: int) -> tuple[list[Alert], int]:
-    """Return the alerts after an event, oldest first, and the last event that was looked at.
+    """Return the alerts after an event, oldest first, and the last event that was read.
 
-    The first event is looked at however long it takes; the others while there is time.
+    The first event is read however long it takes; the others while there is time.
 
     Args:
         instance: The Dagster instance.
         event_id: The event.
-        newest: The last one to look at: what is written while this reads would be seen of one kind only.
+        newest: The last event to read: of later ones this might read one kind and miss the other.
     """
     events = instance.event_log_storage
     found: dict[int, dg.EventLogEntry] = {}
     for kind in _EVENTS:
         found.update(events.get_logs_for_all_runs_by_log_id(event_id, kind, _EVENTS_A_TICK))
-    # Of each kind there may be more, but none that stands before these.
+    # There may be more events of each kind, but only later ones.
     numbers = sorted(number for number in found if number <= newest)[:_EVENTS_A_TICK]
     alerts: list[Alert] = []
-    seen, deadline = event_id, time.monotonic() + _READING_SECONDS
+    last, deadline = event_id, time.monotonic() + _READING_SECONDS
     for number in numbers:
         if alert := _alert(instance, number, found[number]):
             alerts.append(alert)
-        seen = number
+        last = number
         if time.monotonic() > deadline:
             break
-    return alerts, seen
+    return alerts, last
 
 
 def _log(context: dg.SensorEvaluationContext, alerts: Sequence[Alert]) -> None:
@@ -240,26 +235,26 @@ def _log(context: dg.SensorEvaluationContext, alerts: Sequence[Alert]) -> None:
 
 
 def _post_all(url: SecretStr | None, alerts: Sequence[Alert]) -> tuple[int, GhsyncError | None]:
-    """Post alerts in order until one fails or the time is over; return how many are dealt with, and the failure."""
+    """Post alerts in order until one fails or the time is over; return how many are done, and the failure."""
     if not url or not alerts:
         return len(alerts), None
     import httpx
 
-    # At INFO these log each request's URL, which is a secret.
+    # At INFO they log each request's URL, which is a secret.
     for name in ("httpx", "httpcore"):
         logging.getLogger(name).setLevel(logging.WARNING)
     deadline = time.monotonic() + _POSTING_SECONDS
     with httpx.Client(timeout=_POST_TIMEOUT_SECONDS) as client:
-        for arrived, alert in enumerate(alerts):
+        for done, alert in enumerate(alerts):
             if time.monotonic() > deadline:
-                return arrived, None
-            if problem := _post(client, url, alert):
-                return arrived, problem
+                return done, None
+            if fault := _post(client, url, alert):
+                return done, fault
     return len(alerts), None
 
 
 def _post(client: httpx.Client, url: SecretStr, alert: Alert) -> GhsyncError | None:
-    """Post one alert; return what went wrong, in words without the URL."""
+    """Post one alert; return the error if it fails, without the URL."""
     import httpx
 
     try:
@@ -271,12 +266,12 @@ def _post(client: httpx.Client, url: SecretStr, alert: Alert) -> GhsyncError | N
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         return UnavailableError(
             f"The alert webhook could not be reached ({type(error).__name__}).",
-            way_out="Correct GHSYNC_ALERT_WEBHOOK_URL or bring its server back; the alert is kept and tried again.",
+            way_out="Correct GHSYNC_ALERT_WEBHOOK_URL or bring its server back; the alert is kept and posted again.",
         )
     if not answer.is_success:
         return RefusedError(
             f"The alert webhook answered with status {answer.status_code}.",
-            way_out="Correct GHSYNC_ALERT_WEBHOOK_URL or mend its server; the alert is kept and tried again.",
+            way_out="Correct GHSYNC_ALERT_WEBHOOK_URL or fix its server; the alert is kept and posted again.",
         )
     return None
 
@@ -291,11 +286,11 @@ def _post(client: httpx.Client, url: SecretStr, alert: Alert) -> GhsyncError | N
 def alerts_sensor(context: dg.SensorEvaluationContext) -> dg.SkipReason:
     """Report each failed check and each failed run once.
 
-    The cursor never passes an alert that the webhook did not take. Only a tick that ends well can keep its cursor, so
-    one that got anything done ends with the failure as its reason, and one that got nothing done fails.
+    The cursor never passes an alert that the webhook did not accept. Dagster saves the cursor only of a tick that does
+    not raise. So a tick that made progress returns the failure as its skip reason, and one without progress raises.
 
     Raises:
-        GhsyncError: The webhook did not take the oldest alert that waits for it.
+        GhsyncError: The webhook did not accept the oldest alert.
     """
     settings = load_settings()
     configure_logging(settings)
@@ -304,19 +299,19 @@ def alerts_sensor(context: dg.SensorEvaluationContext) -> dg.SkipReason:
         context.update_cursor(_as_cursor(Progress(newest, newest)))
         return dg.SkipReason("Watching checks and runs from now on.")
     before = _progress(context.cursor, newest)
-    alerts, seen = _alerts_after(context.instance, before.posted, newest)
-    fresh = [alert for alert in alerts if alert.event_id > before.logged]
-    _log(context, fresh)
-    arrived, problem = _post_all(settings.alert_webhook_url, alerts)
-    posted = seen if arrived == len(alerts) else alerts[arrived].event_id - 1
-    after = Progress(max(before.logged, seen), posted)
-    if problem:
-        log.error("alert not delivered", waiting=len(alerts) - arrived, problem=str(problem))
+    alerts, last = _alerts_after(context.instance, before.posted, newest)
+    new = [alert for alert in alerts if alert.event_id > before.logged]
+    _log(context, new)
+    done, fault = _post_all(settings.alert_webhook_url, alerts)
+    posted = last if done == len(alerts) else alerts[done].event_id - 1
+    after = Progress(max(before.logged, last), posted)
+    if fault:
+        log.error("alert not delivered", waiting=len(alerts) - done, problem=str(fault))
         if after == before:
-            raise problem
+            raise fault
     context.update_cursor(_as_cursor(after))
-    counted = f"{len(fresh)} alerts since the last tick."
-    return dg.SkipReason(f"{counted} {problem}" if problem else counted)
+    counted = f"{len(new)} alerts since the last tick."
+    return dg.SkipReason(f"{counted} {fault}" if fault else counted)
 
 
 SENSORS = [alerts_sensor]
