@@ -1,4 +1,4 @@
-"""The one code location: everything that Dagster knows of ghsync, put together once."""
+"""The code location: all of ghsync's definitions for Dagster."""
 
 from __future__ import annotations
 

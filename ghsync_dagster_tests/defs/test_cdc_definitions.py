@@ -20,12 +20,12 @@ from ghsync_dagster.cdc.stream.consume import ChangeConsumer, ConsumerReport
 from ghsync_dagster.cdc.stream.listener import APPLIED, AppliedBatch, SilentListener
 from ghsync_dagster.dagster_home import ensure_dagster_home
 from ghsync_dagster.definitions import build_defs, defs
+from ghsync_dagster.defs.batch.columns import USERS_CHANGES
 from ghsync_dagster.defs.cdc import jobs, metadata, sensors
 from ghsync_dagster.defs.cdc import slice as slices
 from ghsync_dagster.defs.cdc.checks import CDC_CHECKS, in_step_with_mysql, latency_window, measured_since
 from ghsync_dagster.defs.cdc.jobs import SYNC_JOB, SYNC_OP, cdc_sync_job
 from ghsync_dagster.defs.cdc.sensors import REPLACED_TAG, cdc_supervisor, end_slice, read_slices
-from ghsync_dagster.defs.cdc.slice import USERS_CHANGES
 from ghsync_dagster.defs.cdc.supervisor import Phase, Replace, Rules
 from ghsync_dagster.defs.gated import gated_executor
 from ghsync_dagster.defs.resources import ChangesResource

@@ -12,8 +12,8 @@ from ghsync_dagster.cdc.health.checks import connector_running
 from ghsync_dagster.cdc.health.connector import NOT_ASKED, ConnectorReport
 from ghsync_dagster.definitions import defs
 from ghsync_dagster.defs.batch.checks import as_result
+from ghsync_dagster.defs.batch.columns import USERS_CHANGES
 from ghsync_dagster.defs.cdc import connector_watch as watch
-from ghsync_dagster.defs.cdc.slice import USERS_CHANGES
 from ghsync_dagster.defs.cdc.source_watch import source_watch
 from ghsync_dagster.defs.ops.alerts import alerts_sensor
 from ghsync_dagster.defs.resources import ChangesResource

@@ -24,10 +24,11 @@ from dagster._core.storage.tags import SENSOR_NAME_TAG
 from ghsync_dagster.cdc.stream.consume import ChangeConsumer, ConsumerReport
 from ghsync_dagster.dagster_home import ensure_dagster_home
 from ghsync_dagster.definitions import build_defs
+from ghsync_dagster.defs.batch.columns import USERS_CHANGES
 from ghsync_dagster.defs.cdc import jobs
 from ghsync_dagster.defs.cdc.checks import CDC_CHECKS
 from ghsync_dagster.defs.cdc.jobs import SYNC_JOB, SYNC_OP
-from ghsync_dagster.defs.cdc.slice import USERS_CHANGES, consume
+from ghsync_dagster.defs.cdc.slice import consume
 from ghsync_dagster.defs.ops.alerts import alerts_sensor
 from ghsync_dagster.defs.resources import ChangesResource
 from ghsync_dagster.domain.user import USER_FIELDS, json_schema

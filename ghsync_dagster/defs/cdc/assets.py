@@ -9,9 +9,8 @@ from collections.abc import Mapping
 
 import dagster as dg
 
-from ghsync_dagster.defs.batch.columns import OF_USERS
+from ghsync_dagster.defs.batch.columns import OF_USERS, USERS_CHANGES
 from ghsync_dagster.defs.cdc import metadata
-from ghsync_dagster.defs.cdc.slice import USERS_CHANGES
 from ghsync_dagster.defs.errors import as_failure
 from ghsync_dagster.defs.links import guide
 from ghsync_dagster.defs.resources import ChangesResource

@@ -1,7 +1,6 @@
-"""The asset checks of the change flow, none blocking: each asks for what ``cdc/health/checks.py`` judges.
+"""The asset checks of the change flow, none blocking, judged by ``cdc/health/checks.py``.
 
-Belongs here: names, config, where a check gets what it judges, and how a finding looks in Dagster. An error that is not
-about data raises.
+Belongs here: names, config, and reading what a check judges. An error that is not about data raises.
 """
 
 # No annotations from __future__: Dagster wants the types of context and config, not their names.
@@ -24,8 +23,8 @@ from ghsync_dagster.cdc.health.checks import (
     Measured,
 )
 from ghsync_dagster.defs.batch.checks import as_result
+from ghsync_dagster.defs.batch.columns import MONGO_USERS, USERS_CHANGES
 from ghsync_dagster.defs.cdc import metadata
-from ghsync_dagster.defs.cdc.slice import USERS_CHANGES
 from ghsync_dagster.defs.errors import as_failure
 from ghsync_dagster.defs.resources import ChangesResource
 from ghsync_dagster.domain.errors import UnavailableError
@@ -61,7 +60,7 @@ class SourceConfig(dg.Config):
     """What the launchpad may set for source_settings."""
 
     statement_hours: float | None = Field(default=None, gt=0)
-    """How far back Connect's log is looked at for statements that came as text; empty: 24."""
+    """How far back Connect's log is searched for statements that came as text; empty: 24."""
 
 
 class AuditConfig(dg.Config):
@@ -70,7 +69,7 @@ class AuditConfig(dg.Config):
     lag_wait_seconds: float = Field(default=60.0, ge=0)
     """How long to wait until no change waits for the consumer."""
     patience_seconds: float = Field(default=30.0, ge=0)
-    """How long what differs is read again, since changes may be on their way."""
+    """How long differences are read again, since changes may be in flight."""
 
 
 def _retrying(changes: ChangesResource, action: Callable[[], T]) -> T:
@@ -96,7 +95,7 @@ def connector_running(changes: ChangesResource) -> dg.AssetCheckResult:
 
 @dg.asset_check(asset=USERS_CHANGES, name=KAFKA_LAG, description="Consumer lag is within the limit.")
 def kafka_lag(config: LagConfig, changes: ChangesResource) -> dg.AssetCheckResult:
-    """Judge how far the group is behind."""
+    """Judge the group's lag."""
     from ghsync_dagster.cdc.stream.topic_guard import TopicGuard
     from ghsync_dagster.stores.kafka.backlog import read_backlog
 
@@ -132,7 +131,7 @@ def cdc_latency(
 
 
 def latency_window(settings: Settings) -> float:
-    """Return how far back latency is looked at, in seconds."""
+    """Return the window of observed latencies, in seconds."""
     return max(_WINDOW_REPORTS * settings.cdc_report_seconds, _LEAST_WINDOW_SECONDS)
 
 
@@ -158,10 +157,10 @@ def dead_letters_empty(changes: ChangesResource) -> dg.AssetCheckResult:
 @dg.asset_check(
     asset=USERS_CHANGES,
     name=SOURCE_SETTINGS,
-    description="The table can be followed as it is, and the server logs each change of it as a whole row.",
+    description="Debezium can follow the table, and the server logs each change of it as a whole row.",
 )
 def source_settings(config: SourceConfig, changes: ChangesResource) -> dg.AssetCheckResult:
-    """Judge the table's shape, the server's settings, and what Connect's log warns of."""
+    """Judge the table's shape, the server's settings, and the statements in Connect's log."""
     with as_failure():
         no_kafka, no_mysql = changes.no_kafka(), changes.no_mysql()
     if no_mysql:
@@ -172,7 +171,7 @@ def source_settings(config: SourceConfig, changes: ChangesResource) -> dg.AssetC
 
 
 @dg.asset_check(
-    asset="mongo_users",
+    asset=MONGO_USERS,
     name=IN_STEP_WITH_MYSQL,
     additional_deps=["mysql_users"],
     description="The collection holds what MySQL's table holds, key by key, but for users that only files brought.",
@@ -181,7 +180,7 @@ def in_step_with_mysql(
     context: dg.AssetCheckExecutionContext, config: AuditConfig, changes: ChangesResource
 ) -> dg.AssetCheckResult:
     """Compare the collection with MySQL's table, once no change waits."""
-    # The check is on an asset that deployments have which load files only.
+    # Deployments without changes have the asset of this check too.
     with as_failure():
         no_kafka, no_mysql = changes.no_kafka(), changes.no_mysql()
     if no_kafka:
@@ -194,13 +193,13 @@ def in_step_with_mysql(
         try:
             return _compared(config, changes, attempts=1)
         except UnavailableError as error:
-            # A load of files needs none of the stream's servers; the checks of the change flow tell what is away.
+            # A load of files needs none of the stream's servers. Other checks report which is unavailable.
             return as_result(checks.nothing_to_compare(error.message, error.way_out))
 
 
 def _is_of_load(context: dg.AssetCheckExecutionContext) -> bool:
     """Return whether the check's run materializes the collection."""
-    return dg.AssetKey("mongo_users") in context.job_def.asset_layer.selected_asset_keys
+    return dg.AssetKey(MONGO_USERS) in context.job_def.asset_layer.selected_asset_keys
 
 
 def _compared(config: AuditConfig, changes: ChangesResource, attempts: int) -> dg.AssetCheckResult:

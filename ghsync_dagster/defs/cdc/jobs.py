@@ -1,17 +1,16 @@
 """The jobs of the change flow: a slice of consumption, a drain to the end of the topic, and the checks.
 
-Belongs here: ops, their config, and what makes a drain fail. Not here: how changes are consumed or judged.
+Belongs here: ops, their config, and what fails a drain. Not here: how changes are consumed or judged.
 """
 
 # No annotations from __future__: Dagster wants the types of context and config, not their names.
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import dagster as dg
 from pydantic import Field
 
 from ghsync_dagster.batch import checks
-from ghsync_dagster.cdc.dead_letters.record import DeadLetter
 from ghsync_dagster.cdc.health.checks import loses_changes
 from ghsync_dagster.cdc.health.connector import require_stream
 from ghsync_dagster.defs.batch.checks import as_result
@@ -43,14 +42,14 @@ class DrainConfig(dg.Config):
     """What the launchpad may set for draining in cdc_drain_job."""
 
     timeout_seconds: float | None = Field(default=None, gt=0)
-    """How long to consume at most: the run fails if the end was not reached then; empty: as long as it takes."""
+    """The longest time to consume. The run fails if the end was not reached by then; empty: no limit."""
 
 
 class GateConfig(dg.Config):
     """What the launchpad may set for the gate of cdc_drain_job."""
 
     max_new_dead_letters: int = Field(default=0, ge=0)
-    """Dead letters that may be made while it drains: 0, since each is a change that is not applied."""
+    """How many dead letters the drain may write: 0, since each is a change that is not applied."""
 
 
 @dg.op(name=SYNC_OP, out=dg.Out(dg.Nothing), description="Consumes changes until the slice ends; observes them.")
@@ -79,7 +78,7 @@ def drain_changes(context: dg.OpExecutionContext, config: DrainConfig, changes: 
     """Consume to the end.
 
     Returns:
-        The dead letters that were made meanwhile, by kind: by this run, or by another consumer of the group.
+        How many dead letters were written meanwhile, by kind: by this run, or by another consumer of the group.
 
     Raises:
         Failure: The end was not reached, or the connector does not run, so that later changes never come.
@@ -93,7 +92,9 @@ def drain_changes(context: dg.OpExecutionContext, config: DrainConfig, changes: 
         ends = retrying("drain", lambda: read_backlog(changes.kafka()), attempts=attempts).ends()
         report = consume(context, changes, until_end=True, seconds=config.timeout_seconds)
         left = retrying("drain", lambda: read_backlog(changes.kafka()), attempts=attempts).before(ends)
-        new = retrying("drain", lambda: _by_kind(read_dead_letters(changes.kafka(), letters)), attempts=attempts)
+        new = retrying(
+            "drain", lambda: Counter(one.kind for one in read_dead_letters(changes.kafka(), letters)), attempts=attempts
+        )
         probe = changes.connector()
         connector = None if probe is None else probe.settled()
     context.add_output_metadata({"seconds": report.seconds, "records": sum(report.records.values()), "left": left})
@@ -101,7 +102,7 @@ def drain_changes(context: dg.OpExecutionContext, config: DrainConfig, changes: 
         why = (
             f"{left} changes that were there at the start are not applied"
             if left
-            else "whether changes are to be applied again was not seen, or they were not yet"
+            else "whether changes are to be applied again was not checked, or they are not applied yet"
         )
         raise dg.Failure(
             description=f"Stopped before the end: {why}.",
@@ -110,14 +111,14 @@ def drain_changes(context: dg.OpExecutionContext, config: DrainConfig, changes: 
         )
     with as_failure():
         require_stream(connector)
-    return new
+    return dict(new)
 
 
 @dg.op(out=dg.Out(dg.Nothing), description="Fails on what must not be after a drain.")
 def gate_drain(
     context: dg.OpExecutionContext, config: GateConfig, changes: ChangesResource, dead_letters: dict[str, int]
 ) -> None:
-    """Judge the collection, and the dead letters that were made meanwhile."""
+    """Judge the collection, and the dead letters that were written meanwhile."""
     with as_failure():
         findings = [
             _new_dead_letters(dead_letters, config.max_new_dead_letters),
@@ -134,10 +135,6 @@ def gate_drain(
             metadata={"kind": "data", "way_out": way_out, **_as_metadata(failed)},
             allow_retries=False,
         )
-
-
-def _by_kind(letters: Iterable[DeadLetter]) -> dict[str, int]:
-    return dict(Counter(letter.kind for letter in letters))
 
 
 def _new_dead_letters(made: Mapping[str, int], limit: int) -> Finding:
@@ -158,11 +155,11 @@ def _on_store(changes: ChangesResource) -> list[Finding]:
 
 
 def _on_source(context: dg.OpExecutionContext, changes: ChangesResource) -> list[Finding]:
-    """Return the finding on MySQL where it is one of changes that can't come or are lost."""
+    """Return the finding on MySQL if the connector can't run or changes are lost."""
     try:
         source = changes.source()
     except GhsyncError as error:
-        # What was there is drained all the same.
+        # The topic is drained all the same.
         context.log.warning(f"source: not looked at: {error}")
         return []
     return [source] if source is not None and loses_changes(source) else []

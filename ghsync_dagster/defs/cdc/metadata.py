@@ -1,7 +1,7 @@
-"""What a person wants to see of the change flow: counts, rates, lag, percentiles, dead letters.
+"""Metadata of the change flow: counts, rates, lag, percentiles, dead letters.
 
-Belongs here: how a snapshot of the metrics becomes an observation, and how an observation is read back. Not here: any
-judgement, which is a check's.
+Belongs here: the observation of a snapshot of the metrics, and reading its latency back. Not here: judgements, which
+are the checks'.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def of_observation(now: MetricsSnapshot, kafka: KafkaSettings) -> Metadata:
 
     Args:
         now: Its window is the interval since the observation before.
-        kafka: Whose changes these are.
+        kafka: The topic and the group.
     """
     return {
         "records": now.records,
@@ -82,7 +82,7 @@ def _details(now: MetricsSnapshot, kafka: KafkaSettings) -> Metadata:
 
 
 def measured(metadata: Mapping[str, Any], *, at: float, run_id: str) -> Measured | None:
-    """Read an observation's latency back; None where it measured no record."""
+    """Return the latency of an observation; None if it has no record."""
     records = _number(metadata, _RECORDS)
     return Measured(at, run_id, int(records), int(_number(metadata, _P99))) if records else None
 

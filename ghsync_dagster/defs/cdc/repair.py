@@ -1,6 +1,6 @@
 """The repair of users in Dagster: a job with launchpad config, and a sensor that starts it after an audit.
 
-Belongs here: config, what a run fails on, and which failed audits start one. Not here: who is repaired and how
+Belongs here: config, what fails a run, and which failed audits start one. Not here: which users are repaired, and how
 (``cdc.health.repair_requests``).
 """
 
@@ -54,18 +54,18 @@ class RepairConfig(dg.Config):
     everyone: bool = False
     """Every user in which the two sides differ now, without waiting for changes in flight."""
     patience_seconds: float = Field(default=10.0, ge=0)
-    """For how long the audit looks again at what differs."""
+    """For how long the audit reads differences again."""
     dry_run: bool = False
-    """Only tell what would be done. With dead_letters their index is brought up to date; nothing else is written."""
+    """Only report what would be done. With dead_letters their index is updated; nothing else is written."""
     yes: bool = False
     """Repair also more users than GHSYNC_REPAIR_MAX_USERS."""
 
 
 @dg.op(
-    name=REPAIR_OP, out=dg.Out(dg.Nothing), description="Asks MySQL again for users, and waits until they are right."
+    name=REPAIR_OP, out=dg.Out(dg.Nothing), description="Repairs users from MySQL, and waits until they are in sync."
 )
 def repair_users(context: dg.OpExecutionContext, config: RepairConfig, changes: ChangesResource) -> None:
-    """Repair the chosen users; fail where one is not repaired, or something is left to do by hand."""
+    """Repair the chosen users; fail if one is not repaired, or something is left to do by hand."""
     with as_failure():
         report = _repaired(config, changes)
     context.log.info(report.summary())
@@ -120,7 +120,7 @@ def _repaired(config: RepairConfig, changes: ChangesResource) -> RepairReport:
     name=REPAIR_JOB,
     config=preset(repair_users=RepairConfig()),
     executor_def=dg.in_process_executor,
-    description="Puts users right by asking MySQL again, while changes go on: by ids, from an audit, from dead "
+    description="Repairs users from MySQL, while changes go on: by ids, from an audit, from dead "
     "letters, or everyone who differs. Fails where a user is not repaired.",
     tags={FLOW_TAG: "repair"},
 )
@@ -146,7 +146,7 @@ def cdc_repair_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | 
     if newest is None or newest.status is not AssetCheckExecutionRecordStatus.FAILED:
         return dg.SkipReason("The newest audit found no difference, or there was none.")
     if context.cursor and int(context.cursor) >= newest.id:
-        return dg.SkipReason("The newest audit that failed was looked at already.")
+        return dg.SkipReason("The newest failed audit was handled already.")
     evaluation = newest.evaluation
     metadata = {} if evaluation is None else evaluation.metadata
     count = sum(int(str(metadata[name].value)) for name in _DIFFERENCES if name in metadata)

@@ -1,7 +1,6 @@
-"""The supervisor of cdc_sync_job: reads its runs, has ``defs.cdc.supervisor`` decide, starts and ends slices.
+"""The supervisor of cdc_sync_job: reads its runs, and starts and ends slices as ``defs.cdc.supervisor`` decides.
 
-Belongs here: how runs and observations become what is decided on, and how a decision is carried out. Not here: the
-decision.
+Belongs here: reading runs and observations, and carrying out a decision. Not here: the decision.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ if TYPE_CHECKING:
 REPLACED_TAG: Final = "ghsync/replaced"
 MAX_RUNTIME_TAG: Final = "dagster/max_runtime"
 
-# Due at each look of Dagster's daemon, every 5 s: 5 is at times a few ms short of due, and waits for the next look.
+# Less than the 5 s of the daemon's loop: with 5 a tick is at times a few ms early, and waits for the next loop.
 _INTERVAL_SECONDS: Final = 1
 _WATCH_SECONDS: Final = 3.0
-"""How long a tick watches for the death of a slice, else seen at the daemon's next look only. Other sensors wait."""
-_LOOK_SECONDS: Final = 0.25
-_ENDED_SEEN: Final = 20
+"""How long a tick watches for a failing slice, else noticed only in the daemon's next loop. Other sensors wait."""
+_POLL_SECONDS: Final = 0.25
+_ENDED_LIMIT: Final = 20
 _PROBE_SECONDS: Final = 3.0
 _PHASES: Final = {
     dg.DagsterRunStatus.QUEUED: Phase.QUEUED,
@@ -60,7 +59,7 @@ log = get_logger("supervisor")
     "that is dead or stuck, pauses longer and longer after failures, and starts nothing while Kafka can't be reached.",
 )
 def cdc_supervisor(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-    """Carry out what is to be done now.
+    """Decide, and carry the decision out.
 
     Raises:
         PermanentError: Kafka refuses, or a setting is wrong.
@@ -70,7 +69,7 @@ def cdc_supervisor(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.Sk
     rules = Rules(report=settings.cdc_report_seconds)
     slices = read_slices(context.instance, settings)
     decision, done = _settle(context.instance, slices, settings, rules)
-    if isinstance(decision, Wait) and not done and _sees_a_failure(context.instance, slices):
+    if isinstance(decision, Wait) and not done and _observes_failure(context.instance, slices):
         decision, done = _settle(context.instance, read_slices(context.instance, settings), settings, rules)
     if isinstance(decision, Wait):
         return dg.SkipReason(" ".join([*done, decision.why]))
@@ -83,7 +82,7 @@ def cdc_supervisor(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.Sk
 def _settle(
     instance: dg.DagsterInstance, slices: Sequence[Slice], settings: Settings, rules: Rules
 ) -> tuple[Start | Wait, list[str]]:
-    """End the slices that are to be replaced; return what is to be done then, and what was done, in words."""
+    """End the slices that are to be replaced; return the last decision, and what was done, in words."""
     now = time.time()
     waiting = _waiting(settings) if any(is_silent(one, now, rules) for one in slices) else None
     done = []
@@ -94,10 +93,10 @@ def _settle(
     return decision, done
 
 
-def _sees_a_failure(instance: dg.DagsterInstance, slices: Sequence[Slice]) -> bool:
-    """Watch the slices that live for a while; return whether one of them failed.
+def _observes_failure(instance: dg.DagsterInstance, slices: Sequence[Slice]) -> bool:
+    """Watch the living slices for a while; return whether one of them failed.
 
-    One that was told to end is none: whoever stops the sensor first has this tick still at work.
+    A cancelled run is no failure, as a person may stop the sensor and its runs during this tick.
     """
     living = [one.run_id for one in slices if one.phase.lives]
     if not living:
@@ -107,14 +106,14 @@ def _sees_a_failure(instance: dg.DagsterInstance, slices: Sequence[Slice]) -> bo
     while time.monotonic() < until:
         if instance.get_runs_count(failed):
             return True
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(_POLL_SECONDS)
     return False
 
 
 def run_request(settings: Settings, after: str | None, rules: Rules) -> dg.RunRequest:
-    """Return the request for a slice; the run before it is its key, so that it is asked for only once."""
+    """Return the request for a slice; its key is the run before it, so that it is started only once."""
     seconds = settings.cdc_slice_seconds
-    # Where the supervisor itself is off, Dagster's run monitoring ends a slice that does not end.
+    # If the supervisor is off, Dagster's run monitoring ends a slice that hangs.
     longest = seconds + 2 * rules.grace
     return dg.RunRequest(
         run_key=f"after-{after or 'nothing'}",
@@ -124,9 +123,9 @@ def run_request(settings: Settings, after: str | None, rules: Rules) -> dg.RunRe
 
 
 def read_slices(instance: dg.DagsterInstance, settings: Settings) -> list[Slice]:
-    """Return the slices that live and the newest of those that ended."""
+    """Return the living slices and the newest of the ended ones."""
     living = instance.get_run_records(dg.RunsFilter(job_name=SYNC_JOB, statuses=_LIVING))
-    ended = instance.get_run_records(dg.RunsFilter(job_name=SYNC_JOB, statuses=_ENDED), limit=_ENDED_SEEN)
+    ended = instance.get_run_records(dg.RunsFilter(job_name=SYNC_JOB, statuses=_ENDED), limit=_ENDED_LIMIT)
     return [_as_slice(instance, record, settings) for record in (*living, *ended)]
 
 
@@ -162,7 +161,7 @@ def _observed(instance: dg.DagsterInstance, run_id: str) -> float | None:
 
 
 def _waiting(settings: Settings) -> int | None:
-    """Return how many changes wait, None while that can't be told: another slice could do no better then."""
+    """Return how many changes wait; None if Kafka is unavailable, as another slice could not consume either."""
     from ghsync_dagster.stores.kafka.backlog import read_backlog
 
     try:
@@ -184,31 +183,31 @@ def _kafka_is_missing(settings: Settings) -> str | None:
 
 
 def end_slice(instance: dg.DagsterInstance, decision: Replace) -> None:
-    """End a slice: ask its process to finish; where it can't be reached or does not listen, note it as failed."""
+    """End a slice: terminate its run; if its process can't be reached or does not react, mark the run failed."""
     run_id = decision.run_id
     run = instance.get_run_by_id(run_id)
     if run is None or run.is_finished:
         return
     log.warning("slice ended", run=run_id, why=decision.why)
     instance.add_run_tags(run_id, {REPLACED_TAG: decision.why[:200]})
-    asked_before = run.status == dg.DagsterRunStatus.CANCELING
-    if asked_before or not _terminate(instance, run_id):
+    was_terminated = run.status == dg.DagsterRunStatus.CANCELING
+    if was_terminated or not _terminate(instance, run_id):
         reloaded = instance.get_run_by_id(run_id)
         if reloaded and not reloaded.is_finished:
             instance.report_run_failed(reloaded, f"Ended by cdc_supervisor: {decision.why}.")
 
 
 def _terminate(instance: dg.DagsterInstance, run_id: str) -> bool:
-    """Ask the run's process to end; return whether it was reached."""
+    """Terminate the run; return whether its process was reached."""
     try:
         return bool(instance.run_coordinator.cancel_run(run_id))
-    except Exception as error:  # noqa: BLE001  launchers raise what their platforms raise; the run is noted as failed
+    except Exception as error:  # noqa: BLE001  launchers raise any error of their platform; the run is marked failed
         log.warning("run's process not reached", run=run_id, error=type(error).__name__)
         return False
 
 
 def _ended(one: Slice, now: float) -> Slice:
-    """Return a slice as it is once it was ended: it may live on for a while, but nobody counts on it."""
+    """Return a slice as ended, though its process may live on for a while."""
     return replace(one, phase=Phase.STOPPED, ended=now, replaced=True)
 
 

@@ -1,4 +1,4 @@
-"""One run's consumption: the change consumer alongside a main thread that observes it and hears when to stop.
+"""One run's consumption: a thread consumes changes, and the main thread observes it and stops it.
 
 Belongs here: observations, the end on a signal or on the run's termination, the metrics endpoint. Not here: how changes
 are consumed (``cdc.stream.consume``), and when a run starts (``defs.cdc.supervisor``).
@@ -20,6 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from ghsync_dagster.cdc.health.connector import watch_connector
 from ghsync_dagster.cdc.health.metrics import ChangeMetrics, MetricsEndpoint
 from ghsync_dagster.cdc.stream.listener import Listeners, SilentListener
+from ghsync_dagster.defs.batch.columns import USERS_CHANGES
 from ghsync_dagster.defs.cdc import metadata
 from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.logging import get_logger
@@ -33,39 +34,37 @@ if TYPE_CHECKING:
     from ghsync_dagster.defs.resources import ChangesResource
     from ghsync_dagster.settings import Settings
 
-USERS_CHANGES: Final = "users_changes"
-
 _SILENT_SECONDS: Final = 60.0
-"""How long the consumer may say nothing of itself before its run is no longer observed: one look at its servers may
-wait 10 s for each of some answers."""
+"""After how long without a report of the consumer its run is no longer observed. One check of its servers may take
+several answers of up to 10 s each."""
 _END_SECONDS: Final = 120.0
-"""How long the consumer may take to end, besides its session time-out, which a command at work may use up: it waits for
-answers of the store and the brokers, each for a limited time."""
-_TOLD_TO_END: Final = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED, dg.DagsterRunStatus.FAILURE)
+"""How long the consumer may take to end, in addition to its session time-out, which a running command may use up. It
+waits for answers of the store and the brokers, each for a limited time."""
+_ENDING_STATUSES: Final = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED, dg.DagsterRunStatus.FAILURE)
 
 log = get_logger("slice")
 
 
 class Heartbeat(SilentListener):
-    """Knows when the consumer was heard last: it tells how its servers are once a second."""
+    """Records the time of the consumer's last report: it reports its connections once a second."""
 
     def __init__(self) -> None:
-        self._heard = time.monotonic()
+        self._last_report = time.monotonic()
 
     def connection(self, name: str, *, up: bool) -> None:
-        """Hear of a server's state."""
+        """Record the time of a connection report."""
         del name, up
-        self._heard = time.monotonic()
+        self._last_report = time.monotonic()
 
     def assigned(self, partitions: Collection[int]) -> None:
-        """Hear of an assignment."""
+        """Record the time of an assignment."""
         del partitions
-        self._heard = time.monotonic()
+        self._last_report = time.monotonic()
 
     @property
     def silence(self) -> float:
-        """Seconds since it was heard."""
-        return time.monotonic() - self._heard
+        """Seconds since the last report."""
+        return time.monotonic() - self._last_report
 
 
 def consume(
@@ -77,13 +76,14 @@ def consume(
 ) -> ConsumerReport:
     """Consume changes in this run until the end; observe ``users_changes`` meanwhile.
 
-    On SIGTERM, Ctrl-C or the run's termination the batch at work is finished and committed, and the group is left.
+    On SIGTERM, Ctrl-C or the run's termination the running batch is finished and committed, and the consumer leaves the
+    group.
 
     Args:
         context: The run's.
-        changes: What is consumed, and how it is stored.
-        until_end: Whether to end once all is applied that the topic held at the start.
-        seconds: How long to go on at most.
+        changes: The topic and the store.
+        until_end: Whether to end once all records that the topic held at the start are applied.
+        seconds: The longest time to consume.
 
     Raises:
         GhsyncError: As ``ChangeConsumer.run`` does.
@@ -98,28 +98,28 @@ def consume(
     ):
         consumer = changes.consumer(observer.listener)
         ending = _END_SECONDS + changes.settings().cdc_session_timeout_seconds
-        # Nobody tells it to end when its time is over, and it may hang then too.
+        # At the end of its time it stops by itself, unless it hangs.
         latest = time.monotonic() + ending + (math.inf if seconds is None else seconds)
         future = pool.submit(consumer.run, stop, until_end=until_end, seconds=seconds)
         try:
             observer.watch(future, stop, latest)
         finally:
-            told = stop.is_set()
+            stopped = stop.is_set()
             stop.set()
             _await_end(future, max(min(ending, latest - time.monotonic()), 0))
-            # The run ends: to go through all that Dagster holds would take a core from the slice that takes over.
+            # The process ends soon. A collection over all of Dagster's objects would slow the next slice down.
             gc.freeze()
             observer.observe()
     report = future.result()
-    if told and _told_to_end(context):
+    if stopped and _is_ending(context):
         raise dg.DagsterExecutionInterruptedError
-    if told:
+    if stopped:
         context.log.info("stopped by a signal; the batch at work was finished and committed")
     return report
 
 
 def _await_end(future: Future[ConsumerReport], seconds: float) -> None:
-    """Wait until the consumer has ended; one that does not takes its process along, or it would live for ever."""
+    """Wait until the consumer has ended. If it does not end, exit the process, which would otherwise never end."""
     if not wait([future], timeout=seconds).done:
         log.error("consumer does not end; ending its process")
         os._exit(os.EX_SOFTWARE)
@@ -146,9 +146,9 @@ class _Observer:
         self._endpoint.close()
 
     def watch(self, future: Future[ConsumerReport], stop: threading.Event, latest: float) -> None:
-        """Observe until the consumer has ended or was told to, or until ``latest``, by when it should have.
+        """Observe until the consumer has ended or is stopped, or until ``latest``.
 
-        Tells it to end where Dagster holds the run for ended.
+        If Dagster is ending the run, or has marked it ended, the consumer is stopped.
         """
         self.observe()
         while not stop.is_set() and (left := latest - time.monotonic()) > 0:
@@ -160,11 +160,11 @@ class _Observer:
                 self.observe()
             else:
                 log.warning("consumer silent", seconds=round(self._heartbeat.silence, 1))
-            if _told_to_end(self._context):
+            if _is_ending(self._context):
                 stop.set()
 
     def observe(self) -> None:
-        """Log what is known now as an observation; the consumer goes on where Dagster's storage is away."""
+        """Log the present metrics as an observation; the consumer goes on if Dagster's storage is unavailable."""
         now = time.monotonic()
         found = self._metrics.snapshot(now - self._last)
         observation = dg.AssetObservation(USERS_CHANGES, metadata=metadata.of_observation(found, self._kafka))
@@ -177,7 +177,7 @@ class _Observer:
 
 
 class _Endpoint:
-    """The metrics endpoint, if one is wanted; at a hand-over, once the run before has left the port."""
+    """The metrics endpoint, if a port is set. It opens once the run before has freed the port."""
 
     def __init__(self, metrics: ChangeMetrics, settings: Settings) -> None:
         self._metrics = metrics
@@ -186,7 +186,7 @@ class _Endpoint:
         self.open()
 
     def open(self) -> None:
-        """Serve, unless that is done or the port is taken."""
+        """Start serving, unless it serves already or the port is in use."""
         port = self._settings.metrics_port
         if port is None or self._server is not None:
             return
@@ -196,16 +196,16 @@ class _Endpoint:
             log.info("no metrics endpoint yet", reason=error.message)
 
     def close(self) -> None:
-        """Serve no more."""
+        """Stop serving."""
         if self._server is not None:
             self._server.close()
 
 
-def _told_to_end(context: dg.OpExecutionContext) -> bool:
-    """Return whether Dagster is ending this run, or holds it for ended."""
+def _is_ending(context: dg.OpExecutionContext) -> bool:
+    """Return whether Dagster is ending this run, or has marked it ended."""
     try:
         run = context.instance.get_run_by_id(context.run_id)
     except SQLAlchemyError as error:
         log.warning("run state unknown", error=type(error).__name__)
         return False
-    return run is None or run.status in _TOLD_TO_END
+    return run is None or run.status in _ENDING_STATUSES

@@ -1,11 +1,11 @@
-"""What the supervisor of the consuming runs decides, from what it sees: nothing here asks or does anything.
+"""The pure decisions of the supervisor of the consuming runs.
 
 Belongs here: when a slice starts, when one is dead or stuck, how long to pause after failures. Not here: how runs are
 read, started and ended, see ``defs.cdc.sensors``.
 
 A slice is one run that consumes changes for some time. The next one starts before it ends, so that it is in the
-consumer group already when the partitions are given back. Everything is derived from the runs themselves, so a tick
-that is repeated, or that lost its cursor, decides the same.
+consumer group already when the partitions are revoked. Decisions depend on the runs only, so a repeated tick, or one
+that lost its cursor, decides the same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ AT_ONCE: Final = 2
 
 
 class Phase(Enum):
-    """How far a slice is."""
+    """The phase of a slice."""
 
     QUEUED = "queued"
     STARTING = "starting"
@@ -34,22 +34,22 @@ class Phase(Enum):
 
     @property
     def lives(self) -> bool:
-        """Whether there is, or will be, a process."""
+        """Whether the slice has, or will have, a process."""
         return self in (Phase.QUEUED, Phase.STARTING, Phase.RUNNING, Phase.ENDING)
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """One run as it is seen. All times are seconds since 1970.
+    """One run as read from Dagster. All times are seconds since 1970.
 
     Attributes:
         run_id: The run.
-        phase: How far it is.
-        created: When it was asked for.
+        phase: Its phase.
+        created: When it was requested.
         changed: When its phase changed last.
         seconds: How long it is to consume.
         started: When it began to run.
-        observed: When it was last known to be at work: its newest observation.
+        observed: The time of its newest observation.
         ended: When it ended.
         replaced: Whether the supervisor ended it.
     """
@@ -67,20 +67,20 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What the supervisor goes by, in seconds.
+    """The supervisor's limits, in seconds.
 
     Attributes:
         report: How often a slice is to be observed.
         overlap: How long before the end of a slice the next one starts; at most half a slice.
-        first_observation: How long after its start a slice may go without an observation, alongside two reports.
+        first_observation: How long after its start, in addition to two reports, a slice may be without observation.
         silent_reports: Reports that a slice may miss while changes wait.
         silent_reports_idle: Reports that a slice may miss in any case.
         grace: How long a slice may run on after its end.
         to_start: How long a slice may take to start, once it has left the queue.
-        to_end: How long a slice may take to end, once it was told to.
-        healthy: A slice that ran for so long, or for half of its time, ends a row of failures.
+        to_end: How long a slice may take to end, once it was terminated.
+        healthy: A slice that ran for so long, or for half of its time, ends a series of failures.
         pause: The pause after the second failure in a row; it doubles with each further one.
-        longest_pause: What the pause grows to.
+        longest_pause: The longest pause.
     """
 
     report: float = 10.0
@@ -101,7 +101,7 @@ class Start:
     """Start a slice.
 
     Attributes:
-        after: The newest run that was seen, None where there is none: the same start is asked for only once.
+        after: The newest run, None where there is none. It identifies the start, so that it is requested only once.
         why: In words.
     """
 
@@ -137,14 +137,13 @@ Decision = Start | Replace | Wait
 
 
 def decide(slices: Sequence[Slice], now: float, rules: Rules, waiting: int | None = None) -> Decision:
-    """Decide what is to be done now.
+    """Decide what to do now.
 
     Args:
-        slices: All that live, and the newest of those that ended, in any order.
+        slices: All living ones, and the newest of the ended ones, in any order.
         now: Seconds since 1970.
-        rules: What to go by.
-        waiting: Changes that wait for the group; None where that is not known. It matters only where a slice
-            ``is_silent``.
+        rules: The limits.
+        waiting: Changes that wait for the group; None where not known. It matters only if a slice ``is_silent``.
     """
     living = sorted((one for one in slices if one.phase.lives), key=lambda one: one.created)
     for one in living:
@@ -169,7 +168,7 @@ def decide(slices: Sequence[Slice], now: float, rules: Rules, waiting: int | Non
 
 
 def time_left(one: Slice, now: float) -> float | None:
-    """Return how long a slice is to go on, None before it runs."""
+    """Return how long a slice is still to consume, None before it runs."""
     return None if one.started is None else one.started + one.seconds - now
 
 
@@ -183,7 +182,7 @@ def is_silent(one: Slice, now: float, rules: Rules) -> bool:
 
 
 def fault_of(one: Slice, now: float, rules: Rules, waiting: int | None) -> str | None:
-    """Return what is wrong with a slice that lives, None where nothing is known to be."""
+    """Return the fault of a living slice, None where none is known."""
     if one.phase is Phase.STARTING and now - one.changed > rules.to_start:
         return f"it has not started for {now - one.changed:.0f} s"
     if one.phase is Phase.ENDING and now - one.changed > rules.to_end:
@@ -217,7 +216,7 @@ def failures_in_a_row(slices: Sequence[Slice], now: float, rules: Rules) -> tupl
 
 
 def _healthy_at(one: Slice, now: float, rules: Rules) -> float | None:
-    """Return when a slice was last proven healthy: by its good end, or by having run for long."""
+    """Return when a slice was last known healthy: at its successful end, or after it ran for long enough."""
     if one.phase is Phase.SUCCEEDED and not one.replaced:
         return one.ended
     if one.started is None:

@@ -12,7 +12,7 @@ import dagster as dg
 from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus
 
 from ghsync_dagster.defs.batch.checks import as_result
-from ghsync_dagster.defs.cdc.slice import USERS_CHANGES
+from ghsync_dagster.defs.batch.columns import USERS_CHANGES
 
 if TYPE_CHECKING:
     from structlog.stdlib import BoundLogger
