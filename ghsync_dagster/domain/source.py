@@ -1,7 +1,7 @@
-"""Whether MySQL's table and settings let every change be followed: what was read of the server, and the judgement.
+"""Judges whether MySQL's table and settings let Debezium follow every change.
 
-Belongs here: what the answers and Connect's log mean, and the way out of each problem. Not here: how the server is
-asked (``stores.mysql``), where that log is, and what a command does about a problem.
+Belongs here: the meaning of the server's answers and of Connect's log, and the way out of each problem. Not here: the
+queries (``stores.mysql``), where that log is, and what a command does about a problem.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ SETTINGS: Final = (
     *("log_bin_compress", "binlog_expire_logs_seconds", "binlog_expire_logs_auto_purge", "expire_logs_days"),
     *("log_slave_updates", "log_replica_updates"),
 )
-"""What is judged, of the server's GLOBAL settings."""
+"""The GLOBAL settings of the server that are judged."""
 _SHORTEST_SECONDS: Final = 86_400.0
-"""A binlog that is kept for less may be gone before a connector that stopped is looked after."""
+"""A binlog with a shorter retention may be purged before somebody restarts a stopped connector."""
 KEY_BITS: Final = {"tinyint": 8, "smallint": 16, "mediumint": 24, "int": 32, "bigint": 64}
-"""The types of whole numbers that a key may have, by their size; a BIGINT must be signed."""
+"""The integer types that a key may have, with their bits; a BIGINT must be signed."""
 _TEXTS: Final = frozenset({"char", "varchar", "tinytext", "text", "mediumtext", "longtext"})
 _LOGS_CASCADES: Final = (9, 6)
-"""The first MySQL that writes what a foreign key's action changes into the binlog; no MariaDB does."""
+"""The first MySQL that logs the changes of a foreign key's action in the binlog; no MariaDB does."""
 _VERSION: Final = re.compile(r"(\d+)\.(\d+)")
 
 
 STATEMENT_HOURS: Final = 24.0
-"""How far back Connect's log is looked at for statements that came as text."""
+"""How far back Connect's log is searched for statements that came as text."""
 _LOGGED: Final = re.compile(
     r"^(\S+) +WARN +Received DML '(.*?)' for processing, binlog probably contains events generated with statement",
     re.MULTILINE | re.DOTALL,
 )
-"""What Debezium logs of a statement that stands in the binlog as text. It may have several lines."""
+"""Debezium's warning about a statement that is in the binlog as text. It may have several lines."""
 
 
 OTHER_ENGINE: Final = "engine"
@@ -52,27 +52,27 @@ _UNLOCKABLE: Final = frozenset(
         *("key-type", "key-unsigned", "primary-key", "key-nullable", "no-primary-key"),
     }
 )
-"""The names of the problems with which rows can't be locked by their key."""
+"""The names of the problems that prevent locking rows by their key."""
 
 
 class Effect(Enum):
     """What a problem does to the changes."""
 
     STOPS = "stops"
-    """The connector refuses to run, or what it writes can't be applied."""
+    """The connector refuses to run, or its records can't be applied."""
     LOSES = "loses"
-    """Changes are missing from the binlog, and nothing else shows it."""
+    """Changes are missing from the binlog without any other sign."""
     LOST = "lost"
-    """Some changes are missing from the binlog already; later ones may come."""
+    """Some changes are missing from the binlog already; later ones may arrive."""
     UNTOLD = "untold"
-    """It can't be told whether changes come."""
+    """It is not known whether changes arrive."""
     RISKS = "risks"
-    """Changes may get lost in some event; until then all come."""
+    """Changes may get lost under some conditions; until then all arrive."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something about the source that is wrong.
+    """A fault of the source.
 
     Attributes:
         name: A slug, such as ``binlog-format``.
@@ -94,7 +94,7 @@ class SourceColumn:
     Attributes:
         name: In the server's case.
         type: Without its length, lower case, such as ``bigint``.
-        whole_type: With everything, lower case, such as ``bigint(20) unsigned``.
+        whole_type: The full type, lower case, such as ``bigint(20) unsigned``.
         nullable: Whether it may be NULL.
     """
 
@@ -106,22 +106,22 @@ class SourceColumn:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What was read of the server and the table.
+    """The server's settings and the table's shape.
 
     Attributes:
-        version: What the server calls itself.
-        database: The database that was asked for.
-        table: The table that was asked for.
-        settings: GLOBAL settings by name, as the server words them; one that it lacks or hides is absent.
-        found_as: The table's name in the server's case; None where it is not there or not shown to the account.
+        version: The server's version.
+        database: The configured database.
+        table: The configured table.
+        settings: GLOBAL settings by name, with the server's values; one that it lacks or hides is absent.
+        found_as: The table's name in the server's case; None where it is missing or not visible to the account.
         kind: ``BASE TABLE``, ``VIEW``, ``SYSTEM VERSIONED``; empty where there is none.
         engine: ``InnoDB`` or another; empty where there is none.
         columns: In their order.
         keys: Each unique index by name to its columns in order; ``PRIMARY`` first where there is one.
         cascades: Foreign keys of the table whose actions change its rows.
-        filters: Databases that the server's ``binlog_do_db`` and ``binlog_ignore_db`` name; None where not readable.
+        filters: The databases in the server's ``binlog_do_db`` and ``binlog_ignore_db``; None where not readable.
         replicates: Whether the server is itself a replica; None where not readable.
-        encrypted: Whether the connection that asked uses TLS.
+        encrypted: Whether the connection used TLS.
     """
 
     version: str
@@ -151,11 +151,11 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Statements:
-    """Statements that Debezium found in the binlog as text, where it needs rows: what they changed has no event.
+    """Statements that Debezium found in the binlog as text instead of rows, so their changes have no event.
 
     Attributes:
-        of_table: How many name the table.
-        of_others: How many do not.
+        of_table: How many are on the table.
+        of_others: How many are on others.
         newest: When the newest of the table was logged; None where there is none.
     """
 
@@ -165,14 +165,14 @@ class Statements:
 
 
 def statements_in(log: str, source: Source, since: datetime) -> Statements:
-    """Count the statements that a part of Connect's log warns of.
+    """Count the statements in warnings of Connect's log.
 
     Args:
         log: The log, or its end.
-        source: Whose table; a statement names it as a word, in any case, without a database or with this one.
-        since: Earlier ones don't count. With a zone, as all times here; the log has this machine's.
+        source: The table. A statement contains its name as a word, in any case, without a database or with this one.
+        since: Earlier warnings don't count. It has a time zone; the log's times are in this machine's zone.
     """
-    # Without a database it may be meant: the log does not tell which one the session used.
+    # A name without a database may be this table, as the log lacks the session's default database.
     named = re.compile(rf"(?:([\w$-]+)`?\s*\.\s*`?)?\b{re.escape(source.table)}\b", re.IGNORECASE)
     databases = (None, source.database.casefold())
     of_table, of_others, newest = 0, 0, None
@@ -188,7 +188,7 @@ def statements_in(log: str, source: Source, since: datetime) -> Statements:
 
 
 def logged_at(line: str) -> datetime | None:
-    """Return when a line of Connect's log was written; None where it does not begin with a time."""
+    """Return the time of a line of Connect's log; None where it does not begin with one."""
     try:
         return datetime.fromisoformat(line.partition(" ")[0]).astimezone()
     except ValueError:
@@ -196,11 +196,11 @@ def logged_at(line: str) -> datetime | None:
 
 
 def problems_of(source: Source, statements: Statements | None = None) -> list[Problem]:
-    """Return what is wrong with a source, the worst effects first.
+    """Return the faults of a source, the worst effects first.
 
     Args:
-        source: What was read of it.
-        statements: What Connect's log warns of; None where the log can't be read.
+        source: The server's settings and the table's shape.
+        statements: The statements in Connect's log; None where the log can't be read.
     """
     found = [*_table_problems(source), *_settings_problems(source)]
     if statements is not None and statements.newest is not None:
@@ -218,7 +218,7 @@ def problems_of(source: Source, statements: Statements | None = None) -> list[Pr
 
 
 def lock_problems(source: Source) -> list[Problem]:
-    """Return what keeps a transaction from locking rows by their key, or the gap where there is no row."""
+    """Return the problems that prevent locking rows by their key, or the gaps of missing rows."""
     return [problem for problem in _table_problems(source) if problem.name in _UNLOCKABLE]
 
 
