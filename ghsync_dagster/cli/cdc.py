@@ -77,7 +77,7 @@ def _look_at_source() -> Finding | None:
     try:
         found = look_at_source(settings)
     except GhsyncError as error:
-        say(f"source: not looked at: {error}")
+        say(f"source: not read: {error}")
         return None
     for problem in found.offenders:
         say(f"source: {problem['text']}; way out: {problem['way_out']}")

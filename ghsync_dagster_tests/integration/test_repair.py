@@ -558,7 +558,7 @@ def test_what_no_repair_can_put_right_is_left_to_be_done_by_hand(bench: _Bench) 
     report = plan(bench.mysql, bench.store, bench.repairs, chosen.users).with_unrepairable(chosen.unrepairable)
     assert not report.is_carried_out
     assert report.unrepairable == len(report.by_hand) == len(odd) + 1
-    assert "6 to be put right by hand; nothing was changed" in report.summary()
+    assert "6 to be fixed by hand; nothing was changed" in report.summary()
     assert report.way_out.count("remove") == 2
     # Without an audit too: the stream would write one of the two.
     assert [one.name for one in bench.select(Selection(("1", "2"))).unrepairable] == ["1"]
@@ -571,7 +571,7 @@ def test_no_more_than_twenty_are_named_and_all_are_counted() -> None:
     found = [Unrepairable(str(number), "Do it.") for number in range(25)]
     report = RepairReport(0, {}).with_unrepairable(found)
     assert (report.unrepairable, len(report.by_hand), report.way_out) == (25, 20, "Do it.")
-    assert report.summary() == "0 users asked for: none repaired; 25 to be put right by hand; 0.0 s"
+    assert report.summary() == "0 users asked for: none repaired; 25 to be fixed by hand; 0.0 s"
     assert not report.is_carried_out
 
 

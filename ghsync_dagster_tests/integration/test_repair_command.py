@@ -178,14 +178,14 @@ def test_what_is_left_to_do_by_hand_fails_the_command_and_the_job(sides: _Sides,
     sides.store.users.insert_one(odd, bypass_document_validation=True)
     done = sides.repair("--from-audit", "--patience", "0")
     assert done.returncode == 1, done.stderr
-    assert done.stdout.startswith("0 users asked for: none repaired; 1 to be put right by hand")
+    assert done.stdout.startswith("0 users asked for: none repaired; 1 to be fixed by hand")
     assert "by hand   42 (int)" in done.stdout
     assert "way out: A document or row whose user_id is no whole number: remove it" in done.stderr
     report = json.loads(sides.repair("--from-audit", "--patience", "0", "--json").stdout)
     assert (report["unrepairable"], report["by_hand"], report["carried_out"]) == (1, ["42 (int)"], False)
     job = sides.job(tmp_path, {"from_audit": True, "patience_seconds": 0})
     assert job.returncode == 1
-    assert "1 to be put right by hand" in job.stderr
+    assert "1 to be fixed by hand" in job.stderr
     sides.store.users.delete_one({"user_id": 42})
     assert sides.repair("--from-audit", "--patience", "0").returncode == 0
 

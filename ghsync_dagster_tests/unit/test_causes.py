@@ -43,7 +43,7 @@ def result(missing: int = 0, extra: int = 0, different: int = 0, **more: Any) ->
             Circumstances(),
             ["nearly all keys from 501 to 600: partition maintenance (DROP or TRUNCATE PARTITION)"],
         ),
-        (result(extra=100, extra_keys=(1, 9_000)), Circumstances(), ["a foreign key's cascade", "did not tell"]),
+        (result(extra=100, extra_keys=(1, 9_000)), Circumstances(), ["a foreign key's cascade", "has no event"]),
         (result(extra=500, rows=0, extra_keys=(1, 500)), Circumstances(), ["the table is empty: DROP TABLE"]),
     ],
 )
@@ -55,7 +55,7 @@ def test_the_cause_is_told_by_pattern(found: AuditResult, known: Circumstances, 
 
 @pytest.mark.parametrize("found", [result(extra=99), result(missing=50, extra=100), result(different=500)])
 def test_few_or_mixed_differences_are_no_deletes_in_bulk(found: AuditResult) -> None:
-    assert "binlog did not tell" not in " ".join(likely_causes(found, Circumstances()))
+    assert "binlog has no event" not in " ".join(likely_causes(found, Circumstances()))
 
 
 def test_several_causes_are_told_the_connector_first() -> None:

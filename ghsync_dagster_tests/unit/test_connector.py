@@ -265,10 +265,10 @@ def test_what_could_not_be_looked_at_is_said(worker: Worker, table: Table) -> No
     assert "heartbeat.interval.ms" in probe_of(worker, table).report().blind
     worker.offset = None
     report = probe_of(worker, table).report()
-    assert report.blind == "the worker tells no committed offset"
+    assert report.blind == "the worker reports no committed offset"
     found = checks.connector_running(report, 0, limit_seconds=1)
     assert found.passed
-    assert found.summary.endswith("whether its offset moves was not looked at: the worker tells no committed offset")
+    assert found.summary.endswith("whether its offset moves was not checked: the worker reports no committed offset")
 
 
 def test_a_worker_that_is_away_is_named_without_credentials(worker: Worker, table: Table) -> None:

@@ -77,4 +77,4 @@ def _unlogged_deletes(result: AuditResult) -> str:
         how = f"nearly all keys from {least} to {largest}: partition maintenance (DROP or TRUNCATE PARTITION)"
     else:
         how = "a foreign key's cascade, partition maintenance, or a session with sql_log_bin=0"
-    return f"{result.extra} users have no row any more, and the binlog did not tell it: {how}."
+    return f"{result.extra} users have no row any more, and the binlog has no event of it: {how}."

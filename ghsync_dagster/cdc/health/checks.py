@@ -199,7 +199,7 @@ def no_source(why: str, *, passed: bool) -> Finding:
         passed: Whether that is no fault, as no changes reach it.
     """
     way_out = "" if passed else "Set MYSQL_URL to an account that may read the table."
-    return Finding(SOURCE_SETTINGS, passed, f"not looked at: {why}", {"problems": 0}, way_out=way_out)
+    return Finding(SOURCE_SETTINGS, passed, f"not read: {why}", {"problems": 0}, way_out=way_out)
 
 
 def loses_changes(source: Finding) -> bool:
@@ -246,7 +246,7 @@ def connector_running(report: ConnectorReport | None, still_seconds: float, *, l
             way_out="Read the worker's log. A worker whose offset.flush.interval.ms is longer needs a higher "
             "GHSYNC_CONNECTOR_STILL_SECONDS.",
         )
-    unknown = f"; whether its offset moves was not looked at: {report.blind}" if report.blind else ""
+    unknown = f"; whether its offset moves was not checked: {report.blind}" if report.blind else ""
     return Finding(
         CONNECTOR_RUNNING, passed=True, summary=f"the connector {CONNECTOR} is RUNNING{unknown}", counts=counts
     )

@@ -120,7 +120,7 @@ class ConnectorProbe:
         except UnavailableError as error:
             return ConnectorReport(unreachable(error), Sample(now))
         if offset is None:
-            return ConnectorReport(state, Sample(now), blind="the worker tells no committed offset")
+            return ConnectorReport(state, Sample(now), blind="the worker reports no committed offset")
         log_end, blind = None, "the connector has no heartbeat.interval.ms"
         if beats:
             log_end, blind = self._log_end() if with_log else (None, "")

@@ -121,7 +121,7 @@ class RepairReport:
         """Return the outcome in one line."""
         users = "1 user" if self.asked == 1 else f"{self.asked:,} users"
         found = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in sorted(self.outcomes.items()))
-        by_hand = f"; {self.unrepairable:,} to be put right by hand" if self.unrepairable else ""
+        by_hand = f"; {self.unrepairable:,} to be fixed by hand" if self.unrepairable else ""
         if self.dry_run:
             return f"dry run of {users}: would be {found or 'none'}{by_hand}; nothing was changed"
         still = f"; {self.open:,} still open" if self.open else ""

@@ -47,7 +47,7 @@ class Memory(msgspec.Struct, frozen=True):
     minimum_interval_seconds=INTERVAL_SECONDS,
     default_status=dg.DefaultSensorStatus.RUNNING,
     description="Asks the Connect worker for the connector, and MySQL for the end of its binlog. Reports the check "
-    "connector_running whenever its outcome changes, so that the sensor alerts tells of it. Starts no run.",
+    "connector_running whenever its outcome changes, so that the sensor alerts reports it. Starts no run.",
 )
 def connector_watch(context: dg.SensorEvaluationContext) -> dg.SensorResult:
     """Check once; report a changed outcome."""

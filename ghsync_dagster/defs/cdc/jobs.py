@@ -160,7 +160,7 @@ def _on_source(context: dg.OpExecutionContext, changes: ChangesResource) -> list
         source = changes.source()
     except GhsyncError as error:
         # The topic is drained all the same.
-        context.log.warning(f"source: not looked at: {error}")
+        context.log.warning(f"source: not read: {error}")
         return []
     return [source] if source is not None and loses_changes(source) else []
 
@@ -204,7 +204,7 @@ cdc_audit_schedule = dg.ScheduleDefinition(
     job=cdc_audit_job,
     cron_schedule="*/15 * * * *",
     default_status=dg.DefaultScheduleStatus.STOPPED,
-    description="Runs cdc_audit_job, so that the sensor alerts can tell. Turn it on where servers are.",
+    description="Runs cdc_audit_job, so that the sensor alerts reports failures. Turn it on where servers are.",
 )
 
 JOBS = [cdc_sync_job, cdc_drain_job]

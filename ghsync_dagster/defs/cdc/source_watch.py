@@ -24,8 +24,8 @@ log = get_logger("source")
     name="source_watch",
     minimum_interval_seconds=INTERVAL_SECONDS,
     default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Looks at the shape of MySQL's table, at the server's settings and at Connect's log. Reports the check "
-    "source_settings whenever its outcome changes, so that the sensor alerts tells of it. Starts no run.",
+    description="Reads the shape of MySQL's table, the server's settings and Connect's log. Reports the check "
+    "source_settings whenever its outcome changes, so that the sensor alerts reports it. Starts no run.",
 )
 def source_watch(context: dg.SensorEvaluationContext) -> dg.SensorResult:
     """Check once; report a changed outcome."""
@@ -34,7 +34,7 @@ def source_watch(context: dg.SensorEvaluationContext) -> dg.SensorResult:
     try:
         found = changes.source()
     except GhsyncError as error:
-        return dg.SensorResult(skip_reason=dg.SkipReason(f"not looked at: {error}"))
+        return dg.SensorResult(skip_reason=dg.SkipReason(f"not read: {error}"))
     if found is None:
         return dg.SensorResult(skip_reason=dg.SkipReason("there is no MySQL here"))
     return report(context.instance, found, log)
