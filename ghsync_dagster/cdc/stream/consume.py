@@ -392,7 +392,7 @@ class _Run:
     def _commit_ends_met(self) -> None:
         """Commit where partitions end whose records are all applied: the last thing in them may be no record."""
         offsets, rest = self._offsets.current(), self._polled.batch.offsets.keys() | self._topic.guard.held
-        ends = self._consumer.ends_met.items()
+        ends = self._consumer.eof_offsets.items()
         if met := {at: end for at, end in ends if at not in rest and offsets.get(at, end) < end}:
             self._offsets.commit(met)
 

@@ -54,7 +54,7 @@ class EndOfTopic:
         # The last thing in a partition may be no record, such as the mark of a transaction.
         met = {
             partition: end
-            for partition, end in self._consumer.ends_met.items()
+            for partition, end in self._consumer.eof_offsets.items()
             if end >= ends.get(partition, end + 1) and (committed[partition] or 0) < end
         }
         if met:

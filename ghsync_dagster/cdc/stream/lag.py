@@ -54,8 +54,8 @@ class LagReporter:
         if now < self._next_at:
             return
         self._next_at = now + _LAG_SECONDS
-        self._consumer.look_again()
-        if (fault := self._consumer.trouble) is not None:
+        self._consumer.check_brokers()
+        if (fault := self._consumer.fault) is not None:
             self._fault.failed(fault)
         else:
             self._fault.recovered()

@@ -53,7 +53,7 @@ class PolledRecords:
 
     def poll(self, limit: int, seconds: float) -> None:
         """Poll up to ``limit`` records, and decode them."""
-        messages = self._consumer.take(limit, seconds)
+        messages = self._consumer.poll(limit, seconds)
         self._has_more = len(messages) >= limit > 1
         if messages and not self.is_stale:
             changes = self._decoder.decode(messages)
@@ -66,7 +66,7 @@ class PolledRecords:
         if self.is_stale:
             self.batch = Batch()
             if partitions := sorted(self._consumer.partitions):
-                self._consumer.go_to(next_offsets(self._consumer, partitions))
+                self._consumer.seek(next_offsets(self._consumer, partitions))
             self.is_stale = False
 
     @property

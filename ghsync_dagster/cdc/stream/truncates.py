@@ -64,11 +64,11 @@ class TruncateOrdering:
             pending: Records that were polled.
             at: Which of them is the truncate.
         """
-        from ghsync_dagster.stores.kafka.topics import place
+        from ghsync_dagster.stores.kafka.topics import location
 
         message, change = pending.messages[at], pending.changes[at]
         position = change.position if isinstance(change, Change) else None
-        truncate = Truncate(self._consumer.kafka.topic, *place(message), position)
+        truncate = Truncate(self._consumer.kafka.topic, *location(message), position)
         log.info("ordering a truncate", partition=truncate.partition, offset=truncate.offset)
         self._is_interrupted = False
         self._consumer.pause()
@@ -90,6 +90,6 @@ class TruncateOrdering:
     def _keep_polling(self, seconds: float) -> None:
         self._in_flight.raise_failure()
         # These records are polled again afterwards, from the committed offsets.
-        self._consumer.take(1, seconds)
+        self._consumer.poll(1, seconds)
         if self._is_interrupted or self._is_over():
             raise _InterruptedError
