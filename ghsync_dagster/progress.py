@@ -1,6 +1,6 @@
-"""Progress of what takes long: a log line now and then, so that nobody takes a wait for a hang.
+"""Progress of long work: a line every few seconds, so that nobody takes a wait for a hang.
 
-Belongs here: that a line comes, and when. Not here: what the work is.
+Belongs here: when a line is written. Not here: what the work is.
 """
 
 from __future__ import annotations
@@ -18,37 +18,29 @@ if TYPE_CHECKING:
 EVERY_SECONDS: Final = 5.0
 
 
-def _nothing() -> dict[str, object]:
-    return {}
-
-
 @contextmanager
-def telling(
-    what: str, known: Callable[[], dict[str, object]] = _nothing, *, every: float = EVERY_SECONDS
+def log_progress(
+    what: str, known: Callable[[], dict[str, object]] = dict, *, every: float = EVERY_SECONDS
 ) -> Iterator[None]:
     """Log every few seconds that ``what`` is still going on.
 
     Args:
-        what: What goes on, such as ``starting Spark``.
-        known: Gives what else is known by then, for the same line.
-        every: Seconds between two lines; the first comes after as many.
+        what: The work, such as ``starting Spark``.
+        known: Returns further fields of the line.
+        every: Seconds before the first line, and between two lines.
     """
     log, began = get_logger("progress"), time.monotonic()
-
-    def tell() -> None:
-        log.info(f"still {what}", seconds=round(time.monotonic() - began), **known())
-
-    with repeating(tell, every):
+    with repeating(lambda: log.info(f"still {what}", seconds=round(time.monotonic() - began), **known()), every):
         yield
 
 
 @contextmanager
-def saying(progress: Callable[[str], None], what: str) -> Iterator[None]:
-    """Say every few seconds that ``what`` is still going on, where a person is told what goes on.
+def report_progress(progress: Callable[[str], None], what: str) -> Iterator[None]:
+    """Report every few seconds to a person that ``what`` is still going on.
 
     Args:
         progress: Gets the line of text.
-        what: What goes on, such as ``connect: starting``.
+        what: The work, such as ``connect: starting``.
     """
     began = time.monotonic()
     with repeating(lambda: progress(f"{what}: {time.monotonic() - began:.0f} s so far"), EVERY_SECONDS):
@@ -57,20 +49,20 @@ def saying(progress: Callable[[str], None], what: str) -> Iterator[None]:
 
 @contextmanager
 def repeating(
-    tell: Callable[[], None], every: float, *, join_seconds: float | None = None
+    action: Callable[[], object], every: float, *, join_seconds: float | None = None
 ) -> Iterator[threading.Event]:
-    """Tell every few seconds, in a thread of its own, until the event that is yielded is set, or the end.
+    """Call ``action`` every few seconds in a thread of its own, until the block ends or the yielded event is set.
 
     Args:
-        tell: Tells it.
-        every: Seconds between two times; the first comes after as many.
-        join_seconds: How long the end waits for one that is being told; None for as long as it takes.
+        action: What is called.
+        every: Seconds before the first call, and between two calls.
+        join_seconds: How long the end of the block waits for a call under way; None for as long as it takes.
     """
     done = threading.Event()
 
     def run() -> None:
         while not done.wait(every):
-            tell()
+            action()
 
     thread = threading.Thread(target=run, name="progress", daemon=True)
     thread.start()

@@ -1,7 +1,7 @@
-"""How a process ends: by SIGTERM, Ctrl-C and a closed terminal, and past a library that does not let it.
+"""How a process ends: by SIGTERM, Ctrl-C or a closed terminal, also while a library hangs.
 
-Belongs here: the handlers for these signals, and what the outermost layers (the command line, a run of Dagster) do
-where a library hangs. Not here: what else ends, and how.
+Belongs here: the handlers for these signals, and what the command line and a run of Dagster do if a library hangs.
+Not here: how anything else ends.
 """
 
 from __future__ import annotations
@@ -21,32 +21,31 @@ from ghsync_dagster.logging import get_logger
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 FROZEN_SECONDS: Final = 180.0
-"""How long no line of Python may run in a consumer's process: its session has ended long before."""
+"""How long a consumer's process may run no line of Python: its Kafka session has timed out long before."""
 
 log = get_logger("stopping")
-_left_behind: list[str] = []
+_abandoned: list[str] = []
 
 
-def leave_behind(what: str) -> None:
+def abandon(what: str) -> None:
     """Log that a library's call does not return, and go on without its thread, which must be a daemon.
 
     Args:
-        what: The call and its consequence, in words.
+        what: The call and its consequence, for the log.
     """
-    _left_behind.append(what)
-    log.error("library hangs; leaving it behind", what=what)
+    _abandoned.append(what)
+    log.error("library hangs; abandoning its thread", what=what)
 
 
-def end_past_what_hangs(code: int) -> None:
-    """End the process at once with an exit code, where anything was left behind; else do nothing.
+def exit_if_abandoned(code: int) -> None:
+    """End the process at once with an exit code if a call was abandoned; else do nothing.
 
-    For the outermost layer of a process, once all else is done: nothing of Python's own end runs.
+    For the outermost layer of a process, once all else is done: Python's own shutdown is skipped.
     """
-    if _left_behind:
-        sys.stderr.write(f"ended with exit code {code}, though {'; '.join(_left_behind)}\n")
+    if _abandoned:
+        sys.stderr.write(f"ended with exit code {code}, though {'; '.join(_abandoned)}\n")
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
@@ -56,10 +55,10 @@ def end_past_what_hangs(code: int) -> None:
 
 @contextmanager
 def killed_when_frozen(seconds: float = FROZEN_SECONDS) -> Iterator[None]:
-    """Have the system kill this process by SIGALRM where no line of Python runs for so long.
+    """Have the system kill this process by SIGALRM if no line of Python runs for so many seconds.
 
-    A library that hangs while it holds the interpreter's lock stops every thread of Python's, so that no code of ours
-    can end the process. The stacks of all threads go to standard error then. Where SIGALRM has a use, nothing is done.
+    A library that hangs while it holds the interpreter's lock stops every Python thread, so that no code of ours can
+    end the process. The stacks of all threads then go to standard error. If SIGALRM is in use, nothing is done.
     """
     if signal.getsignal(signal.SIGALRM) != signal.SIG_DFL or sys.__stderr__ is None:
         yield
@@ -84,19 +83,19 @@ def killed_when_frozen(seconds: float = FROZEN_SECONDS) -> Iterator[None]:
 
 
 def is_unread(stream: IO[str]) -> bool:
-    """Return whether the stream leads into a pipe that nobody reads any more, as of ``ghsync status | head -1``."""
+    """Return whether the stream leads into a pipe without a reader, as in ``ghsync status | head -1``."""
     with suppress(OSError, ValueError):
         poll = select.poll()
-        # That the reader is gone is told unasked.
+        # POLLERR, which says that the reader is gone, is always reported.
         poll.register(stream, 0)
         return bool(poll.poll(0))
     return False
 
 
 def exit_on_signals() -> None:
-    """Have SIGTERM and a closed terminal end this process as Ctrl-C does, with everything closed: by ``SystemExit``.
+    """Have SIGTERM and a closed terminal end this process by ``SystemExit``, with everything closed.
 
-    One that is ignored, as nohup has it of SIGHUP, stays so. The exit code is 128 and the signal's number.
+    An ignored signal stays ignored, such as SIGHUP under nohup. The exit code is 128 and the signal's number.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -108,35 +107,35 @@ def _exit(number: int, _frame: object) -> NoReturn:
 
 
 @contextmanager
-def stop_on_signals(stop: threading.Event, *, again_ends: bool = False) -> Iterator[list[int]]:
-    """Have SIGTERM, SIGINT and SIGHUP set an event, in place of what they did before; in another thread change nothing.
+def stop_on_signals(stop: threading.Event, *, second_ends: bool = False) -> Iterator[list[int]]:
+    """Have SIGTERM, SIGINT and SIGHUP set an event instead of what they did before.
 
-    One that is ignored, as nohup has it of SIGHUP, stays so.
+    An ignored signal stays ignored, such as SIGHUP under nohup. Outside the main thread nothing is changed.
 
     Args:
-        stop: What is set.
-        again_ends: Whether a second signal of the same kind does what it did before.
+        stop: The event.
+        second_ends: Whether a second signal of the same kind has its former effect.
 
     Yields:
-        The signals that have come, in their order.
+        The received signals, in their order.
     """
-    came: list[int] = []
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield came
+        yield received
         return
     before = {number: handler for number in SIGNALS if (handler := signal.getsignal(number)) != signal.SIG_IGN}
 
-    def ask(number: int, _frame: object) -> None:
-        came.append(number)
-        # In a thread of its own: setting takes a lock, which the code that is interrupted here may hold.
+    def handle(number: int, _frame: object) -> None:
+        received.append(number)
+        # In a thread of its own: setting takes a lock, which the interrupted code may hold.
         threading.Thread(target=stop.set, name="stop").start()
-        if again_ends:
+        if second_ends:
             signal.signal(number, before[signal.Signals(number)])
 
     for number in before:
-        signal.signal(number, ask)
+        signal.signal(number, handle)
     try:
-        yield came
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -144,8 +143,8 @@ def stop_on_signals(stop: threading.Event, *, again_ends: bool = False) -> Itera
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Have these signals wait until what is done here is over; the last one that came does then what it did before."""
-    with stop_on_signals(threading.Event()) as came:
+    """Hold these signals back until the block is over; then the last one takes its usual effect."""
+    with stop_on_signals(threading.Event()) as received:
         yield
-    if came:
-        signal.raise_signal(came[-1])
+    if received:
+        signal.raise_signal(received[-1])

@@ -200,7 +200,7 @@ def open_mysql(settings: Settings) -> MySqlStore:
     return MySqlStore(_required(url, "MySQL", "MYSQL_URL"), timeout_seconds=settings.server_timeout_seconds)
 
 
-def look_at_source(settings: Settings, *, hours: float = STATEMENT_HOURS) -> Finding:
+def check_source(settings: Settings, *, hours: float = STATEMENT_HOURS) -> Finding:
     """Return the finding on the table's shape, the server's settings and Connect's log; nothing is started.
 
     Args:

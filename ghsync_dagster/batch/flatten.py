@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ghsync_dagster.batch.reports import FlattenReport, count_rows
 from ghsync_dagster.domain.user import USER_FIELDS
 from ghsync_dagster.logging import get_logger
-from ghsync_dagster.progress import telling
+from ghsync_dagster.progress import log_progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,7 +41,7 @@ def flatten_users(spark: Callable[[], SparkSession], read: ReadReport, target: P
     session = spark()
     partitions = max(session.sparkContext.defaultParallelism, read.events // _EVENTS_PER_PARTITION)
     session.conf.set("spark.sql.shuffle.partitions", str(partitions))
-    with telling("flattening"), spark_errors("Flattening users"):
+    with log_progress("flattening"), spark_errors("Flattening users"):
         version = (F.col("created_at"), F.col("id").cast("long").alias("event_id"))
         fields = (F.col(f"actor.{name}") for name in USER_FIELDS[1:])
         newest = (

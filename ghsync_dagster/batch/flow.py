@@ -22,7 +22,7 @@ from ghsync_dagster.domain.errors import TransientError
 from ghsync_dagster.domain.event import FUTURE_WORDS
 from ghsync_dagster.folders import ensure_folder
 from ghsync_dagster.logging import bind_run, get_logger
-from ghsync_dagster.progress import telling
+from ghsync_dagster.progress import log_progress
 from ghsync_dagster.retry import retrying
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class BatchFlow:
         Raises:
             InputError: A path can't be read.
         """
-        with telling("looking for files"):
+        with log_progress("looking for files"):
             return find_files(events_paths, self.home).state
 
     def check_first(self, events_paths: Sequence[str], *, has_target: bool = True) -> None:

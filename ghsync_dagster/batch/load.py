@@ -27,7 +27,7 @@ from ghsync_dagster.domain.precedence import LoadState, LoadStep, SettleStep
 from ghsync_dagster.domain.user import USER_FIELDS
 from ghsync_dagster.logging import get_logger
 from ghsync_dagster.process import identity
-from ghsync_dagster.progress import telling
+from ghsync_dagster.progress import log_progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -328,7 +328,7 @@ class _Load:
     def _phase(self, name: str) -> Iterator[None]:
         self.lease.allow()
         started = time.monotonic()
-        with telling(f"at the load's phase {name}"):
+        with log_progress(f"at the load's phase {name}"):
             yield
         self.phases[name] = round(time.monotonic() - started, 3)
         log.info("phase done", phase=name, load=self.load_id, seconds=self.phases[name])

@@ -41,7 +41,7 @@ from ghsync_dagster.domain.errors import ConfigError, InputError, PermanentError
 from ghsync_dagster.domain.event import latest_time
 from ghsync_dagster.folders import ROOM, ensure_folder
 from ghsync_dagster.logging import get_logger
-from ghsync_dagster.progress import telling
+from ghsync_dagster.progress import log_progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -87,14 +87,14 @@ def read_events(
         PermanentError: Lines went missing between the files and the output.
     """
     started = time.monotonic()
-    with telling("looking for files", every=_PROGRESS_SECONDS):
+    with log_progress("looking for files", every=_PROGRESS_SECONDS):
         found = find_files(events_paths, home)
     state = found.state
     # A shell may have made very many of one glob.
     paths = [shown(path) for path in events_paths[:_PATHS_SHOWN]]
     log.info("scanning files", files=len(state.files), megabytes=state.size // _MIB, paths=paths)
     try:
-        with telling("scanning files", lambda: {"files": found.looked}, every=_PROGRESS_SECONDS):
+        with log_progress("scanning files", lambda: {"files": found.looked}, every=_PROGRESS_SECONDS):
             files = found.look()
     finally:
         # Told alongside a refusal too.
@@ -174,7 +174,9 @@ def _decide_all(
         task = Task(str(target), tuple(rules), latest_time(datetime.now(UTC)), platform.node())
         numbers = session.range(0, len(tasks), 1, len(tasks))
         size, began = sum(file.size for file in files), time.monotonic()
-        with telling("reading", lambda: _reading(read_done(target), len(files), size, began), every=_PROGRESS_SECONDS):
+        with log_progress(
+            "reading", lambda: _reading(read_done(target), len(files), size, began), every=_PROGRESS_SECONDS
+        ):
             rows = to_arrow(numbers.mapInArrow(task.run, TALLY_SCHEMA))
     shutil.rmtree(target / "tasks")
     tallies = [Tally(**row) for row in rows.to_pylist()]

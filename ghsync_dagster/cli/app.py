@@ -22,7 +22,7 @@ from ghsync_dagster.cli import batch, cdc, data, dlq, repair, servers, show
 from ghsync_dagster.cli.common import PERMANENT, READER_GONE, STOPPED, TRANSIENT
 from ghsync_dagster.domain.errors import GhsyncError, TransientError
 from ghsync_dagster.logging import redact
-from ghsync_dagster.stopping import end_past_what_hangs, exit_on_signals, is_unread
+from ghsync_dagster.stopping import exit_if_abandoned, exit_on_signals, is_unread
 
 
 class _Group(TyperGroup):
@@ -71,9 +71,9 @@ def main() -> None:
     try:
         app()
     except SystemExit as end:
-        end_past_what_hangs(end.code if isinstance(end.code, int) else int(end.code is not None))
+        exit_if_abandoned(end.code if isinstance(end.code, int) else int(end.code is not None))
         raise
     except Exception:  # noqa: BLE001  a fault of ghsync itself must not end as 1, which says that a gate failed
         sys.stderr.write(redact(traceback.format_exc()))
-        end_past_what_hangs(os.EX_SOFTWARE)
+        exit_if_abandoned(os.EX_SOFTWARE)
         sys.exit(os.EX_SOFTWARE)

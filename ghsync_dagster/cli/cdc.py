@@ -1,7 +1,7 @@
 """The command ``ghsync cdc``: changes without Dagster.
 
-Belongs here: arguments, signals, what is printed and logged. Not here: exit codes of errors, which ``cli.app`` gives,
-and anything that the consumer decides.
+Belongs here: arguments, signals, what is printed and logged. Not here: exit codes of errors (``cli.app``), and any
+decision of the consumer.
 """
 
 from __future__ import annotations
@@ -58,24 +58,24 @@ def drain(as_json: AsJson = False) -> None:
     from ghsync_dagster.cdc.health.connector import require_stream
 
     settings = configured()
-    _ask_connector(settings)
-    source = _look_at_source()
+    _check_connector(settings)
+    source = _check_source()
     _consume(until_end=True, seconds=None, as_json=as_json)
     require_stream(_connector(settings))
     if source is not None and loses_changes(source):
         raise typer.Exit(CHANGES_LOST)
 
 
-def _look_at_source() -> Finding | None:
-    """Say first what is wrong with MySQL's table or settings; None where nobody can look."""
+def _check_source() -> Finding | None:
+    """Report what is wrong with MySQL's table or settings; None if they can't be checked."""
     from ghsync_dagster.domain.errors import GhsyncError
-    from ghsync_dagster.wiring import has_mysql, look_at_source
+    from ghsync_dagster.wiring import check_source, has_mysql
 
     settings = configured()
     if not has_mysql(settings):
         return None
     try:
-        found = look_at_source(settings)
+        found = check_source(settings)
     except GhsyncError as error:
         say(f"source: not read: {error}")
         return None
@@ -108,10 +108,10 @@ def audit_changes(
     from ghsync_dagster.wiring import close_statements, existing_kafka, open_mysql, store_opener
 
     settings = configured()
-    connector = _ask_connector(settings)
+    connector = _check_connector(settings)
     if limit is None:
         limit = MOST_OFFENDERS if as_json else OFFENDERS
-    source, began = _look_at_source(), datetime.now(UTC)
+    source, began = _check_source(), datetime.now(UTC)
 
     def compare() -> tuple[AuditResult, set[str]]:
         with open_mysql(settings) as mysql, store_opener(settings)() as store:
@@ -155,13 +155,13 @@ def rehearse(
     ] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Try the whole path on the local servers: change MySQL, consume, load files beside it, then compare both sides."""
+    """Try the whole path on the local servers: change MySQL, consume, load files meanwhile, then compare both sides."""
     from ghsync_dagster.dev.rehearsal import leftovers
     from ghsync_dagster.dev.rehearsal import rehearse as run_rehearsal
 
     settings = configured()
     events = settings.events() if load else None
-    found = run_rehearsal(settings, rate=rate, seconds=seconds, load=events, tell=say)
+    found = run_rehearsal(settings, rate=rate, seconds=seconds, load=events, progress=say)
     if as_json:
         print_json({**asdict(found), "ok": found.ok, "limits": [asdict(limit) for limit in found.limits]})
     else:
@@ -169,7 +169,7 @@ def rehearse(
             typer.echo(f"{name:18} {text}")
         typer.echo("")
         for limit in found.limits:
-            verdict = "met" if limit.is_met else "missed" if limit.decides else "missed, is told"
+            verdict = "met" if limit.is_met else "missed" if limit.decides else "missed, not fatal"
             typer.echo(f"{verdict:18} {limit.name}: {limit.words}")
         typer.echo(f"\nverdict: {'passed' if found.ok else 'failed'}")
         typer.echo(
@@ -182,15 +182,15 @@ def rehearse(
 
 
 def _rehearsed(found: Rehearsal) -> dict[str, str]:
-    work, seen = found.workload, found.audit
+    work = found.workload
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in work.changes.items())
     letters = ", ".join(f"{count:,} {kind}" for kind, count in found.consumer.dead_letters.items())
     return {
         "changes": f"{work.total:,} at {work.rate:,.0f} a second ({kinds})",
-        "commit to document": f"{_latency(found.latency)}{'' if found.load_exit is None else ', with the load beside'}",
+        "commit to document": f"{_latency(found.latency)}{'' if found.load_exit is None else ', during the file load'}",
         "dead letters": letters or "none",
-        "load beside": {None: "none", 0: "went well"}.get(found.load_exit, f"failed with exit code {found.load_exit}"),
-        "audit": seen.summary(),
+        "file load": {None: "none", 0: "succeeded"}.get(found.load_exit, f"failed with exit code {found.load_exit}"),
+        "audit": found.audit.summary(),
         "seconds": f"{found.seconds:.1f} from the first change to the end of the audit",
     }
 
@@ -208,7 +208,7 @@ def _consume(*, until_end: bool, seconds: float | None, as_json: bool) -> None:
             around.enter_context(MetricsEndpoint(metrics, host=settings.metrics_host, port=settings.metrics_port))
         around.enter_context(killed_when_frozen())
         stop = threading.Event()
-        signals = around.enter_context(stop_on_signals(stop, again_ends=True))
+        signals = around.enter_context(stop_on_signals(stop, second_ends=True))
         around.enter_context(_reporting(metrics, settings))
         report = consumer.run(stop, until_end=until_end, seconds=seconds)
     _finish(report, metrics.snapshot(), as_json=as_json)
@@ -218,8 +218,8 @@ def _consume(*, until_end: bool, seconds: float | None, as_json: bool) -> None:
         raise typer.Exit(STOPPED + signals[-1])
 
 
-def _ask_connector(settings: Settings) -> ConnectorState | None:
-    """Return the connector's state, None where no worker is known; say it first where it does not run."""
+def _check_connector(settings: Settings) -> ConnectorState | None:
+    """Return the connector's state, None if no worker is known; report it if the connector does not run."""
     from ghsync_dagster.cdc.health.connector import NOT_ASKED
 
     state = _connector(settings)
@@ -237,7 +237,7 @@ def _connector(settings: Settings) -> ConnectorState | None:
 
 @contextmanager
 def _reporting(metrics: ChangeMetrics, settings: Settings) -> Iterator[None]:
-    """Log what the consumer does, or what is in its way, now and then."""
+    """Log every few seconds what the consumer does, or what blocks it."""
     from ghsync_dagster.cdc.health.connector import watch_connector
     from ghsync_dagster.progress import repeating
     from ghsync_dagster.wiring import connector_probe
@@ -254,7 +254,7 @@ def _reporting(metrics: ChangeMetrics, settings: Settings) -> Iterator[None]:
         else:
             log.warning("consumption blocked", reason=now.held_up, **_brief(now))
 
-    # At the end it may wait for a worker's answer.
+    # A report may wait for the worker's answer.
     with repeating(report, settings.cdc_report_seconds, join_seconds=_REPORT_END_SECONDS) as ended:
         yield
 

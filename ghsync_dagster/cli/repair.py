@@ -80,7 +80,7 @@ def repair(
         if not yes:
             refuse_too_many(len(keys), settings.repair_max_users)
         stop = threading.Event()
-        with stop_on_signals(stop, again_ends=True) as signals:
+        with stop_on_signals(stop, second_ends=True) as signals:
             report = request_repair(
                 kafka,
                 repairs,

@@ -255,11 +255,11 @@ class ChangesResource(StoreResource):
         Raises:
             GhsyncError: MySQL is unavailable or refuses.
         """
-        from ghsync_dagster.wiring import look_at_source
+        from ghsync_dagster.wiring import check_source
 
         if self.no_mysql():
             return None
-        return look_at_source(self.settings(), hours=STATEMENT_HOURS if hours is None else hours)
+        return check_source(self.settings(), hours=STATEMENT_HOURS if hours is None else hours)
 
     def close_statements(self, began: "datetime") -> None:
         """Record that both sides were equal in a comparison that began then."""

@@ -1,7 +1,7 @@
 """The rehearsal behind ``make cdc``: the whole change path on local servers, under a workload, judged by the audit.
 
-Belongs here: what runs beside what, for how long, and that all of it ends. Not here: how any part works, or how the
-outcome is shown.
+Belongs here: what runs at the same time, for how long, and that all of it ends. Not here: how any part works, or how
+the outcome is shown.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.settings import Settings
     from ghsync_dagster.stores.kafka.client import KafkaSettings
 
-_TELL_SECONDS: Final = 1.0
+_PROGRESS_SECONDS: Final = 1.0
 _CATCH_UP_SECONDS: Final = 120.0
 _JOIN_SECONDS: Final = 30.0
 _END_SECONDS: Final = 60.0
@@ -48,13 +48,13 @@ _ROW_CHANGES: Final = frozenset({RecordKind.CREATE, RecordKind.UPDATE, RecordKin
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """One thing that a rehearsal is judged by.
+    """One requirement of a rehearsal.
 
     Attributes:
         name: What it is about.
         words: What was found, and what is wanted.
-        is_met: Whether they agree.
-        decides: Whether the rehearsal fails where they do not.
+        is_met: Whether the two agree.
+        decides: Whether the rehearsal fails if they do not.
     """
 
     name: str
@@ -65,16 +65,16 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Rehearsal:
-    """What a rehearsal came to.
+    """The outcome of a rehearsal.
 
     Attributes:
         workload: What was done to the table.
-        latency: From the database's commit to the stored document, in ms, by this machine's one clock.
+        latency: From the database's commit to the stored document, in ms, by this machine's clock.
         consumer: What the consumer did.
         audit: Whether collection and table are equal.
-        load_exit: The exit code of the load that ran beside; None where none did.
+        load_exit: The exit code of the file load that ran meanwhile; None if none ran.
         seconds: From the first change to the end of the audit.
-        max_latency_ms: The p99 that is wanted.
+        max_latency_ms: The highest p99 that meets the limit.
     """
 
     workload: WorkloadReport
@@ -92,36 +92,27 @@ class Rehearsal:
 
     @property
     def limits(self) -> list[Limit]:
-        """What the rehearsal is judged by."""
+        """The requirements, and whether each is met."""
         letters, p99 = sum(self.consumer.dead_letters.values()), self.latency.p99
-        beside = (
-            []
-            if self.load_exit is None
-            else [Limit("load", f"exit code {self.load_exit}, 0 wanted", not self.load_exit)]
-        )
-        return [
+        limits = [
             Limit("audit", f"{'equal' if self.audit.equal else 'not equal'}, equal wanted", self.audit.equal),
             Limit("dead letters", f"{letters:,}, none wanted", not letters),
-            *beside,
-            # What shares the cores of this machine decides on it as much.
-            Limit(
-                "latency",
-                f"p99 {p99} ms, at most {self.max_latency_ms:,.0f} wanted (GHSYNC_MAX_LATENCY_MS)",
-                p99 <= self.max_latency_ms,
-                decides=False,
-            ),
         ]
+        if self.load_exit is not None:
+            limits.append(Limit("load", f"exit code {self.load_exit}, 0 wanted", not self.load_exit))
+        # Latency also depends on what else uses the cores of this machine, so it does not decide.
+        latency = f"p99 {p99} ms, at most {self.max_latency_ms:,.0f} wanted (GHSYNC_MAX_LATENCY_MS)"
+        return [*limits, Limit("latency", latency, p99 <= self.max_latency_ms, decides=False)]
 
 
 class CommitClock(SilentListener):
-    """Measures from commit to stored document, without any time that a server tells.
+    """Measures from commit to stored document, without a server's clock.
 
-    One connection commits, and one partition keeps its order: so the changes are acknowledged in the order in which
-    they were committed, and the n-th of one is the n-th of the other.
+    One connection commits, and one partition keeps the order. So the n-th committed record is acknowledged as the n-th.
 
     Args:
-        on_latency: Called with each find: when it was committed, in ms since 1970 UTC, its latency in ms, and how many
-            records it is about. Must return quickly.
+        on_latency: Called with each measurement: the commit time in ms since 1970 UTC, the latency in ms, and the
+            number of records. Must return quickly.
     """
 
     def __init__(self, on_latency: Callable[[int, int, int], None] | None = None) -> None:
@@ -132,22 +123,22 @@ class CommitClock(SilentListener):
         self._latencies: dict[int, int] = {}
 
     def begin(self) -> None:
-        """Forget what was acknowledged so far: nothing that was committed before is waited for any more."""
+        """Discard earlier acknowledgements: their commits were not measured."""
         with self._lock:
             self._acknowledged.clear()
 
     def committed(self, changes: Sequence[RowChange], at_ms: int) -> None:
-        """Note a transaction, in records: a key change makes two."""
+        """Record a transaction by its number of records: a key change makes two."""
         with self._lock:
             self._committed.append((sum(2 if change.kind == KEY_CHANGE else 1 for change in changes), at_ms))
             self._match()
 
     def batch_applied(self, batch: AppliedBatch) -> None:
-        """Note the row changes of a batch."""
+        """Record the row changes of a batch."""
         records = sum(
             count
-            for (what, outcome), count in batch.counts.items()
-            if what in _ROW_CHANGES and outcome in (APPLIED, COALESCED)
+            for (kind, outcome), count in batch.counts.items()
+            if kind in _ROW_CHANGES and outcome in (APPLIED, COALESCED)
         )
         with self._lock:
             self._acknowledged.append((records, batch.acknowledged_ms))
@@ -183,63 +174,64 @@ class CommitClock(SilentListener):
 
 
 def rehearse(
-    settings: Settings, *, rate: float, seconds: float, load: Sequence[str] | None, tell: Callable[[str], None]
+    settings: Settings, *, rate: float, seconds: float, load: Sequence[str] | None, progress: Callable[[str], None]
 ) -> Rehearsal:
-    """Start what does not run of the local stack, change the table, consume, load beside it, audit, stop it again.
+    """Start the local servers, change the table, consume, load files at the same time, and audit.
+
+    Servers that already ran stay up; the others are stopped at the end.
 
     Args:
         settings: ``home_dir`` is where the local servers keep their state.
         rate: Changes a second.
         seconds: How long the table is changed.
         load: Events that are loaded meanwhile: files, folders or globs.
-        tell: Gets a line of text now and then.
+        progress: Gets a line of text now and then.
 
     Raises:
         UnavailableError: A server did not start or went away, or the consumer did not catch up.
         PermanentError: A server can't run here, or refuses.
-        ConfigError: A setting names a server that is not local: a rehearsal leaves its rows and documents behind.
+        ConfigError: A setting names a server that is not local: a rehearsal leaves rows and documents there.
     """
     _assert_local(settings)
     from ghsync_dagster.cdc.health.audit import Patience, audit
-    from ghsync_dagster.stores.mysql import MySqlStore
-    from ghsync_dagster.wiring import existing_kafka, store_opener
+    from ghsync_dagster.wiring import existing_kafka, open_mysql, store_opener
 
     with ExitStack() as around:
-        own = around.enter_context(_stack(settings, tell))
+        own = around.enter_context(_stack(settings, progress))
         clock, metrics = CommitClock(), ChangeMetrics()
         kafka = existing_kafka(own)
         consumer = around.enter_context(_Consuming(own, kafka, Listeners(metrics, clock)))
         _await_partitions(metrics, kafka, consumer)
-        _await(lambda: _is_caught_up(metrics, kafka), consumer, "what was there")
-        mysql = around.enter_context(MySqlStore(_secret(own), timeout_seconds=own.server_timeout_seconds))
+        _await(lambda: _is_caught_up(metrics, kafka), consumer, "the changes from before the rehearsal")
+        mysql = around.enter_context(open_mysql(own))
         mysql.ensure_table()
         loading = around.enter_context(_loading(own, load)) if load else None
         clock.begin()
         workload = Workload(mysql, rate=rate, seed=time.time_ns() % 2**31, on_commit=clock.committed)
         began = time.monotonic()
-        stop = around.enter_context(repeating(lambda: tell(_line(workload, metrics, clock)), _TELL_SECONDS))
+        stop = around.enter_context(repeating(lambda: progress(_line(workload, metrics, clock)), _PROGRESS_SECONDS))
         report = workload.run(seconds=seconds, stop=consumer.failed)
-        tell(f"workload done: {report.total:,} changes; waiting for the consumer")
+        progress(f"workload done: {report.total:,} changes; waiting for the consumer")
 
         def applied() -> bool:
             return clock.waiting == 0 and _is_caught_up(metrics, kafka)
 
         if loading:
-            # What the load takes of the machine is not the consumer's time.
-            _happens(lambda: loading.poll() is not None or applied(), consumer, math.inf)
+            # The load slows the consumer down, so its seconds do not count against the consumer.
+            _wait_for(lambda: loading.poll() is not None or applied(), consumer, math.inf)
         _await(applied, consumer, "the workload's changes")
         stop.set()
         if loading and loading.poll() is None:
-            tell("all changes are applied; waiting for the load beside")
+            progress("all changes are applied; waiting for the file load")
         load_exit = loading.wait() if loading else None
-        tell("comparing MySQL with MongoDB")
+        progress("comparing MySQL with MongoDB")
         with store_opener(own)() as store:
-            judged = audit(mysql, store, patience=Patience(seconds=30))
+            audited = audit(mysql, store, patience=Patience(seconds=30))
         return Rehearsal(
             workload=report,
             latency=clock.latency(),
             consumer=consumer.end(),
-            audit=judged,
+            audit=audited,
             load_exit=load_exit,
             seconds=round(time.monotonic() - began, 1),
             max_latency_ms=settings.max_latency_ms,
@@ -247,7 +239,7 @@ def rehearse(
 
 
 def leftovers(settings: Settings) -> list[Path]:
-    """Return the folders that hold what a rehearsal leaves, with all else that the local servers hold."""
+    """Return the data folders of the local servers, which hold the rows and documents of a rehearsal too."""
     return [settings.home_dir / name for name in stack.SERVICES]
 
 
@@ -265,28 +257,22 @@ def _assert_local(settings: Settings) -> None:
         )
 
 
-def _secret(settings: Settings) -> str:
-    if settings.mysql_url is None:
-        raise AssertionError("the stack's addresses are set")
-    return settings.mysql_url.get_secret_value()
-
-
 @contextmanager
-def _stack(settings: Settings, tell: Callable[[str], None]) -> Iterator[Settings]:
-    """Give settings that name the running servers, and stop those again that were started for it."""
+def _stack(settings: Settings, progress: Callable[[str], None]) -> Iterator[Settings]:
+    """Start the servers that are down, yield settings with all addresses, and stop the started servers."""
     before = stack.status(settings)
-    # One that lives and does not answer was started by somebody else, and may be on its way up.
+    # A process that does not answer was started by somebody else, and may still be starting.
     started = [name for name, status in before.items() if status.pid is None and status.server != "external"]
     try:
-        yield addresses(settings, stack.up(settings, progress=tell))
+        yield addresses(settings, stack.up(settings, progress=progress))
     finally:
         if started:
             with uninterrupted():
-                stack.down(settings, started, progress=tell)
+                stack.down(settings, started, progress=progress)
 
 
 def addresses(settings: Settings, servers: Mapping[str, ServiceStatus]) -> Settings:
-    """Return the settings with the addresses of running servers in them."""
+    """Return the settings with the addresses of the running servers."""
     named = {
         "MONGODB_URI": settings.mongodb_uri or servers["mongo"].uri,
         "KAFKA_BOOTSTRAP_SERVERS": servers["kafka"].uri,
@@ -325,7 +311,7 @@ class _Consuming:
             self.failed.set()
 
     def raise_failure(self) -> None:
-        """Raise what ended the consumer, if something did."""
+        """Raise the error that ended the consumer, if one did."""
         if self._error is not None:
             raise self._error
 
@@ -342,7 +328,7 @@ class _Consuming:
 
 @contextmanager
 def _loading(settings: Settings, events: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Load files of events in a process of its own, as a user would; it is ended with its caller."""
+    """Load files of events in a process of its own, as a user would; end it with the caller."""
     if settings.mongodb_uri is None:
         raise AssertionError("the stack's addresses are set")
     environment = {
@@ -368,25 +354,25 @@ def _loading(settings: Settings, events: Sequence[str]) -> Iterator[subprocess.P
 
 
 def _line(workload: Workload, metrics: ChangeMetrics, clock: CommitClock) -> str:
-    sent, latency, seen = workload.report(), clock.latency(), metrics.snapshot()
+    sent, latency, found = workload.report(), clock.latency(), metrics.snapshot()
     return (
         f"{sent.seconds:5.0f} s  {sent.total:>9,} changes at {sent.rate:,.0f}/s  "
-        f"waiting {clock.waiting:,}, lag {'-' if seen.lag_records is None else f'{seen.lag_records:,}'}  "
+        f"waiting {clock.waiting:,}, lag {'-' if found.lag_records is None else f'{found.lag_records:,}'}  "
         f"commit to document p50 {latency.p50} p95 {latency.p95} p99 {latency.p99} max {latency.max} ms"
     )
 
 
 def _is_caught_up(metrics: ChangeMetrics, kafka: KafkaSettings) -> bool:
-    """Tell whether the consumer has partitions, and by the brokers' word nothing waits in them."""
+    """Return whether the consumer has partitions, and the brokers report no lag in them."""
     from ghsync_dagster.stores.kafka.backlog import read_backlog
 
     return bool(metrics.snapshot().lag) and read_backlog(kafka).waiting == 0
 
 
 def _await_partitions(metrics: ChangeMetrics, kafka: KafkaSettings, consumer: _Consuming) -> None:
-    """Wait until the consumer has partitions; those of a dead one are free after its session."""
+    """Wait until the consumer has partitions; those of a dead consumer are free once its session has timed out."""
     seconds = kafka.session_timeout_seconds + _JOIN_SECONDS
-    if not _happens(lambda: bool(metrics.snapshot().lag), consumer, seconds):
+    if not _wait_for(lambda: bool(metrics.snapshot().lag), consumer, seconds):
         raise UnavailableError(
             f"The consumer got no partition of {kafka.topic} within {seconds:.0f} s: another one of the group "
             f"{kafka.group_id} seems to be at work.",
@@ -395,15 +381,19 @@ def _await_partitions(metrics: ChangeMetrics, kafka: KafkaSettings, consumer: _C
 
 
 def _await(done: Callable[[], bool], consumer: _Consuming, what: str) -> None:
-    if not _happens(done, consumer, _CATCH_UP_SECONDS):
+    if not _wait_for(done, consumer, _CATCH_UP_SECONDS):
         raise UnavailableError(
             f"The consumer did not apply {what} within {_CATCH_UP_SECONDS:.0f} s.",
             way_out="Look at ghsync status and at the logs that it names; see docs/operate/monitor.md.",
         )
 
 
-def _happens(done: Callable[[], bool], consumer: _Consuming, seconds: float) -> bool:
-    """Wait for something for so long, or until the consumer fails; tell whether it has come."""
+def _wait_for(done: Callable[[], bool], consumer: _Consuming, seconds: float) -> bool:
+    """Wait until ``done`` returns True, for so many seconds at most; return whether it did.
+
+    Raises:
+        Exception: The consumer failed.
+    """
     deadline = time.monotonic() + seconds
     while not done():
         consumer.raise_failure()

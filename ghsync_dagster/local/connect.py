@@ -26,7 +26,7 @@ from ghsync_dagster.local.kafka_program import KafkaProgram
 from ghsync_dagster.local.mysql import MysqlServer
 from ghsync_dagster.local.worker_log import WorkerLog
 from ghsync_dagster.logging import redact
-from ghsync_dagster.progress import saying
+from ghsync_dagster.progress import report_progress
 from ghsync_dagster.stores.connect import ConnectWorker
 from ghsync_dagster.stores.mysql import MySqlStore
 from ghsync_dagster.stores.mysql_url import MySqlAddress, parse_mysql_url
@@ -99,7 +99,7 @@ class ConnectServer(KafkaProgram):
         self._refuse_security("A local Connect worker", "Set CONNECT_URL to a worker of your own, set up for it.")
         bootstrap = KafkaServer(self.settings).ensure(progress)
         url = MysqlServer(self.settings).ensure(progress)
-        source = self._look_at_source(url, progress)
+        source = self._check_source(url, progress)
         if self._bootstrap_in_use() not in (None, bootstrap):
             self.down(progress)
         login = _keep_login(self.folder / "secrets", parse_mysql_url(url))
@@ -141,9 +141,9 @@ class ConnectServer(KafkaProgram):
         if not _serves(url, _PING_SECONDS):
             return self._told(url, None)
         database = MysqlServer(self.settings)
-        source = self._look_at_source(database.named, progress) if database.named else None
+        source = self._check_source(database.named, progress) if database.named else None
         with ConnectWorker(url) as worker:
-            with saying(progress, _WAITING):
+            with report_progress(progress, _WAITING):
                 state = connector.await_settled(worker)
             connector.require_running(state)
             if state.state != NONE:
@@ -160,7 +160,7 @@ class ConnectServer(KafkaProgram):
                 " database.ssl.truststore and database.ssl.keystore.",
             )
         if source is None:
-            source = self._look_at_source(source_url, progress)
+            source = self._check_source(source_url, progress)
         bootstrap = KafkaServer(self.settings).ensure(progress)
         config = connector.config_of(self.settings, bootstrap, source_url, source) | {
             "database.user": address.user,
@@ -173,7 +173,7 @@ class ConnectServer(KafkaProgram):
         """Return how a worker that CONNECT_URL names is; the state is None where it is down."""
         return self.told(redact(url), is_up=state is not None, **(state.as_json() if state else {}))
 
-    def _look_at_source(self, url: str, progress: Callable[[str], None]) -> Source:
+    def _check_source(self, url: str, progress: Callable[[str], None]) -> Source:
         """See that the source can be followed as it is, and return it; what stops or loses nothing now is only told.
 
         Raises:
@@ -221,7 +221,7 @@ def _ensure(
     gone: frozenset[int] | None,
     progress: Callable[[str], None],
 ) -> ConnectorState:
-    with saying(progress, _WAITING), MySqlStore(url, in_database=False) as table:
+    with report_progress(progress, _WAITING), MySqlStore(url, in_database=False) as table:
 
         def log_end() -> str | None:
             # Whoever may follow the binlog need not have the right to ask for its end.

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from ghsync_dagster.dagster_home import use_dagster_home
 from ghsync_dagster.domain.errors import ConfigError
-from ghsync_dagster.progress import saying
+from ghsync_dagster.progress import report_progress
 from ghsync_dagster.stopping import SIGNALS
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _end_by_signals(ended: list[int]) -> None:
 
 def _tell_until_served(port: int, ended: list[int]) -> None:
     """Say every few seconds that the UI comes up, and where it is once it serves; nothing after a signal."""
-    with saying(lambda line: None if ended else _say(line), "The Dagster UI comes up"):
+    with report_progress(lambda line: None if ended else _say(line), "The Dagster UI comes up"):
         while not (ended or _serves(port)):
             time.sleep(_LOOK_SECONDS)
     if not ended:

@@ -22,7 +22,7 @@ import psutil
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
 from ghsync_dagster.folders import ensure_folder, write_whole
 from ghsync_dagster.process import born
-from ghsync_dagster.progress import saying
+from ghsync_dagster.progress import report_progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -181,7 +181,7 @@ class Supervisor:
             ConfigError: The folder can't be used, or ``choose`` found no server.
         """
         ensure_folder(self._folder, "GHSYNC_HOME")
-        with saying(progress, f"{self._service}: coming up"), self._locked():
+        with report_progress(progress, f"{self._service}: coming up"), self._locked():
             record = self._read()
             process = self._find(record) if record else None
             if record and process:
@@ -199,7 +199,7 @@ class Supervisor:
         """
         if not self._state_file.exists():
             return self._unknown()
-        with saying(progress, f"{self._service}: going down"), self._locked():
+        with report_progress(progress, f"{self._service}: going down"), self._locked():
             record = self._read()
             if record is None:
                 return self._unknown()

@@ -27,7 +27,7 @@ from ghsync_dagster.domain.errors import ConfigError, PermanentError, RefusedErr
 from ghsync_dagster.domain.event import event_shape
 from ghsync_dagster.domain.user import MARKER_FIELD, MARKER_VALUE, USER_FIELDS
 from ghsync_dagster.logging import redact
-from ghsync_dagster.progress import telling
+from ghsync_dagster.progress import log_progress
 from ghsync_dagster.stores.mongo.client import CONFIRM_MS
 from ghsync_dagster.stores.spark_jvm import launch_jvm
 
@@ -261,7 +261,7 @@ class SparkHandle:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._start, name="spark-start", daemon=True)
                 self._thread.start()
-        with telling("starting Spark"):
+        with log_progress("starting Spark"):
             self._thread.join()
         self.waited_seconds += time.monotonic() - asked
         if self._error is not None:

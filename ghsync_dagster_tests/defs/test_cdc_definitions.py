@@ -612,7 +612,7 @@ def test_a_load_of_files_is_green_whatever_of_the_stream_is_away_and_red_where_i
     if away in ("MySQL", "refused"):
         error = RefusedError("MySQL refused.", way_out="x") if away == "refused" else UnavailableError("x", way_out="x")
         monkeypatch.setattr("ghsync_dagster.stores.kafka.backlog.await_no_lag", lambda *_: 0)
-        monkeypatch.setattr("ghsync_dagster.wiring.look_at_source", raising(error))
+        monkeypatch.setattr("ghsync_dagster.wiring.check_source", raising(error))
 
     @dg.asset(name="mongo_users")
     def loaded() -> None:

@@ -82,14 +82,14 @@ class Member:
 
 
 def test_consumers_end_in_the_middle_of_rebalances_on_full_cores(make_topic: Callable[..., Topic]) -> None:
-    left_behind = list(stopping._left_behind)
+    left_behind = list(stopping._abandoned)
     took: list[float] = []
     with full_cores():
         for number in range(ROUNDS):
             took += ended_in_one_round(make_topic(partitions=PARTITIONS), number)
     print(f"{len(took)} consumers ended, the longest in {max(took):.1f} s")  # noqa: T201
     assert len(took) == ROUNDS * AT_ONCE
-    assert stopping._left_behind == left_behind
+    assert stopping._abandoned == left_behind
     assert max(took) < LONGEST_SECONDS
 
 

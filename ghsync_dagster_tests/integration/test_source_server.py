@@ -16,7 +16,7 @@ from ghsync_dagster.domain.source import Effect, Source, problems_of
 from ghsync_dagster.domain.table import create_table
 from ghsync_dagster.stores.mysql import MySqlStore
 from ghsync_dagster.stores.mysql_url import parse_mysql_url
-from ghsync_dagster.wiring import look_at_source
+from ghsync_dagster.wiring import check_source
 from ghsync_dagster_tests.support.cdc_parts import GHSYNC, until
 from ghsync_dagster_tests.support.long_campaign import HANG_SECONDS
 
@@ -256,12 +256,12 @@ def test_a_statement_that_came_as_text_is_told_until_both_sides_are_equal(
     root.execute([("INSERT INTO Users (user_id, login) VALUES (1, 'one'), (2, 'two')", ())])
     until(lambda: "2 applied" in ghsync(stack_settings, "cdc", "drain").stdout, 60)
     assert ghsync(stack_settings, "cdc", "audit").returncode == 0
-    assert look_at_source(stack_settings).passed
+    assert check_source(stack_settings).passed
     # On a connection of its own: the session is left as it is.
     with MySqlStore(secret(stack_settings.mysql_url)) as session:
         session.execute([("SET SESSION binlog_format = STATEMENT", ())])
         session.execute([("UPDATE Users\n SET login = 'lost-s3cret' WHERE user_id = 1", ())])
-    found = until(lambda: look_at_source(stack_settings), 60, lambda finding: not finding.passed)
+    found = until(lambda: check_source(stack_settings), 60, lambda finding: not finding.passed)
     assert "1 statements on Users came as text" in found.summary
     assert found.counts["statements"] == 1
     up, drain, audit = (
@@ -279,7 +279,7 @@ def test_a_statement_that_came_as_text_is_told_until_both_sides_are_equal(
     root.execute([("UPDATE Users SET login = 'found' WHERE user_id = 1", ())])
     until(lambda: "1 applied" in ghsync(stack_settings, "cdc", "drain").stdout, 60)
     assert ghsync(stack_settings, "cdc", "audit").returncode == 0
-    assert look_at_source(stack_settings).passed
+    assert check_source(stack_settings).passed
     assert ghsync(stack_settings, "cdc", "drain").returncode == 0
 
 

@@ -347,7 +347,7 @@ def test_a_drain_goes_by_the_connector_at_its_end(
 ) -> None:
     states = [before, after]
     monkeypatch.setattr(cli_cdc, "_connector", lambda _: ConnectorState(states.pop(0)))
-    monkeypatch.setattr(cli_cdc, "_look_at_source", lambda: None)
+    monkeypatch.setattr(cli_cdc, "_check_source", lambda: None)
     monkeypatch.setattr(cli_cdc, "_consume", lambda **_: None)
     result = ghsync("cdc", "drain")
     assert (result.exit_code, states) == (code, [])

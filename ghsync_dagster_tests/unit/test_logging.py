@@ -16,7 +16,7 @@ import structlog
 
 from ghsync_dagster.domain.errors import UnavailableError
 from ghsync_dagster.logging import bind_run, get_logger, redact
-from ghsync_dagster.progress import telling
+from ghsync_dagster.progress import log_progress
 from ghsync_dagster.retry import retrying
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def test_what_takes_long_is_told_now_and_then_and_no_longer(logged: Callable[...
 
     stream = Told()
     logged(stream)
-    with telling("reading", lambda: {"files": 3}, every=0.01):
+    with log_progress("reading", lambda: {"files": 3}, every=0.01):
         assert stream.twice.wait(10)
     told = lines(stream)
     assert {(line["event"], line["files"], line["seconds"]) for line in told} == {("still reading", 3, 0)}

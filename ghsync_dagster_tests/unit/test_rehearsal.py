@@ -33,7 +33,7 @@ def test_a_signal_while_the_servers_are_stopped_leaves_none_running(
     monkeypatch.setattr(stack, "down", down)
     with (
         pytest.raises(KeyboardInterrupt),
-        rehearsal._stack(load_settings(GHSYNC_HOME=tmp_path), tell=lambda _: None),
+        rehearsal._stack(load_settings(GHSYNC_HOME=tmp_path), progress=lambda _: None),
     ):
         pass
     assert stopped == [*stack.SERVICES]
@@ -48,7 +48,7 @@ def test_a_server_that_lives_and_does_not_answer_was_not_started_by_the_rehearsa
     monkeypatch.setattr(stack, "status", lambda _: before)
     monkeypatch.setattr(stack, "up", lambda *_, **__: {name: ServiceStatus(name, "up") for name in stack.SERVICES})
     monkeypatch.setattr(stack, "down", lambda _, services, **__: stopped.extend(services))
-    with rehearsal._stack(load_settings(GHSYNC_HOME=tmp_path), tell=lambda _: None):
+    with rehearsal._stack(load_settings(GHSYNC_HOME=tmp_path), progress=lambda _: None):
         pass
     assert stopped == ["mongo", "connect"]
 

@@ -58,7 +58,7 @@ def test_a_signal_that_comes_while_the_event_is_locked_holds_nothing_up() -> Non
 
 def test_a_second_signal_may_end_as_ever() -> None:
     stop = threading.Event()
-    with stop_on_signals(stop, again_ends=True) as came:
+    with stop_on_signals(stop, second_ends=True) as came:
         signal.raise_signal(signal.SIGINT)
         assert stop.wait(10)
         with pytest.raises(KeyboardInterrupt):
@@ -126,7 +126,7 @@ def test_a_writer_that_does_not_end_is_left_behind_and_its_work_is_no_success(
     monkeypatch: pytest.MonkeyPatch, *, at_work: bool
 ) -> None:
     monkeypatch.setattr(write, "_END_SECONDS", 0.05)
-    monkeypatch.setattr(stopping, "_left_behind", [])
+    monkeypatch.setattr(stopping, "_abandoned", [])
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
     letters = HangingLetters()
@@ -137,7 +137,7 @@ def test_a_writer_that_does_not_end_is_left_behind_and_its_work_is_no_success(
             writer.submit(Batch())
         writer.close()
         assert (isinstance(writer.failure, UnavailableError), letters.is_closed) == (at_work, False)
-        stopping.end_past_what_hangs(143)
+        stopping.exit_if_abandoned(143)
         assert codes == [143]
     finally:
         letters.goes_on.set()
@@ -145,9 +145,9 @@ def test_a_writer_that_does_not_end_is_left_behind_and_its_work_is_no_success(
 
 
 def test_a_writer_that_ends_is_closed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stopping, "_left_behind", [])
+    monkeypatch.setattr(stopping, "_abandoned", [])
     letters = HangingLetters()
     letters.goes_on.set()
     writer = write.Writer(MagicMock(), cast("Any", letters), SilentListener(), GroupFence(0), name="g/t")
     writer.close()
-    assert (stopping._left_behind, letters.is_closed, writer.failure) == ([], True, None)
+    assert (stopping._abandoned, letters.is_closed, writer.failure) == ([], True, None)

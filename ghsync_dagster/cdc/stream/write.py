@@ -34,7 +34,7 @@ from ghsync_dagster.cdc.stream.rewinds import REWIND_SECONDS, RewindRequests
 from ghsync_dagster.domain.errors import GhsyncError, TransientError, UnavailableError
 from ghsync_dagster.logging import get_logger
 from ghsync_dagster.retry import retrying, waits
-from ghsync_dagster.stopping import leave_behind
+from ghsync_dagster.stopping import abandon
 from ghsync_dagster.stores.mongo.guard import WriterGuard
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class Writer(WriterGuard):
     def close(self) -> None:
         """End the thread before the next command of the batch at work, with every rewind requested, or ``failure`` set.
 
-        A thread that does not end in time is left behind, see ``stopping.leave_behind``.
+        A thread that does not end in time is abandoned, see ``stopping.abandon``.
         """
         with self._changed:
             self._closing = True

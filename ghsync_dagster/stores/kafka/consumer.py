@@ -338,7 +338,7 @@ class TopicConsumer:
         leaving.start()
         leaving.join(self.kafka.session_timeout_seconds + _LEAVE_SECONDS)
         if leaving.is_alive():
-            leave_behind(f"the Kafka client does not close: group {self.kafka.group_id} waits for its session to end")
+            abandon(f"the Kafka client does not close: group {self.kafka.group_id} waits for its session to end")
         elif failure:
             raise failure[0]
 
