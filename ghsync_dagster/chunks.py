@@ -1,6 +1,6 @@
 """Long sequences in parts.
 
-Belongs here: cutting. Not here: how large a part may be for whom.
+Not here: how large a part may be for each user.
 """
 
 from __future__ import annotations

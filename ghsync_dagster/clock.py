@@ -1,6 +1,6 @@
-"""The clock by which this process judges what it may still do.
+"""The clock of deadlines, such as the end of a lease.
 
-Belongs here: that clock. Not here: times of day, and how long something took, for which ``time`` does.
+Not here: times of day and durations, for which ``time`` is enough.
 """
 
 from __future__ import annotations
@@ -12,5 +12,5 @@ _CLOCK: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 def now() -> float:
-    """Return seconds of a clock that never goes back and, where the system has one, counts sleep."""
+    """Return seconds of a clock that never goes back and, if the system has such a clock, counts suspended time."""
     return time.clock_gettime(_CLOCK)

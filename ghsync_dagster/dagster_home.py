@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _FOLDER: Final = "dagster"
 _ROOM: Final = 32 << 20
-"""Bytes that the event log of a run needs at the least."""
+"""Bytes that the event log of a run needs at least."""
 INSTANCE: Final = """\
 # Written once; edit as you like.
 telemetry:
@@ -25,10 +25,10 @@ telemetry:
 nux:
   enabled: false
 concurrency:
-  # The pool mongo_users has no limit: the load's own lease lets one load in at a time, and outlives no dead process.
+  # The pool mongo_users has no limit: the load's own lease admits one load at a time, and ends with its process.
   runs:
     tag_concurrency_limits:
-      # At a hand-over two slices of the change consumer live, and never more.
+      # While one slice of the change consumer takes over from another, two run, and never more.
       - key: ghsync/flow
         value: cdc
         limit: 2
@@ -37,20 +37,20 @@ run_queue:
   dequeue_interval_seconds: 1
 run_monitoring:
   enabled: true
-  # A run that does not start, or does not end when told to, is noted as failed.
+  # A run that does not start, or does not end when it is cancelled, is marked as failed.
   start_timeout_seconds: 180
   cancel_timeout_seconds: 120
   poll_interval_seconds: 30
 retention:
   sensor:
     purge_after_days:
-      # The supervisor of the change consumer looks every five seconds, mostly to skip.
+      # The supervisor of the change consumer ticks every five seconds, mostly to skip.
       skipped: 1
 """
 
 
 def use_dagster_home(settings: Settings) -> Path:
-    """Return DAGSTER_HOME; where the environment has none, this process gets the one under GHSYNC_HOME.
+    """Return DAGSTER_HOME; if the environment has none, set it to the folder under GHSYNC_HOME.
 
     Raises:
         ConfigError: It names no folder, or nothing can be written there.
@@ -69,12 +69,12 @@ def use_dagster_home(settings: Settings) -> Path:
 
 
 def dagster_home_of(settings: Settings) -> Path:
-    """Return DAGSTER_HOME as the environment names it, else the folder under GHSYNC_HOME, made or not."""
+    """Return DAGSTER_HOME of the environment, else the folder under GHSYNC_HOME, whether or not it exists."""
     return Path(os.environ["DAGSTER_HOME"]) if "DAGSTER_HOME" in os.environ else settings.home_dir / _FOLDER
 
 
 def ensure_dagster_home(settings: Settings) -> Path:
-    """Return the folder for DAGSTER_HOME, made with its ``dagster.yaml`` where it is not there yet."""
+    """Return the folder for DAGSTER_HOME; create it and its ``dagster.yaml`` if they are missing."""
     home = settings.home_dir / _FOLDER
     ensure_folder(home, "GHSYNC_HOME")
     instance = home / "dagster.yaml"

@@ -27,7 +27,7 @@ def build_defs(resource_overrides: Mapping[str, Any] | None = None) -> dg.Defini
     """Build the definitions.
 
     Args:
-        resource_overrides: Resources by name that replace the real ones, for tests.
+        resource_overrides: Resources by name, which replace the real ones in tests.
     """
     return dg.Definitions(
         assets=with_code([*batch_assets.assets(), *cdc_assets.ASSETS]),

@@ -1,6 +1,6 @@
-"""Folders and files of local state: that a folder can be written to and has room, and that a file is written whole.
+"""Folders and files of local state: a check that a folder is writable and has room, and atomic writes.
 
-Belongs here: what is asked of the file system. Not here: which folders and files there are.
+Not here: which folders and files there are.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Final
 from ghsync_dagster.domain.errors import ConfigError
 
 ROOM: Final = 256 << 20
-"""Bytes that a run or a local server needs at the least."""
+"""Bytes that a run or a local server needs at least."""
 _MIB: Final = 1 << 20
 
 
 def ensure_folder(folder: Path, variable: str, *, needed: int = ROOM) -> None:
-    """Create a folder where there is none, and see that files can be kept in it.
+    """Create a folder if it is missing, and check that files can be kept in it.
 
     Args:
         folder: The folder.
-        variable: The setting that decides on it.
+        variable: The setting that names it.
         needed: Bytes that must be free.
 
     Raises:
@@ -51,8 +51,8 @@ def write_whole(path: Path, content: str | bytes, variable: str, *, mode: int = 
 
     Args:
         path: The file.
-        content: What will be in it.
-        variable: The setting that decides on its folder.
+        content: Its content.
+        variable: The setting that names its folder.
         mode: Its permissions.
 
     Raises:
@@ -60,7 +60,7 @@ def write_whole(path: Path, content: str | bytes, variable: str, *, mode: int = 
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # In a folder of its owner alone, which goes whatever happens.
+        # In a private folder, which is removed in any case.
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
             part = Path(folder) / path.name
             part.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -1,6 +1,6 @@
 """The one logger set-up: structlog to standard error, JSON when that is not a terminal, secrets masked.
 
-Belongs here: how a log line looks and what must never be in one. Not here: what is logged.
+Belongs here: the form of a log line, and what must never be in one. Not here: what is logged.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import structlog
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
 
-# userinfo of a URI, up to its last @ before the path: a password may itself hold an @.
-# Without the scheme, whose search would take a time quadratic in a long word.
-# A password with a slash, as SQLAlchemy takes one, has no @, and a bound, so that no text takes long.
+# The userinfo of a URI, up to the last @ before the path: a password may contain an @.
+# The scheme is not matched, since its search would take quadratic time in a long word.
+# A password with a slash, which SQLAlchemy allows, is matched up to its first @, within a bound on the time it takes.
 _URI_CREDENTIALS = re.compile(r"://(?:[^\s/]*|[^\s/:]*:[^\s@]{0,128})@")
 _MASK = "***"
 _OF_PROGRAMS = ("run_id", "load")
-"""What a terminal's lines leave out: long ids by which programs find lines that belong together."""
+"""Left out on a terminal: long ids, by which programs find lines that belong together."""
 
 
 def redact(text: str) -> str:
@@ -43,7 +43,7 @@ def _redact_event(_logger: object, _name: str, event: MutableMapping[str, Any]) 
 
 
 def _redacted(value: object) -> object:
-    """Mask every text in a value; what is no plain value becomes its masked text."""
+    """Mask every text in a value; an object becomes its masked text."""
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, Mapping):
@@ -54,15 +54,15 @@ def _redacted(value: object) -> object:
 
 
 class LogSettings(Protocol):
-    """How a log line looks, and from which level on there are any.
+    """The form and the lowest level of log lines.
 
     Attributes:
-        log_format: ``json``, ``console``, or ``auto``: JSON where standard error is no terminal.
+        log_format: ``json``, ``console``, or ``auto``: JSON if standard error is no terminal.
         log_level: A level's name, in capitals.
     """
 
     @property
-    def log_format(self) -> str: ...  # noqa: D102  the class tells
+    def log_format(self) -> str: ...  # noqa: D102  the class has it
     @property
     def log_level(self) -> str: ...  # noqa: D102
 
@@ -84,7 +84,11 @@ def configure_logging(settings: LogSettings) -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
-    renderer: list[Any] = [structlog.processors.JSONRenderer()] if as_json else [_for_a_terminal, _console_renderer()]
+    renderer: list[Any] = (
+        [structlog.processors.JSONRenderer()]
+        if as_json
+        else [_for_a_terminal, structlog.dev.ConsoleRenderer(pad_event_to=0, pad_level=False)]
+    )
     handler = _StandardError()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -96,12 +100,12 @@ def configure_logging(settings: LogSettings) -> None:
     root.handlers[:] = [handler]
     root.setLevel(settings.log_level)
     root.propagate = False
-    # Who tries again says so itself, in these lines.
+    # Our own code logs its retries.
     stamina.instrumentation.set_on_retry_hooks([])
 
 
 class _StandardError(logging.StreamHandler[TextIO]):
-    """Writes each line to what standard error is by then: a progress bar takes its place, to stay below the lines."""
+    """Writes to the current ``sys.stderr``: a progress bar replaces it, to stay below the log lines."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -113,7 +117,7 @@ class _StandardError(logging.StreamHandler[TextIO]):
 
 
 def _for_a_terminal(_logger: object, _name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Leave out what only programs need, so that a line fits."""
+    """Leave out what only programs need, so that a line fits into the terminal."""
     for name in _OF_PROGRAMS:
         event.pop(name, None)
     event["timestamp"] = str(event["timestamp"]).partition("T")[2].partition(".")[0]
@@ -121,12 +125,8 @@ def _for_a_terminal(_logger: object, _name: str, event: MutableMapping[str, Any]
     return event
 
 
-def _console_renderer() -> structlog.dev.ConsoleRenderer:
-    return structlog.dev.ConsoleRenderer(pad_event_to=0, pad_level=False)
-
-
 def bind_run(run_id: str | None) -> None:
-    """Put the run's id on every line that is logged from now on; None takes it off again."""
+    """Add the run's id to every later log line; None removes it."""
     if run_id is None:
         structlog.contextvars.unbind_contextvars("run_id")
     else:

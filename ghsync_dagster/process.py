@@ -1,6 +1,6 @@
-"""Who a process is, so that another one can tell whether it is gone, even where its number is used again.
+"""The identity of a process, by which another process finds out whether it is gone, even if its pid is reused.
 
-Belongs here: the identity of a process of this machine. Not here: what is done with it.
+Not here: what is done with it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ _GONE_STATES: Final = "ZXx"
 
 
 def identity(pid: int) -> str:
-    """Return who a process is among those of all machines: host, process namespace, boot, number and start."""
+    """Return what identifies a process among those of all machines: host, process namespace, boot, pid and start."""
     return f"{_machine()}|{pid}|{_started(pid)}"
 
 
 def is_gone(process: str) -> bool:
-    """Return whether a process, by its ``identity``, was of this machine and is gone."""
+    """Return whether the process of an ``identity`` ran on this machine and is gone."""
     machine, _, rest = process.partition("|")
     pid, _, started = rest.partition("|")
     if machine != _machine() or not pid.isdigit():
@@ -33,9 +33,9 @@ def is_gone(process: str) -> bool:
 
 
 def born(pid: int) -> str | None:
-    """Return what tells a process of this machine from any other of its number; None where it is gone.
+    """Return what distinguishes a process of this machine from others with its pid; None if it is gone.
 
-    Unlike its identity this holds no name of the machine, which may change while the process lives.
+    Unlike the identity this has no host name, which may change while the process lives.
     """
     started = _started(pid)
     return None if started is None else f"{_boot()}/{started}"
@@ -47,20 +47,20 @@ def _machine() -> str:
 
 
 def _boot() -> str:
-    """Return the number of this boot; an empty one where it is not told, such as in a sandbox."""
+    """Return the id of this boot; an empty one if it can't be read, as in a sandbox."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     return ""
 
 
 def _started(pid: int) -> str | None:
-    """Return when a process started, in words that stay the same while it lives; None where it is gone.
+    """Return when a process started, as a text that stays the same while it lives; None if it is gone.
 
-    Linux counts from the boot (proc(5), field 22 of ``stat``): a time of day changes whenever the clock is set.
+    Linux counts from the boot (proc(5), field 22 of ``stat``): a time of day would change when the clock is set.
     """
     if Path("/proc/self/stat").exists():
         try:
-            # The program's name stands in parentheses and may hold any character.
+            # The program's name is in parentheses and may contain any character, also a parenthesis.
             state, *fields = (
                 Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
             )

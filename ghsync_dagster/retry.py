@@ -1,6 +1,6 @@
-"""The one retry policy: transient faults are tried again, with growing waits and jitter; permanent ones never.
+"""The one retry policy: transient faults are retried, with growing waits and jitter; permanent ones never.
 
-Not here: which fault is transient: the error's own class says so, or who calls another's library.
+Not here: which fault is transient. The error's own class says so, or the caller of another's library.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ log = get_logger("retry")
 _FIRST_SECONDS: Final = 0.5
 _LONGEST_SECONDS: Final = 30.0
 _LONGEST_OF_A_STREAM_SECONDS: Final = 5.0
-"""Whoever goes on without end is to notice soon that the fault is over, since changes wait."""
+"""A stream retries without end, and has to notice soon that the fault is over, since changes wait."""
 
 
 def is_transient(error: Exception) -> bool:
     """Return whether an error of ours is worth another try."""
-    # Who waited for a lease in vain has waited as long as the settings say.
+    # The wait for a lease has its own limit, GHSYNC_LEASE_WAIT_SECONDS.
     return isinstance(error, TransientError) and not isinstance(error, LeaseHeldError)
 
 
 def retrying(
-    what: str, action: Callable[[], T], *, attempts: int, again: Callable[[Exception], bool | float] = is_transient
+    what: str, action: Callable[[], T], *, attempts: int, retry_on: Callable[[Exception], bool | float] = is_transient
 ) -> T:
     """Call ``action`` until it succeeds.
 
@@ -40,19 +40,19 @@ def retrying(
         what: Names the action in the log.
         action: Safe to repeat.
         attempts: Tries in all.
-        again: Tells of an error whether it is worth another try, or after how many seconds if the server said so.
+        retry_on: Returns whether an error is worth another try, or the seconds to wait before it.
 
     Raises:
         Exception: What ``action`` raised: the first that is not worth another try, or the last of all tries.
     """
     for attempt in stamina.retry_context(
-        on=again, attempts=attempts, timeout=None, wait_initial=_FIRST_SECONDS, wait_max=_LONGEST_SECONDS
+        on=retry_on, attempts=attempts, timeout=None, wait_initial=_FIRST_SECONDS, wait_max=_LONGEST_SECONDS
     ):
         with attempt:
             try:
                 return action()
             except Exception as error:
-                if again(error) is not False:
+                if retry_on(error) is not False:
                     log.warning(
                         "transient fault; retrying", what=what, attempt=attempt.num, of=attempts, reason=_reason(error)
                     )
@@ -65,9 +65,9 @@ def _reason(error: Exception) -> str:
 
 
 def waits() -> Iterator[float]:
-    """Yield how many seconds to wait before each further try, without end: for who must do other things meanwhile."""
+    """Yield without end how many seconds to wait before the next try, for callers with other work meanwhile."""
     longest = _FIRST_SECONDS
     while True:
-        # Half of it is jitter, so that many who lost one server do not come back at once.
+        # Half of it is jitter, so that many clients of one server do not come back at once.
         yield longest * random.uniform(0.5, 1)  # noqa: S311  no secret
         longest = min(2 * longest, _LONGEST_OF_A_STREAM_SECONDS)

@@ -248,7 +248,7 @@ class _Download:
         import httpx
 
         try:
-            retrying(f"Fetching {self._name}", self._receive, attempts=_ATTEMPTS, again=_retry_wait)
+            retrying(f"Fetching {self._name}", self._receive, attempts=_ATTEMPTS, retry_on=_retry_wait)
         except httpx.HTTPStatusError as error:
             self._refused(error.response.status_code)
         except httpx.RequestError as error:
