@@ -1,7 +1,7 @@
-"""Kafka Connect: the worker that CONNECT_URL names, else a local one, and what has to hold of the connector on it.
+"""Kafka Connect: the worker that CONNECT_URL names, else a local one, with the connector on it.
 
-Belongs here: the worker's settings, and in which order it and the connector come up. Not here: the broker and the
-database that it stands between, and the connector itself, see ``local.connector``.
+Belongs here: the worker's settings, and the order in which it and the connector start. Not here: the broker, the
+database, and the connector itself (``local.connector``).
 """
 
 from __future__ import annotations
@@ -52,24 +52,24 @@ class ConnectServer(KafkaProgram):
 
     service = "connect"
     variable = "CONNECT_URL"
-    _gone: frozenset[int] | None = None
-    """Who followed the database before the worker was started, and so is not its connector."""
+    _earlier_followers: frozenset[int] | None = None
+    """The followers of the database before the worker was started; none is its connector."""
 
     @property
-    def named(self) -> str | None:
+    def external(self) -> str | None:
         """CONNECT_URL."""
         return self.settings.connect_url.rstrip("/") if self.settings.connect_url else None
 
-    def ask_named(self, address: str) -> ServiceStatus:
-        """Tell how the worker and the connector on it are."""
-        return self._told(address, _connector_state(address) if _serves(address, _PING_SECONDS) else None)
+    def check_external(self, address: str) -> ServiceStatus:
+        """Return the status of the worker and of the connector on it."""
+        return self._worker_status(address, _connector_state(address) if _serves(address, _PING_SECONDS) else None)
 
     def uri(self, port: int) -> str:
         """Return the local worker's URL."""
         return f"http://127.0.0.1:{port}"
 
     def answers(self, port: int, seconds: float) -> bool:
-        """Return whether it serves at a port."""
+        """Return whether it answers at a port."""
         return _serves(self.uri(port), seconds)
 
     @property
@@ -79,23 +79,23 @@ class ConnectServer(KafkaProgram):
 
     @property
     def worker_log(self) -> WorkerLog | None:
-        """The local worker's log; None where there is none, or CONNECT_URL names another worker."""
+        """The local worker's log; None if there is none, or CONNECT_URL names another worker."""
         log = self.log(self.service)
-        if not log.exists() or (self.named and self.named != self.local_status().uri):
+        if not log.exists() or (self.external and self.external != self.local_status().uri):
             return None
         return WorkerLog(log, self.folder / "statements-closed")
 
     def up(self, progress: Callable[[str], None]) -> ServiceStatus:
-        """Start the local worker unless it runs, with what it needs, and see that the connector runs as configured.
+        """Start the local worker and the servers that it needs, and bring the connector to run as configured.
 
-        With CONNECT_URL ask that worker; a connector that it has is left as it is, and has to run.
+        With CONNECT_URL only check that worker. If it has a connector, that is not changed, and has to run.
 
         Raises:
-            UnavailableError: A server did not start, or the connector does not run; holds its state or the reason.
+            UnavailableError: A server did not start, or the connector does not run, with its state or the reason.
             ConfigError: A setting does not fit a local worker, or the source can't be followed as it is.
         """
-        if self.named:
-            return self._up_named(self.named, progress)
+        if self.external:
+            return self._up_external(self.external, progress)
         self._refuse_security("A local Connect worker", "Set CONNECT_URL to a worker of your own, set up for it.")
         bootstrap = KafkaServer(self.settings).ensure(progress)
         url = MysqlServer(self.settings).ensure(progress)
@@ -103,27 +103,27 @@ class ConnectServer(KafkaProgram):
         if self._bootstrap_in_use() not in (None, bootstrap):
             self.down(progress)
         login = _keep_login(self.folder / "secrets", parse_mysql_url(url))
-        self._gone = None
+        self._earlier_followers = None
         status = self.start(progress)
         config = connector.config_of(self.settings, bootstrap, url, source) | _login_settings(login)
         with ConnectWorker(str(status.uri)) as worker:
-            state = _ensure(worker, config, url, self._gone, progress)
+            state = _ensure(worker, config, url, self._earlier_followers, progress)
         for old in login.parent.iterdir():
             if old != login:
                 shutil.rmtree(old)
         return replace(status, more=state.as_json())
 
     def status(self) -> ServiceStatus:
-        """Tell how the worker in use and the connector on it are."""
+        """Return the status of the worker in use and of the connector on it."""
         found = super().status()
-        if self.named or found.state != "up" or found.uri is None:
+        if self.external or found.state != "up" or found.uri is None:
             return found
         return replace(found, more=_connector_state(found.uri).as_json())
 
     def choose(self, progress: Callable[[str], None]) -> ServerSpec:
-        """Tell how to run a worker on the brokers in use; remember who follows the database before it starts."""
+        """Return how to run a worker on the brokers in use; remember the database's followers before it starts."""
         with MySqlStore(MysqlServer(self.settings).ensure(progress), in_database=False) as table:
-            self._gone = table.followers()
+            self._earlier_followers = table.followers()
         bootstrap = KafkaServer(self.settings).ensure(progress)
         plugins = [ensure_unpacked(self.settings, jar, progress) for jar in locked_set(self.service)]
         values = partial(_worker_settings, bootstrap, plugins, self.folder / "secrets")
@@ -137,18 +137,18 @@ class ConnectServer(KafkaProgram):
             return None
         return next((line.partition("=")[2] for line in lines if line.startswith("bootstrap.servers=")), None)
 
-    def _up_named(self, url: str, progress: Callable[[str], None]) -> ServiceStatus:
+    def _up_external(self, url: str, progress: Callable[[str], None]) -> ServiceStatus:
         if not _serves(url, _PING_SECONDS):
-            return self._told(url, None)
+            return self._worker_status(url, None)
         database = MysqlServer(self.settings)
-        source = self._check_source(database.named, progress) if database.named else None
+        source = self._check_source(database.external, progress) if database.external else None
         with ConnectWorker(url) as worker:
             with report_progress(progress, _WAITING):
                 state = connector.await_settled(worker)
             connector.require_running(state)
             if state.state != NONE:
                 connector.report_stale_history(worker, progress)
-                return self._told(url, state)
+                return self._worker_status(url, state)
         self._refuse_security("The connector", f"Register a connector named {CONNECTOR} on {redact(url)} yourself.")
         source_url = database.ensure(progress)
         address = parse_mysql_url(source_url)
@@ -167,19 +167,19 @@ class ConnectServer(KafkaProgram):
             "database.password": address.password,
         }
         with ConnectWorker(url) as worker:
-            return self._told(url, _ensure(worker, config, source_url, None, progress))
+            return self._worker_status(url, _ensure(worker, config, source_url, None, progress))
 
-    def _told(self, url: str, state: ConnectorState | None) -> ServiceStatus:
-        """Return how a worker that CONNECT_URL names is; the state is None where it is down."""
-        return self.told(redact(url), is_up=state is not None, **(state.as_json() if state else {}))
+    def _worker_status(self, url: str, state: ConnectorState | None) -> ServiceStatus:
+        """Return the status of an external worker, and of the connector if its state is given."""
+        return self.external_status(redact(url), is_up=state is not None, **(state.as_json() if state else {}))
 
     def _check_source(self, url: str, progress: Callable[[str], None]) -> Source:
-        """See that the source can be followed as it is, and return it; what stops or loses nothing now is only told.
+        """Return the source; refuse it if changes would stop or be lost, and report its other problems.
 
         Raises:
-            ConfigError: The table or a setting stops or loses changes; each problem is named with its way out.
-            UnavailableError: The database can't be asked.
-            RefusedError: Its TLS is not as the URL asks for.
+            ConfigError: The table or a setting stops or loses changes, with each problem and its way out.
+            UnavailableError: The database does not answer.
+            RefusedError: Its TLS is not as the URL requires.
         """
         since = datetime.now(UTC) - timedelta(hours=STATEMENT_HOURS)
         with MySqlStore(url, in_database=False) as table:
@@ -218,29 +218,29 @@ def _ensure(
     worker: ConnectWorker,
     config: dict[str, str],
     url: str,
-    gone: frozenset[int] | None,
+    earlier: frozenset[int] | None,
     progress: Callable[[str], None],
 ) -> ConnectorState:
     with report_progress(progress, _WAITING), MySqlStore(url, in_database=False) as table:
 
         def log_end() -> str | None:
-            # Whoever may follow the binlog need not have the right to ask for its end.
+            # An account that may follow the binlog may lack the right to query its end.
             with suppress(RefusedError):
                 return table.log_end()
             return None
 
-        return connector.ensure(worker, config, table.followers, gone, log_end, progress)
+        return connector.ensure(worker, config, table.followers, earlier, log_end, progress)
 
 
 def _keep_login(folder: Path, database: MySqlAddress) -> Path:
-    """Return the folder that holds user, password and TLS stores as files; others than before get a new one.
+    """Return the folder that holds user, password and TLS stores as files; changed ones get a new folder.
 
-    So they are others for Connect too, which compares only the connector's settings, and these name the folder.
+    The connector's settings name the folder. So Connect, which compares only settings, notices the change.
     """
     texts = tls_stores.pem_texts(database)
     values = {"user": database.user, "password": database.password}
     if texts:
-        # The stores themselves differ each time they are made.
+        # The stores themselves differ each time they are generated.
         digest = hashlib.sha256(repr((sorted(texts.items()), database.ssl_key_password)).encode())
         values["made-of"] = digest.hexdigest()
     for found in folder.glob("*"):
@@ -262,7 +262,7 @@ def _text_of(path: Path) -> str | None:
 
 
 def _login_settings(login: Path) -> dict[str, str]:
-    """Return the connector's settings that lead to the files of a login."""
+    """Return the connector's settings that refer to the files of a login."""
     found = {f"database.{what}": f"${{directory:{login}:{what}}}" for what in ("user", "password")}
     for store in (tls_stores.TRUST, tls_stores.KEY):
         if (path := login / f"{store}.p12").exists():
@@ -284,7 +284,7 @@ def _worker_settings(bootstrap: str, plugins: list[Path], logins: Path, port: in
         "rest.advertised.host.name": "127.0.0.1",
         "rest.advertised.port": port,
         "plugin.path": ",".join(map(str, plugins)),
-        # Debezium names its plugins in manifests: to look into each class costs half a minute.
+        # Debezium lists its plugins in manifests; a scan of all classes takes half a minute.
         "plugin.discovery": "service_load",
         "key.converter": "org.apache.kafka.connect.json.JsonConverter",
         "value.converter": "org.apache.kafka.connect.json.JsonConverter",
@@ -294,12 +294,12 @@ def _worker_settings(bootstrap: str, plugins: list[Path], logins: Path, port: in
         "offset.storage.partitions": 1,
         "status.storage.partitions": 1,
         "offset.flush.interval.ms": 1000,
-        # A worker that was killed is waited for as long, before the next one gets its connector.
+        # The next worker gets a killed worker's connector after this time.
         "session.timeout.ms": 6000,
         "heartbeat.interval.ms": 1500,
         "scheduled.rebalance.max.delay.ms": 0,
         "task.shutdown.graceful.timeout.ms": 5000,
-        # Credentials stay in files of their owner, out of the worker's REST answers and topics.
+        # Credentials stay in private files, out of the worker's REST answers and topics.
         "config.providers": "directory",
         "config.providers.directory.class": "org.apache.kafka.common.config.provider.DirectoryConfigProvider",
         "config.providers.directory.param.allowed.paths": logins,

@@ -1,7 +1,6 @@
-"""The connector of the users' table on a Connect worker: its settings, how it is registered, and how it is watched.
+"""The connector of the users' table on a Connect worker: its settings, its registration and its supervision.
 
-Belongs here: what brings the connector to run and sees that it goes on. Not here: the worker itself
-(``local.connect``), and single requests to it (``stores.connect``).
+Not here: the worker itself (``local.connect``), and single requests to it (``stores.connect``).
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ if TYPE_CHECKING:
 
 _SETTLED = (RUNNING, FAILED, NONE)
 _RUNNING_SECONDS = 90.0
-# A state that is left behind, such as by a worker that was killed or before a resume, is not yet a verdict.
+# The state may be outdated at first, such as after a worker was killed or before a resume.
 _VERDICT_SECONDS = 3.0
-# Debezium gives up a database that does not answer after 30 s; later its task follows, or takes the table in at first.
+# Debezium gives up a database that does not answer after 30 s; by then its task follows, or takes the snapshot.
 _FOLLOW_SECONDS = 35.0
 _POLL_SECONDS = 0.1
 _MARIADB_SSL_MODES = {
@@ -35,11 +34,11 @@ _MARIADB_SSL_MODES = {
     "VERIFY_CA": "verify-ca",
     "VERIFY_IDENTITY": "verify-full",
 }
-# A task that can't read on fails within seconds of its restart; one that has little to read is soon at the end.
+# A task that can't continue fails within seconds of its restart; one that has little to read is soon at the end.
 _WATCH_SECONDS = 15.0
-# Statements that make no column of any table: what the parser does not know among them would stop the connector.
-# Comments and MariaDB's SET STATEMENT may come first. No comma stands in it, as those divide the list. Java's
-# expressions call themselves for each turn of a group that may be turned back: each such group is possessive.
+# Statements that change no column of any table: unparseable ones among them would stop the connector. Comments and
+# MariaDB's SET STATEMENT may come first. The pattern has no comma, since commas separate the list. Java's matcher
+# recurses for each repetition of a group that it may backtrack into: so each such group is possessive.
 _BEFORE = r"(?:\s++|(?>/\*(?!M?!).*?\*/)|(?:--(?=\s)|#)[^\n]*+\n|(?>SET\s++STATEMENT\s++[^'\"`]+?\sFOR\s))*+"
 _BETWEEN = (
     r"(?:OR\s++REPLACE|AGGREGATE|UNDO|SQL\s++SECURITY\s++\w++|ALGORITHM\s*+=\s*+\w++|JSON(?:\s++RELATIONAL)?+|DUALITY|"
@@ -58,27 +57,27 @@ NO_COLUMNS = (
     r"(?:SET STATEMENT .*)?(?:REPLACE INTO|TRUNCATE TABLE) .*",
     r"^\s*#\s*Dummy event.*",
 )
-# Which tables' statements the connector's record of schemas holds. A table may come in by another name: all have to be.
+# Whether the schema history holds only the users' table. It needs all tables, since one may be renamed to that table.
 _ONLY_CAPTURED = "schema.history.internal.store.only.captured.tables.ddl"
 _STALE_HISTORY = (
     f"the connector {CONNECTOR} knows the columns of its own table only: after an online schema change it may put "
     "values into wrong columns. Take a new snapshot, as docs/operate/runbook.md has it under After an online schema "
     "change."
 )
-# MySQL tells its followers apart by a number, which must be no other server's.
+# MySQL identifies its followers by server ids, which must be unique.
 _FIRST_SERVER_ID = 1_000_000
 
 
 def config_of(settings: Settings, bootstrap: str, url: str, source: Source) -> dict[str, str]:
-    """Return the connector's settings, but for ``database.user`` and ``database.password``.
+    """Return the connector's settings without ``database.user`` and ``database.password``.
 
     The names are those of the Debezium reference for the MySQL and MariaDB connectors.
 
     Args:
         settings: ``kafka_topic`` is where the changes go.
-        bootstrap: The brokers, as the worker reaches them.
-        url: The database, as the worker reaches it.
-        source: What was read of it.
+        bootstrap: The brokers' address for the worker.
+        url: The database's address for the worker.
+        source: The table and its server, as read before.
 
     Raises:
         ConfigError: KAFKA_TOPIC is no name that Debezium can give to the table's topic, or MYSQL_URL names a socket.
@@ -106,37 +105,37 @@ def config_of(settings: Settings, bootstrap: str, url: str, source: Source) -> d
         "skipped.operations": "none",
         # A record waits this long at most for others of its batch; each batch costs Connect and Kafka processor time.
         "poll.interval.ms": "25",
-        # How soon it notices that the database is gone, and tries again.
+        # How soon it notices that the database is gone, and reconnects.
         "connect.keep.alive.interval.ms": "5000",
-        # Its offset moves with the binlog, also while this table does not change. So the binlog may be purged behind
-        # it, and an offset that stands still while the database writes is a fault.
+        # The offset moves with the binlog, also while this table does not change. So earlier binlogs may be purged, and
+        # an offset that stands still while the database writes is a fault.
         "heartbeat.interval.ms": "5000",
-        # Only the table's own topic is made, so there is nowhere for news of its columns.
+        # Only the table's own topic exists, so schema changes have no topic.
         "include.schema.changes": "false",
         "schema.history.internal.kafka.bootstrap.servers": bootstrap,
         "schema.history.internal.kafka.topic": f"{CONNECTOR}.schema-history",
         _ONLY_CAPTURED: "false",
         "schema.history.internal.store.only.captured.databases.ddl": "false",
         "internal.schema.history.internal.ddl.filter": ",".join(NO_COLUMNS),
-        # The other grammar takes no unquoted url for a name, which is one of this table's columns.
+        # The other grammar rejects an unquoted column named url, which this table has.
         **({"ddl.parser.type": "legacy"} if kind == "mysql" else {}),
         "key.converter": "org.apache.kafka.connect.json.JsonConverter",
         "key.converter.schemas.enable": "false",
         "value.converter": "org.apache.kafka.connect.json.JsonConverter",
         "value.converter.schemas.enable": "false",
-        # Should the topic be missing, it comes with one partition, which keeps the order of the binlog.
+        # If the topic is missing, Connect creates it with one partition, which keeps the order of the binlog.
         "topic.creation.default.partitions": "1",
         "topic.creation.default.replication.factor": "-1",
     }
 
 
 def ssl_mode(database: MySqlAddress, source: Source) -> str:
-    """Return the connector's word for an address's ``ssl_mode``; each of the two connectors has its own.
+    """Return the connector's value for an address's ``ssl_mode``; the two connectors differ.
 
     Args:
         database: The address.
-        source: What was read over a connection by it: MariaDB's connector knows no mode that takes TLS where there is
-            some, so it gets what that connection got.
+        source: As read over a connection to that address. MariaDB's connector has no PREFERRED mode, so it gets the
+            mode of that connection.
     """
     if not source.is_mariadb:
         return database.ssl_mode.lower()
@@ -156,7 +155,7 @@ def _topic_prefix(topic: str, table: str) -> str:
 
 
 def _server_id(settings: Settings) -> int:
-    """Return a number of this home's own, the same at each start."""
+    """Return an id of this GHSYNC_HOME, the same at each start."""
     digest = hashlib.sha256(str(settings.home_dir).encode()).digest()
     return _FIRST_SERVER_ID + int.from_bytes(digest[:4], "big") % 1_000_000_000
 
@@ -165,55 +164,55 @@ def ensure(
     worker: ConnectWorker,
     config: dict[str, str],
     followers: Callable[[], frozenset[int]],
-    gone: frozenset[int] | None,
+    earlier: frozenset[int] | None,
     log_end: Callable[[], str | None],
     progress: Callable[[str], None],
 ) -> ConnectorState:
-    """Give the connector its settings where they differ, resume it where it was halted, and wait until it runs.
+    """Configure the connector if its settings differ, resume it if it was halted, and wait until it runs.
 
-    One that was not at work before is watched until its offset moves, or until it had the time to fail again.
+    If it did not run before, watch it until its offset moves, or until it had the time to fail again.
 
     Args:
         worker: Where it is to run.
         config: The settings that it must have.
-        followers: Tells who follows the database now.
-        gone: Those who followed it before the worker began, and are not the connector; None where the worker was at
-            work already. What one that has just begun tells of the connector may be from before.
-        log_end: Tells where the database's binlog ends, as ``file:position``.
-        progress: Gets a line of text for each thing done.
+        followers: Returns who follows the database now.
+        earlier: The followers before the worker was started, none of which is the connector; None if the worker ran
+            already. A worker that was just started may report an outdated state of the connector.
+        log_end: Returns the end of the database's binlog, as ``file:position``.
+        progress: Gets a line of text for each step.
 
     Raises:
-        UnavailableError: It is refused, fails, or does not run in time.
+        UnavailableError: The worker refuses it, or it fails or does not run in time.
     """
     current = worker.config()
     found = worker.read_state()
     state = found.state
-    watched = gone is not None or state != RUNNING or found.halted
-    gone = gone or frozenset()
+    watched = earlier is not None or state != RUNNING or found.halted
+    others = earlier or frozenset()
     if report_stale_history(worker, progress):
-        # What the setting says is true of what was recorded, until a snapshot records all.
+        # The setting describes the existing history, until a snapshot records all tables.
         config = config | {_ONLY_CAPTURED: "true"}
     if current != config | {"name": CONNECTOR}:
         progress(f"connect: {'changing' if current else 'registering'} the connector {CONNECTOR}")
         watched = True
-        gone |= followers()
+        others |= followers()
         worker.configure(config)
     elif state == FAILED:
-        gone |= followers()
+        others |= followers()
         _restart(worker, progress)
     if found.halted:
         progress(f"connect: resuming the connector {CONNECTOR}, which was halted")
-        gone |= followers()
+        others |= followers()
         worker.resume()
     try:
-        running = _await_running(worker, lambda: bool(followers() - gone))
+        running = _await_running(worker, lambda: bool(followers() - others))
     except UnavailableError:
         # Debezium's task may fail once as it starts right after another one has stopped.
         if state == FAILED or worker.read_state().state != FAILED:
             raise
-        gone |= followers()
+        others |= followers()
         _restart(worker, progress)
-        running = _await_running(worker, lambda: bool(followers() - gone))
+        running = _await_running(worker, lambda: bool(followers() - others))
         watched = True
     if watched:
         progress(f"connect: watching whether the connector {CONNECTOR} goes on")
@@ -223,11 +222,11 @@ def ensure(
 
 
 def report_stale_history(worker: ConnectWorker, progress: Callable[[str], None]) -> bool:
-    """Report where the connector goes on from a history of its own table only, and return whether it does.
+    """Return whether the connector uses a schema history of its own table only; report it with the way out.
 
     Args:
-        worker: Leads to the worker.
-        progress: Gets the line of text with the way out.
+        worker: Where the connector runs.
+        progress: Gets the line of text.
 
     Raises:
         UnavailableError: The worker does not answer.
@@ -235,7 +234,7 @@ def report_stale_history(worker: ConnectWorker, progress: Callable[[str], None])
     current = worker.config()
     if current is None or current.get(_ONLY_CAPTURED) != "true":
         return False
-    # Workers before Kafka 3.6 do not tell.
+    # Workers before Kafka 3.6 return no offset.
     stale = worker.has_offset() is not False
     if stale:
         progress(f"connect: {_STALE_HISTORY}")
@@ -250,9 +249,9 @@ def _restart(worker: ConnectWorker, progress: Callable[[str], None]) -> None:
 def _await_running(worker: ConnectWorker, follows: Callable[[], bool]) -> ConnectorState:
     """Wait until the connector runs and follows the database.
 
-    Its task is called running before it has reached the database, so the database is asked too. While it takes the
-    table in for the first time, it does not follow yet, and one that began to just before the first request is not
-    told from the one before it: after a while, to run is enough.
+    Connect calls its task running before it has reached the database, so the database's followers count too. A task
+    does not follow yet while it takes its first snapshot, and one that followed before the first request looks like an
+    earlier follower. So after a while, to run is enough.
     """
     began = since = time.monotonic()
     state = ConnectorState(NONE)
@@ -273,10 +272,10 @@ def _await_running(worker: ConnectWorker, follows: Callable[[], bool]) -> Connec
 
 
 def _watch(worker: ConnectWorker, log_end: Callable[[], str | None]) -> ConnectorState:
-    """Watch a connector that has begun to run until its offset moves or is at the end of the binlog.
+    """Watch a connector that has started to run until its offset moves or is at the end of the binlog.
 
-    It fails at the event that it can't read. Where the offset does neither, as that of a connector which may leave out
-    all that is left to read, it had the time to fail: after a while, to run is enough.
+    A connector fails at an event that it can't read. Its offset need not move, since it may skip all remaining events.
+    So after a while, to run is enough: it had the time to fail.
 
     Raises:
         UnavailableError: It failed again.
@@ -307,10 +306,10 @@ def _does_not_run(state: ConnectorState) -> UnavailableError:
 
 
 def await_settled(worker: ConnectWorker) -> ConnectorState:
-    """Wait while the connector is on its way to run, and return its state then.
+    """Wait while the connector starts, and return its state then.
 
     Raises:
-        UnavailableError: The worker does not answer, or refuses to.
+        UnavailableError: The worker does not answer, or refuses.
     """
     began = time.monotonic()
     while (found := worker.read_state()).state not in _SETTLED:
@@ -321,10 +320,10 @@ def await_settled(worker: ConnectWorker) -> ConnectorState:
 
 
 def require_running(found: ConnectorState) -> None:
-    """See that a connector that is there runs; where there is none, nothing is wrong with it.
+    """Require that the connector runs, if there is one.
 
     Raises:
-        UnavailableError: It failed, was halted, or is still on its way.
+        UnavailableError: It failed, was halted, or is still starting.
     """
     if found.state not in (RUNNING, NONE):
         raise _does_not_run(found)

@@ -1,7 +1,7 @@
-"""The Dagster UI with daemon on this machine, one of each an instance.
+"""The Dagster UI with daemon on this machine, one pair for each instance.
 
-Belongs here: what has to be free before they start, that signals end them, and a line once they serve. Not here: what
-they serve, nor how Dagster is deployed elsewhere.
+Belongs here: the checks before they start, their end by signals, and a line once they serve. Not here: the definitions,
+and how Dagster is deployed elsewhere.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 HOST: Final = "127.0.0.1"
 _MODULE: Final = "ghsync_dagster.definitions"
 _SUPERSEDED: Final = "Function `dev_command` is superseded"
-"""Dagster's advice to take another tool for the same, which a user of ours can't act on."""
-_LOOK_SECONDS: Final = 0.25
+"""Dagster's advice to use another command, which a user of ghsync can't follow."""
+_POLL_SECONDS: Final = 0.25
 _ANSWER_SECONDS: Final = 5.0
 
 
@@ -43,10 +43,10 @@ def serve(settings: Settings, port: int, log_level: str) -> None:
     Args:
         settings: Where the instance is.
         port: TCP port of the UI.
-        log_level: From where on Dagster logs; at info it tells each look of each sensor.
+        log_level: The lowest level that Dagster logs; at info it logs each tick of each sensor.
 
     Raises:
-        ConfigError: The port is taken, or the instance has a daemon that was started here.
+        ConfigError: The port is in use, or a daemon of the instance runs on this machine.
         SystemExit: Dagster has ended.
     """
     _claim(use_dagster_home(settings) / "dev.lock", port)
@@ -54,8 +54,8 @@ def serve(settings: Settings, port: int, log_level: str) -> None:
     _say(f"The Dagster UI comes up on http://{HOST}:{port}. Ctrl-C ends it.")
     ended: list[int] = []
     _end_by_signals(ended)
-    # In this process: a thread ends with it, while a watching process would need somebody who ends it.
-    threading.Thread(target=_tell_until_served, args=(port, ended), name="dev-told", daemon=True).start()
+    # A thread ends with this process; a process of its own would have to be ended.
+    threading.Thread(target=_report_until_served, args=(port, ended), name="dev-report", daemon=True).start()
     warnings.filterwarnings("ignore", _SUPERSEDED)
     command = ["dev", "-m", _MODULE, "--host", HOST, "--port", str(port), "--log-level", log_level]
     sys.argv = ["dagster", *command]
@@ -63,10 +63,10 @@ def serve(settings: Settings, port: int, log_level: str) -> None:
 
 
 def _end_by_signals(ended: list[int]) -> None:
-    """Have SIGTERM, Ctrl-C and a closed terminal end Dagster; only a closed terminal may be ignored, as by nohup.
+    """Have SIGTERM, Ctrl-C and a closed terminal end Dagster; only the last may be ignored, such as under nohup.
 
-    A shell that runs no terminal has SIGINT ignored in what it starts in the background. Dagster does on SIGTERM what
-    was set for SIGINT, and the processes below it take over what is ignored here: none of them could be ended.
+    A shell script starts background commands with SIGINT ignored. Dagster handles SIGTERM like SIGINT, and its child
+    processes inherit what is ignored here. So without this none of them could be ended.
     """
 
     def end(number: int, _frame: object) -> NoReturn:
@@ -78,11 +78,11 @@ def _end_by_signals(ended: list[int]) -> None:
             signal.signal(number, end)
 
 
-def _tell_until_served(port: int, ended: list[int]) -> None:
-    """Say every few seconds that the UI comes up, and where it is once it serves; nothing after a signal."""
+def _report_until_served(port: int, ended: list[int]) -> None:
+    """Report every few seconds that the UI starts, and its address once it serves; nothing after a signal."""
     with report_progress(lambda line: None if ended else _say(line), "The Dagster UI comes up"):
         while not (ended or _serves(port)):
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
     if not ended:
         _say(f"Dagster UI: http://{HOST}:{port}")
 
@@ -102,15 +102,15 @@ def _say(line: str) -> None:
 
 
 def _claim(lock: Path, port: int) -> None:
-    """Lock the instance for as long as this process lives: two daemons would do all twice."""
+    """Lock the instance for the life of this process: two daemons would start every run twice."""
     file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        told = os.read(file, 99).decode()
+        holder = os.read(file, 99).decode()
         os.close(file)
         raise ConfigError(
-            f"A Dagster UI with daemon runs already on {lock.parent}: {told}.",
+            f"A Dagster UI with daemon runs already on {lock.parent}: {holder}.",
             way_out="Use that one or end it; for a second one alongside it set GHSYNC_HOME to another folder.",
         ) from None
     os.ftruncate(file, 0)
@@ -119,7 +119,7 @@ def _claim(lock: Path, port: int) -> None:
 
 def _refuse_taken(port: int) -> None:
     with socket.socket() as probe:
-        # As servers do, or the connections of one that has just ended would count as taken.
+        # As servers do; else a port in TIME_WAIT would count as in use.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))

@@ -1,7 +1,7 @@
-"""Where the local servers are: what counts where no setting names a server of the user's own.
+"""The addresses of the local servers, which are used if no setting names an external one.
 
-Belongs here: all that production code may ask of ``local``; ``wiring`` alone does, for what is not set. The servers'
-modules are imported when they are asked for. Not here: how a server runs.
+Belongs here: all that ``wiring``, and no other production code, uses of ``local``. The servers' modules are imported
+only when they are needed. Not here: how a server runs.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def address(settings: Settings, service: str) -> str | None:
-    """Return the address of a local server, with its credentials; None where it is not up. Nothing is started."""
-    found = _server(settings, service).local_status()
-    return found.login if found.state == "up" else None
+    """Return the address of a local server, with its credentials; None if it is not up. Nothing is started."""
+    status = _server(settings, service).local_status()
+    return status.login if status.state == "up" else None
 
 
 def started(settings: Settings, service: str) -> str:
-    """Return the address of a local server, started where it is not up.
+    """Return the address of a local server; start it if it is not up.
 
     Raises:
         UnavailableError: It did not start.
@@ -36,7 +36,7 @@ def was_set_up(settings: Settings, service: str) -> bool:
 
 
 def worker_log(settings: Settings) -> WorkerLog | None:
-    """Return the log of the Connect worker in use; None where that is not the local one."""
+    """Return the log of the Connect worker in use; None if that is an external one."""
     from ghsync_dagster.local.connect import ConnectServer
 
     return ConnectServer(settings).worker_log

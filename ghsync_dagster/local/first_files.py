@@ -1,6 +1,6 @@
-"""The first files of a local server: made by its own program, and there only once they are whole.
+"""The first files of a local server: made by its own program, and visible only once they are complete.
 
-Not here: which program, and what it is told: the server's own module knows that.
+Not here: which program, and its input, which the server's own module knows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _SECONDS: Final = 180
-_LAST_WORDS: Final = 1500
+_OUTPUT_CHARACTERS: Final = 1500
 
 
 def make_first_files(
@@ -27,17 +27,17 @@ def make_first_files(
     variable: str,
     given: Callable[[], str] | None = None,
 ) -> None:
-    """Make a server's data in a folder that gets its name only once it is whole.
+    """Make a server's data in a folder that gets its name only once it is complete.
 
     Args:
-        data: The folder, which is not there yet.
-        command: Returns the program and its arguments for a folder ``data``, not there yet either, in one of its own.
+        data: The folder, which must not exist.
+        command: Returns the program and its arguments for a temporary folder, which it has to make.
         what: Names the files in the error, such as ``The data of mariadb``.
-        variable: The variable that names a server of the user's own instead.
+        variable: The setting that names an external server instead.
         given: Returns the program's input.
 
     Raises:
-        UnavailableError: The program failed, or what it needs can't be read or written; holds the last words.
+        UnavailableError: The program failed, or a file can't be read or written; the message ends with its output.
     """
     data.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=data.parent, prefix=".making-") as folder:
@@ -58,7 +58,7 @@ def make_first_files(
             output, failed = str(error), True
         if failed:
             raise UnavailableError(
-                f"{what} could not be made in {data.parent}: {output.strip()[-_LAST_WORDS:]}",
+                f"{what} could not be made in {data.parent}: {output.strip()[-_OUTPUT_CHARACTERS:]}",
                 way_out=f"See whether the disk has room; or set {variable} to a server of your own.",
             )
         part.rename(data)

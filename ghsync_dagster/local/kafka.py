@@ -1,7 +1,6 @@
-"""The Kafka to use: the one that KAFKA_BOOTSTRAP_SERVERS names, else a local broker of our own with its topics.
+"""The Kafka to use: the one that KAFKA_BOOTSTRAP_SERVERS names, else a local broker.
 
-Belongs here: the broker's settings, its first files and its topics. Not here: what is written into the topics or read
-from them.
+Belongs here: the broker's settings, first files and topic of changes. Not here: its records.
 """
 
 from __future__ import annotations
@@ -36,20 +35,20 @@ class KafkaServer(KafkaProgram):
     address_key = "bootstrap_servers"
 
     @property
-    def named(self) -> str | None:
+    def external(self) -> str | None:
         """KAFKA_BOOTSTRAP_SERVERS."""
         return self.settings.kafka_bootstrap_servers
 
-    def ask_named(self, address: str) -> ServiceStatus:
-        """Return whether somebody listens at any of the addresses."""
-        return self.told(address, is_up=any(map(_listens, address.split(","))))
+    def check_external(self, address: str) -> ServiceStatus:
+        """Check whether any of the addresses accepts connections."""
+        return self.external_status(address, is_up=any(map(_listens, address.split(","))))
 
     def uri(self, port: int) -> str:
         """Return the local broker's address."""
         return f"127.0.0.1:{port}"
 
     def answers(self, port: int, seconds: float) -> bool:
-        """Return whether it gives its list of topics at a port."""
+        """Return whether it lists its topics at a port."""
         return _serves(self.uri(port), seconds)
 
     def start(self, progress: Callable[[str], None]) -> ServiceStatus:
@@ -64,7 +63,7 @@ class KafkaServer(KafkaProgram):
         return status
 
     def choose(self, progress: Callable[[str], None]) -> ServerSpec:
-        """Make the broker's first files if they are missing, and tell how to run it."""
+        """Make the broker's first files if they are missing, and return how to run it."""
         data = self.data(self.service)
         if not data.exists():
             progress(f"{self.service}: making the broker's first files")
@@ -76,7 +75,7 @@ class KafkaServer(KafkaProgram):
     def _format(self, progress: Callable[[str], None], part: Path) -> list[str]:
         settings_file = part.with_name("server.properties")
         settings_file.write_text(properties(_broker_settings(part, *_DEFAULT_PORTS)), encoding="ascii")
-        # A leading dash would be taken for an option.
+        # A leading dash would be parsed as an option.
         cluster = f"g{secrets.token_urlsafe(16)[1:]}"
         arguments = ["format", "--cluster-id", cluster, "--config", str(settings_file)]
         return self.java_program("kafka.tools.StorageTool", arguments, progress, heap=_HEAP_MEGABYTES)
@@ -96,13 +95,13 @@ def _broker_settings(data: Path, port: int, controller: int) -> dict[str, object
         "share.coordinator.state.topic.num.partitions": 1,
         "log.cleaner.dedupe.buffer.size": 16_777_216,
     }
-    # A week without a consumer is no reason to forget where it was.
-    patient = {"offsets.retention.minutes": 525_600}
+    # Committed offsets outlive a week without a consumer.
+    retention = {"offsets.retention.minutes": 525_600}
     quick = {
         "group.initial.rebalance.delay.ms": 0,
         "group.consumer.heartbeat.interval.ms": 200,
         "group.consumer.min.heartbeat.interval.ms": 200,
-        # A broker that was killed is let in again once its old session is over.
+        # A killed broker can register again only once its old session has timed out.
         "broker.session.timeout.ms": 3000,
         "broker.heartbeat.interval.ms": 1000,
     }
@@ -118,13 +117,13 @@ def _broker_settings(data: Path, port: int, controller: int) -> dict[str, object
         "auto.create.topics.enable": "false",
         **one_copy,
         **few_files,
-        **patient,
+        **retention,
         **quick,
     }
 
 
 def _serves(bootstrap: str, seconds: float) -> bool:
-    """Return whether a broker without security gives its list of topics."""
+    """Return whether a broker without security lists its topics."""
     from confluent_kafka import KafkaException
 
     try:
@@ -137,12 +136,12 @@ def _serves(bootstrap: str, seconds: float) -> bool:
 def _admin(bootstrap: str) -> Any:  # noqa: ANN401  the library has no types
     from confluent_kafka.admin import AdminClient
 
-    # The library would write to standard error of its own what is asked here again and again.
+    # The library would log every failed poll for readiness to standard error.
     return AdminClient({"bootstrap.servers": bootstrap, "log_level": 0})
 
 
 def _ensure_topic(bootstrap: str, name: str, progress: Callable[[str], None]) -> None:
-    """Make the topic, with one partition, if it is missing. That of dead letters is made by who writes the first one.
+    """Create the topic, with one partition, if it is missing. The first dead letter creates its own topic.
 
     Raises:
         UnavailableError: The broker does not answer, or refuses it.
@@ -157,7 +156,7 @@ def _ensure_topic(bootstrap: str, name: str, progress: Callable[[str], None]) ->
             try:
                 future.result()
             except KafkaException as error:
-                # Another caller was first.
+                # Another caller created it.
                 if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
                     raise
             progress(f"kafka: topic {name} is there")
@@ -169,7 +168,7 @@ def _ensure_topic(bootstrap: str, name: str, progress: Callable[[str], None]) ->
 
 
 def _listens(address: str) -> bool:
-    """Return whether somebody listens at ``host:port``; whether the credentials are taken, the flows find out."""
+    """Return whether ``host:port`` accepts connections; credentials are not checked."""
     host, _, port = address.strip().rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=_PING_SECONDS):

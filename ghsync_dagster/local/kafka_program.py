@@ -1,6 +1,6 @@
-"""A program of Kafka's jars: the broker and the Connect worker are one each.
+"""A program of Kafka's jars: the broker or the Connect worker.
 
-Belongs here: how Java runs it, its log and its file of settings. Not here: what it is told.
+Belongs here: how Java runs it, its log and its file of settings. Not here: the settings.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class KafkaProgram(LocalServer):
 
         def command(port: int, *others: int) -> list[str]:
             self.settings_file.write_text(properties(values(port, *others)), encoding="ascii")
-            # Data folder and port, by which the process is told from others.
+            # The supervisor identifies the process by its data folder and port.
             return [java, f"-Dghsync.data={self.data(self.service)}", f"-Dghsync.port={port}", *program]
 
         return self.spec(self.service, ports, command)
@@ -77,7 +77,7 @@ class KafkaProgram(LocalServer):
         return self.folder / "server.properties"
 
     def java_program(self, main: str, arguments: list[str], progress: Callable[[str], None], *, heap: int) -> list[str]:
-        """Return the command line that runs a program of Kafka's jars, fetched where they are missing.
+        """Return the command line that runs a program of Kafka's jars, fetched if they are missing.
 
         Raises:
             UnavailableError: A jar is missing and can't be fetched.
@@ -110,7 +110,7 @@ def properties(values: Mapping[str, object]) -> str:
 
 
 def _escaped(value: str) -> str:
-    # As java.util.Properties reads them: Latin-1 with UTF-16 escapes.
+    # java.util.Properties reads Latin-1 with UTF-16 escapes.
     units = value.replace("\\", "\\\\").encode("utf-16-be")
     codes = [int.from_bytes(units[at : at + 2], "big") for at in range(0, len(units), 2)]
     return "".join(chr(code) if 32 <= code < 127 else f"\\u{code:04x}" for code in codes)

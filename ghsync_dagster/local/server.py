@@ -1,8 +1,7 @@
-"""One server: the one that a setting names, else one of our own on this machine.
+"""One server: the external one that a setting names, else a local one.
 
-Belongs here: what is the same for each, so which of the two counts, and what can be done with either. Not here: which
-program it is, its command line, or what makes it ready: each server's own module knows that. How a process is started,
-found and ended is the supervisor's.
+Belongs here: which of the two is used, and what each server can do. Not here: the program, its command line and its
+readiness, which each server's own module knows. ``supervisor`` starts, finds and ends processes.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ EXTERNAL: Final = "external"
 
 
 class LocalServer(ABC):
-    """A server of this machine, or the one that a setting names in its place, which is only ever asked.
+    """A server of this machine, or the external one that a setting names, which is never started or stopped.
 
     Attributes:
         service: Its name, such as ``mongo``.
-        variable: The setting that names a server of the user's own.
-        address_key: What JSON calls the address.
-        folder: Where the local server's files are.
+        variable: The setting that names an external server.
+        address_key: The JSON key of the address.
+        folder: The local server's files.
     """
 
     service: ClassVar[str]
@@ -51,12 +50,12 @@ class LocalServer(ABC):
 
     @property
     @abstractmethod
-    def named(self) -> str | None:
-        """The address of the user's own server, with its credentials; None where none is set."""
+    def external(self) -> str | None:
+        """The external server's address, with its credentials; None if none is set."""
 
     @abstractmethod
-    def ask_named(self, address: str) -> ServiceStatus:
-        """Tell how the server is that the setting names.
+    def check_external(self, address: str) -> ServiceStatus:
+        """Return the status of the external server.
 
         Raises:
             ConfigError: The setting is malformed.
@@ -64,11 +63,11 @@ class LocalServer(ABC):
 
     @abstractmethod
     def choose(self, progress: Callable[[str], None]) -> ServerSpec:
-        """Choose the program to run and make its first files; asked only where none runs.
+        """Choose the program to run and make its first files; called only if none runs.
 
         Raises:
             ConfigError: No program can run on this machine.
-            UnavailableError: What it needs can't be fetched or made.
+            UnavailableError: A file that it needs can't be fetched or made.
         """
 
     @abstractmethod
@@ -77,39 +76,39 @@ class LocalServer(ABC):
 
     @abstractmethod
     def answers(self, port: int, seconds: float) -> bool:
-        """Return whether the local server serves at a port."""
+        """Return whether the local server answers at a port."""
 
-    def known(self, status: ServiceStatus) -> ServiceStatus:
-        """Add to the local server's status what else is known of it."""
+    def with_details(self, status: ServiceStatus) -> ServiceStatus:
+        """Add the login, and whatever else JSON holds, to the local server's status."""
         return replace(status, login=status.uri)
 
     def up(self, progress: Callable[[str], None]) -> ServiceStatus:
-        """Start the local server unless it runs; where the setting names one, only ask that.
+        """Start the local server unless it runs; if there is an external one, only check that.
 
         Raises:
-            UnavailableError: It did not start; holds the end of its log.
+            UnavailableError: It did not start; the message holds the end of its log.
             ConfigError: It can't run on this machine, or a setting is malformed.
         """
-        return self.ask_named(self.named) if self.named else self.start(progress)
+        return self.check_external(self.external) if self.external else self.start(progress)
 
     def start(self, progress: Callable[[str], None]) -> ServiceStatus:
         """Start the local server unless it runs."""
-        return self.known(self.supervisor.up(lambda: self.choose(progress), progress))
+        return self.with_details(self.supervisor.up(lambda: self.choose(progress), progress))
 
     def ensure(self, progress: Callable[[str], None] | None = None) -> str:
-        """Return the address to use, with credentials; start the local server where none is named.
+        """Return the address to use, with credentials; start the local server if there is no external one.
 
         Raises:
             UnavailableError: It did not start.
             ConfigError: It can't run on this machine.
         """
-        if self.named:
-            return self.named
+        if self.external:
+            return self.external
         log = get_logger(self.service)
         return str(self.up(progress or (lambda text: log.info("local_server", detail=text))).login)
 
     def down(self, progress: Callable[[str], None]) -> ServiceStatus:
-        """Stop the local server; never one that the setting names.
+        """Stop the local server; never an external one.
 
         Raises:
             UnavailableError: It could not be ended.
@@ -117,19 +116,19 @@ class LocalServer(ABC):
         return self.supervisor.down(progress)
 
     def status(self) -> ServiceStatus:
-        """Tell how the server in use is.
+        """Return the status of the server in use.
 
         Raises:
             ConfigError: The setting is malformed.
         """
-        return self.ask_named(self.named) if self.named else self.local_status()
+        return self.check_external(self.external) if self.external else self.local_status()
 
     def local_status(self) -> ServiceStatus:
-        """Tell how the local server is."""
-        return self.known(self.supervisor.status())
+        """Return the status of the local server."""
+        return self.with_details(self.supervisor.status())
 
     def spec(self, server: str, ports: tuple[int, ...], command: Callable[..., list[str]]) -> ServerSpec:
-        """Return how to run a program, whose data and log have a place of their own.
+        """Return how to run a program, with data and log under its own name.
 
         Args:
             server: The program's name.
@@ -139,15 +138,15 @@ class LocalServer(ABC):
         return ServerSpec(server, self.data(server), self.log(server), ports, command)
 
     def data(self, server: str) -> Path:
-        """Return the folder of a program's data: none can read another's."""
+        """Return the folder of a program's data: programs can't read each other's."""
         return self.folder / "data" / server
 
     def log(self, server: str) -> Path:
         """Return a program's log file."""
         return self.folder / "log" / f"{server}.log"
 
-    def told(self, address: str, *, is_up: bool, **more: object) -> ServiceStatus:
-        """Return the status of a server that the setting names, by an address that may be shown."""
+    def external_status(self, address: str, *, is_up: bool, **more: object) -> ServiceStatus:
+        """Return the status of an external server, by an address without credentials."""
         return ServiceStatus(
             self.service,
             "up" if is_up else "down",

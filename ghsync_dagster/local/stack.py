@@ -30,7 +30,7 @@ SERVICES: Mapping[str, type[LocalServer]] = {
 
 
 def ensure(settings: Settings, service: str) -> str:
-    """Return the address of a server to use, with credentials; start the local one where none is named.
+    """Return the address of a server to use, with credentials; start the local one if there is no external one.
 
     Raises:
         UnavailableError: It did not start.
@@ -44,7 +44,7 @@ def up(
 ) -> dict[str, ServiceStatus]:
     """Start the named services, or all, in the order of ``SERVICES``, unless they run.
 
-    A service brings up those that it can't do without, named or not.
+    A service starts those that it needs, named or not.
 
     Args:
         settings: ``home_dir`` is where their state, data and logs are kept.
@@ -55,7 +55,7 @@ def up(
         The status of each, by name.
 
     Raises:
-        UnavailableError: One did not start; holds the end of its log.
+        UnavailableError: One did not start; the message holds the end of its log.
         ConfigError: A name is unknown, or a server can't run on this machine.
     """
     return {name: server(settings).up(progress) for name, server in _named(services).items()}
@@ -89,10 +89,10 @@ def down(
 
 
 def status(settings: Settings) -> dict[str, ServiceStatus]:
-    """Tell how each service is, by name; starts and stops nothing.
+    """Return the status of each service by name; start and stop nothing.
 
     Raises:
-        ConfigError: The address of a server that is not ours is malformed.
+        ConfigError: The address of an external server is malformed.
     """
     return {name: server(settings).status() for name, server in SERVICES.items()}
 

@@ -1,7 +1,7 @@
-"""Starts, finds and stops one local server process, whoever asks and whatever was killed before.
+"""Starts, finds and stops one local server process, also after a caller was killed.
 
 Belongs here: what is the same for every server: its state file, lock, ports, readiness and end.
-Not here: which server, its command line, or what makes it ready.
+Not here: which server, its command line, or its check of readiness.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ _LOG_LIMIT_BYTES = 16_000_000
 
 @dataclass(frozen=True)
 class ServiceStatus:
-    """What is known of one service.
+    """The status of one service.
 
     Attributes:
         service: Its name, such as ``mongo``.
         state: ``up`` answers; ``down`` was stopped or never started; ``failed`` died or does not answer.
         pid: Its process here, if there is one.
         uri: Where it listens, without credentials.
-        server: Which program: ``mongod``, ``secantusdb``, or ``external`` for one that is not ours.
-        data: Folder of its data, if it is ours.
-        log: Its log file, if it is ours.
-        address_key: What JSON calls the address.
-        login: The address with credentials, where it has some and is ours; for JSON only.
-        more: What else is known, by the name that JSON gives it.
+        server: The program, such as ``mongod`` or ``secantusdb``; ``external`` for a server that a setting names.
+        data: Folder of a local server's data.
+        log: A local server's log file.
+        address_key: The JSON key of the address.
+        login: A local server's address with credentials; for JSON only.
+        more: Further fields by JSON key.
     """
 
     service: str
@@ -70,11 +70,11 @@ class ServiceStatus:
     more: Mapping[str, object] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, object]:
-        """Return the fields but the name, as JSON knows them."""
+        """Return all fields but the name, by JSON key."""
         return self._shown(self.login or self.uri)
 
     def as_text(self) -> str:
-        """Return one line for a person: what is known, without credentials."""
+        """Return one line for a person, without credentials."""
         known = self._shown(self.uri).items()
         return " ".join([self.service, *(f"{key}={value}" for key, value in known if value is not None)])
 
@@ -96,10 +96,10 @@ class ServerSpec:
 
     Attributes:
         server: The program's name, as in ``ServiceStatus.server``.
-        data: Folder of its data; made if missing. It must stand in the command line as an argument, or after a ``=``.
+        data: Folder of its data; made if missing. It must be an argument of the command line, or follow a ``=`` in one.
         log: File that gets its output.
         default_ports: The ports it gets if they are free; it serves on the first.
-        command: Its command line for its ports, given one by one; the first must stand in it as the data must.
+        command: Returns its command line for its ports; the first must be in it in the same way as the data.
     """
 
     server: str
@@ -117,11 +117,11 @@ class Record(msgspec.Struct, frozen=True):
         data: Folder of its data.
         log: Its log file.
         port: Where it serves.
-        pid: Its process; None before it is started and after it was stopped.
-        born: When that process began, see ``process.born``: tells it from a later one of the same pid.
-        started: Whether a start was begun that no stop has ended.
-        other_ports: Where it listens besides.
-        folder: Names the folder that this was written in, see ``_named``; None where it is not told.
+        pid: Its process; None before the start and after a stop.
+        born: When that process started, see ``process.born``, to distinguish it from a later one with the same pid.
+        started: Whether a start was begun and no stop has ended it.
+        other_ports: Its further ports.
+        folder: Identifies the folder of this file, see ``_folder_id``; None in files of earlier versions.
     """
 
     server: str
@@ -136,19 +136,19 @@ class Record(msgspec.Struct, frozen=True):
 
 
 class Supervisor:
-    """The one who starts and stops a service's server.
+    """Starts and stops a service's server.
 
-    A record that was written in another folder is of a copy while that folder still stands: its server is the other's
-    and left alone. Where that folder is gone, this one was moved or restored from it: a server that it left runs on
-    files that no path leads to, and is stopped, by ``down`` and before ``up`` starts one here.
+    If a record names another folder that still exists, this folder is a copy, and the server of the original is left
+    alone. If that folder is gone, this one was moved or restored from it. Then a server that still runs on the old
+    files is stopped, by ``down`` and before ``up`` starts one here.
 
     Args:
         service: The service's name, such as ``mongo``.
-        folder: Where its state file and lock are kept.
-        answers: Asks the server at a port, within some seconds, whether it serves.
-        uri: Gives the address for a port.
-        variable: The setting that names a server of the user's own instead.
-        address_key: What JSON calls the address.
+        folder: The folder of its state file and lock.
+        answers: Returns whether the server at a port answers within some seconds.
+        uri: Returns the address for a port.
+        variable: The setting that names an external server instead.
+        address_key: The JSON key of the address.
     """
 
     def __init__(
@@ -172,12 +172,12 @@ class Supervisor:
         """Start the server unless it runs; return once it answers.
 
         Args:
-            choose: Gives the server to run; asked only if none runs.
-            progress: Gets a line of text for each thing done.
+            choose: Returns the server to run; called only if none runs.
+            progress: Gets a line of text for each step.
 
         Raises:
-            UnavailableError: It ended early or did not answer in time, with the end of its log; or one that a moved
-                folder left could not be ended.
+            UnavailableError: It ended early or did not answer in time, with the end of its log; or a server that still
+                runs on a moved folder could not be stopped.
             ConfigError: The folder can't be used, or ``choose`` found no server.
         """
         ensure_folder(self._folder, "GHSYNC_HOME")
@@ -191,10 +191,10 @@ class Supervisor:
             return self._start(choose(), (record.port, *record.other_ports) if record else (), progress)
 
     def down(self, progress: Callable[[str], None]) -> ServiceStatus:
-        """Stop the server if it runs: ask first, kill when it does not end by itself.
+        """Stop the server if it runs: terminate it, and kill it if it does not end in time.
 
         Raises:
-            UnavailableError: It could not be ended.
+            UnavailableError: It could not be stopped.
             ConfigError: The folder can't be used.
         """
         if not self._state_file.exists():
@@ -210,7 +210,7 @@ class Supervisor:
             return self._status(stopped, "down", None)
 
     def status(self) -> ServiceStatus:
-        """Tell how the server is; changes nothing."""
+        """Return the server's status; change nothing."""
         record = self._read()
         if record is None:
             return self._unknown()
@@ -221,7 +221,7 @@ class Supervisor:
         return self._status(record, "up" if up else "failed", process.pid)
 
     def was_set_up(self) -> bool:
-        """Return whether a server was ever started here, also where its state file can't be read or is a copy's."""
+        """Return whether a server was ever started here, even if its state file is unreadable or of a copy."""
         return self._state_file.exists() or (self._folder / "data").exists()
 
     @property
@@ -256,24 +256,24 @@ class Supervisor:
         )
 
     def _read(self) -> Record | None:
-        """Return the state file's content; None where it is missing, half written by something else, or a copy's."""
+        """Return the state file's content; None if it is missing, malformed or of a copied folder."""
         try:
             record = msgspec.json.decode(self._state_file.read_bytes(), type=Record)
         except (OSError, msgspec.MsgspecError):
             return None
-        # In a copied folder the record is of the original's server.
-        return record if self._is_here(record) or not _still_stands(record, self._find(record)) else None
+        # In a copied folder the record describes the original's server.
+        return record if self._is_here(record) or not _folder_exists(record, self._find(record)) else None
 
     def _is_here(self, record: Record) -> bool:
         """Return whether a record was written in this very folder."""
-        return record.folder in (None, _named(self._folder))
+        return record.folder in (None, _folder_id(self._folder))
 
     def _write(self, record: Record) -> None:
-        content = msgspec.json.encode(msgspec.structs.replace(record, folder=_named(self._folder)))
+        content = msgspec.json.encode(msgspec.structs.replace(record, folder=_folder_id(self._folder)))
         write_whole(self._state_file, content, "GHSYNC_HOME")
 
     def _find(self, record: Record) -> psutil.Process | None:
-        """Return the recorded server's process if it lives, and never somebody else's."""
+        """Return the recorded server's process if it is alive, and never another process."""
         if not record.started:
             return None
         try:
@@ -300,11 +300,11 @@ class Supervisor:
         )
 
     def _ready(self, process: psutil.Process, record: Record) -> bool:
-        """Return whether this very process listens on the port and serves."""
+        """Return whether this very process listens on the port and answers."""
         return _listens(process, record.port) and self._answers(record.port, _PING_SECONDS)
 
     def _adopt(self, record: Record, process: psutil.Process) -> ServiceStatus:
-        """Wait for a server that was found running, such as one whose starter was killed."""
+        """Wait for a server that already runs, such as one whose starter was killed."""
         if record.pid is None or record.born is None:
             record = msgspec.structs.replace(record, pid=process.pid, born=born(process.pid))
             self._write(record)
@@ -324,7 +324,7 @@ class Supervisor:
             progress(f"{self._service}: starting {spec.server} on port {port}")
             started = time.monotonic()
             log_start = self._prepare(spec)
-            # Written before the start too: whoever is killed in between leaves enough to find the server by.
+            # Written before the start too: if this process is killed in between, the record leads to the server.
             self._write(record)
             process, since = self._spawn(spec, ports)
             record = msgspec.structs.replace(record, pid=process.pid, born=since)
@@ -338,7 +338,7 @@ class Supervisor:
         raise AssertionError("the last attempt returns or raises")
 
     def _prepare(self, spec: ServerSpec) -> int:
-        """Make the folders, put an overgrown log aside, and return where this start's log begins."""
+        """Make the folders, rotate a large log, and return the offset at which this start's log begins."""
         try:
             spec.data.mkdir(parents=True, exist_ok=True)
             spec.log.parent.mkdir(parents=True, exist_ok=True)
@@ -351,7 +351,7 @@ class Supervisor:
         return size
 
     def _spawn(self, spec: ServerSpec, ports: tuple[int, ...]) -> tuple[psutil.Process, str | None]:
-        """Start the server in a session of its own, which no terminal or parent takes along; tell when it began."""
+        """Start the server in a session of its own, which outlives terminal and parent; return it with its start."""
         command = spec.command(*ports)
         try:
             with spec.log.open("ab") as log:
@@ -369,14 +369,14 @@ class Supervisor:
                 way_out="Make it executable, or take it off PATH.",
             ) from None
         process = psutil.Process(child.pid)
-        # Asked while nothing can have reaped a server that ended at once, whose number might be used again.
+        # Read before anything can reap a server that ended at once, since its pid may be reused then.
         since = born(child.pid)
-        # A parent that outlives the server must reap it, else it stays as a zombie.
+        # If this process outlives the server, it must reap it; else a zombie stays.
         threading.Thread(target=child.wait, name=f"reap-{child.pid}", daemon=True).start()
         return process, since
 
     def _await_ready(self, process: psutil.Process, record: Record) -> bool:
-        """Wait until the server serves; False once it ended or the time is over."""
+        """Wait until the server answers; return False if it ended or the time is over."""
         deadline = time.monotonic() + _READY_SECONDS
         while time.monotonic() < deadline and _alive(process):
             if self._ready(process, record):
@@ -385,7 +385,7 @@ class Supervisor:
         return False
 
     def _give_up(self, process: psutil.Process, record: Record, log_start: int) -> None:
-        """End what was started and raise what its log says."""
+        """Stop the started server and raise an error with the end of its log."""
         what = f"did not answer within {_READY_SECONDS} s" if _alive(process) else "ended while it started"
         if _alive(process):
             self._end(process, record)
@@ -407,7 +407,7 @@ class Supervisor:
             process.kill()
             if _await_end(process, _KILL_SECONDS):
                 return
-            reason = "it lives on"
+            reason = "it does not end"
         except psutil.NoSuchProcess:
             return
         except psutil.AccessDenied:
@@ -419,15 +419,15 @@ class Supervisor:
 
 
 def server_to_use(offered: Sequence[str], data: Path, variable: str) -> str:
-    """Return which of the servers that can be run is to be: the first one that has data, else the first.
+    """Return which of the runnable servers to use: the first one with data, else the first.
 
     Args:
         offered: Their names, the preferred one first.
-        data: Where each has a folder by its name.
-        variable: The setting that names a server of the user's own instead.
+        data: The folder with a folder for each by its name.
+        variable: The setting that names an external server instead.
 
     Raises:
-        ConfigError: Only a server that is not offered has data here.
+        ConfigError: Only a server that can't be run has data here.
     """
     found = [entry.name for entry in sorted(data.glob("[!.]*")) if _holds_something(entry)]
     if having_data := [server for server in offered if server in found]:
@@ -435,7 +435,7 @@ def server_to_use(offered: Sequence[str], data: Path, variable: str) -> str:
     if found:
         raise ConfigError(
             f"The data in {data} is of {found[0]}, which is not here any more; {offered[0]} would begin with none.",
-            way_out=f"Put {found[0]} on PATH again, set {variable}, or begin anew: ghsync down, then move {data} away.",
+            way_out=f"Put {found[0]} on PATH again, set {variable}, or start over: ghsync down, then move {data} away.",
         )
     return offered[0]
 
@@ -444,44 +444,44 @@ def _holds_something(folder: Path) -> bool:
     try:
         return any(folder.iterdir())
     except OSError:
-        # No folder, or not ours, such as a file system's own.
+        # No folder, or not readable, such as lost+found of a file system.
         return False
 
 
-def _named(folder: Path) -> str:
-    """Return what names a folder by whatever path it is reached, also after it was renamed."""
+def _folder_id(folder: Path) -> str:
+    """Return what identifies a folder, whatever the path to it, also after a rename."""
     stat = folder.stat()
     return f"{stat.st_dev}:{stat.st_ino}"
 
 
-def _still_stands(record: Record, process: psutil.Process | None) -> bool:
-    """Return whether the folder that a record was written in is there: above its data, or where its server works.
+def _folder_exists(record: Record, process: psutil.Process | None) -> bool:
+    """Return whether the folder of a record exists: above its data, or above its server's working folder.
 
-    One that may not be looked at counts as there, since it is another user's.
+    A folder without permission to read counts as existing, since it is another user's.
     """
-    places = [Path(record.data)]
+    paths = [Path(record.data)]
     try:
         if process:
-            # The system tells a server's working folder by its present path, also after it was renamed.
-            works = process.cwd()
-            # What a process sees by a path need not be what is here: in Linux there is a way through its own root.
-            places += [Path(works), Path(f"/proc/{process.pid}/root/{works}")]
-        return any(_is_named(folder, record) for place in places for folder in (place, *place.parents))
+            # The system returns the present path of the working folder, also after a rename.
+            working = process.cwd()
+            # In a container the path may lead elsewhere; on Linux the process's own root is visible below /proc.
+            paths += [Path(working), Path(f"/proc/{process.pid}/root/{working}")]
+        return any(_is_folder_of(record, folder) for path in paths for folder in (path, *path.parents))
     except psutil.NoSuchProcess:
-        return _still_stands(record, None)
+        return _folder_exists(record, None)
     except (psutil.AccessDenied, OSError):
         return True
 
 
-def _is_named(folder: Path, record: Record) -> bool:
+def _is_folder_of(record: Record, folder: Path) -> bool:
     try:
-        return _named(folder) == record.folder
+        return _folder_id(folder) == record.folder
     except (FileNotFoundError, NotADirectoryError):
         return False
 
 
 def _await_end(process: psutil.Process, seconds: float) -> bool:
-    """Wait until a process has ended; one that its parent has not reaped yet, which may take long, has ended too."""
+    """Wait until a process has ended; a zombie, which its parent may reap late, has ended too."""
     deadline = time.monotonic() + seconds
     while _alive(process):
         if time.monotonic() > deadline:
@@ -491,20 +491,20 @@ def _await_end(process: psutil.Process, seconds: float) -> bool:
 
 
 def _is_server(process: psutil.Process, record: Record) -> bool:
-    """Return whether a process lives and was started with the record's data folder and port."""
+    """Return whether a process is alive and was started with the record's data folder and port."""
     try:
         arguments = process.cmdline()
-        return _stands_in(record.data, arguments) and _stands_in(str(record.port), arguments) and _alive(process)
+        return _is_given(record.data, arguments) and _is_given(str(record.port), arguments) and _alive(process)
     except psutil.Error:
         return False
 
 
-def _stands_in(text: str, arguments: list[str]) -> bool:
+def _is_given(text: str, arguments: list[str]) -> bool:
     return any(argument == text or argument.endswith(f"={text}") for argument in arguments)
 
 
 def _search(record: Record) -> psutil.Process | None:
-    """Find the server of a start whose starter was killed before it could note the pid."""
+    """Find the server of a start whose starter was killed before it could record the pid."""
     own = os.getuid()
     for process in psutil.process_iter(["uids"]):
         uids = process.info["uids"]
@@ -523,13 +523,13 @@ def _listens(process: psutil.Process, port: int) -> bool:
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:
-        # Some systems do not show a process's sockets; then the server's own answer has to do.
+        # Some systems hide a process's sockets; then the server's own answer is enough.
         return True
     return any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in sockets)
 
 
 def _free_ports(last: tuple[int, ...], defaults: tuple[int, ...]) -> tuple[int, ...]:
-    """Return, for each port that is needed, that of the last start, else the default, else any: the first free one."""
+    """Return a free port for each that is needed: that of the last start, else the default, else any."""
     taken: list[int] = []
     for number, default in enumerate(defaults):
         wanted = [port for port in (*last[number : number + 1], default) if port not in taken and _is_free(port)]
@@ -537,16 +537,16 @@ def _free_ports(last: tuple[int, ...], defaults: tuple[int, ...]) -> tuple[int, 
     return tuple(taken)
 
 
-def _any_free_port(but: list[int]) -> int:
+def _any_free_port(excluded: list[int]) -> int:
     with socket.socket() as probe:
         probe.bind((_HOST, 0))
         port = int(probe.getsockname()[1])
-        return port if port not in but else _any_free_port(but)
+        return port if port not in excluded else _any_free_port(excluded)
 
 
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        # As servers do: a port that only waits for late packets of an ended server is free.
+        # As servers do: a port in TIME_WAIT is free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((_HOST, port))
@@ -556,7 +556,7 @@ def _is_free(port: int) -> bool:
 
 
 def _tail(log: Path, start: int) -> str:
-    """Return the end of what a log got since ``start``, in bytes from its beginning."""
+    """Return the end of a log after the offset ``start``."""
     try:
         with log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)

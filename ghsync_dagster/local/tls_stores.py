@@ -1,6 +1,6 @@
 """PEM files as the key stores that Java programs read.
 
-Belongs here: the conversion. Not here: which files are meant, or who may read what is made.
+Belongs here: the conversion. Not here: which files are meant, or who may read the stores.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ KEY: Final = "keystore"
 
 
 def pem_texts(address: MySqlAddress) -> dict[str, bytes]:
-    """Return what the PEM files hold that a Java program needs, by the store that it goes into.
+    """Return the content of the PEM files that a Java program needs, by the store that it goes into.
 
-    Without a check of the server's certificate its authorities are not needed, and would be checked all the same.
+    If the server's certificate is not verified, its authorities are left out: Java would verify it all the same.
 
     Raises:
         ConfigError: A file can't be read.
@@ -34,14 +34,14 @@ def pem_texts(address: MySqlAddress) -> dict[str, bytes]:
 
 
 def java_stores(address: MySqlAddress, password: str) -> dict[str, bytes]:
-    """Return PKCS#12 stores by name: ``truststore`` and ``keystore``, as far as the address has files for them.
+    """Return the PKCS#12 stores ``truststore`` and ``keystore``, if the address has files for them.
 
     Args:
         address: Names the PEM files.
-        password: Protects the stores; Java wants one.
+        password: Protects the stores; Java requires one.
 
     Raises:
-        ConfigError: A file can't be read or is not what it should be.
+        ConfigError: A file can't be read or has the wrong content.
     """
     from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, load_pem_private_key, pkcs12
     from cryptography.x509 import load_pem_x509_certificates
@@ -52,7 +52,7 @@ def java_stores(address: MySqlAddress, password: str) -> dict[str, bytes]:
     try:
         if TRUST in texts:
             authorities = load_pem_x509_certificates(texts[TRUST])
-            named = [pkcs12.PKCS12Certificate(one, _name(place)) for place, one in enumerate(authorities)]
+            named = [pkcs12.PKCS12Certificate(one, b"authority-%d" % number) for number, one in enumerate(authorities)]
             made[TRUST] = pkcs12.serialize_java_truststore(named, encryption)
         if KEY in texts:
             chain = load_pem_x509_certificates(texts[KEY])
@@ -62,7 +62,3 @@ def java_stores(address: MySqlAddress, password: str) -> dict[str, bytes]:
     except (ValueError, TypeError) as error:
         raise unusable_tls_files(error) from None
     return made
-
-
-def _name(place: int) -> bytes:
-    return f"authority-{place}".encode()

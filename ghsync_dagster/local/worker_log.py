@@ -1,4 +1,4 @@
-"""What the local Connect worker's log warns of: statements in the binlog that give no events.
+"""The local Connect worker's log, which warns of statements in the binlog that produce no events.
 
 Belongs here: which part of the log counts. Not here: what a line means (``domain.source``).
 """
@@ -26,7 +26,7 @@ class WorkerLog:
 
     Args:
         log: The file.
-        closed: The file that tells since when statements count.
+        closed: The file that holds the time since which statements count.
     """
 
     def __init__(self, log: Path, closed: Path) -> None:
@@ -34,7 +34,7 @@ class WorkerLog:
         self._closed = closed
 
     def statements(self, source: Source, since: datetime) -> Statements | None:
-        """Return what it warns of since a time, or since both sides were last found equal; None if it can't be read."""
+        """Return the statements since a time, or since both sides were last equal; None if the log can't be read."""
         if self._closed.exists():
             since = max(since, datetime.fromisoformat(self._closed.read_text(encoding="utf-8")))
         try:
@@ -43,18 +43,18 @@ class WorkerLog:
             return None
 
     def close(self, began: datetime) -> None:
-        """Remember since when statements count: both sides were equal in a comparison that began then."""
+        """Let only later statements count: both sides were equal in a comparison that began then."""
         write_whole(self._closed, began.isoformat(), "GHSYNC_HOME")
 
 
 def _end_of(log: Path, since: datetime) -> str:
-    """Return the end of a log, block by block backwards until one begins before a time, within a limit."""
+    """Return the end of a log, read backwards by block until one begins before a time, within a limit."""
     end = b""
     with log.open("rb") as file:
-        place = file.seek(0, os.SEEK_END)
-        while place > 0 and len(end) < _LOG_BYTES:
-            size = min(_LOG_BLOCK, place)
-            place = file.seek(place - size)
+        offset = file.seek(0, os.SEEK_END)
+        while offset > 0 and len(end) < _LOG_BYTES:
+            size = min(_LOG_BLOCK, offset)
+            offset = file.seek(offset - size)
             end = file.read(size) + end
             times = (logged_at(line.decode(errors="replace")) for line in end[:_LOG_BLOCK].splitlines())
             if (first := next((at for at in times if at is not None), None)) is not None and first < since:

@@ -210,7 +210,7 @@ def test_a_copied_home_has_no_hold_on_them_where_the_original_may_not_be_looked_
     status = start(settings)
     copied = load_settings(GHSYNC_HOME=tmp_path / "copy")
     shutil.copytree(settings.home_dir, copied.home_dir)
-    named = supervisor._named
+    named = supervisor._folder_id
 
     def forbidden(folder: Path) -> str:
         if "copy" not in str(folder):
@@ -218,7 +218,7 @@ def test_a_copied_home_has_no_hold_on_them_where_the_original_may_not_be_looked_
         return named(folder)
 
     with monkeypatch.context() as patched:
-        patched.setattr(supervisor, "_named", forbidden)
+        patched.setattr(supervisor, "_folder_id", forbidden)
         assert stack.down(copied, ["mongo"], progress=print)["mongo"].state == "down"
     assert stack.status(settings)["mongo"] == status
 

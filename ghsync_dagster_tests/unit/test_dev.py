@@ -62,7 +62,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settin
     monkeypatch.setenv("DAGSTER_HOME", "")
     monkeypatch.delenv("DAGSTER_HOME")
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    monkeypatch.setattr(dev, "_tell_until_served", lambda *_: None)
+    monkeypatch.setattr(dev, "_report_until_served", lambda *_: None)
     yield load_settings(GHSYNC_HOME=tmp_path)
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -177,7 +177,7 @@ def test_it_is_told_that_the_ui_comes_up_and_then_where_it_is(monkeypatch: pytes
     monkeypatch.setattr(dev, "_say", told.put)
     monkeypatch.setattr(progress, "EVERY_SECONDS", 0.01)
     port = free_port()
-    watch = threading.Thread(target=dev._tell_until_served, args=(port, []), daemon=True)
+    watch = threading.Thread(target=dev._report_until_served, args=(port, []), daemon=True)
     watch.start()
     for _ in range(2):
         assert told.get(timeout=10) == "The Dagster UI comes up: 0 s so far"
@@ -191,5 +191,5 @@ def test_it_is_told_that_the_ui_comes_up_and_then_where_it_is(monkeypatch: pytes
 
 
 def test_nothing_is_told_after_a_signal(capsys: pytest.CaptureFixture[str]) -> None:
-    dev._tell_until_served(free_port(), [signal.SIGTERM])
+    dev._report_until_served(free_port(), [signal.SIGTERM])
     assert capsys.readouterr().err == ""
