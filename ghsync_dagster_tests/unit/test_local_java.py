@@ -14,8 +14,8 @@ import pytest
 from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.jvm import java
 from ghsync_dagster.jvm.archive import remove_leftovers
-from ghsync_dagster.jvm.java import Java, archive_file, find_java, jvm_options, wrap
-from ghsync_dagster.jvm.probe import SystemJava, search_system_java
+from ghsync_dagster.jvm.java import archive_file, find_java, jvm_options, wrap
+from ghsync_dagster.jvm.probe import Java, search_system_java
 from ghsync_dagster.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ for argument do printf '<%s>\\n' "$argument"; done
 def test_java_home_wins_over_path(tmp_path: Path) -> None:
     home, other = fake_java(tmp_path / "a", "21.0.2"), fake_java(tmp_path / "b", "17.0.1")
     found = search_system_java({"JAVA_HOME": str(home), "PATH": f"{other}/bin:/usr/bin:/bin"})
-    assert found.java == SystemJava(home, 21, "JAVA_HOME")
+    assert found.java == Java(home, 21, "JAVA_HOME")
 
 
 def test_a_java_that_is_too_old_is_passed_over(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_the_release_file_spares_the_start(tmp_path: Path) -> None:
     (home / "bin" / "java").write_text("not a program")
     (home / "release").write_text('IMPLEMENTOR="X"\nJAVA_VERSION="25.0.2"\n')
     found = search_system_java({"JAVA_HOME": str(home), "PATH": ""})
-    assert found.java == SystemJava(home, 25, "JAVA_HOME")
+    assert found.java == Java(home, 25, "JAVA_HOME")
 
 
 def test_a_stub_on_path_is_no_java(tmp_path: Path) -> None:
