@@ -1,8 +1,8 @@
-"""Sets a fresh clone up: uv, the virtual environment, the locked packages, the project itself, the jars.
+"""Sets up a new clone: uv, the virtual environment, the locked packages, the project itself, the jars.
 
-Belongs here: only what must happen before any package is there, so only the standard library is used. The
-system's Python runs it, as ``python3 ghsync_dagster/local/bootstrap.py``. Not here: what the installed project can do
-itself, such as to fetch jars or to start servers.
+Belongs here: only what must happen before any package is installed, with the standard library alone. The system's
+Python runs it, as ``python3 ghsync_dagster/local/bootstrap.py``. Not here: what the installed project can do itself,
+such as the download of jars.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ JARS_LOCK = "ghsync_dagster/jvm/jars.lock.json"
 WHEEL_OPTIONS = "ghsync_dagster/local/wheel_options.cfg"
 ARCHIVE_MAKER = "ghsync_dagster/jvm/archive.py"
 
-_TELL_SECONDS = 8.0
+_PROGRESS_SECONDS = 8.0
 
-# Settings of other tools that would make uv install somewhere else.
+# Variables of other tools that would make uv install elsewhere.
 _MISLEADING = ("VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONHOME", "PYTHONPATH", "UV_SYSTEM_PYTHON", "UV_PYTHON")
-# What people set for pip, and the name by which uv or requests know the same thing.
+# Variables of pip, and their counterparts of uv and requests.
 _PIP_NAMES = {
     "PIP_INDEX_URL": ("UV_DEFAULT_INDEX",),
     "PIP_EXTRA_INDEX_URL": ("UV_INDEX",),
@@ -56,11 +56,11 @@ _PIP_NAMES = {
 
 
 class SetupError(Exception):
-    """The set-up can't go on.
+    """The set-up can't continue.
 
     Args:
-        message: What failed, and its output.
-        way_out: One line that tells the reader what to do.
+        message: The failed step, and its output.
+        way_out: One line that says what to do.
     """
 
     def __init__(self, message: str, way_out: str) -> None:
@@ -69,13 +69,13 @@ class SetupError(Exception):
 
 
 class Stamps:
-    """What has been installed: the hash of each lock file, kept alongside what it led to.
+    """The record of what is installed: the hash of each lock file.
 
-    All stamps are void once the project was moved or the Python below it changed.
+    If the project's folder or its Python changed, the stamps no longer count.
 
     Args:
         path: The stamp file.
-        owner: What the stamps hold for: the project's folder and the Python.
+        owner: The project's folder and the Python that the stamps are for.
     """
 
     def __init__(self, path: Path, owner: str) -> None:
@@ -95,24 +95,24 @@ class Stamps:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing is known to be installed."""
+        """Whether nothing is recorded as installed."""
         return not self._done
 
     def pending(self, *names: str) -> list[str]:
-        """Return those of ``names``, paths below the project, that changed since they were marked as done."""
+        """Return those of ``names``, paths below the project, that changed since they were recorded."""
         return [name for name in names if self._done.get(name) != file_hash(ROOT / name)]
 
     def mark(self, *names: str) -> None:
-        """Record that ``names`` are installed as they are now."""
+        """Record the present content of ``names`` as installed."""
         self._write({name: file_hash(ROOT / name) for name in names})
 
     def forget(self, name: str) -> None:
-        """Record that what ``name`` led to is of no use any more."""
+        """Record that ``name`` has to be installed again."""
         self._write({name: ""})
 
     def _write(self, changed: dict[str, str]) -> None:
         self._done = self._read() | changed
-        # A file of its own: another set-up may write at the same time, and what it overwrites is only done again.
+        # Another set-up may write at the same time; a stamp that gets lost only repeats a step.
         part = self._path.with_suffix(f".{os.getpid()}.part")
         part.write_text(json.dumps({"owner": self._owner, "done": self._done}, indent=1), encoding="utf-8")
         part.replace(self._path)
@@ -124,39 +124,39 @@ def file_hash(path: Path) -> str:
 
 
 def say(text: str) -> None:
-    """Write one line for the person who waits."""
+    """Write one line for a person."""
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 
 
 @contextlib.contextmanager
 def phase(name: str, hint: str = "") -> Iterator[None]:
-    """Report one phase: first a hint of what it takes, every few seconds that it goes on, its seconds at the end."""
+    """Report one phase: first a hint of its cost, then progress every few seconds, at the end its seconds."""
     started, done = time.monotonic(), threading.Event()
     if hint:
         say(f"set-up: {name}: {hint}")
 
-    def tell() -> None:
-        while not done.wait(_TELL_SECONDS):
+    def report() -> None:
+        while not done.wait(_PROGRESS_SECONDS):
             say(f"set-up: {name}: {time.monotonic() - started:.0f} s so far")
 
-    teller = threading.Thread(target=tell, daemon=True)
-    teller.start()
+    reporter = threading.Thread(target=report, daemon=True)
+    reporter.start()
     try:
         yield
     finally:
         done.set()
-        teller.join()
+        reporter.join()
     say(f"set-up: {name}: {time.monotonic() - started:.1f} s")
 
 
 @contextlib.contextmanager
 def one_at_a_time(path: Path, holder: str) -> Iterator[None]:
-    """Hold a folder against a second set-up; wait for one that holds it, and tell so every few seconds.
+    """Lock a folder against a second set-up; wait for one that has the lock, with a report every few seconds.
 
     Args:
         path: The folder.
-        holder: What another set-up does that holds it, such as ``installs``.
+        holder: What another set-up does under the lock, such as ``installs``.
     """
     with if_free(path) as free:
         if free:
@@ -173,12 +173,12 @@ def one_at_a_time(path: Path, holder: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def if_free(path: Path) -> Iterator[bool]:
-    """Hold a folder against a second set-up, unless one holds it already; yield whether it is held."""
+    """Lock a folder against a second set-up, unless one has the lock; yield whether it is locked."""
     folder = os.open(path, os.O_RDONLY)
     try:
-        free = True
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
         except BlockingIOError:
             free = False
         yield free
@@ -187,9 +187,9 @@ def if_free(path: Path) -> Iterator[bool]:
 
 
 def installer_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment for uv and the installed Python: what was set for pip counts for them too.
+    """Return the environment for uv and the installed Python, with pip's variables translated for them.
 
-    A package that comes as source only, as Spark with its 400 MB, is installed at once: it is not compressed before.
+    A package without a wheel, such as Spark with its 400 MB, is built without compression.
     """
     result = {name: value for name, value in environment.items() if name not in _MISLEADING}
     for pip_name, others in _PIP_NAMES.items():
@@ -200,11 +200,11 @@ def installer_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return result
 
 
-def run(command: Sequence[object], failed: str, way_out: str, text: str | None = None) -> None:
+def run(command: Sequence[object], failed: str, way_out: str, text: str = "") -> None:
     """Run a command in the project's folder; show its output live on a terminal, else only if it fails.
 
     Raises:
-        SetupError: It could not be run or ended with another code than 0.
+        SetupError: It could not be run or failed.
     """
     live = sys.stderr.isatty()
     try:
@@ -212,7 +212,7 @@ def run(command: Sequence[object], failed: str, way_out: str, text: str | None =
             [str(part) for part in command],
             cwd=ROOT,
             env=installer_environment(os.environ),
-            input=text if text is not None else "",
+            input=text,
             stdout=sys.stderr if live else subprocess.PIPE,
             stderr=None if live else subprocess.STDOUT,
             text=True,
@@ -226,7 +226,7 @@ def run(command: Sequence[object], failed: str, way_out: str, text: str | None =
 
 
 def install_uv() -> Path:
-    """Install uv into ``.uv``, by venv or, where Python lacks that, by pip alone; return the path of uv."""
+    """Install uv into ``.uv``, by venv or, if Python lacks that, by pip alone; return the path of uv."""
     folder = ROOT / ".uv"
     uv = folder / "bin" / "uv"
     stamps = Stamps(folder / "stamp.json", owner_of_stamps())
@@ -267,12 +267,12 @@ def network_way_out(variable: str) -> str:
 
 
 def owner_of_stamps() -> str:
-    """Return what a virtual environment is bound to: the project's folder and the Python it was made with."""
+    """Return what a virtual environment depends on: the project's folder and the Python it was made with."""
     return f"{ROOT} {os.path.realpath(sys.executable)} {sys.version.split()[0]}"
 
 
 def make_venv(uv: Path) -> Stamps:
-    """Make ``.venv`` unless it is there and belongs to this folder and Python; return its stamps."""
+    """Make ``.venv`` unless it exists and belongs to this folder and Python; return its stamps."""
     folder = ROOT / ".venv"
     stamps = stamps_of_venv()
     if usable_venv(folder) and not (stamps.empty and STAMP_FILE.exists()):
@@ -284,7 +284,7 @@ def make_venv(uv: Path) -> Stamps:
 
 
 def stamps_of_venv() -> Stamps:
-    """Return what is known to be installed in ``.venv``."""
+    """Return the stamps of ``.venv``."""
     return Stamps(STAMP_FILE, owner_of_stamps())
 
 
@@ -316,7 +316,7 @@ def wanted_locks(dev: bool) -> list[str]:
 
 
 def install_packages(uv: Path, stamps: Stamps, locks: Sequence[str]) -> None:
-    """Install what changed of the lock files; the embedded server alone may be missing from the index."""
+    """Install the changed lock files; only the embedded server may be missing from the index."""
     pending = stamps.pending(*locks)
     if not pending:
         return
@@ -342,14 +342,14 @@ def pip_install(uv: Path, locks: Sequence[str]) -> None:
     files = [part for lock in locks for part in ("-r", lock)]
     options = ["--python", ".venv/bin/python", "--require-hashes"]
     if os.environ.get("PYTHONDONTWRITEBYTECODE"):
-        # Python keeps nothing compiled itself then, and every start would be slow.
+        # Else every start would compile all modules again.
         options.append("--compile-bytecode")
     way_out = network_way_out("UV_DEFAULT_INDEX")
     run([uv, "pip", "install", *options, *files], "Packages could not be installed", way_out)
 
 
 def install_project(uv: Path, stamps: Stamps) -> None:
-    """Install the project itself in place, by the build backend that the lock brought."""
+    """Install the project itself in place, by the locked build backend."""
     if not stamps.pending(PROJECT_FILE) and (ROOT / ".venv/bin/ghsync").exists():
         return
     with phase("project"):
@@ -369,9 +369,9 @@ def fetch_jars(stamps: Stamps) -> None:
 
 
 def make_class_archive() -> None:
-    """Have the installed project make the class archive that its Spark sessions start from.
+    """Have the installed project make the class archive, with which Spark sessions start faster.
 
-    It only saves time, so nobody waits for another set-up that makes it.
+    It only saves time, so this does not wait for another set-up that makes it.
     """
     if not stamps_of_venv().pending(ARCHIVE_MAKER):
         return
@@ -395,7 +395,7 @@ def write_locks(uv: Path, upgrade: bool) -> None:
 
     project = tomllib.loads((ROOT / PROJECT_FILE).read_text(encoding="utf-8"))
     extras = project["project"]["optional-dependencies"]
-    # The backend asks for editables only when it installs in place, so pyproject.toml does not name it.
+    # The backend needs editables only to install in place, so pyproject.toml does not name it.
     build = [*project["build-system"]["requires"], "editables"]
     same_as_base = ["--constraint", BASE_LOCK]
     plan: list[tuple[str, list[str], list[str]]] = [
@@ -416,7 +416,7 @@ def write_locks(uv: Path, upgrade: bool) -> None:
 
 
 def check_python() -> None:
-    """Refuse a Python that the project does not run on.
+    """Refuse a Python that the project does not support.
 
     Raises:
         SetupError: It is too old or too new.
@@ -430,10 +430,10 @@ def check_python() -> None:
 
 
 def set_up(dev: bool, *, java: bool, archive: bool) -> None:
-    """Bring the clone to where ``ghsync`` runs, or without ``java`` to where its code can be checked.
+    """Set up all that ``ghsync`` needs, or without ``java`` all that checks of its code need.
 
-    Each part is done only if it changed. ROOT is held while anything is installed, PACKAGE while the class archive is
-    made or what it is made of is replaced.
+    Each part is done only if it changed. ROOT is locked during installations, PACKAGE while the class archive is made
+    or its packages are replaced.
     """
     with one_at_a_time(ROOT, "installs"):
         uv = install_uv()
@@ -443,7 +443,7 @@ def set_up(dev: bool, *, java: bool, archive: bool) -> None:
                 if replaces_packages(locks):
                     held.enter_context(one_at_a_time(PACKAGE, "makes the class archive of packages to be replaced"))
                 stamps = make_venv(uv)
-                # Another Spark or Java makes the archive of its classes useless.
+                # A class archive fits only one version of Spark and Java.
                 if any(stamps.pending(lock) for lock in (BASE_LOCK, JAVA_LOCK) if lock in locks):
                     stamps.forget(ARCHIVE_MAKER)
                 install_packages(uv, stamps, locks)
@@ -455,13 +455,13 @@ def set_up(dev: bool, *, java: bool, archive: bool) -> None:
 
 
 def packages_pending(locks: Sequence[str]) -> bool:
-    """Return whether the virtual environment lacks anything."""
+    """Return whether the virtual environment is incomplete."""
     there = usable_venv(ROOT / ".venv") and (ROOT / ".venv/bin/ghsync").exists()
     return not there or bool(stamps_of_venv().pending(*locks, PROJECT_FILE))
 
 
 def replaces_packages(locks: Sequence[str]) -> bool:
-    """Return whether what is pending may replace what a class archive is made of: the development packages never do."""
+    """Return whether pending packages may replace those of a class archive: development packages never do."""
     return packages_pending([lock for lock in locks if lock != DEV_LOCK])
 
 
@@ -491,6 +491,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    # The folder of this script holds modules of the package, which must be imported as such.
+    # Replace the script's folder in the path: its modules belong to the package.
     sys.path[0] = str(ROOT)
     sys.exit(main(sys.argv[1:]))

@@ -105,7 +105,7 @@ class LocalServer(ABC):
         if self.external:
             return self.external
         log = get_logger(self.service)
-        return str(self.up(progress or (lambda text: log.info("local_server", detail=text))).login)
+        return str(self.up(progress or (lambda text: log.info("local server", detail=text))).login)
 
     def down(self, progress: Callable[[str], None]) -> ServiceStatus:
         """Stop the local server; never an external one.

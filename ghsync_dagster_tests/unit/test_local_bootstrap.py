@@ -91,7 +91,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> queue.Queue[str]:
     """The lines that were told, many a second while something goes on."""
     lines: queue.Queue[str] = queue.Queue()
     monkeypatch.setattr(bootstrap, "say", lines.put)
-    monkeypatch.setattr(bootstrap, "_TELL_SECONDS", 0.01)
+    monkeypatch.setattr(bootstrap, "_PROGRESS_SECONDS", 0.01)
     return lines
 
 
