@@ -1,10 +1,10 @@
 """Every environment variable that ghsync reads, typed and documented: nowhere else is the environment read.
 
-``NAME_FILE`` gives a path whose content is the value of ``NAME``, for any name below: the way of Docker secrets.
-A name that looks like one of these and is none is refused: what it was meant to set would go unset without a word.
+``NAME_FILE`` is a path whose content is the value of ``NAME``, for any name below, as Docker secrets need it. A name
+that looks like one of these and is none is refused: else the setting that was meant would silently keep its default.
 
-A field's variable is its name in capitals, after GHSYNC_ unless it begins as another program's do (``_THEIRS``):
-``home`` is GHSYNC_HOME, ``mongodb_uri`` is MONGODB_URI. The docstring below a field describes it here, in
+A field's variable is its name in capitals, with the prefix GHSYNC_ unless it begins like another program's
+(``_THEIRS``): ``home`` is GHSYNC_HOME, ``mongodb_uri`` is MONGODB_URI. The docstring of a field describes it here, in
 ``.env.example`` and in Dagster's UI.
 """
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _OURS = "GHSYNC_"
 _SHARED = ("MONGO", "KAFKA_", "SPARK_", "MYSQL_", "CONNECT_")
-"""How names begin that other programs have too: only one that is nearly a setting's is taken for it."""
+"""Prefixes that other programs use too: only a name close to a setting's is taken for a misspelling."""
 _THEIRS = ("MONGODB_", "KAFKA_", "SPARK_", "MYSQL_", "CONNECT_")
 _NEAR = 0.87
 _USUAL = {
@@ -54,7 +54,7 @@ _USUAL = {
     "SPARK_DRIVER_MEMORY": "SPARK_MEMORY SPARK_MEM SPARK_DRIVER_MEM",
     "GHSYNC_EVENTS_PATH": "EVENTS_PATH",
 }
-"""What others call what a setting names: unset, the local server or the default would count without a word."""
+"""Other programs' names for a setting: if ignored, the local server or the default would silently be used."""
 _OF_MAKE = "EVENTS"
 _DATABASE_BYTES = 63
 _COLLECTION_BYTES = 170
@@ -65,11 +65,11 @@ _MASTER = re.compile(
     r"|spark://[^/\s,]+:[0-9]+(,[^/\s,]+:[0-9]+)*"
 )
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,245}")
-"""What Kafka allows, with room for .dlq."""
+"""A name that Kafka allows, with room for .dlq."""
 
 
 def _form(pattern: str, words: str) -> AfterValidator:
-    """Return the check that a value has a form, which the error tells in words."""
+    """Return a validator of a pattern; ``words`` is its error."""
 
     def check(value: str) -> str:
         if not re.fullmatch(pattern, value):
@@ -84,7 +84,7 @@ _Lower = BeforeValidator(lambda value: value.lower() if isinstance(value, str) e
 
 
 def _variable(field_name: str) -> str:
-    """Return the variable of a field: other programs' names stay as they are, others begin with GHSYNC_."""
+    """Return the variable of a field: other programs' names stay, others begin with GHSYNC_."""
     name = field_name.upper()
     return name if name.startswith(_THEIRS) else _OURS + name
 
@@ -106,14 +106,14 @@ class FileSource(PydanticBaseSettingsSource):
                 way_out=f"Point {variable}_FILE at a readable UTF-8 text file.",
             ) from None
         if not value:
-            # To go on as if nothing were set would be to work on another server than the one that is meant.
+            # An empty value would count as unset, and another server might be used.
             raise ConfigError(
                 f"{variable}_FILE names {path}, which is empty.", way_out=f"Write the value of {variable} into it."
             )
         return value, variable, False
 
     def _path(self, variable: str) -> str | None:
-        """Return the path that the environment names, or else ``.env``; None where the value itself is given first."""
+        """Return the path in the environment, else in ``.env``; None if the value itself is given first."""
         for given in (os.environ, dotenv_values(str(self.config.get("env_file") or os.devnull))):
             path, value = given.get(f"{variable}_FILE"), given.get(variable)
             if path and value:
@@ -123,7 +123,7 @@ class FileSource(PydanticBaseSettingsSource):
         return None
 
     def __call__(self) -> dict[str, Any]:
-        """Return the values of all fields whose file is named, by variable."""
+        """Return the values of all fields with a file, by variable."""
         values = (self.get_field_value(field, name) for name, field in self.settings_cls.model_fields.items())
         return {variable: value for value, variable, _ in values if value is not None}
 
@@ -154,11 +154,11 @@ class Settings(BaseSettings):
     lease_wait_seconds: float = Field(default=600, ge=0)
     """How long a load waits for another load of the same collection before it gives up."""
     lease_quiet_seconds: float = Field(default=6, ge=1, le=15)
-    """How long MongoDB may be at work on the last command of a load that died: the next one waits."""
+    """How long MongoDB may still execute the last command of a load that died: the next load waits so long."""
     retry_attempts: int = Field(default=5, ge=1)
-    """Tries of one step while a server is away. Permanent errors are never tried again."""
+    """Tries of one step while a server is away. Permanent errors are never retried."""
     server_timeout_seconds: float = Field(default=10, gt=0)
-    """How long one try waits for a server to be reachable."""
+    """How long one try waits until a server is reachable."""
     alert_webhook_url: SecretStr | None = None
     """URL that gets a JSON POST for each failed asset check and run. Unset: they are only logged."""
     git_url: (
@@ -184,7 +184,7 @@ class Settings(BaseSettings):
     mongodb_database: str = Field(default="new_data", min_length=1)
     """Database of the collection and of the platform's own _ghsync_* collections."""
     mongodb_collection: str = Field(default="Users", min_length=1)
-    """Collection that is kept right."""
+    """Collection that is kept in sync."""
     spark_master: str = "local[*]"
     """Spark master URL: local[*] or spark://host:port."""
     spark_driver_memory: Annotated[
@@ -194,14 +194,14 @@ class Settings(BaseSettings):
     spark_driver_java_options: str = ""
     """Further options of the Spark driver's JVM, quoted as in a shell."""
     spark_jars_packages: str | None = None
-    """Coordinates handed to spark.jars.packages in place of the locked connector jar."""
+    """Maven coordinates for spark.jars.packages, which replace the locked connector jar."""
 
     kafka_bootstrap_servers: str | None = None
     """Kafka brokers, host:port, comma-separated. Unset: the local broker (see ghsync up kafka)."""
     kafka_topic: str = Field(default="mysql-server.new_data.Users", min_length=1)
     """Topic of Debezium's change events. Dead letters go to this name with .dlq at its end."""
     kafka_group_id: str = Field(default="ghsync-users", min_length=1)
-    """Consumer group whose committed offsets say what has been applied."""
+    """Consumer group whose committed offsets mark what has been applied."""
     kafka_security_protocol: Annotated[Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"], _Upper] = "PLAINTEXT"
     """PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL."""
     kafka_sasl_mechanism: Annotated[Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None, _Upper] = None
@@ -211,7 +211,7 @@ class Settings(BaseSettings):
     kafka_sasl_password: SecretStr | None = None
     """Password for SASL."""
     kafka_ssl_ca_location: Path | None = None
-    """PEM file of the authorities that the brokers' certificates are checked against."""
+    """PEM file of the authorities that verify the brokers' certificates."""
     kafka_ssl_certificate_location: Path | None = None
     """PEM file of the client's certificate."""
     kafka_ssl_key_location: Path | None = None
@@ -225,7 +225,7 @@ class Settings(BaseSettings):
     """Kafka Connect's REST address. Unset: the local worker (see ghsync up connect)."""
     cdc_slice_seconds: float = Field(default=3600, gt=0)
     """How long one run of cdc_sync_job consumes before the next one takes over."""
-    # What is measured is kept for five minutes.
+    # The metrics cover five minutes.
     cdc_report_seconds: float = Field(default=10, gt=0, le=300)
     """How often the consumer logs and observes counts, lag and latency."""
     cdc_session_timeout_seconds: float = Field(default=10, ge=6)
@@ -248,7 +248,7 @@ class Settings(BaseSettings):
     @field_validator("mongodb_uri")
     @classmethod
     def _names_a_server(cls, uri: SecretStr | None) -> SecretStr | None:
-        # pymongo takes a bare host too, Spark's connector does not.
+        # pymongo accepts a bare host too, Spark's connector does not.
         if uri is not None and not uri.get_secret_value().startswith(("mongodb://", "mongodb+srv://")):
             raise ValueError("it needs mongodb:// or mongodb+srv:// at its beginning")
         if uri is not None and (wrong := wrong_options(uri.get_secret_value())):
@@ -340,17 +340,17 @@ class Settings(BaseSettings):
         return init_settings, env_settings, FileSource(settings_cls), dotenv_settings
 
     def events(self, named: Sequence[str] = ()) -> list[str]:
-        """Return the paths that are read: what a caller names, else GHSYNC_EVENTS_PATH.
+        """Return the paths to read: those that a caller names, else GHSYNC_EVENTS_PATH.
 
-        A JSON list of texts, wherever one path may stand, is several paths: no file needs such a name.
+        A path that is a JSON list of texts stands for several paths.
 
         Raises:
-            ConfigError: Only the sample is left, whose users do not belong into the MongoDB that MONGODB_URI names; or
-                EVENTS in the environment says that others are meant; or a path is blank.
+            ConfigError: Only the sample is left, and MONGODB_URI names a MongoDB; or EVENTS in the environment names
+                other events; or a path is blank.
         """
         if not named and "events_path" not in self.model_fields_set:
             self.refuse_sample()
-            # make run EVENTS=... has it in the environment too, and names the events.
+            # make run EVENTS=... sets it too, and passes the events as arguments.
             if os.environ.get(_OF_MAKE):
                 raise ConfigError(
                     f"{_OF_MAKE} in the environment is read by make run alone, and no other events are named.",
@@ -358,7 +358,7 @@ class Settings(BaseSettings):
                 )
         paths = [path for text in named or [self.events_path] for path in _paths_in(text)]
         if not all(map(str.strip, paths)):
-            # It would be the working folder, with all that is in it.
+            # It would mean the whole working folder.
             raise ConfigError(
                 "A path of events is blank.",
                 way_out="Name a file, a folder or a glob; a variable of your script may be unset.",
@@ -366,7 +366,7 @@ class Settings(BaseSettings):
         return paths
 
     def refuse_sample(self) -> None:
-        """Refuse the sample where its users do not belong.
+        """Refuse the sample for any MongoDB but the local one.
 
         Raises:
             ConfigError: MONGODB_URI names a MongoDB.
@@ -391,7 +391,7 @@ class Settings(BaseSettings):
 
 
 for _field in Settings.model_fields.values():
-    # A docstring is wrapped where its line ends, what is shown of it is not.
+    # Docstrings have line breaks, descriptions have none.
     _field.description = " ".join((_field.description or "").split())
 
 
@@ -410,8 +410,8 @@ def load_settings(**overrides: object) -> Settings:
         overrides: Values by environment variable name, which win over the environment.
 
     Raises:
-        ConfigError: A value is malformed, or a name looks like a setting's and is none; names each variable, never a
-            secret's value.
+        ConfigError: A value is malformed, or a name looks like a setting's and is none. The message names each
+            variable, and never a secret's value.
     """
     _refuse_unread_lines()
     _refuse_unknown_names()
@@ -428,11 +428,17 @@ def load_settings(**overrides: object) -> Settings:
         ) from None
 
 
+def _variables() -> list[str]:
+    return [str(field.validation_alias) for field in Settings.model_fields.values()]
+
+
+def _with_files(names: Sequence[str]) -> list[str]:
+    return [*names, *(f"{name}_FILE" for name in names)]
+
+
 def environment_without_settings() -> dict[str, str]:
-    """Return this process's environment without all that is read here or taken for it: another's settings follow."""
-    names = [str(field.validation_alias) for field in Settings.model_fields.values()]
-    names += [_OF_MAKE, *(name for usual in _USUAL.values() for name in usual.split())]
-    ours = {*names, *(f"{name}_FILE" for name in names)}
+    """Return this process's environment without settings and names like them, for a process with others."""
+    ours = _with_files([*_variables(), _OF_MAKE, *(name for usual in _USUAL.values() for name in usual.split())])
     return {
         name: value
         for name, value in os.environ.items()
@@ -441,17 +447,16 @@ def environment_without_settings() -> dict[str, str]:
 
 
 def settings_file() -> str | None:
-    """Return the absolute path of the ``.env`` that counts; None where the working folder has none."""
+    """Return the absolute path of the ``.env`` in use; None if the working folder has none."""
     file = Path(str(Settings.model_config.get("env_file"))).resolve()
     return str(file) if file.is_file() else None
 
 
 def _refuse_unread_lines() -> None:
-    """Refuse a ``.env`` with lines that set nothing: what they were meant to set would go unset without a word."""
+    """Refuse a ``.env`` with lines that set nothing: else a setting would silently keep its default."""
     file = settings_file()
     if file is None:
         return
-    way_out = "Write NAME=value, and quote a value with spaces; # begins a comment."
     try:
         with Path(file).open(encoding="utf-8") as stream:
             unread = [
@@ -464,15 +469,17 @@ def _refuse_unread_lines() -> None:
     except OSError as error:
         raise ConfigError(f"{file} can't be read ({error.strerror}).", way_out="Make it readable.") from None
     if unread:
-        raise ConfigError(f"{file} sets nothing in line {', '.join(unread)}.", way_out=way_out)
+        raise ConfigError(
+            f"{file} sets nothing in line {', '.join(unread)}.",
+            way_out="Write NAME=value, and quote a value with spaces; # begins a comment.",
+        )
 
 
 def _refuse_unknown_names() -> None:
-    names = [str(field.validation_alias) for field in Settings.model_fields.values()]
-    known = [*names, *(f"{name}_FILE" for name in names)]
+    known = _with_files(_variables())
     ours = [name.removeprefix(_OURS) for name in known if name.startswith(_OURS)]
     file = Path(str(Settings.model_config.get("env_file")))
-    # dagster dev puts the file's names into the environment too: they are told as the file's.
+    # dagster dev also puts the file's names into the environment: errors report them as the file's.
     in_file = {name.upper() for name, value in dotenv_values(file).items() if value}
     given = {name.upper() for name, value in os.environ.items() if value} | in_file
     problems, meant = [], []
@@ -483,7 +490,7 @@ def _refuse_unknown_names() -> None:
             near = [usual] if (usual := _usually(name, in_file=name in in_file)) else []
             if not near and name.startswith(_SHARED):
                 near = get_close_matches(name, known, n=1, cutoff=_NEAR)
-            # Alongside the setting itself it is somebody else's.
+            # If the setting itself is given too, the name is another program's.
             if not near or given & {plain := near[0].removesuffix("_FILE"), f"{plain}_FILE"}:
                 continue
         where = str(file.resolve()) if name in in_file else "the environment"
@@ -498,13 +505,12 @@ def _refuse_unknown_names() -> None:
 
 
 def _usually(name: str, *, in_file: bool) -> str | None:
-    """Return the setting that others call by a name; in ``.env`` also one that lacks its GHSYNC_."""
+    """Return the setting that other programs call by a name; in ``.env`` also one that lacks its GHSYNC_."""
     plain = name.removesuffix("_FILE")
     meant = next((ours for ours, usual in _USUAL.items() if plain in usual.split()), None)
     if meant is None and in_file:
-        fields = [str(field.validation_alias) for field in Settings.model_fields.values()]
-        # HOME is everybody's.
-        without = {alias.removeprefix(_OURS): alias for alias in fields if alias.startswith(_OURS)} | {"HOME": None}
+        # HOME belongs to the system.
+        without = {name.removeprefix(_OURS): name for name in _variables() if name.startswith(_OURS)} | {"HOME": None}
         meant = "GHSYNC_EVENTS_PATH" if plain == _OF_MAKE else without.get(plain)
     return meant and meant + name[len(plain) :]
 

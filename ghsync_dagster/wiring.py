@@ -1,13 +1,13 @@
-"""Which real parts a process is wired to: settings become a Spark session, a store, and the flows over them.
+"""Builds the real parts of a process from its settings: a Spark session, a store, and the flows over them.
 
-Belongs here: the one place that knows the flows and, for what no setting names, where the local servers are.
-Not here: any decision of a flow.
+Belongs here: all that must know the flows and the addresses of local servers. Not here: any decision of a flow.
 """
 
 from __future__ import annotations
 
 import shlex
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from ghsync_dagster.batch.reports import Artifacts
@@ -34,15 +34,15 @@ if TYPE_CHECKING:
     from ghsync_dagster.stores.spark import SessionOf, SparkHandle, SparkOptions
 
 _PROBE_SECONDS: Final = 3.0
-"""How long a worker may take to answer whoever only wants to know."""
+"""How long a worker may take to answer a probe."""
 
 
 def spark_options(settings: Settings) -> SparkOptions:
-    """Find Java and the connector, and return what a session is started with.
+    """Find Java and the connector, and return the options of a session.
 
     Raises:
         ConfigError: There is no Java 17+.
-        TransientError: The connector's jar is not here and can't be fetched.
+        TransientError: The connector's jar is missing and can't be fetched.
     """
     from ghsync_dagster.jvm.jars import ensure_jars
     from ghsync_dagster.jvm.java import find_java, jvm_options
@@ -61,11 +61,11 @@ def spark_options(settings: Settings) -> SparkOptions:
 
 
 def spark_handle(settings: Settings, get: SessionOf | None = None) -> SparkHandle:
-    """Return a handle on the Spark session, not started yet.
+    """Return a handle on the Spark session, which is not started yet.
 
     Args:
-        settings: What it is started with.
-        get: Gives the session; by default Spark's own builder.
+        settings: The session's settings.
+        get: Returns the session; by default Spark's own builder.
     """
     from ghsync_dagster.stores.spark import SparkHandle, session_of
 
@@ -73,11 +73,11 @@ def spark_handle(settings: Settings, get: SessionOf | None = None) -> SparkHandl
 
 
 def store_opener(settings: Settings, *, is_look: bool = False) -> Callable[[], UserStore]:
-    """Return the function that opens the users' collection, on the local server where no URI is set.
+    """Return the function that opens the users' collection, on the local server if no URI is set.
 
     Args:
-        settings: What it is opened with.
-        is_look: It is opened for the look before a run, with little patience.
+        settings: The store's settings.
+        is_look: Whether it is for the checks before a run, with short timeouts.
     """
 
     def open_store() -> UserStore:
@@ -95,22 +95,22 @@ def store_opener(settings: Settings, *, is_look: bool = False) -> Callable[[], U
 
 
 def shown_mongo(settings: Settings) -> str:
-    """Return in words where the users are stored, without credentials; nothing is started."""
+    """Return a description of where the users are stored, without credentials; nothing is started."""
     from ghsync_dagster.stores.mongo.uri import without_credentials
 
     if settings.mongodb_uri:
         return without_credentials(settings.mongodb_uri.get_secret_value())
-    found = endpoints.address(settings, "mongo")
-    return f"{found} (local server, stop it with: ghsync down)" if found else "no server"
+    local = endpoints.address(settings, "mongo")
+    return f"{local} (local server, stop it with: ghsync down)" if local else "no server"
 
 
 def batch_flow(settings: Settings, run_id: str | None = None, spark: SparkHandle | None = None) -> BatchFlow:
     """Return the batch flow of these settings.
 
     Args:
-        settings: What it is wired to.
-        run_id: The one run that it is of; None for whatever ran last.
-        spark: Its session; by default one that these settings describe.
+        settings: The flow's settings.
+        run_id: Its run; None for the newest.
+        spark: Its session; by default one of these settings.
     """
     from ghsync_dagster.batch.flow import BatchFlow
     from ghsync_dagster.batch.versions import code_version
@@ -154,38 +154,38 @@ def _secret(value: SecretStr | None) -> str | None:
     return None if value is None else value.get_secret_value()
 
 
-def _required(found: str | None, server: str, variable: str) -> str:
-    """Return the address that was found.
+def _required(address: str | None, server: str, variable: str) -> str:
+    """Return an address.
 
     Raises:
-        UnavailableError: None was.
+        UnavailableError: It is None or empty.
     """
-    if not found:
+    if not address:
         raise UnavailableError(
             f"There is no {server}: {variable} is not set, and the local one is not up.",
             way_out=f"Set {variable}, or start the local servers: ghsync up.",
         )
-    return found
+    return address
 
 
 def has_kafka(settings: Settings) -> bool:
-    """Return whether brokers are named, or a local one was ever started here."""
+    """Return whether a setting names brokers, or a local one was ever started here."""
     return bool(settings.kafka_bootstrap_servers) or endpoints.was_set_up(settings, "kafka")
 
 
 def has_mysql(settings: Settings) -> bool:
-    """Return whether a server is named, or a local one was ever started here."""
+    """Return whether a setting names a server, or a local one was ever started here."""
     return bool(settings.mysql_url) or endpoints.was_set_up(settings, "mysql")
 
 
 def existing_kafka(settings: Settings) -> KafkaSettings:
-    """Return the topic, the group and the way to brokers that are there: nothing is started.
+    """Return the settings of topic, group and brokers; nothing is started.
 
     Raises:
         UnavailableError: KAFKA_BOOTSTRAP_SERVERS is not set and the local broker is not up.
     """
-    found = settings.kafka_bootstrap_servers or endpoints.address(settings, "kafka")
-    return _kafka_settings(settings, _required(found, "Kafka", "KAFKA_BOOTSTRAP_SERVERS"))
+    servers = settings.kafka_bootstrap_servers or endpoints.address(settings, "kafka")
+    return _kafka_settings(settings, _required(servers, "Kafka", "KAFKA_BOOTSTRAP_SERVERS"))
 
 
 def open_mysql(settings: Settings) -> MySqlStore:
@@ -204,12 +204,12 @@ def check_source(settings: Settings, *, hours: float = STATEMENT_HOURS) -> Findi
     """Return the finding on the table's shape, the server's settings and Connect's log; nothing is started.
 
     Args:
-        settings: Say where they are.
-        hours: How far back the log is looked at.
+        settings: Name MySQL and Connect.
+        hours: How far back the log is read.
 
     Raises:
-        UnavailableError: MySQL is away, or MYSQL_URL is not set and the local server is not up.
-        RefusedError: MySQL refuses the account, or its TLS is not as MYSQL_URL asks for.
+        UnavailableError: MySQL does not answer, or MYSQL_URL is not set and the local server is not up.
+        RefusedError: MySQL refuses the account, or its TLS is not as MYSQL_URL requires.
         ConfigError: There is no such database.
     """
     from ghsync_dagster.cdc.health.checks import source_settings
@@ -222,10 +222,10 @@ def check_source(settings: Settings, *, hours: float = STATEMENT_HOURS) -> Findi
 
 
 def close_statements(settings: Settings, began: datetime) -> None:
-    """Remember that both sides were equal: statements that Connect's log warned of before have done no lasting harm.
+    """Record that both sides were equal: earlier statements in Connect's log have left no difference.
 
     Args:
-        settings: Say where the log is.
+        settings: Name Connect.
         began: When the comparison began.
     """
     if log := endpoints.worker_log(settings):
@@ -233,10 +233,10 @@ def close_statements(settings: Settings, began: datetime) -> None:
 
 
 def connector_probe(settings: Settings) -> ConnectorProbe | None:
-    """Return what asks for the connector, and MySQL alongside it; nothing is started.
+    """Return the probe of the connector and of MySQL; nothing is started.
 
-    The worker is the one of CONNECT_URL, else the local one. None where neither is known: no local one was ever
-    started here, or it is down and the brokers are not this machine's.
+    The worker is that of CONNECT_URL, else the local one. The probe is None if there is neither: no local one was ever
+    started here, or it is down and a setting names the brokers.
     """
     from ghsync_dagster.cdc.health.connector import ConnectorProbe
     from ghsync_dagster.stores.connect import ConnectWorker
@@ -248,20 +248,16 @@ def connector_probe(settings: Settings) -> ConnectorProbe | None:
         return None
 
     def worker() -> ConnectWorker:
-        # A local worker that was started anew may have another port.
+        # A local worker may have another port after a restart.
         url = _required(address(), "Connect worker", "CONNECT_URL")
         return ConnectWorker(url.rstrip("/"), _PROBE_SECONDS, _PROBE_SECONDS)
 
-    def table() -> MySqlStore:
-        return open_mysql(settings)
-
-    return ConnectorProbe(
-        worker, table if has_mysql(settings) else None, still_seconds=settings.connector_still_seconds
-    )
+    table = partial(open_mysql, settings) if has_mysql(settings) else None
+    return ConnectorProbe(worker, table, still_seconds=settings.connector_still_seconds)
 
 
 def change_consumer(settings: Settings, kafka: KafkaSettings, listener: ChangeListener | None = None) -> ChangeConsumer:
-    """Return a consumer of the changes, which tells the listener what it does.
+    """Return a consumer of the changes, which reports to the listener.
 
     Raises:
         ConfigError: GHSYNC_RULES_MODULE can't be used.
@@ -273,6 +269,6 @@ def change_consumer(settings: Settings, kafka: KafkaSettings, listener: ChangeLi
         store_opener(settings),
         listener=listener,
         rules=load_rules(settings.rules_module),
-        open_source=lambda: open_mysql(settings),
+        open_source=partial(open_mysql, settings),
         repair_users_a_second=settings.repair_users_a_second,
     )

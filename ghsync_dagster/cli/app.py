@@ -1,6 +1,6 @@
 """The ``ghsync`` command: the flows and the local servers without the Dagster UI.
 
-Belongs here: exit codes of errors, and which commands there are. Not here: what a command does.
+Belongs here: the list of commands, and the exit codes of errors. Not here: what a command does.
 
 Exit codes: 0 done; 1 a gate failed; 2 bad settings, input or credentials; 3 a server is away, after retries, or the
 stream is stopped; 70 a fault of ghsync itself; 130 and 143 stopped by Ctrl-C and SIGTERM; 141 nobody reads the output
@@ -51,7 +51,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Keeps the MongoDB collection new_data.Users right, from files of GitHub events and from MySQL's changes.",
+    help="Keeps the MongoDB collection new_data.Users in sync with files of GitHub events and with MySQL's changes.",
 )
 
 for command in (
@@ -73,7 +73,7 @@ def main() -> None:
     except SystemExit as end:
         exit_if_abandoned(end.code if isinstance(end.code, int) else int(end.code is not None))
         raise
-    except Exception:  # noqa: BLE001  a fault of ghsync itself must not end as 1, which says that a gate failed
+    except Exception:  # noqa: BLE001  a fault of ghsync itself must not end with 1, which means that a gate failed
         sys.stderr.write(redact(traceback.format_exc()))
         exit_if_abandoned(os.EX_SOFTWARE)
         sys.exit(os.EX_SOFTWARE)

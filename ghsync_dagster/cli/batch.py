@@ -1,6 +1,6 @@
 """The commands of the batch flow: run, batch, audit and report.
 
-Belongs here: arguments, and the summary at the end. Not here: anything that the flow decides.
+Belongs here: arguments, and the summary at the end. Not here: any decision of the flow.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def run(
 
     started = time.monotonic()
     settings = configured()
-    # Told here in their own words; inside it would be a run that failed before its first step.
+    # Outside the run, so that a wrong setting or input is an error of the command and no failed run.
     paths = settings.events(events or ())
     use_dagster_home(settings)
     batch_flow(settings).check_first(paths)
@@ -70,7 +70,7 @@ def batch(
 
 
 def audit(as_json: AsJson = False) -> None:
-    """Judge what is stored by every check; write nothing."""
+    """Run every check on the stored users; write nothing."""
     from ghsync_dagster.wiring import batch_flow
 
     settings = configured()
@@ -83,11 +83,11 @@ def audit(as_json: AsJson = False) -> None:
 
 
 def report(as_json: AsJson = False) -> None:
-    """Print what the newest read, flatten and load in GHSYNC_HOME did."""
+    """Print the reports of the newest read, flatten and load in GHSYNC_HOME."""
     from ghsync_dagster.batch.reports import Artifacts, ReadReport
 
     settings = configured()
-    # Where nothing has run yet, this is an error with its way out.
+    # If nothing has run yet, this raises an error with its way out.
     Artifacts(settings.home_dir / "batch").newest(ReadReport)
     _finish(settings, [], ok=True, as_json=as_json)
 
@@ -101,7 +101,7 @@ def _finish(
     run_id: str | None = None,
     **more: object,
 ) -> None:
-    """Print the summary of one run, or of the newest; exit with 1 where a gate failed."""
+    """Print the summary of one run, or of the newest; exit with 1 if a gate failed."""
     from ghsync_dagster.batch.reports import Artifacts
     from ghsync_dagster.batch.summary import batch_summary, draw
     from ghsync_dagster.wiring import shown_mongo

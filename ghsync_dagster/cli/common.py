@@ -1,4 +1,4 @@
-"""What the command modules share: settings, exit codes, and how a person and a program are answered.
+"""Shared by the command modules: settings, exit codes, and output for a person or a program.
 
 Not here: any one command.
 """
@@ -32,7 +32,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program t
 
 
 def configured() -> Settings:
-    """Load the settings, and have logs as they say."""
+    """Load the settings, and set up logging by them."""
     settings = load_settings()
     configure_logging(settings)
     return settings
@@ -40,20 +40,20 @@ def configured() -> Settings:
 
 def say(line: str) -> None:
     """Print a line of progress for a person."""
-    # Who tells what goes on must not fail because the terminal is closed.
+    # A closed terminal must not end the work.
     with suppress(OSError):
         typer.echo(line, err=True)
 
 
 def print_json(document: object) -> None:
-    """Print what a program reads."""
+    """Print JSON for a program."""
     import msgspec
 
     typer.echo(msgspec.json.format(msgspec.json.encode(document), indent=2).decode())
 
 
 def console() -> Any:  # noqa: ANN401
-    """Return where a table is printed."""
+    """Return the console for tables."""
     from rich.console import Console
 
     class Whole(Console):
@@ -66,7 +66,7 @@ def console() -> Any:  # noqa: ANN401
 
 
 def progress_bar() -> Progress:
-    """Return a bar on standard error that goes away at its end."""
+    """Return a progress bar on standard error, which disappears at its end."""
     from rich.console import Console
     from rich.progress import Progress
 

@@ -1,4 +1,4 @@
-"""The commands that give events to try ghsync with: sample and fetch.
+"""The commands that get events: sample and fetch.
 
 Belongs here: arguments and progress. Not here: what is written (``dev.sample``, ``dev.fetch``).
 """
@@ -38,7 +38,7 @@ def fetch(
     target: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("data/gharchive"),
     mirror: Annotated[str | None, typer.Option(help="Base URL of a mirror of GH Archive.")] = None,
 ) -> None:
-    """Get real hours of GH Archive: resumable, and verified once they are here."""
+    """Download real hours of GH Archive: resumable, and verified at the end."""
     from ghsync_dagster.dev.fetch import fetch_hours
 
     configured()

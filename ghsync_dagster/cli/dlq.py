@@ -1,6 +1,6 @@
 """The command ``ghsync dlq``: changes that could not be applied.
 
-Belongs here: arguments and what is printed. Not here: what a letter is, and what settles one (``cdc.dead_letters``).
+Belongs here: arguments and what is printed. Not here: what a letter is, and what resolves one (``cdc.dead_letters``).
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def close_letters(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Close open dead letters whose changes nobody misses any more, and print them; write nothing else."""
+    """Close open dead letters whose changes are no longer needed, and print them; write nothing else."""
     from ghsync_dagster.cdc.dead_letters import closing
     from ghsync_dagster.cdc.dead_letters.index import letters_by_id
     from ghsync_dagster.domain.letters import LetterState
@@ -139,7 +139,7 @@ def _letters() -> Iterator[tuple[KafkaSettings, UserStore, LetterIndex]]:
 
 
 def _print_letters(letters: Iterable[Letter], *, as_json: bool) -> Counter[str]:
-    """Print letters as they come, since there may be any number; return how many there were, by state."""
+    """Print letters one by one, since there may be many; return how many there were, by state."""
     import msgspec
 
     counts: Counter[str] = Counter()

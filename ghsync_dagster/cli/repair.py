@@ -1,4 +1,4 @@
-"""The command ``ghsync cdc repair``: users are put right by asking MySQL again.
+"""The command ``ghsync cdc repair``: users are repaired from MySQL's current rows.
 
 Belongs here: arguments, signals, what is printed. Not here: who is repaired and how (``cdc.health.repair_requests``).
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.cdc.health.repair_requests import RepairReport
 
 NOT_REPAIRED: Final = 1
-_SAY_SECONDS: Final = 2.0
+_PROGRESS_SECONDS: Final = 2.0
 
 
 def repair(
@@ -32,19 +32,19 @@ def repair(
     everyone: Annotated[
         bool, typer.Option("--all", help="Every user in which the two sides differ now, without waiting for changes.")
     ] = False,
-    patience: Annotated[float, typer.Option(min=0, help="Seconds for which the audit looks again.")] = 10,
+    patience: Annotated[float, typer.Option(min=0, help="Seconds for which the audit reads differences again.")] = 10,
     dry_run: Annotated[
         bool,
         typer.Option(
             "--dry-run",
-            help="Only tell what would be done. With --dead-letters their index is brought up to date; nothing else is "
-            "written.",
+            help="Only report what would be done. With --dead-letters their index is brought up to date; nothing else "
+            "is written.",
         ),
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Also for more users than GHSYNC_REPAIR_MAX_USERS.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Put users right by asking MySQL again, while changes go on; no newer state is overwritten.
+    """Repair users from MySQL's current rows, while changes go on; no newer state is overwritten.
 
     A running consumer carries it out. Where none runs, this command consumes until its users are repaired.
     Users that only files know stay. Exit code 1 where a user is not repaired, or something is left to do by hand.
@@ -98,16 +98,16 @@ def repair(
 
 
 class _Progress:
-    """Says now and then how far it is."""
+    """Reports now and then how many users are repaired."""
 
     def __init__(self, users: int) -> None:
         self._users = users
-        self._next = time.monotonic() + _SAY_SECONDS
+        self._next = time.monotonic() + _PROGRESS_SECONDS
 
     def __call__(self, done: int) -> None:
         now = time.monotonic()
         if done < self._users and now >= self._next:
-            self._next = now + _SAY_SECONDS
+            self._next = now + _PROGRESS_SECONDS
             say(f"{done:,} of {self._users:,} users are repaired")
 
 

@@ -74,8 +74,8 @@ def _raise_if_interrupted(event: dg.DagsterEvent) -> None:
         raise KeyboardInterrupt
 
 
-def _unforeseen(step: str, error: SerializableErrorInfo | None) -> PermanentError | RuntimeError:
-    """Return the error for one that is not ghsync's: of the system, or a fault of ghsync itself."""
+def _unexpected(step: str, error: SerializableErrorInfo | None) -> PermanentError | RuntimeError:
+    """Return the error for an exception that is no ``GhsyncError``: of the system, or a fault of ghsync itself."""
     error = root_cause(error)
     if error is None:
         return RuntimeError(f"{step} failed without an error")
@@ -95,11 +95,11 @@ def _step_error(result: dg.ExecuteInProcessResult) -> PermanentError | Transient
             failure = event.step_failure_data.user_failure_data
             error = event.step_failure_data.error
             if failure is None:
-                return _unforeseen(str(event.step_key), error)
-            words = failure.description or ""
+                return _unexpected(str(event.step_key), error)
+            description = failure.description or ""
             tag = failure.metadata.get("kind")
             transient = tag is not None and tag.value == "infrastructure"
-            message, _, way_out = words.partition(WAY_OUT)
+            message, _, way_out = description.partition(WAY_OUT)
             kind = failure.metadata.get("error")
             message = message.removeprefix(f"{kind.value}: ") if kind else message
             error_type = TransientError if transient else PermanentError

@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 
 class DaemonLevel(StrEnum):
-    """What Dagster's own processes log."""
+    """Log level of Dagster's own processes."""
 
     WARNING = "warning"
     INFO = "info"
     DEBUG = "debug"
 
 
-Services = Annotated[list[str] | None, typer.Argument(help="Servers by name; all that there are if none is named.")]
+Services = Annotated[list[str] | None, typer.Argument(help="Servers by name. Default: all.")]
 
 
 def dev(
     port: Annotated[int, typer.Option(min=1, max=65_535, help="TCP port of the UI.")] = 3000,
     log_level: Annotated[
-        DaemonLevel, typer.Option(help="From where on Dagster logs; at info it tells each look of each sensor.")
+        DaemonLevel, typer.Option(help="Lowest level that Dagster logs; at info it logs each tick of each sensor.")
     ] = DaemonLevel.WARNING,
 ) -> None:
     """Serve the Dagster UI on 127.0.0.1 with daemon and sensors, until Ctrl-C."""
@@ -59,11 +59,14 @@ def down(services: Services = None) -> None:
 
 def status(
     dagster_home: Annotated[
-        bool, typer.Option("--dagster-home", help="Only print the folder to export as DAGSTER_HOME, made if need be.")
+        bool,
+        typer.Option(
+            "--dagster-home", help="Only print the folder to export as DAGSTER_HOME, which is made if it is missing."
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Tell which settings file and folders count, which local servers are up, and the URIs to use."""
+    """Show the settings file and folders in use, which local servers are up, and the URIs to use."""
     from ghsync_dagster.dagster_home import dagster_home_of, use_dagster_home
     from ghsync_dagster.local import stack
 

@@ -1,4 +1,4 @@
-"""The command ``ghsync show``: what is known of a user.
+"""The command ``ghsync show``: all that is stored about a user.
 
 Belongs here: arguments and what is printed. Not here: where it comes from (``cdc.health.known_user``).
 """
@@ -33,11 +33,11 @@ def show(
     from ghsync_dagster.wiring import has_mysql, open_mysql, store_opener
 
     settings = configured()
-    # Before a server is looked for: a login is no id, and to say that nobody has it would mislead.
-    asked = checked(user_ids)
+    # Before a server is used: a login is no id, and the answer that it is unknown would mislead.
+    ids = checked(user_ids)
     opener = (lambda: open_mysql(settings)) if has_mysql(settings) else None
     with store_opener(settings)() as store:
-        found = [known_user(store, settings.kafka_topic, user_id, opener) for user_id in asked]
+        found = [known_user(store, settings.kafka_topic, user_id, opener) for user_id in ids]
     if as_json:
         print_json([user.as_json() for user in found])
     else:
@@ -57,8 +57,8 @@ def _lines(user: KnownUser) -> Iterator[tuple[str, str]]:
     else:
         yield from ((name, repr(value)) for name, value in user.stored.items() if name != "user_id")
         version = user.version
-        came = f"event {version.event_id} of {version.created_at}, load {version.load}" if version else "the stream"
-        yield "written by", came
+        writer = f"event {version.event_id} of {version.created_at}, load {version.load}" if version else "the stream"
+        yield "written by", writer
     yield "deleted", "by the stream: no file brings the user back" if user.deleted else "no"
     if user.repair:
         yield "repair", ", ".join(f"{name} {value}" for name, value in user.repair.items() if value)
