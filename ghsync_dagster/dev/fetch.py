@@ -1,10 +1,10 @@
-"""Real hours: gets GH Archive's files for those with internet, whole or not at all.
+"""Real hours: downloads GH Archive's files, each whole or not at all.
 
-Belongs here: which hours an argument names, the download, its resumption and its verification. Not here: reading
-events from the files.
+Belongs here: the hours of an argument, the download, its resumption and its verification. Not here: the reading of
+events.
 
-Alongside ``HOUR.json.gz`` a download under way keeps two hidden files: ``.part``, what has come so far, and ``.etag``,
-the server's validator of exactly these bytes. Only with both is a download resumed.
+An unfinished download of ``HOUR.json.gz`` has two hidden files: ``.part``, the bytes so far, and ``.etag``, the
+server's validator of exactly these bytes. A download is resumed only with both.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _logger = get_logger("fetch")
 
 
 class Outcome(Enum):
-    """How an hour came to be in the folder."""
+    """How the file of an hour got into the folder."""
 
     DOWNLOADED = "downloaded"
     RESUMED = "resumed"
@@ -65,7 +65,7 @@ class FetchedHour:
         path: The gzip file.
         size: Its bytes.
         lines: Lines in it, once unpacked.
-        outcome: Downloaded from the start, resumed, or already there.
+        outcome: Downloaded from the start, resumed, or kept.
     """
 
     hour: str
@@ -76,7 +76,7 @@ class FetchedHour:
 
 
 def expand_hours(hours: list[str]) -> list[str]:
-    """Return the hours that the arguments name, in their order, each once.
+    """Return the hours of the arguments, in their order, each once.
 
     Raises:
         InputError: An argument is malformed, or names no hour of GH Archive's events.
@@ -91,20 +91,20 @@ def fetch_hours(
     base_url: str = ARCHIVE_URL,
     progress: Progress | None = None,
 ) -> list[FetchedHour]:
-    """Get hours of GitHub events into a folder; run again, it goes on where it stopped.
+    """Download hours of GitHub events into a folder; a second call resumes the first.
 
     Args:
         hours: ``YYYY-MM-DD-H`` in UTC, or ranges ``YYYY-MM-DD-{0..23}`` and ``YYYY-MM-{01..31}-{0..23}``.
-        target: The folder, made if it is missing. A whole file that is there is verified and kept.
-        base_url: Where the files are: GH Archive, or a mirror with the same file names.
-        progress: Called with the hour, its bytes so far, and its bytes in all where the server tells.
+        target: The folder, made if it is missing. A whole file in it is verified and kept.
+        base_url: GH Archive, or a mirror with the same file names.
+        progress: Called with the hour, its bytes so far, and its total bytes if the server reports them.
 
     Returns:
-        One entry an hour, in the order asked for.
+        One entry for each hour, in the given order.
 
     Raises:
-        InputError: An argument is malformed; hours that the server does not have (the others are fetched first);
-            a file that comes damaged twice.
+        InputError: An argument is malformed; the server lacks hours (the others are fetched first); a file arrives
+            damaged twice.
         ConfigError: ``base_url`` is not a URL, or ``target`` can't be written.
         RefusedError: The server refuses.
         UnavailableError: The server can't be reached or keeps failing.
@@ -124,7 +124,7 @@ def fetch_hours(
 
 @contextmanager
 def _alone_in(target: Path) -> Iterator[None]:
-    """Hold the folder: two fetches into one part file would mix their bytes."""
+    """Lock the folder: two downloads into one part file would mix their bytes."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(target / ".ghsync-fetch.lock")
@@ -200,7 +200,7 @@ def _client(base_url: str) -> httpx.Client:
         auth=(url.username, url.password) if url.username else None,
         base_url=url.copy_with(userinfo=b""),
         follow_redirects=True,
-        headers={"Accept-Encoding": "identity"},  # the file itself is gzip: no second coding on the way
+        headers={"Accept-Encoding": "identity"},  # the file itself is gzip: no second encoding
         timeout=httpx.Timeout(30, connect=10),
     )
 
@@ -210,7 +210,7 @@ class _MissingError(Exception):
 
 
 class _Download:
-    """One hour on its way into the folder."""
+    """The download of one hour."""
 
     def __init__(self, client: httpx.Client, hour: str, target: Path, progress: Progress | None) -> None:
         self._client = client
@@ -244,7 +244,7 @@ class _Download:
         )
 
     def _complete(self) -> None:
-        """Bring the whole body into the part file, over as many connections as it takes."""
+        """Download the whole body into the part file, with retries."""
         import httpx
 
         try:
@@ -271,7 +271,7 @@ class _Download:
         ) from None
 
     def _receive(self) -> None:
-        """Make one request and append or write what it brings."""
+        """Send one request, and append its answer to the part file or overwrite that."""
         import httpx
 
         offset, headers = self._resumption()
@@ -279,13 +279,15 @@ class _Download:
             if response.status_code == 416 and offset:
                 if response.headers.get("Content-Range") == f"bytes */{offset}":
                     self._resumed = True
-                    return  # the part is whole: the last try ended between its last byte and its check
+                    return  # the part is complete: the last try ended between the last byte and the check
                 self._discard()
             if response.status_code == 206 and not (offset and _continues(response, offset)):
                 self._discard()
-                raise httpx.RemoteProtocolError("another range came than was asked for", request=response.request)
+                raise httpx.RemoteProtocolError(
+                    "the answer has another range than the request", request=response.request
+                )
             if not response.is_success:
-                # The library's own message names the URL, and one that was redirected to may hold a signature.
+                # The library's own message has the URL, and a redirect's URL may contain a signature.
                 text = f"status {response.status_code}"
                 raise httpx.HTTPStatusError(text, request=response.request, response=response)
             self._resumed = response.status_code == 206
@@ -295,7 +297,7 @@ class _Download:
             self._store(response, offset)
 
     def _resumption(self) -> tuple[int, dict[str, str]]:
-        """Return how many bytes are kept, and the headers that ask for the rest of the very same file."""
+        """Return how many bytes are kept, and the headers that request the rest of the very same file."""
         if not (self._part.exists() and self._etag.exists()):
             return 0, {}
         offset, etag = self._part.stat().st_size, self._etag.read_text(encoding="ascii", errors="replace")
@@ -304,7 +306,7 @@ class _Download:
         return offset, {"Range": f"bytes={offset}-", "If-Range": etag}
 
     def _start(self, response: httpx.Response) -> None:
-        """Empty the part file, then note the validator of what will be in it: in this order, a crash is safe."""
+        """Empty the part file, then store the validator of its coming content: in this order a crash is safe."""
         self._etag.unlink(missing_ok=True)
         self._part.write_bytes(b"")
         etag = response.headers.get("ETag", "")
@@ -339,7 +341,7 @@ class _Download:
 
 
 def count_lines(path: Path) -> int | None:
-    """Unpack a whole gzip file in memory-sized blocks; return its lines, or None where it is damaged or empty."""
+    """Unpack a whole gzip file by block; return its number of lines, or None if it is damaged or empty."""
     lines, last = 0, b""
     try:
         with gzip.open(path) as file:
@@ -356,7 +358,7 @@ def _is_transient(status: int) -> bool:
 
 
 def _retry_wait(error: Exception) -> bool | float:
-    """Return whether to try again, and after how many seconds where the server says it."""
+    """Return whether to retry, or after how many seconds if the server says it."""
     import httpx
 
     if isinstance(error, httpx.HTTPStatusError):

@@ -1,10 +1,10 @@
-"""The sample: generated events in GH Archive's shape, the same bytes for the same arguments on every machine.
+"""The sample: generated events in GH Archive's format, the same bytes for the same arguments on every machine.
 
-Belongs here: who acts how often, what an event of each type looks like, and the writing of the file. Not here:
-reading or checking events. Every person, repository and organisation is made up: logins are built from syllables,
-ids lie above those that GitHub has given out.
+Belongs here: the users' activity, the form of each type of event, and the writing of the file. Not here: the reading or
+checking of events. Every person, repository and organisation is invented: logins consist of syllables, and ids are
+above those of GitHub.
 
-Only ``random()`` and ``getrandbits()`` are drawn, whose sequences Python keeps: ``choices`` and ``shuffle`` may change.
+Only ``random()`` and ``getrandbits()`` are used, whose sequences Python keeps; ``choices`` and ``shuffle`` may change.
 """
 
 from __future__ import annotations
@@ -77,13 +77,13 @@ _GAPS = (1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 4, 5, 6)
 
 @dataclass(frozen=True, slots=True)
 class SampleReport:
-    """What ``write_sample`` wrote.
+    """The facts of a written sample.
 
     Attributes:
         path: The file.
         events: Lines in it.
-        users: Different ``actor.id`` in it.
-        renames: Users seen under two logins.
+        users: Distinct values of ``actor.id`` in it.
+        renames: Users with two logins.
         size: Bytes.
         sha256: Hex digest of the file.
         seconds: Wall time of the writing.
@@ -111,7 +111,7 @@ def write_sample(
     Args:
         path: The file to write; an existing one is replaced.
         events: How many, 1 to ``MAX_EVENTS``. The number of users grows in proportion: about 0.46 an event.
-        seed: Who acts when. The same user has the same id in every seed and hour.
+        seed: Selects who acts when. A user has the same id with every seed and hour.
         hour: Start of the hour, with a time zone, 2015 or later.
         progress: Called with events written so far and events in all, every few hundred events.
 
@@ -173,7 +173,7 @@ def _write(
 
 
 class _Population:
-    """The users that may act: known by number, so that one byte a user is all that is kept."""
+    """The users that may act: each is a number, so that one byte for each is enough."""
 
     __slots__ = ("_seen", "pool")
 
@@ -182,7 +182,7 @@ class _Population:
         self._seen = bytearray(self.pool)
 
     def act(self, number: int, second: int) -> str:
-        """Note that a user acts in this second of the hour, and return the login it has then."""
+        """Record that a user acts in this second of the hour, and return its login then."""
         renamed = _is_renamed(number, second)
         self._seen[number] |= 2 if renamed else 1
         return _login(number) + _NEW_ENDINGS[number & 3] if renamed else _login(number)
@@ -199,7 +199,7 @@ class _Population:
 
 
 def _is_renamed(number: int, second: int) -> bool:
-    """Whether the user has its new login in this second: each renamed user changes at its own moment."""
+    """Return whether the user has its new login in this second: each renamed user changes at another time."""
     return number % _RENAMED_ONE_IN == _RENAMED_ONE_IN - 1 and second >= 600 + number * 7 % 2400
 
 
@@ -227,7 +227,7 @@ def _lines(population: _Population, events: int, rng: Random, hour: datetime) ->
             uniform = rng.random()
             number = int(uniform * uniform * uniform * pool)
             login, user_id = population.act(number, second), _user_id(number)
-            repo_id, repo, org = _place(rng, number, login, pool)
+            repo_id, repo, org = _repository(rng, number, login, pool)
             kind, payload = _KIND_OF[rng.getrandbits(10)]
             yield (
                 f'{{"id":"{event_id}","type":"{kind}","actor":{{"id":{user_id},"login":"{login}","gravatar_id":"",'
@@ -248,8 +248,8 @@ def _events_by_second(events: int, rng: Random) -> Iterator[int]:
         before = until
 
 
-def _place(rng: Random, number: int, login: str, pool: int) -> tuple[int, str, str]:
-    """Return where a user acts: id and name of the repository, and the organisation as the event's last field."""
+def _repository(rng: Random, number: int, login: str, pool: int) -> tuple[int, str, str]:
+    """Return id and name of the repository, and the organisation as the event's last field."""
     dice, word = rng.getrandbits(8), rng.getrandbits(5)
     if dice < 40:
         uniform = rng.random()

@@ -1,10 +1,9 @@
 """A workload against MySQL: inserts, updates, deletes and key changes at a chosen rate.
 
-Belongs here: which changes are made (`plan`, pure and seeded), and the schedule by which they are sent. Not here: who
-reads them at the other end.
+Belongs here: the changes (`plan`, pure and seeded), and the schedule by which they are sent. Not here: their consumer.
 
-A run takes a range of keys of its own, and so knows its rows without reading any: it works alongside others, on a table
-with rows, and never meets a key that it did not make.
+Each run has a range of keys of its own. So it knows its rows without a read, and can run alongside others on a table
+with rows.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ ODD_TEXTS: Final = (
     "x" * _WIDTH,
     "\U0001f980" * _WIDTH,
 )
-"""Text that must come through as it is."""
+"""Texts that must arrive unchanged."""
 
 log = get_logger("workload")
 
@@ -94,18 +93,18 @@ class RowChange:
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """Of what the changes are made; the shares are weights.
+    """The mixture of changes; the shares of the four kinds are weights.
 
     Attributes:
         insert: Weight of inserts.
         update: Weight of updates.
         delete: Weight of deletes.
         key_change: Weight of updates of the key.
-        rows: How many rows the workload keeps at most; above it, inserts become deletes.
-        odd: Share of texts (0 to 1) that are taken from ``ODD_TEXTS``.
+        rows: The most rows that the workload keeps; above it, inserts become deletes.
+        odd: Share of texts (0 to 1) from ``ODD_TEXTS``.
         transaction: Share of transactions (0 to 1) that hold several changes, 2 to 10.
-        again: Share of inserts and key changes (0 to 1) that take a key which was deleted or left before.
-        negative: Share of fresh keys (0 to 1) that are negative.
+        again: Share of inserts and key changes (0 to 1) that reuse a key which was deleted or changed before.
+        negative: Share of new keys (0 to 1) that are negative.
     """
 
     insert: float = 40
@@ -121,26 +120,26 @@ class Mix:
 
 _LONGEST_TRANSACTION: Final = 10
 _REMEMBERED: Final = 1_000
-"""How many left keys may come again."""
+"""How many former keys may be reused."""
 
 
 def plan(seed: int, base_id: int, mix: Mix | None = None) -> Iterator[tuple[RowChange, ...]]:
     """Yield transactions without end; the same arguments give the same ones.
 
-    Every change is of a row that is there after the changes before it, so that each one touches exactly one row.
+    Every change is of a row that exists at that point, so that each one touches exactly one row.
 
     Args:
-        seed: Chooses the history.
+        seed: Selects the history.
         base_id: Keys are above it, negative ones below minus it; at least 0.
-        mix: Of what the history is made.
+        mix: The mixture of changes.
     """
-    history = _History(random.Random(seed), base_id, mix or Mix())  # noqa: S311  a repeatable history is what it is for
+    history = _History(random.Random(seed), base_id, mix or Mix())  # noqa: S311  a repeatable history is the purpose
     while True:
         yield history.transaction()
 
 
 class _History:
-    """The workload's own knowledge of its rows."""
+    """The workload's rows and former keys."""
 
     def __init__(self, chance: random.Random, base_id: int, mix: Mix) -> None:
         self._chance = chance
@@ -169,7 +168,7 @@ class _History:
         key = self._rows[at]
         if kind == UPDATE:
             names = self._chance.sample(_COLUMNS, self._chance.randint(1, len(_COLUMNS)))
-            # One column gets a text that it never had: MySQL logs no update that changes nothing.
+            # One column always gets a new text: MySQL logs no update that changes nothing.
             return RowChange(UPDATE, key, {name: self._text(name) for name in names} | {names[0]: self._new(names[0])})
         if kind == KEY_CHANGE:
             self._rows[at] = self._free_key()
@@ -203,12 +202,12 @@ class _History:
 
 
 def fresh_base_id() -> int:
-    """Return a base for keys that no earlier run of this machine has used: it grows by a million a second."""
+    """Return a base for keys that no earlier run of this machine has used; it grows by a million a second."""
     return int(time.time() * _KEYS_A_SECOND)
 
 
 class Table(Protocol):
-    """Where changes go: ``stores.mysql.MySqlStore``, or a test's."""
+    """The target of changes: ``stores.mysql.MySqlStore``, or a test's."""
 
     @property
     def table(self) -> str:
@@ -220,18 +219,18 @@ class Table(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class WorkloadReport:
-    """What a workload did.
+    """The result of a workload.
 
     Attributes:
         changes: By kind.
-        transactions: As sent: several planned ones go together where the schedule has fallen behind.
-        missed: Changes whose row was not there: somebody else works on the same keys.
+        transactions: As sent: late planned ones are sent together.
+        missed: Changes whose row was missing: something else changes the same keys.
         seconds: From the first change to the last.
-        rate: Changes a second that were reached.
-        wanted_rate: Changes a second that were asked for.
-        longest_behind_seconds: How late a change was sent, at worst.
+        rate: Changes a second, as measured.
+        wanted_rate: Changes a second, as requested.
+        longest_behind_seconds: The longest delay of a change.
         base_id: Keys are above it.
-        seed: Chooses the history.
+        seed: Selects the history.
     """
 
     changes: dict[str, int]
@@ -253,19 +252,19 @@ class WorkloadReport:
 class Workload:
     """Sends a planned history to MySQL by a schedule: change ``n`` is due ``n / rate`` seconds after the start.
 
-    A stall is made up for at full speed, so that the rate holds over any time longer than it. ``report`` may be
-    called from another thread while ``run`` works.
+    After a stall it catches up at full speed, so that the mean rate holds. ``report`` may be called from another thread
+    during ``run``.
 
     Args:
-        table: Where the changes go; not in use elsewhere.
+        table: The target of the changes; not in use elsewhere.
         rate: Changes a second, above 0.
-        seed: Chooses the history.
-        base_id: Keys are above it; a fresh one when left out.
-        mix: Of what the history is made.
-        longest_transaction: How many changes that are due may go into one transaction.
+        seed: Selects the history.
+        base_id: Keys are above it; by default a new one.
+        mix: The mixture of changes.
+        longest_transaction: The most due changes in one transaction.
         on_commit: Called after each transaction with its changes and the time of the commit's answer, in ms since
             the epoch.
-        clock: Seconds that only grow, by which the schedule goes.
+        clock: The monotonic clock of the schedule, in seconds.
 
     Raises:
         ConfigError: A number is out of range.
@@ -301,7 +300,7 @@ class Workload:
         self._kinds: Counter[str] = Counter()
         self._transactions = 0
         self._missed = 0
-        self._behind = 0.0
+        self._longest_delay = 0.0
         self._began: float | None = None
         self._last = 0.0
 
@@ -310,11 +309,11 @@ class Workload:
     ) -> WorkloadReport:
         """Send changes until there are ``changes``, ``seconds`` have passed or ``stop`` is set; return the report.
 
-        Where no end is given, ``stop`` is the only one. The last planned transaction is sent whole, so that there may
-        be a few changes more than asked for.
+        Without ``changes`` and ``seconds``, only ``stop`` ends it. The last planned transaction is sent whole, so that
+        there may be a few more changes than requested.
 
         Raises:
-            UnavailableError: MySQL went away. The history ends here: what was committed last is not known.
+            UnavailableError: MySQL went away. The history ends here: the last commit is in doubt.
             RefusedError: MySQL refused a change.
         """
         stop = stop or threading.Event()
@@ -328,7 +327,8 @@ class Workload:
             if next_due > now:
                 stop.wait((next_due if seconds is None else min(next_due, seconds)) - now)
                 continue
-            self._note_behind(now - next_due)
+            with self._lock:
+                self._longest_delay = max(self._longest_delay, now - next_due)
             due = int(now * self._rate) + 1
             sent += self._send((due if changes is None else min(due, changes)) - sent)
         result = self.report()
@@ -336,7 +336,7 @@ class Workload:
         return result
 
     def _send(self, due: int) -> int:
-        """Send what is due, up to the size of a transaction; return the number of changes."""
+        """Send due changes, up to the size of a transaction; return their number."""
         batch: list[RowChange] = []
         while len(batch) < min(due, self._longest):
             batch.extend(next(self._plan))
@@ -351,12 +351,8 @@ class Workload:
             log.warning("changes missed their rows", sent=len(batch), touched=touched)
         return len(batch)
 
-    def _note_behind(self, seconds: float) -> None:
-        with self._lock:
-            self._behind = max(self._behind, seconds)
-
     def report(self) -> WorkloadReport:
-        """Return what has been done so far."""
+        """Return the result so far."""
         with self._lock:
             seconds = 0.0 if self._began is None else self._last - self._began
             total = self._kinds.total()
@@ -367,7 +363,7 @@ class Workload:
                 seconds=round(seconds, 3),
                 rate=round(total / seconds, 1) if seconds else 0.0,
                 wanted_rate=self._rate,
-                longest_behind_seconds=round(self._behind, 3),
+                longest_behind_seconds=round(self._longest_delay, 3),
                 base_id=self._base_id,
                 seed=self._seed,
             )
