@@ -403,6 +403,9 @@ def test_a_drain_that_could_not_heed_a_note_to_go_back_fails(stack: Stack, runs:
         wait_for(lambda: hanging.poll(0.1) or hanging.assignment(), "the partition")
         result = runs.run("cdc_drain_job", {"drain_changes": {"timeout_seconds": 3}})
     finally:
+        # Its close may block forever while partitions are still to come or go.
+        hanging.unsubscribe()
+        wait_for(lambda: hanging.poll(0.1) or not hanging.assignment(), "the end of its partition")
         hanging.close()
     assert not result.success
     assert "whether changes are to be applied again" in str(

@@ -171,7 +171,7 @@ class Writer(WriterGuard):
         if not self._thread.is_alive():
             self._letters.close()
             return
-        leave_behind("the thread that writes does not end: the database or Kafka does not answer")
+        abandon("the thread that writes does not end: the database or Kafka does not answer")
         # In this order: a batch that is given up leaves its requests before it is no longer at work.
         if self.at_work or self.rewinds.is_unfinished:
             self.failure = self.failure or UnavailableError(

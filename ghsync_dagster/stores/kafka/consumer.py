@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from ghsync_dagster.domain.errors import GhsyncError, PermanentError, UnavailableError
-from ghsync_dagster.stopping import leave_behind
+from ghsync_dagster.stopping import abandon
 from ghsync_dagster.stores.kafka.client import KafkaSettings, consumer_config, kafka_error, kafka_errors
 from ghsync_dagster.stores.kafka.topics import PARTITION_EOF, committed_offsets, location, partitions_of, watermarks
 
@@ -318,7 +318,7 @@ class TopicConsumer:
 
         The client's own close may block forever: if an assignment arrives or is pending meanwhile (librdkafka #4884,
         #4527), or if the topic is deleted (#4362). So this unsubscribes first, and polls until the partitions are
-        revoked. Close comes last. If it does not return, it is left behind, see ``stopping.leave_behind``.
+        revoked. Close comes last. If it does not return, it is left behind, see ``stopping.abandon``.
         Another thread calls the callbacks, while this one waits.
 
         Raises:
