@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from ghsync_dagster.batch.reports import Row, count_rows, rows_of
 from ghsync_dagster.domain.precedence import (
     INSERT_AGAIN_STEPS,
+    PLAN_STEPS,
     READ_STEPS,
     WRITE_STEPS,
     Action,
@@ -111,10 +112,11 @@ class _Planning:
         self._documents: dict[str, Document] = {}
         self._versions: dict[str, StoredVersion] = {}
         self._deleted: set[str] = set()
-        self._reads: dict[LoadStep, Callable[[], None]] = {
+        self._beginning: dict[LoadStep, Callable[[], None]] = {
             LoadStep.READ_DOCUMENT: self._read_documents,
             LoadStep.READ_VERSION: self._read_versions,
             LoadStep.READ_DELETED: self._read_deleted,
+            LoadStep.REMOVE_LATE: self._remove_late,
         }
         self._writes: dict[tuple[Action, LoadStep], Callable[[Sequence[Row]], None]] = {
             (Action.INSERT, LoadStep.REMOVE_WRONG): self._remove_wrong,
@@ -128,8 +130,8 @@ class _Planning:
 
     def decide(self) -> None:
         """Read, decide and write, but for inserts."""
-        self._read()
-        self._remove_late_inserts()
+        for step in PLAN_STEPS:
+            self._beginning[step]()
         by_action: dict[Action, list[Row]] = {action: [] for action in Action}
         for key, row in self._rows.items():
             incoming = Incoming(_content(row), Version(row["created_at"], row["event_id"]))
@@ -141,7 +143,8 @@ class _Planning:
     def decide_again(self) -> None:
         """Read what verification found missing, decide, and write, but for inserts."""
         replaced = self._store.undo_by_id(list(self._rows))
-        self._read()
+        for step in READ_STEPS:
+            self._beginning[step]()
         again: list[Row] = []
         for key, row in self._rows.items():
             is_marked = MARKER_FIELD in self._documents.get(key, {})
@@ -156,10 +159,6 @@ class _Planning:
                 self._sorter.plan.marker_lost.append(key)
         self._write(Action.INSERT, INSERT_AGAIN_STEPS, again)
         self._sorter.add({Action.INSERT: again})
-
-    def _read(self) -> None:
-        for step in READ_STEPS:
-            self._reads[step]()
 
     def _write(self, action: Action, steps: Iterable[LoadStep], rows: Sequence[Row]) -> None:
         for step in steps:
@@ -178,12 +177,7 @@ class _Planning:
     def _read_deleted(self) -> None:
         self._deleted = self._store.deleted_among(list(self._rows)) if self._deletions else set()
 
-    def _remove_late_inserts(self) -> None:
-        """Delete what is marked without a version entry, before this load has written any.
-
-        Spark's executors of a dead load may write for a moment longer; nobody else has seen these. No table has this
-        step: to the model, a dead load writes no more.
-        """
+    def _remove_late(self) -> None:
         late = [key for key, found in self._documents.items() if MARKER_FIELD in found and key not in self._versions]
         self._writer.delete_marked(late)
         for key in late:

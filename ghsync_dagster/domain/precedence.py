@@ -207,9 +207,9 @@ def settle(state: LoadState | None, found: Found) -> Repair:
 class LoadStep(Enum):
     """The steps of a load. Any time may pass between two of them, and each may be the last one.
 
-    RECORD_RUNNING once a load, READ_STEPS for each key, then the WRITE_STEPS of its action, then READ_BACK. A key that
-    is found missing is read again, and inserted again by INSERT_AGAIN_STEPS if ``classify_missing`` decides so. That is
-    repeated as often as needed, but before SETTLE_STEPS.
+    RECORD_RUNNING once a load, PLAN_STEPS for each key, then the WRITE_STEPS of its action, then READ_BACK. A key that
+    is found missing is read again by READ_STEPS, and inserted again by INSERT_AGAIN_STEPS if ``classify_missing``
+    decides so. That is repeated as often as needed, but before SETTLE_STEPS.
     """
 
     RECORD_RUNNING = "record running"
@@ -223,6 +223,12 @@ class LoadStep(Enum):
 
     READ_DELETED = "read deleted"
     """Third read. It only saves inserting what settling removes again."""
+
+    REMOVE_LATE = "remove late"
+    """Delete the document where it is marked, if no version entry was read: this load has written none yet.
+
+    Spark's executors of a dead load may write for a moment longer, after the recovery. Nobody else has seen these.
+    """
 
     REMOVE_WRONG = "remove wrong"
     """Delete the document where it is marked: it is not what was to be written."""
@@ -311,6 +317,9 @@ class StreamStep(Enum):
 
 READ_STEPS = (LoadStep.READ_DOCUMENT, LoadStep.READ_VERSION, LoadStep.READ_DELETED)
 """What a load reads of a key before it decides."""
+
+PLAN_STEPS = (*READ_STEPS, LoadStep.REMOVE_LATE)
+"""What a load does with a key before it decides for the first time."""
 
 WRITE_STEPS = {
     Action.INSERT: (LoadStep.DROP_STALE, LoadStep.WRITE_DOCUMENT, LoadStep.WRITE_VERSION),

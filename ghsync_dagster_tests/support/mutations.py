@@ -232,9 +232,9 @@ MUTATIONS = (
     ),
     Mutation(
         "late inserts stay",
-        _PLAN,
-        "        self._remove_late_inserts()\n",
-        "",
+        _PRECEDENCE,
+        "PLAN_STEPS = (*READ_STEPS, LoadStep.REMOVE_LATE)",
+        "PLAN_STEPS = READ_STEPS",
         PLAN,
     ),
     Mutation(

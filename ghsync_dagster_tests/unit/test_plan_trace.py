@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from ghsync_dagster.batch.plan import LEFT_TO_SPARK, Plan, make_plan, plan_missing
 from ghsync_dagster.domain.precedence import (
     INSERT_AGAIN_STEPS,
+    PLAN_STEPS,
     READ_STEPS,
     WRITE_STEPS,
     Action,
@@ -69,7 +70,6 @@ class _TracedStore:
     def __init__(self, keys: dict[str, Key], lease: TracedLease) -> None:
         self.keys, self.lease = keys, lease
         self.trace: dict[str, list[LoadStep]] = defaultdict(list)
-        self.late: list[str] = []
         self.is_again = False
         self.store = self
         """What is read: a writer and its store in one."""
@@ -113,8 +113,7 @@ class _TracedStore:
         if self.is_again:
             self._wrote(LoadStep.REMOVE_WRONG, keys)
         else:
-            self._wrote(LoadStep.REMOVE_WRONG, [])
-            self.late += keys
+            self._wrote(LoadStep.REMOVE_LATE, keys)
         return len(keys)
 
     def drop_versions(self, keys: Iterable[str]) -> set[str]:
@@ -181,7 +180,8 @@ some_keys = st.dictionaries(st.integers(1, 99).map(str), a_key, min_size=1, max_
 def steps_of(key: Key, action: Action) -> list[LoadStep]:
     """Return the steps that planning takes for a key, from the tables."""
     steps = [step for step in WRITE_STEPS.get(action, ()) if action is not Action.INSERT or step not in LEFT_TO_SPARK]
-    return READS + [step for step in steps if step is not LoadStep.DROP_STALE or key.event is not None]
+    begins = [step for step in PLAN_STEPS if step is not LoadStep.REMOVE_LATE or key.is_late]
+    return begins + [step for step in steps if step is not LoadStep.DROP_STALE or key.event is not None]
 
 
 @given(some_keys)
@@ -195,7 +195,9 @@ def test_each_key_takes_the_steps_of_its_action_in_their_order(keys: dict[str, K
     assert {name: store.trace[name] for name in keys} == {
         name: steps_of(key, actions[name]) for name, key in keys.items()
     }
-    assert store.late == [name for name, key in keys.items() if key.is_late]
+    assert [name for name in keys if LoadStep.REMOVE_LATE in store.trace[name]] == [
+        name for name, key in keys.items() if key.is_late
+    ]
     taken = list(actions.values())
     assert (plan.inserts, plan.replaced, plan.confirmed) == tuple(map(taken.count, WRITE_ORDER))
     assert plan.insert_path.name == "-".join(name for name, action in actions.items() if action is Action.INSERT)

@@ -48,6 +48,8 @@ LOADED = Store(Doc("a", marked=False), Entry(2, 0))
 STREAMED = Store(Doc("a", marked=False))
 DELETED = Store(deleted=True)
 STALE_VERSION = Store(entry=Entry(2, 0))
+LATE = Store(Doc("a", marked=True))
+"""A dead load's executor wrote the document after the recovery."""
 
 OPS = ("a", "b", "s", DELETE)
 """What the stream may write: the start's content, a load's content, its own, and nothing."""
@@ -162,9 +164,13 @@ SCENARIOS = [Scenario(*some, OPS, max_ops=2, load_crashes=2, stream_crashes=1) f
 SCENARIOS += [Scenario(*some, OPS, max_ops=3, load_crashes=1, stream_crashes=1) for some in ONE_LOAD[:2]]
 SCENARIOS += [Scenario(*some, OPS, max_ops=2, load_crashes=2, stream_crashes=2) for some in ONE_LOAD[1:]]
 
+# With one crash a load comes to its end after the late insert, and so sees to it.
+SCENARIOS.append(Scenario(LATE, None, ((3, "b"), (4, "a")), OPS, max_ops=2, load_crashes=1, stream_crashes=1))
+
 
 def named(scenario: Scenario) -> str:
-    starts = {EMPTY: "empty", LOADED: "loaded", STREAMED: "streamed", DELETED: "deleted", STALE_VERSION: "stale"}
+    starts = {EMPTY: "empty", LOADED: "loaded", STREAMED: "streamed", DELETED: "deleted"}
+    starts |= {STALE_VERSION: "stale", LATE: "late"}
     loads = "+".join(f"{event}{content}" for event, content in scenario.loads)
     crashes = f"{scenario.load_crashes}+{scenario.stream_crashes}"
     return f"{starts[scenario.start]}-{loads}-{scenario.max_ops}ops-{crashes}crashes"
@@ -223,6 +229,7 @@ REPLACE = scenario(LOADED, (3, "b"))
 INSERT_DIES = scenario(EMPTY, (3, "b"), load_crashes=1)
 REPLACE_DIES = scenario(LOADED, (3, "b"), load_crashes=1)
 BUMP_DIES = scenario(LOADED, (3, "a"), load_crashes=1)
+LATE_INSERT = scenario(LATE, (3, "b"))
 INSERT_REPLACE = scenario(EMPTY, (3, "b"), (4, "c"))
 TWO_OPS = scenario(LOADED, (3, "b"), ops=2)
 
@@ -263,6 +270,7 @@ MUTATIONS = {
         INSERT,
         BACK,
     ),
+    "a load leaves late inserts": (replace(PROTOCOL, late=()), LATE_INSERT, UNVERSIONED),
     "delete drops no version": (
         replace(PROTOCOL, delete=without(DELETE_STEPS, StreamStep.DROP_VERSION)),
         INSERT,

@@ -14,6 +14,7 @@ from ghsync_dagster.domain.precedence import (
     DELETE_STEPS,
     GOES_BACK,
     INSERT_AGAIN_STEPS,
+    PLAN_STEPS,
     READ_STEPS,
     SETTLE_STEPS,
     UPSERT_STEPS,
@@ -149,6 +150,7 @@ class Protocol:
     """The steps to execute, the decision at the end, and the names of deviations within single steps."""
 
     reads: tuple[LoadStep, ...] = READ_STEPS
+    late: tuple[LoadStep, ...] = PLAN_STEPS[len(READ_STEPS) :]
     writes: Mapping[Action, tuple[LoadStep, ...]] = field(default_factory=lambda: WRITE_STEPS)
     again: tuple[LoadStep, ...] = INSERT_AGAIN_STEPS
     settle: tuple[SettleStep, ...] = SETTLE_STEPS
@@ -193,7 +195,7 @@ class Loads:
         self.plan = (*loads, LATER)
         first = next(at for at, step in enumerate(protocol.settle) if step not in FINDS + REPAIRS)
         self.closing = protocol.settle[first:]
-        self.beginning = (LoadStep.RECORD_RUNNING, *protocol.reads)
+        self.beginning = (LoadStep.RECORD_RUNNING, *protocol.reads, *protocol.late)
 
     def moves(self, store: Store, load: Load) -> list[tuple[str, Store, Load]]:
         """Every next step of the load, a crash before it included."""
@@ -213,7 +215,7 @@ class Loads:
             return [self._begin(store, load)]
         if isinstance(step, SettleStep):
             return [(self._settle_label(store, load), *self._settle(store, load, step))]
-        if step in READ_STEPS:
+        if step in PLAN_STEPS:
             return [self._read(store, load, step)]
         if step is LoadStep.READ_BACK:
             return self._read_back(store, load)
@@ -240,6 +242,9 @@ class Loads:
             load = load._replace(marked=store.doc is not None and store.doc.marked)
         elif step is LoadStep.READ_VERSION:
             read = read._replace(version=_version(store.entry.event) if store.entry else None)
+        elif step is LoadStep.REMOVE_LATE:
+            if load.marked and read.version is None:
+                store, read = self._without_marked(store), read._replace(content=None)
         else:
             read = read._replace(deleted=store.deleted)
         load = load._replace(read=read).after()
@@ -266,7 +271,7 @@ class Loads:
         if step is LoadStep.RECORD_RUNNING:
             return store._replace(record=(load.number, LoadState.RUNNING))
         if step is LoadStep.REMOVE_WRONG:
-            return store._replace(doc=None if store.doc and store.doc.marked else store.doc)
+            return self._without_marked(store)
         if step is LoadStep.DROP_STALE:
             return store._replace(entry=None)
         if step is LoadStep.FORGET_LOGGED:
@@ -277,6 +282,9 @@ class Loads:
             late = "version is written late" in self.protocol.deviations
             return store if late else store._replace(entry=self._written_entry(store.entry, load, event))
         return store._replace(doc=self._written_doc(store.doc, load, content))
+
+    def _without_marked(self, store: Store) -> Store:
+        return store._replace(doc=None if store.doc and store.doc.marked else store.doc)
 
     def _written_doc(self, doc: Doc | None, load: Load, content: str) -> Doc | None:
         if load.action is Action.INSERT:
