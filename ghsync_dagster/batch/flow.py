@@ -207,17 +207,16 @@ class BatchRun:
         """Run every step until a gate fails; return whether all gates passed."""
         bind_run(self.run_id)
         try:
-            return all(finding.passed for finding in self._steps())
+            for finding in self._steps():
+                self.findings.append(finding)
+                if not finding.passed:
+                    return False
+            return True
         finally:
             bind_run(None)
 
     def _steps(self) -> Iterator[Finding]:
         self.flow.check_first(self.events_paths)
-        for finding in self._findings():
-            self.findings.append(finding)
-            yield finding
-
-    def _findings(self) -> Iterator[Finding]:
         self.flow.read(self.events_paths)
         yield self.flow.check_read()
         self.flow.flatten()

@@ -45,14 +45,20 @@ log = get_logger("lease")
 
 @dataclass
 class HeldLease(WriterGuard):
-    """A lease in hand: the guard of everything that a load writes."""
+    """A lease that this process holds: the guard of everything that a load writes.
+
+    Attributes:
+        quiet_seconds: How long the server may still execute the last command of a holder that is gone.
+        renewed_at: When the last renewal was requested, by ``clock.now``.
+        is_lost: Whether another holds the lease.
+    """
 
     book: LeaseBook
     name: str
     token: str
     quiet_seconds: float = QUIET_SECONDS
-    _renewed: float = field(default_factory=clock.now)
-    _lost: bool = False
+    renewed_at: float = field(default_factory=clock.now)
+    is_lost: bool = False
 
     def allow(self) -> None:
         """Raise if the lease may belong to another by now; a command has no limit, since the lease is renewed.
@@ -60,19 +66,11 @@ class HeldLease(WriterGuard):
         Raises:
             LeaseLostError: It was taken, or could not be renewed in time.
         """
-        if self._lost or clock.now() - self._renewed > TTL_SECONDS - self.quiet_seconds:
+        if self.is_lost or clock.now() - self.renewed_at > TTL_SECONDS - self.quiet_seconds:
             raise LeaseLostError(
                 "The load's lease ran out before the load was done; nothing was written after that.",
                 way_out="Run again: the next load settles what this one left.",
             )
-
-    def renewed(self, at: float) -> None:
-        """Note a renewal that was asked for at the time ``at`` of ``clock.now``."""
-        self._renewed = at
-
-    def lose(self) -> None:
-        """Note that another holds the lease."""
-        self._lost = True
 
     def name_writer(self, writer: str) -> None:
         """Name a process that writes for the holder and may outlive it.
@@ -85,7 +83,7 @@ class HeldLease(WriterGuard):
         """
         self.allow()
         if not self.book.name_writer(self.name, self.token, writer):
-            self.lose()
+            self.is_lost = True
             self.allow()
 
 
@@ -152,17 +150,17 @@ def _acquire(store: UserStore, name: str, wait_seconds: float, quiet_seconds: fl
     dead_since: dict[str, float] = {}
     last: Lease | None = None
     while True:
-        asked = clock.now()
+        requested_at = clock.now()
         now = book.server_time()
         standing = book.standing(name)
         dead = standing is not None and _is_dead(standing)
         if standing is not None and dead:
-            dead_since.setdefault(standing.token, asked)
-        quiet = dead and standing is not None and asked - dead_since[standing.token] >= quiet_seconds
+            dead_since.setdefault(standing.token, requested_at)
+        quiet = dead and standing is not None and requested_at - dead_since[standing.token] >= quiet_seconds
         if standing is None or standing.expires_at < now or quiet:
             mine = Lease(token, identity(os.getpid()), now + timedelta(seconds=TTL_SECONDS))
             if book.take(name, mine, instead_of=standing):
-                return HeldLease(book, name, token, quiet_seconds, asked)
+                return HeldLease(book, name, token, quiet_seconds, requested_at)
             continue
         if not dead and clock.now() >= deadline:
             last = last or standing
@@ -182,16 +180,16 @@ def _acquire(store: UserStore, name: str, wait_seconds: float, quiet_seconds: fl
 
 def _renew(held: HeldLease, stop: threading.Event) -> None:
     while not stop.wait(_RENEW_SECONDS):
-        asked = clock.now()
+        requested_at = clock.now()
         try:
             end = held.book.server_time() + timedelta(seconds=TTL_SECONDS)
             if not held.book.extend(held.name, held.token, end):
-                held.lose()
+                held.is_lost = True
                 return
         except TransientError as error:
             log.warning("lease renewal failed", reason=error.message)
         else:
-            held.renewed(asked)
+            held.renewed_at = requested_at
 
 
 def _is_dead(lease: Lease) -> bool:

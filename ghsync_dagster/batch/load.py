@@ -14,12 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ghsync_dagster.batch.lease import hold_lease
 from ghsync_dagster.batch.plan import LEFT_TO_SPARK, Plan, make_plan, plan_missing
-from ghsync_dagster.batch.reports import LoadReport, count_rows, rows_of
+from ghsync_dagster.batch.reports import LoadReport, count_rows, rows_of, version_entry
 from ghsync_dagster.batch.settle import recover, settle_load
 from ghsync_dagster.domain.errors import InputError, UnavailableError
 from ghsync_dagster.domain.finding import OFFENDERS
@@ -137,7 +138,8 @@ class _Load:
             recovered = recover(self.writer)
             self.on_step(Step.RECOVERED)
         with self._phase("plan"):
-            self._record(LoadState.RUNNING, started_at=datetime.now(UTC), run_id=self.run_id, users=self.users.users)
+            record = {"started_at": datetime.now(UTC), "run_id": self.run_id, "users": self.users.users}
+            self.writer.record_load(self.load_id, state=LoadState.RUNNING.value, **record)
             self.on_step(Step.RECORDED)
             plan = make_plan(self.writer, Path(self.users.users_path), self.scratch / "plan", self.load_id)
             self._assert_all_planned(plan)
@@ -151,7 +153,14 @@ class _Load:
             outcome = self._verify(plan)
         if outcome.unresolved == 0:
             with self._phase("settle"):
-                unmarked = self._settle(plan, outcome)
+                # Without a replaced or given up user, each insert must be marked, if nobody else wrote since.
+                untouched = plan.replaced == 0 and outcome.given_up_inserts == 0
+                unmarked = settle_load(
+                    self.writer,
+                    self.load_id,
+                    expected_marked=plan.inserts if untouched else None,
+                    on_step=self._on_settled,
+                )
         else:
             unmarked = 0
             log.error("verification failed; markers stay until the next load", unresolved=outcome.unresolved)
@@ -179,9 +188,6 @@ class _Load:
             phases=self.phases,
             seconds=seconds,
         )
-
-    def _record(self, state: LoadState, **fields: object) -> None:
-        self.writer.record_load(self.load_id, state=state.value, **fields)
 
     def _assert_all_planned(self, plan: Plan) -> None:
         planned = plan.inserts + plan.replaced + plan.confirmed + sum(plan.left.values())
@@ -264,8 +270,7 @@ class _Load:
                 log.warning("Spark driver gone", reason=type(error).__name__)
 
     def _write_versions(self, path: Path) -> None:
-        entries = ((row["user_id"], row["created_at"], row["event_id"]) for rows in rows_of(path) for row in rows)
-        self.writer.insert_versions(entries, self.load_id)
+        self.writer.insert_versions(map(version_entry, chain.from_iterable(rows_of(path))), self.load_id)
 
     def _verify(self, plan: Plan) -> _Outcome:
         """Compare what was to be written with what is stored; write the missing; repeat a bounded number of times."""
@@ -281,7 +286,8 @@ class _Load:
                 outcome.unresolved, outcome.offenders = 0, []
                 return outcome
             outcome.unresolved = missing
-            outcome.offenders = _first_keys(missing_path, OFFENDERS)
+            rows = chain.from_iterable(rows_of(missing_path))
+            outcome.offenders = [row["user_id"] for row in islice(rows, OFFENDERS)]
             if round_number == ROUNDS:
                 return outcome
             log.warning("rows missing; writing them again", missing=missing, round=round_number + 1)
@@ -311,15 +317,6 @@ class _Load:
             ).write.mode("overwrite").parquet(str(target))
         return count_rows(target)
 
-    def _settle(self, plan: Plan, outcome: _Outcome) -> int:
-        untouched = plan.replaced == 0 and outcome.given_up_inserts == 0
-        return settle_load(
-            self.writer,
-            self.load_id,
-            expected_marked=plan.inserts if untouched else None,
-            on_step=self._on_settled,
-        )
-
     def _on_settled(self, step: SettleStep) -> None:
         if step in _SETTLED:
             self.on_step(_SETTLED[step])
@@ -344,12 +341,3 @@ class _Outcome:
     marker_lost: list[str] = field(default_factory=list)
     unresolved: int = 0
     offenders: list[str] = field(default_factory=list)
-
-
-def _first_keys(folder: Path, limit: int) -> list[str]:
-    keys: list[str] = []
-    for rows in rows_of(folder):
-        keys += [row["user_id"] for row in rows]
-        if len(keys) >= limit:
-            break
-    return keys[:limit]

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from ghsync_dagster.batch.reports import Row, count_rows, rows_of
+from ghsync_dagster.batch.reports import Row, count_rows, rows_of, version_entry
 from ghsync_dagster.domain.precedence import (
     INSERT_AGAIN_STEPS,
     PLAN_STEPS,
@@ -196,11 +196,7 @@ class _Planning:
         self._writer.replace_unchanged(zip(self._old(rows), map(_user, rows), strict=True))
 
     def _move_versions(self, rows: Sequence[Row], load: str | None) -> None:
-        from ghsync_dagster.stores.mongo.writer import VersionMove
-
-        self._writer.move_versions(
-            VersionMove(row["user_id"], row["created_at"], row["event_id"], load) for row in rows
-        )
+        self._writer.move_versions(map(version_entry, rows), load)
 
 
 class _Sorter:

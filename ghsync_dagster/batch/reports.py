@@ -254,6 +254,11 @@ def count_rows(folder: Path) -> int:
     return sum(pq.read_metadata(file).num_rows for file in folder.glob("*.parquet"))
 
 
+def version_entry(row: Row) -> tuple[str, str, int]:
+    """Return a user's version entry: ``(user_id, created_at, event id)``."""
+    return row["user_id"], row["created_at"], row["event_id"]
+
+
 def rows_of(folder: Path) -> Iterator[list[Row]]:
     """Yield the rows of a folder of Parquet files in chunks.
 

@@ -29,7 +29,7 @@ from ghsync_dagster.batch.versions import FileState, InputState, state_of
 from ghsync_dagster.domain.errors import InputError, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
 KNOWN_NAMES: Final = "NAME.json, .jsonl or .ndjson, with or without .gz, .gzip, .bz2 or .zst, or part-*"
 OWN_FOLDERS: Final = ("batch", "connect", "dagster", "kafka", "mongo", "mysql", "spark")
@@ -284,8 +284,8 @@ class _Search:
     def _set_own(self, root: str) -> None:
         """Say what is ghsync's own below a root: what home holds, and all of home where the root is not in there."""
         if self._home:
-            inside = _is_in(root, (self._home,))
-            elsewhere = frozenset(folder for folder in self._kept if not _is_in(folder, (self._home,)))
+            inside = _is_in(root, self._home)
+            elsewhere = frozenset(folder for folder in self._kept if not _is_in(folder, self._home))
             self._own = self._kept if inside else elsewhere | {self._home}
 
     def _glob(self, pattern: str, spec: str) -> None:
@@ -354,7 +354,7 @@ class _Search:
     def _is_own(self, real: str) -> bool:
         """Return whether something is ghsync's own state, and leave that out, as one folder."""
         for folder in self._own:
-            if _is_in(real, (folder,)):
+            if _is_in(real, folder):
                 self._leave_out(_OWN, f"{folder}/")
                 return True
         return False
@@ -460,8 +460,8 @@ def _is_listed(folder: str, inside: Mapping[str, int]) -> bool:
         return False  # told where its paths are looked at
 
 
-def _is_in(path: str, folders: Iterable[str]) -> bool:
-    return any(path == folder or path.startswith(f"{folder}/") for folder in folders)
+def _is_in(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(f"{folder}/")
 
 
 def _reason(name: str) -> str | None:

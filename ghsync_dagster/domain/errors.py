@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Final
 
 WAY_OUT: Final = " Way out: "
@@ -36,11 +37,7 @@ class GhsyncError(Exception):
         return f"{self.message}{WAY_OUT}{self.way_out}"
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (type(self), self.message, self.way_out)
-
-
-def _rebuild(kind: type[GhsyncError], message: str, way_out: str) -> GhsyncError:
-    return kind(message, way_out=way_out)
+        return partial(type(self), way_out=self.way_out), (self.message,)
 
 
 class PermanentError(GhsyncError):
@@ -73,11 +70,7 @@ class UndecodableError(PermanentError):
         self.kind = kind
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild_undecodable, (self.kind, self.message, self.way_out)
-
-
-def _rebuild_undecodable(kind: str, message: str, way_out: str) -> UndecodableError:
-    return UndecodableError(kind, message, way_out=way_out)
+        return partial(type(self), way_out=self.way_out), (self.kind, self.message)
 
 
 class RefusedError(PermanentError):

@@ -154,11 +154,6 @@ BUILT_IN_RULES: Final = (
 """The rules that every deployment has; ``GHSYNC_RULES_MODULE`` adds a project's own."""
 
 
-def broken_rules(user: User, rules: Iterable[Rule]) -> list[Rule]:
-    """Return the rules that a user breaks, in the order of the declaration."""
-    return [rule for rule in rules if rule.is_broken_by(user.get(rule.field))]
-
-
 RuleTest = tuple[str, Callable[[str | None], bool], str]
 """A rule made ready for the stream: its field, the test that tells a value breaks it, its name."""
 

@@ -18,7 +18,7 @@ from ghsync_dagster.stores.mongo.commands import Commands
 from ghsync_dagster.stores.mongo.guard import TimeLimit
 from ghsync_dagster.stores.mongo.repairs import RepairRequests, RepairWriter
 from ghsync_dagster.stores.mongo.users import UserStore
-from ghsync_dagster.stores.mongo.writer import UserWriter, VersionMove
+from ghsync_dagster.stores.mongo.writer import UserWriter
 from ghsync_dagster_tests.support.guards import AskedGuard, writer_of
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ READING: Final = Reading("r", Position(1, 4, 0, "7/bin"))
 
 BY_WRITER: Final[dict[str, Callable[[UserWriter], object]]] = {
     "insert_versions": lambda writer: writer.insert_versions([("1", "x", 1)], "load"),
-    "move_versions": lambda writer: writer.move_versions([VersionMove("1", "x", 1)]),
+    "move_versions": lambda writer: writer.move_versions([("1", "x", 1)], None),
     "drop_versions": lambda writer: writer.drop_versions(["1"]),
     "drop_all_versions": lambda writer: writer.drop_all_versions(),
     "record_deleted": lambda writer: writer.record_deleted(["1"]),

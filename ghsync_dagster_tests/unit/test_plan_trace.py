@@ -33,7 +33,7 @@ from ghsync_dagster_tests.support.traced import TracedLease
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from ghsync_dagster.stores.mongo.writer import UserWriter, VersionMove
+    from ghsync_dagster.stores.mongo.writer import UserWriter
 
 LOAD = "load"
 AT = "2015-01-01T15:00:00Z"
@@ -133,12 +133,12 @@ class _TracedStore:
             assert (old["login"], new) == (self.keys[new["user_id"]].content, user(new["user_id"], INCOMING))
         self._wrote(LoadStep.WRITE_DOCUMENT, [new["user_id"] for _, new in changes])
 
-    def move_versions(self, moves: Iterable[VersionMove]) -> None:
-        moves = list(moves)
-        for move in moves:
-            is_bump = self.keys[move.key].content == INCOMING
-            assert (move.created_at, move.event_id, move.load) == (AT, EVENT, None if is_bump else LOAD)
-        self._wrote(LoadStep.WRITE_VERSION, [move.key for move in moves])
+    def move_versions(self, entries: Iterable[tuple[str, str, int]], load: str | None) -> None:
+        entries = list(entries)
+        for key, *version in entries:
+            is_bump = self.keys[key].content == INCOMING
+            assert (version, load) == ([AT, EVENT], None if is_bump else LOAD)
+        self._wrote(LoadStep.WRITE_VERSION, [key for key, *_ in entries])
 
 
 def user(key: str, content: str | None) -> dict[str, Any]:

@@ -180,7 +180,8 @@ class UsersCollection(MongoStore):
     def validator(self) -> Document | None:
         """Return the collection's validator; None where it has none or does not exist."""
         with mongo_errors("Reading the validator"):
-            return self._options().get("validator")
+            validator: Document | None = self._listed().get("options", {}).get("validator")
+            return validator
 
     def has_unique_index(self) -> bool:
         """Return whether exactly ``user_id`` is under a unique index that covers every document."""
@@ -189,10 +190,6 @@ class UsersCollection(MongoStore):
     def _listed(self) -> Document:
         """Return the collection as the server lists it; nothing where it does not exist."""
         return {**next(iter(self.database.list_collections(filter={"name": self.users.name})), {})}
-
-    def _options(self) -> Document:
-        options: Document = self._listed().get("options", {})
-        return options
 
     def _indexes(self) -> list[_Index]:
         with mongo_errors("Reading the indexes"):

@@ -112,8 +112,7 @@ class UserStore(UsersCollection):
 
     def versioned_among(self, keys: Sequence[str]) -> set[str]:
         """Return those of ``keys`` that have a version entry."""
-        with mongo_errors("Reading versions"):
-            return {found["_id"] for found in self.book("versions").find({"_id": {"$in": list(keys)}}, {"_id": 1})}
+        return self._ids_among("versions", keys, "Reading versions")
 
     def count_of(self, key: str) -> int:
         """Return how many documents one user has."""
@@ -135,8 +134,11 @@ class UserStore(UsersCollection):
 
     def deleted_among(self, keys: Sequence[str]) -> set[str]:
         """Return those of ``keys`` that the change stream has deleted."""
-        with mongo_errors("Reading deletions"):
-            return {found["_id"] for found in self.book("deleted").find({"_id": {"$in": list(keys)}}, {"_id": 1})}
+        return self._ids_among("deleted", keys, "Reading deletions")
+
+    def _ids_among(self, book: str, keys: Sequence[str], what: str) -> set[str]:
+        with mongo_errors(what):
+            return {found["_id"] for found in self.book(book).find({"_id": {"$in": list(keys)}}, {"_id": 1})}
 
     def any_deleted(self) -> bool:
         """Return whether the change stream has recorded any deletion."""

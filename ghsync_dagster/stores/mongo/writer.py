@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -82,28 +81,6 @@ class Refused(NamedTuple):
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class VersionMove:
-    """A version entry's way to a newer event.
-
-    Attributes:
-        key: The user.
-        created_at: The newer event's time.
-        event_id: The newer event's id.
-        load: The load that replaces the document too; None where only the version moves.
-    """
-
-    key: str
-    created_at: str
-    event_id: int
-    load: str | None = None
-
-    def as_update(self) -> UpdateOne:
-        """Return the move as one update that creates nothing."""
-        new = {"created_at": self.created_at, "id": self.event_id}
-        return UpdateOne({"_id": self.key}, {"$set": new if self.load is None else {**new, "load": self.load}})
-
-
 class UserWriter:
     """The users' collection and its books, as whoever holds a guard may write them.
 
@@ -137,10 +114,21 @@ class UserWriter:
             written += len(part) - len(self._versions.insert_new(documents))
         return written
 
-    def move_versions(self, moves: Iterable[VersionMove]) -> None:
-        """Move version entries on to newer events; an entry that is gone stays gone."""
-        for part in chunks(moves):
-            self._versions.bulk([move.as_update() for move in part])
+    def move_versions(self, entries: Iterable[tuple[str, str, int]], load: str | None) -> None:
+        """Move version entries to newer events; an entry that is gone stays gone.
+
+        Args:
+            entries: ``(user_id, created_at, event id)`` of the newer events.
+            load: The load that replaces the documents too; None if only the versions move.
+        """
+        writer = {} if load is None else {"load": load}
+        for part in chunks(entries):
+            self._versions.bulk(
+                [
+                    UpdateOne({"_id": key}, {"$set": {"created_at": at, "id": number, **writer}})
+                    for key, at, number in part
+                ]
+            )
 
     def drop_versions(self, keys: Collected[str]) -> set[str]:
         """Drop the version entries of ``keys``; return which keys had one.
