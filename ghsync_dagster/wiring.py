@@ -88,7 +88,7 @@ def store_opener(settings: Settings, *, is_look: bool = False) -> Callable[[], U
             settings.mongodb_database,
             settings.mongodb_collection,
             timeout_seconds=settings.server_timeout_seconds,
-            is_look=is_look,
+            fails_fast=fails_fast,
         )
 
     return open_store
@@ -119,7 +119,7 @@ def batch_flow(settings: Settings, run_id: str | None = None, spark: SparkHandle
         artifacts=Artifacts(settings.home_dir / "batch", run_id),
         spark=spark or spark_handle(settings),
         open_store=store_opener(settings),
-        open_to_look=store_opener(settings, is_look=True),
+        open_for_check=store_opener(settings, fails_fast=True),
         rules=load_rules(settings.rules_module),
         max_quarantined_ratio=settings.max_quarantined_ratio,
         attempts=settings.retry_attempts,

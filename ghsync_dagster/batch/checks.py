@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ghsync_dagster.batch.lease import holder_at_work
+from ghsync_dagster.batch.lease import current_holder
 from ghsync_dagster.batch.reports import rows_of
 from ghsync_dagster.domain.finding import OFFENDERS, Finding
 from ghsync_dagster.domain.precedence import Version
@@ -144,7 +144,7 @@ def _audit(
 def no_spark_temp_left(store: UserStore) -> Finding:
     """Hold that no document carries the marker, but for those of a load that is on at this moment."""
     # In this order: a load that ends in between has removed its markers by then.
-    loading = holder_at_work(store)
+    loading = current_holder(store)
     left = store.count_marked()
     return Finding.judged(
         "no_spark_temp_left",

@@ -55,7 +55,7 @@ REASON: Final = "reason"
 PIECE: Final = "piece"
 FAULT: Final = "fault"
 
-_DONE: Final = struct.Struct("<QQ")
+_COUNTS: Final = struct.Struct("<QQ")
 _ROW_GROUP: Final = 50_000
 _LINE_HEAD: Final = 100
 _EVENTS: Final = '.. | objects | select(has("id") and has("type") and has("created_at") and has("actor"))'
@@ -134,13 +134,13 @@ class Task(NamedTuple):
         with (
             _Part(Path(self.target) / EVENTS / name, event_schema(), _event_columns) as events,
             _Part(Path(self.target) / QUARANTINE / name, quarantine_schema(), _quarantine_columns) as quarantine,
-            _Done(Path(self.target), number) as done,
+            _Progress(Path(self.target), number) as progress,
         ):
             is_here = self.host == platform.node()
             sorter = _Sorter(event_decoder(self.rules, self.latest), events, quarantine, is_here=is_here)
             for piece in pieces:
                 try:
-                    tallies.extend(sorter.take(piece, done))
+                    tallies.extend(sorter.read(piece, progress))
                 except InputError as error:
                     # Each file that can't be read is told, not the first one only.
                     tallies.append(_fault(error))
@@ -154,7 +154,7 @@ def _fault(error: GhsyncError) -> Tally:
 
 
 @contextmanager
-def keeping(folder: Path) -> Iterator[None]:
+def folder_errors(folder: Path) -> Iterator[None]:
     """Keep what a run writes and reads back in a folder of GHSYNC_HOME.
 
     Raises:
@@ -172,13 +172,13 @@ def keeping(folder: Path) -> Iterator[None]:
 
 def write_task(target: Path, number: int, pieces: Sequence[Piece]) -> None:
     """Write what a task reads to where its worker looks."""
-    with keeping(target):
+    with folder_errors(target):
         _task_file(target, number).write_bytes(msgspec.json.encode(pieces))
 
 
 def read_task(target: Path, number: int) -> list[Piece]:
     """Return what a task reads."""
-    with keeping(target):
+    with folder_errors(target):
         return msgspec.json.decode(_task_file(target, number).read_bytes(), type=list[Piece])
 
 
@@ -186,45 +186,45 @@ def _task_file(target: Path, number: int) -> Path:
     return target / "tasks" / f"{number:05d}.json"
 
 
-class _Done:
+class _Progress:
     """How far a task is, in a file alongside what it reads: a large file is one task, which ends late."""
 
     def __init__(self, target: Path, number: int) -> None:
-        self._path = _done_file(target, number)
+        self._path = _progress_file(target, number)
         self._files = self._bytes = 0
 
-    def __enter__(self) -> _Done:
-        with keeping(self._path.parent):
+    def __enter__(self) -> _Progress:
+        with folder_errors(self._path.parent):
             self._file = self._path.open("wb", buffering=0)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def tell(self, more: int) -> None:
+    def report(self, more: int) -> None:
         """Tell that so many bytes of the piece at hand are read."""
         # Nobody but a reader of progress misses it.
         with suppress(OSError):
-            os.pwrite(self._file.fileno(), _DONE.pack(self._files, self._bytes + more), 0)
+            os.pwrite(self._file.fileno(), _COUNTS.pack(self._files, self._bytes + more), 0)
 
-    def piece(self, size: int, *, is_first: bool) -> None:
+    def finish(self, size: int, *, is_first: bool) -> None:
         """Take a piece as read; a file is counted by its first one."""
         self._files += is_first
         self._bytes += size
-        self.tell(0)
+        self.report(0)
 
 
-def read_done(target: Path) -> tuple[int, int]:
+def read_progress(target: Path) -> tuple[int, int]:
     """Return how many files and bytes all tasks have read so far."""
     files = size = 0
     for path in (target / "tasks").glob("*.done"):
         with suppress(OSError, struct.error):
-            more = _DONE.unpack(path.read_bytes())
+            more = _COUNTS.unpack(path.read_bytes())
             files, size = files + more[0], size + more[1]
     return files, size
 
 
-def _done_file(target: Path, number: int) -> Path:
+def _progress_file(target: Path, number: int) -> Path:
     return target / "tasks" / f"{number:05d}.done"
 
 
@@ -246,7 +246,7 @@ class _Sorter:
         self._quarantine = quarantine
         self._is_here = is_here
 
-    def take(self, piece: Piece, done: _Done) -> list[Tally]:
+    def read(self, piece: Piece, progress: _Progress) -> list[Tally]:
         """Read a piece, telling how far that is; return how many lines and bytes it has.
 
         Raises:
@@ -256,17 +256,17 @@ class _Sorter:
         file = piece.file
         try:
             with open_file(file.path) as raw:
-                before = _hold(raw, file.state, is_here=self._is_here)
-                counted = _Counted(raw, piece, done)
+                before = _assert_unchanged(raw, file.state, is_here=self._is_here)
+                counted = _Counted(raw, piece, progress)
                 lines, more = self._lines(file, counted) if file.has_lines else (self._values(file, counted), 0)
-                _hold(raw, before)
+                _assert_unchanged(raw, before)
         except DamagedError as error:
             raise damaged(file.path, str(error)) from None
         except TooLongError as error:
             raise _to_be_cut(file, str(error), _VALUES) from None
         except OSError as error:
             raise unreadable(file.path, error) from None
-        done.piece(counted.bytes, is_first=piece.start == 0)
+        progress.finish(counted.bytes, is_first=piece.start == 0)
         tallies = [Tally(PIECE, f"{piece.number} {piece.start}", lines, counted.bytes)]
         return [*tallies, Tally(PIECE, f"{piece.number} {file.size + piece.start}", more)] if more else tallies
 
@@ -302,7 +302,7 @@ class _Sorter:
             self._value(file, number, value)
             weight += weight_of(value)
             count += 1
-        _hold_weight(file.path, weight_of(line), weight)
+        _assert_weight(file.path, weight_of(line), weight)
         return count - 1
 
     def _values(self, file: InputFile, content: _Counted) -> int:
@@ -318,7 +318,7 @@ class _Sorter:
             values += 1
             weight += weight_of(value)
             self._value(file, line, value)
-        _hold_weight(file.path, read, weight)
+        _assert_weight(file.path, read, weight)
         return values
 
     def _value(self, file: InputFile, number: int, value: bytes) -> None:
@@ -342,7 +342,7 @@ class _Sorter:
         self._quarantine.add((file.path, number, outcome.reason, _raw_text(line)))
 
 
-def _hold_weight(path: str, read: int, weight: int) -> None:
+def _assert_weight(path: str, read: int, weight: int) -> None:
     if weight != read:
         raise PermanentError(
             f"{path}: {read} bytes of JSON went in, but values of {weight} came out.",
@@ -375,10 +375,10 @@ class _Counted:
         bytes: Bytes read from the disk, once all of it has passed.
     """
 
-    def __init__(self, raw: IO[bytes], piece: Piece, done: _Done) -> None:
+    def __init__(self, raw: IO[bytes], piece: Piece, progress: _Progress) -> None:
         self.bytes = 0
         self._raw = raw
-        self._done = done
+        self._progress = progress
         self._piece = piece
         self._ends = 0
         self._last = b"\n"
@@ -395,13 +395,13 @@ class _Counted:
                 self._ends += part.count(b"\n")
                 self._last = part[-1:]
                 self.bytes += len(part)
-                self._done.tell(self.bytes if file.packing is None else self._raw.tell())
+                self._progress.report(self.bytes if file.packing is None else self._raw.tell())
                 yield part
         if end is None:
             self.bytes = self._raw.tell()
 
 
-def _hold(raw: IO[bytes], state: FileState, *, is_here: bool = True) -> FileState:
+def _assert_unchanged(raw: IO[bytes], state: FileState, *, is_here: bool = True) -> FileState:
     """Return the state that an open file has, which must be the given one.
 
     Args:
@@ -450,7 +450,7 @@ class _Part:
         import pyarrow.parquet as pq
 
         batch = pa.RecordBatch.from_arrays(self._columns(self._pending), schema=self._schema)
-        with keeping(self._path.parent):
+        with folder_errors(self._path.parent):
             if self._writer is None:
                 self._writer = pq.ParquetWriter(self._unfinished, self._schema)
             self._writer.write_batch(batch)
@@ -473,7 +473,7 @@ class _Part:
         if self._pending:
             self._flush()
         if self._writer is not None:
-            with keeping(self._path.parent):
+            with folder_errors(self._path.parent):
                 self._writer.close()
                 self._unfinished.replace(self._path)
 

@@ -1,4 +1,4 @@
-"""One input file before it is read: the look at its head, how it is opened, and its errors.
+"""One input file before it is read: the scan of its head, how it is opened, and its errors.
 
 Belongs here: whether a file is of a kind that can be read. Not here: which files there are (``batch.search``), what the
 kinds are (``batch.heads``), nor the content beyond the head, which the workers read (``batch.decide``).
@@ -30,13 +30,13 @@ _ACTOR: Final = re.compile(rb'"actor"\s*:')
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """A file that has been looked at.
+    """A file that has been scanned.
 
     Attributes:
-        state: What tells its content, from before the look.
+        state: The state of its content, from before the scan.
         packing: ``gzip``, ``bzip2``, ``zstd``, or None for a plain file.
         is_utf16: Whether its text is UTF-16, by its byte order mark.
-        has_lines: Whether an event is a line; else it is an object of a JSON array, or of objects one after the other.
+        has_lines: Whether each event is a line; else the file is a JSON array, or objects one after the other.
     """
 
     state: FileState
@@ -55,14 +55,14 @@ class InputFile:
         return self.state.size
 
 
-def look_at(state: FileState) -> InputFile | None:
-    """Look at the head of a file: how it is packed, how its text is encoded, and what its events stand in.
+def scan_file(state: FileState) -> InputFile | None:
+    """Scan the head of a file: its packing, its encoding, and whether its events are lines.
 
     Args:
         state: The file, as it was found.
 
     Returns:
-        What was seen; None: there is nothing in it.
+        The file; None if it has no content.
 
     Raises:
         InputError: The file is damaged from its start on, or of a kind that can't be read.
@@ -72,7 +72,7 @@ def look_at(state: FileState) -> InputFile | None:
     packing = packing_of(head)
     try:
         text, utf16 = _text_of(head, packing, is_whole=len(head) == size)
-        # A line that is longer, or a block that is packed as one, says nothing yet.
+        # A longer line, or a larger packed block, needs a longer head.
         if len(head) == _HEAD and (b"\n" not in text if packing is None else not text):
             head = head_of(path, _LONG_HEAD)
             text, utf16 = _text_of(head, packing, is_whole=len(head) == size)
@@ -80,7 +80,7 @@ def look_at(state: FileState) -> InputFile | None:
         raise damaged(path, str(error)) from None
     if not text and len(head) < size:
         raise damaged(path, f"its {packing} data holds nothing in {len(head)} bytes")
-    # Of packed data the head may be cut all the same.
+    # Packed data may be cut in any case.
     is_whole = packing is None and len(head) == size
     return InputFile(state, packing, utf16, has_lines(path, packing, text, is_whole=is_whole)) if text else None
 
@@ -88,13 +88,13 @@ def look_at(state: FileState) -> InputFile | None:
 def names_actors(file: InputFile) -> bool:
     """Return whether the head of a file has the key ``actor``, as each event has."""
     head = head_of(file.path, _LONG_HEAD)
-    # What ends early is told when the file is read.
+    # If the data ends early, reading the file reports it.
     text, _ = _text_of(head, file.packing, is_whole=False)
     return _ACTOR.search(text) is not None
 
 
 def open_file(path: str, buffering: int = -1) -> IO[bytes]:
-    """Open a regular file for reading; never wait for one that is none, such as a pipe that nobody writes to.
+    """Open a regular file for reading; never block on another kind, such as a pipe without a writer.
 
     Raises:
         OSError: It can't be opened, or is no regular file.
@@ -121,14 +121,14 @@ def head_of(path: str, size: int) -> bytes:
 
 
 def _text_of(head: bytes, packing: str | None, *, is_whole: bool) -> tuple[bytes, bool]:
-    """Return what a head becomes as UTF-8, and whether it was UTF-16."""
+    """Return a head as UTF-8, and whether it was UTF-16."""
     text = _drained(unpacked(io.BytesIO(head), packing), is_whole=is_whole) if packing else head
     utf16 = is_utf16(text)
     return _drained(as_utf8([text]), is_whole=is_whole) if utf16 else text, utf16
 
 
 def _drained(parts: Iterator[bytes], *, is_whole: bool) -> bytes:
-    """Return what the head of a file becomes; that it ends there is no damage where the file goes on."""
+    """Return the content of a file's head; that it ends early is no damage if the file continues."""
     taken: list[bytes] = []
     try:
         for part in parts:
@@ -139,19 +139,19 @@ def _drained(parts: Iterator[bytes], *, is_whole: bool) -> bytes:
     return b"".join(taken)
 
 
-def together(errors: Sequence[InputError]) -> InputError:
+def combine_errors(errors: Sequence[InputError]) -> InputError:
     """Return one error for all files that can't be read, the first of them with their ways out."""
     if len(errors) == 1:
         return errors[0]
     first = errors[:_FAULTS_SHOWN]
     more = [f"And {len(errors) - len(first)} more."] if len(errors) > len(first) else []
-    told = " ".join([*(error.message for error in first), *more])
+    messages = " ".join([*(error.message for error in first), *more])
     ways = dict.fromkeys(error.way_out for error in first)
-    return InputError(f"{len(errors)} files can't be read: {told}", way_out=" ".join(ways))
+    return InputError(f"{len(errors)} files can't be read: {messages}", way_out=" ".join(ways))
 
 
 def unreadable(path: str, error: OSError) -> InputError:
-    """Return the error of a file that the system does not give."""
+    """Return the error of a file that the operating system can't read."""
     return InputError(
         f"{path} can't be read ({error.strerror or error}).",
         way_out="Check the file's permissions and its disk; executors of a cluster need the same path.",

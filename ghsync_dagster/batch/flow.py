@@ -43,15 +43,15 @@ class BatchFlow:
     Attributes:
         artifacts: Where materialized data and reports are kept.
         spark: The Spark session, perhaps still starting.
-        open_store: Opens the users' collection; each step opens and closes its own client.
+        open_store: Opens the users' collection. Each step opens and closes its own client.
         rules: The user rules that gate files.
         max_quarantined_ratio: The allowed share of bad lines.
-        attempts: Tries of a step while a server is away.
+        attempts: How often a step is tried while a server is unavailable.
         lease_wait_seconds: How long a load waits for another.
-        lease_quiet_seconds: How long the server may still be at work on the last command of a load that died.
+        lease_quiet_seconds: How long the server may still execute the last command of a load that died.
         code_version: The version of the code, see ``batch.versions``.
         home: GHSYNC_HOME, which is never input.
-        open_to_look: Opens the users' collection for the look before a run; None: as for any step.
+        open_for_check: Opens the users' collection for the check before a run; None: as for any step.
     """
 
     artifacts: Artifacts
@@ -64,7 +64,7 @@ class BatchFlow:
     lease_quiet_seconds: float
     code_version: str = UNKNOWN
     home: Path | None = None
-    open_to_look: Callable[[], UserStore] | None = None
+    open_for_check: Callable[[], UserStore] | None = None
 
     def find_input(self, events_paths: Sequence[str]) -> InputState:
         """Return the state of the files that would be read, none of them opened.
@@ -76,7 +76,7 @@ class BatchFlow:
             return find_files(events_paths, self.home).state
 
     def check_first(self, events_paths: Sequence[str], *, has_target: bool = True) -> None:
-        """Find, before any work, what would end a run later on; write nothing to the target.
+        """Check, before any work, for what would end a run later on; write nothing to the target.
 
         Args:
             events_paths: What the run reads.
@@ -92,14 +92,14 @@ class BatchFlow:
         self.find_input(events_paths)
         ensure_folder(self.artifacts.root, "GHSYNC_HOME")
         if has_target:
-            with (self.open_to_look or self.open_store)() as store:
+            with (self.open_for_check or self.open_store)() as store:
                 store.check_collection()
 
     def read(self, events_paths: Sequence[str]) -> ReadReport:
         """Read the files into events and quarantine, and make that the newest data."""
         target = self.artifacts.new_folder("events")
         report = read_events(self.spark.session, events_paths, target, self.rules, self.home)
-        # What is in the future today is none another day.
+        # An event from the future is refused today, but not on a later day.
         clock = UNKNOWN if FUTURE_WORDS in report.reasons else "any"
         report = replace(report, data_version=version_of(self.code_version, "read", report.input_version, clock))
         self.artifacts.publish(report)
@@ -118,7 +118,7 @@ class BatchFlow:
         return report
 
     def load(self, run_id: str, on_step: Callable[[Step], None] = lambda _: None) -> LoadReport:
-        """Load the newest users; transient faults are tried again, from the recovery on."""
+        """Load the newest users; after a transient fault try again, from the recovery on."""
         users = self.artifacts.newest(FlattenReport)
 
         def attempt() -> LoadReport:
@@ -139,7 +139,7 @@ class BatchFlow:
         return report
 
     def count_users(self) -> int | None:
-        """Return how many users are stored by the server's own count; None where it does not answer, as all is done."""
+        """Return the server's own count of users; None if it does not answer: no work is left that needs it."""
         try:
             with self.open_store() as store:
                 return store.estimated_count()
@@ -161,7 +161,7 @@ class BatchFlow:
         return checks.spark_temp_marked(self.artifacts.newest(LoadReport))
 
     def check_complete(self, run_id: str | None) -> Finding:
-        """Judge the verification of ``run_id``'s load; of another run's, read the stored users again."""
+        """Judge the verification of ``run_id``'s load; if the newest is another run's, read the stored users again."""
         load = self.artifacts.newest(LoadReport)
         if load.run_id == run_id:
             return checks.users_complete(load)
@@ -169,8 +169,8 @@ class BatchFlow:
         return self.on_store(lambda store: checks.audit_users(store, Path(users.users_path)))
 
     def audit(self) -> list[Finding]:
-        """Judge by every check what is there now; write nothing."""
-        with (self.open_to_look or self.open_store)() as store:
+        """Run every check on the present data; write nothing."""
+        with (self.open_for_check or self.open_store)() as store:
             store.ping()
         return [
             self.check_read(),
@@ -181,7 +181,7 @@ class BatchFlow:
         ]
 
     def on_store(self, check: Callable[[UserStore], Finding]) -> Finding:
-        """Judge the stored documents; transient faults are tried again, and raise in the end."""
+        """Judge the stored documents; try again after a transient fault, a bounded number of times."""
 
         def attempt() -> Finding:
             with self.open_store() as store:

@@ -1,15 +1,15 @@
 """The load's lease: one writer of the collection at a time, across processes, hosts and deployments.
 
-Belongs here: taking, keeping and giving back the lease. Not here: what is done under it.
+Belongs here: acquiring, renewing and releasing the lease. Not here: what is done under it.
 
-The lease runs by the server's clock and is renewed in the background. A holder counts it as lost, by its own clock
-that never goes back and counts sleep, before the server would let another take it; so a process that was suspended
-stops by itself. A holder of this machine that is dead, and Spark's driver, which writes for it, with it, is replaced
-before its lease runs out.
+The lease expires by the server's clock and is renewed in the background. A holder measures the time since its last
+renewal by its own clock, which is monotonic and counts sleep. It treats the lease as lost before the server would let
+another process acquire it. So a process that was suspended stops by itself. If the holder ran on this machine and is
+dead, and Spark's driver, which writes for it, is dead too, its lease is replaced before it expires.
 
-A server goes on with a command whose client is gone. So a lease changes hands only a quiet time after its holder sent
-its last command: after it died, after it gave up with a command perhaps unanswered, or, where it only ran out, after
-its holder stopped by itself.
+A server continues a command whose client is gone. So another process acquires a lease only after a quiet time since
+the holder's last command. That time starts when the holder died, ended with a command perhaps unanswered, or stopped
+by itself because its lease expired.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ class HeldLease(WriterGuard):
     is_lost: bool = False
 
     def allow(self) -> None:
-        """Raise if the lease may belong to another by now; a command has no limit, since the lease is renewed.
+        """Raise if another process may hold the lease by now; a command has no limit, since the lease is renewed.
 
         Raises:
-            LeaseLostError: It was taken, or could not be renewed in time.
+            LeaseLostError: Another process acquired it, or it could not be renewed in time.
         """
         if self.is_lost or clock.now() - self.renewed_at > TTL_SECONDS - self.quiet_seconds:
             raise LeaseLostError(
@@ -87,15 +87,15 @@ class HeldLease(WriterGuard):
             self.allow()
 
 
-def holder_at_work(store: UserStore) -> str | None:
-    """Return who holds the collection's lease now, in words; None where no load is on."""
+def current_holder(store: UserStore) -> str | None:
+    """Return a description of the collection's present lease holder; None if no load is running."""
     from ghsync_dagster.stores.mongo.books import LeaseBook
 
     book = LeaseBook(store)
-    standing = book.standing(_name(store))
-    if standing is None or standing.expires_at < book.server_time() or _is_dead(standing):
+    current = book.current(_name(store))
+    if current is None or current.expires_at < book.server_time() or _is_dead(current):
         return None
-    return _words(standing)
+    return _describe(current)
 
 
 def _name(store: UserStore) -> str:
@@ -109,7 +109,7 @@ def hold_lease(store: UserStore, *, wait_seconds: float, quiet_seconds: float = 
     Args:
         store: The store whose collection is to be written.
         wait_seconds: How long to wait for another holder.
-        quiet_seconds: How long the server may still be at work on the last command of a holder that is gone.
+        quiet_seconds: How long the server may still execute the last command of a holder that is gone.
 
     Raises:
         LeaseHeldError: Another load still holds it after ``wait_seconds``.
@@ -126,11 +126,11 @@ def hold_lease(store: UserStore, *, wait_seconds: float, quiet_seconds: float = 
     finally:
         stop.set()
         renewer.join()
-        _give_back(held, answered=answered)
+        _release(held, answered=answered)
 
 
-def _give_back(held: HeldLease, *, answered: bool) -> None:
-    """Give the lease back: at once where every command was answered, else after the quiet time."""
+def _release(held: HeldLease, *, answered: bool) -> None:
+    """Release the lease: at once if every command was answered, else after the quiet time."""
     try:
         if answered:
             held.book.release(held.name, held.token)
@@ -152,28 +152,28 @@ def _acquire(store: UserStore, name: str, wait_seconds: float, quiet_seconds: fl
     while True:
         requested_at = clock.now()
         now = book.server_time()
-        standing = book.standing(name)
-        dead = standing is not None and _is_dead(standing)
-        if standing is not None and dead:
-            dead_since.setdefault(standing.token, requested_at)
-        quiet = dead and standing is not None and requested_at - dead_since[standing.token] >= quiet_seconds
-        if standing is None or standing.expires_at < now or quiet:
+        current = book.current(name)
+        dead = current is not None and _is_dead(current)
+        if current is not None and dead:
+            dead_since.setdefault(current.token, requested_at)
+        quiet = dead and current is not None and requested_at - dead_since[current.token] >= quiet_seconds
+        if current is None or current.expires_at < now or quiet:
             mine = Lease(token, identity(os.getpid()), now + timedelta(seconds=TTL_SECONDS))
-            if book.take(name, mine, instead_of=standing):
+            if book.acquire(name, mine, instead_of=current):
                 return HeldLease(book, name, token, quiet_seconds, requested_at)
             continue
         if not dead and clock.now() >= deadline:
-            last = last or standing
-            # A lease that was given up has no longer than this to go; one that is renewed meanwhile was not given up.
-            if standing != last or standing.expires_at - now > timedelta(seconds=quiet_seconds):
+            last = last or current
+            # A lease that its holder gave up expires within the quiet time, and is not renewed.
+            if current != last or current.expires_at - now > timedelta(seconds=quiet_seconds):
                 raise LeaseHeldError(
-                    f"Another load holds {store.users.full_name}: {_words(standing)}.",
+                    f"Another load holds {store.users.full_name}: {_describe(current)}.",
                     way_out="Wait for it to end, or raise GHSYNC_LEASE_WAIT_SECONDS. A dead holder's lease runs out "
                     f"within {TTL_SECONDS:.0f} s by itself.",
                 )
         if not announced:
-            what = "waiting for the last command of a dead load" if dead else "waiting for another load"
-            log.info(what, holder=_words(standing), up_to_seconds=quiet_seconds if dead else wait_seconds)
+            event = "waiting for the last command of a dead load" if dead else "waiting for another load"
+            log.info(event, holder=_describe(current), up_to_seconds=quiet_seconds if dead else wait_seconds)
             announced = True
         time.sleep(_POLL_SECONDS)
 
@@ -193,10 +193,10 @@ def _renew(held: HeldLease, stop: threading.Event) -> None:
 
 
 def _is_dead(lease: Lease) -> bool:
-    """Return whether the holder was a process of this very machine that is gone, and its writer with it."""
+    """Return whether the holder was a process of this machine that is gone, and so is its writer."""
     return is_gone(lease.holder) and (lease.writer is None or is_gone(lease.writer))
 
 
-def _words(lease: Lease) -> str:
+def _describe(lease: Lease) -> str:
     machine, _, rest = lease.holder.partition("|")
     return f"process {rest.partition('|')[0]} on {machine.partition('/')[0]}, until {lease.expires_at:%H:%M:%S} UTC"

@@ -1,7 +1,7 @@
-"""Load: users reach the collection, verified, under the protocol that ``domain.precedence`` proves.
+"""Load: write users to the collection and verify them, under the protocol of ``domain.precedence``.
 
-Belongs here: the order of a load's phases, and the steps that Spark takes. Not here: the order of the steps of a key,
-nor what one store does alone. ``docs/explain/precedence.md`` tells the protocol.
+Belongs here: the order of a load's phases, and the steps that Spark executes. Not here: the order of the steps of a
+key, nor single operations of a store. ``docs/explain/precedence.md`` describes the protocol.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
 ROUNDS: Final = 3
 """How often missing rows are written again before verification counts as failed."""
-_LEASE_LOOK_SECONDS: Final = 1.0
-"""How often to look at the lease while Spark writes."""
+_LEASE_CHECK_SECONDS: Final = 1.0
+"""How often the lease is checked while Spark writes."""
 _STOP_SECONDS: Final = 20.0
 """How long to wait for cancelled tasks to end."""
 
@@ -51,7 +51,10 @@ log = get_logger("load")
 
 
 class Step(StrEnum):
-    """What a load has just done; the places at which a fault is worth trying."""
+    """What a load has completed, for its log. Tests inject faults at these points.
+
+    Those up to ``RECOVERED`` come before the protocol. Each later one ends steps of ``domain.precedence`` for all users.
+    """
 
     LEASED = "leased"
     PREPARED = "prepared"
@@ -88,24 +91,24 @@ def load_users(
     """Load the flattened users into the collection.
 
     Args:
-        store: Where they go.
-        spark: Gives the session.
-        users: What ``flatten`` left.
+        store: The target.
+        spark: Returns the session.
+        users: The report of ``flatten``.
         run_id: The run to name in the report.
         scratch: Empty folder for the plan.
         lease_wait_seconds: How long to wait for another load.
-        lease_quiet_seconds: How long the server may still be at work on the last command of a load that died.
-        on_step: Told each step when it is done.
+        lease_quiet_seconds: How long the server may still execute the last command of a load that died.
+        on_step: Called after each step.
 
     Returns:
         The report. ``unresolved`` above 0 means that verification failed: the documents keep their marker, and the
         next load settles them.
 
     Raises:
-        LeaseHeldError: Another load is on.
-        LeaseLostError: The lease ran out under way.
+        LeaseHeldError: Another load is running.
+        LeaseLostError: The lease expired during the load.
         RefusedError: The collection is set up in another way, or rights are missing.
-        UnavailableError: MongoDB went away; run again, the next load settles what is unfinished.
+        UnavailableError: MongoDB became unavailable. Run again: the next load settles what is unfinished.
     """
     from ghsync_dagster.stores.mongo.writer import UserWriter
 
@@ -153,7 +156,7 @@ class _Load:
             outcome = self._verify(plan)
         if outcome.unresolved == 0:
             with self._phase("settle"):
-                # Without a replaced or given up user, each insert must be marked, if nobody else wrote since.
+                # Only with nothing replaced or given up is the number of marked documents known in advance.
                 untouched = plan.replaced == 0 and outcome.given_up_inserts == 0
                 unmarked = settle_load(
                     self.writer,
@@ -202,10 +205,10 @@ class _Load:
         if rows == 0:
             return
         self._name_writer()
-        # Both have ended when this returns or raises, also on Ctrl-C: nothing is written after the lease is given back.
-        with ThreadPoolExecutor(max_workers=2, thread_name_prefix="insert") as alongside:
+        # Both have ended when this returns or raises, also on Ctrl-C: nothing is written after the lease is released.
+        with ThreadPoolExecutor(max_workers=2, thread_name_prefix="insert") as executor:
             commands = {LoadStep.WRITE_DOCUMENT: self._append, LoadStep.WRITE_VERSION: self._write_versions}
-            tasks = [alongside.submit(commands[step], path) for step in LEFT_TO_SPARK]
+            tasks = [executor.submit(commands[step], path) for step in LEFT_TO_SPARK]
             try:
                 self._await(*tasks)
             except BaseException:
@@ -218,13 +221,13 @@ class _Load:
         """Wait until all tasks have ended; raise the first error, or that the lease is lost."""
         pending: set[Future[None]] = set(tasks)
         while pending:
-            done, pending = wait(pending, timeout=_LEASE_LOOK_SECONDS, return_when=FIRST_EXCEPTION)
+            done, pending = wait(pending, timeout=_LEASE_CHECK_SECONDS, return_when=FIRST_EXCEPTION)
             for task in done:
                 task.result()
             self.lease.allow()
 
     def _name_writer(self) -> None:
-        """Name Spark's driver in the lease: it may go on writing for a moment after this process was killed."""
+        """Name Spark's driver in the lease: it may continue to write for a moment after this process was killed."""
         from ghsync_dagster.stores.spark import spark_errors
 
         with spark_errors("Asking Spark's driver"):
@@ -241,7 +244,7 @@ class _Load:
         try:
             insert_users(session.read.schema(VERSIONED_USER_SCHEMA).parquet(str(path)), self.store, self.lease)
         except DuplicateUserError:
-            # Verification finds what was not written, and why. Other tasks of the job may run on: wait for them first.
+            # Verification finds what was not written, and why. First wait for the other tasks of the job.
             self._stop_inserting()
             log.warning("users stored meanwhile; verification finds them")
 
@@ -262,10 +265,10 @@ class _Load:
                     )
                 time.sleep(0.02)
 
-        # In a thread of its own, as this one's connection to the JVM may be in the middle of a call.
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="stop") as aside:
+        # In another thread, as this thread's connection to the JVM may be in the middle of a call.
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="stop") as executor:
             try:
-                aside.submit(stop).result()
+                executor.submit(stop).result()
             except Py4JError as error:
                 log.warning("Spark driver gone", reason=type(error).__name__)
 
@@ -273,7 +276,7 @@ class _Load:
         self.writer.insert_versions(map(version_entry, chain.from_iterable(rows_of(path))), self.load_id)
 
     def _verify(self, plan: Plan) -> _Outcome:
-        """Compare what was to be written with what is stored; write the missing; repeat a bounded number of times."""
+        """Compare the expected with the stored users, and write the missing ones again, a bounded number of times."""
         outcome = _Outcome()
         expected, count = plan.expected_path, plan.expected
         for round_number in range(ROUNDS + 1):
@@ -302,7 +305,7 @@ class _Load:
         return outcome
 
     def _missing(self, expected: Path, target: Path) -> int:
-        """Write the users that ``exceptAll`` finds missing to ``target``; return how many they are."""
+        """Write the users that ``exceptAll`` finds missing to ``target``; return their number."""
         from pyspark.sql.functions import broadcast
 
         from ghsync_dagster.stores.spark import VERSIONED_USER_SCHEMA, read_marked, spark_errors
@@ -311,7 +314,7 @@ class _Load:
         wanted = session.read.schema(VERSIONED_USER_SCHEMA).parquet(str(expected))
         with spark_errors("Comparing users"):
             missing = wanted.select(*USER_FIELDS).exceptAll(read_marked(session, self.store))
-            # Broadcast, because what is missing is next to nothing in all but the worst of loads.
+            # Broadcast, because almost nothing is missing in a normal load.
             wanted.join(broadcast(missing.select("user_id")), "user_id", "left_semi").select(
                 *VERSIONED_USER_SCHEMA.fieldNames()
             ).write.mode("overwrite").parquet(str(target))
@@ -333,7 +336,16 @@ class _Load:
 
 @dataclass
 class _Outcome:
-    """What verification found: rows missing at first, given up because they are stored or deleted meanwhile, open."""
+    """What verification found.
+
+    Attributes:
+        missing: Rows missing at first.
+        given_up_inserts: Inserts given up, because the user was stored or deleted meanwhile.
+        given_up_replaced: The same of replaced users.
+        marker_lost: Users stored without the marker though nobody else wrote them.
+        unresolved: Rows still missing.
+        offenders: The first of these users.
+    """
 
     missing: int = 0
     given_up_inserts: int = 0

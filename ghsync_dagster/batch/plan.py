@@ -1,6 +1,6 @@
-"""Plan: what a load does with each of its users, decided chunk by chunk, so that memory stays flat.
+"""Plan: decide what a load does with each of its users, chunk by chunk, so that memory stays bounded.
 
-Belongs here: which command carries out which step of a load, but for inserts, which Spark does. Not here: the order of
+Belongs here: which command executes which step of a load, except inserts, which Spark executes. Not here: the order of
 the steps and the decisions between them, which are ``domain.precedence``'s, and verification.
 """
 
@@ -37,18 +37,18 @@ if TYPE_CHECKING:
     from ghsync_dagster.stores.mongo.writer import UserWriter
 
 LEFT_TO_SPARK: Final = frozenset({LoadStep.WRITE_DOCUMENT, LoadStep.WRITE_VERSION})
-"""The steps of inserts that are taken for all users at once, after their plan is made."""
+"""The steps of inserts that are executed for all users at once, after their plan is made."""
 
 
 @dataclass
 class Plan:
-    """What a load is to do.
+    """What a load has to do.
 
     Attributes:
         insert_path: Parquet folder of the users that Spark inserts.
         expected_path: Parquet folder of the users that must carry the marker afterwards.
         left: Users that are left as they are, by reason.
-        given_up_inserts: Of these, how many were to be inserted before another stored or deleted them.
+        given_up_inserts: Of these, how many were to be inserted when another writer stored or deleted them.
         given_up_replaced: Of these, how many were to be replaced.
         marker_lost: Users that this load replaced and that are stored without the marker though nobody else wrote them.
     """
@@ -70,7 +70,7 @@ class Plan:
 
 
 def make_plan(writer: UserWriter, users: Path, target: Path, load_id: str) -> Plan:
-    """Decide on every user, and carry out what needs no Spark."""
+    """Decide about every user, and execute what needs no Spark."""
     store = writer.store
     if store.is_empty() and not store.any_deleted():
         writer.drop_all_versions()
@@ -83,10 +83,10 @@ def make_plan(writer: UserWriter, users: Path, target: Path, load_id: str) -> Pl
 
 
 def plan_missing(writer: UserWriter, missing: Path, target: Path, load_id: str) -> Plan:
-    """Decide on the users that verification found missing, and carry out what needs no Spark.
+    """Decide about the users that verification found missing, and execute what needs no Spark.
 
-    A user that another stored or deleted meanwhile is left. One that this load stored wrongly is removed where it still
-    carries the marker, and inserted again, as is one that is not stored at all.
+    A user that another writer stored or deleted meanwhile is left. One that this load stored wrongly is removed if it
+    still carries the marker. It is then inserted again, as is one that is not stored at all.
     """
     with _Sorter(target) as sorter:
         for rows in rows_of(missing):
@@ -95,7 +95,7 @@ def plan_missing(writer: UserWriter, missing: Path, target: Path, load_id: str) 
 
 
 class _Planning:
-    """Takes the steps of a load for some of its users, but for LEFT_TO_SPARK."""
+    """Executes the steps of a load for some of its users, except LEFT_TO_SPARK."""
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class _Planning:
         }
 
     def decide(self) -> None:
-        """Read, decide and write, but for inserts."""
+        """Read, decide and write, except inserts."""
         for step in PLAN_STEPS:
             self._beginning[step]()
         by_action: dict[Action, list[Row]] = {action: [] for action in Action}
@@ -141,7 +141,7 @@ class _Planning:
         self._sorter.add(by_action)
 
     def decide_again(self) -> None:
-        """Read what verification found missing, decide, and write, but for inserts."""
+        """Read what verification found missing, decide, and write, except inserts."""
         replaced = self._store.undo_by_id(list(self._rows))
         for step in READ_STEPS:
             self._beginning[step]()
@@ -153,7 +153,7 @@ class _Planning:
                 again.append(row)
                 continue
             self._sorter.give_up(action.value, replaced=key in replaced)
-            # Of an insert it proves nothing: the stream may have stored the same before the entry was written.
+            # For an insert this proves nothing: the stream may have stored the same before the entry was written.
             is_ours = key in replaced and key in self._versions and self._versions[key].load == self._load_id
             if is_ours and _content(self._documents.get(key)) == _content(row):
                 self._sorter.plan.marker_lost.append(key)
@@ -200,7 +200,7 @@ class _Planning:
 
 
 class _Sorter:
-    """Writes the users of a plan to Parquet, by what is done with them."""
+    """Writes the users of a plan to Parquet, by action."""
 
     def __init__(self, target: Path) -> None:
         self.plan = Plan(insert_path=target / "insert", expected_path=target / "expected")
@@ -222,13 +222,13 @@ class _Sorter:
             writer.close()
 
     def give_up(self, reason: str, *, replaced: bool) -> None:
-        """Count a user that is left as another stored or deleted it."""
+        """Count a user that is left because another writer stored or deleted it."""
         self.plan.left[reason] += 1
         self.plan.given_up_replaced += replaced
         self.plan.given_up_inserts += not replaced
 
     def add(self, by_action: dict[Action, list[Row]]) -> None:
-        """Take the decided users of one chunk."""
+        """Add the decided users of one chunk."""
         import pyarrow as pa
 
         inserts, replaced = by_action.get(Action.INSERT, []), by_action.get(Action.REPLACE, [])

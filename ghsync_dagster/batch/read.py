@@ -1,7 +1,7 @@
 """Read: every line of the input files becomes a typed event, a quarantined line with its reason, or is blank.
 
-Belongs here: which task reads what, that lines and bytes are conserved, and how far the work is. What a task does with
-its lines is ``batch.decide``'s, which files there are is ``batch.search``'s.
+Belongs here: which task reads what, the conservation of lines and bytes, and the progress. Not here: how a task decides
+its lines (``batch.decide``), and which files there are (``batch.search``).
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from ghsync_dagster.batch.decide import (
     Task,
     changed,
     event_schema,
-    keeping,
+    folder_errors,
     quarantine_schema,
-    read_done,
+    read_progress,
     write_task,
 )
-from ghsync_dagster.batch.files import InputFile, together
+from ghsync_dagster.batch.files import InputFile, combine_errors
 from ghsync_dagster.batch.reports import FileCount, LeftOut, ReadReport, count_rows
 from ghsync_dagster.batch.search import find_files
 from ghsync_dagster.domain.errors import ConfigError, InputError, PermanentError, shown
@@ -54,12 +54,12 @@ if TYPE_CHECKING:
 
 _MIB: Final = 1 << 20
 _COST: Final = {None: 1, "gzip": 6, "zstd": 7, "bzip2": 10}
-"""What a byte on disk costs to read, alongside a plain one: it unpacks to about as many of JSON lines."""
+"""The cost of reading a byte on disk, relative to a plain one: it unpacks to about as many bytes of JSON lines."""
 _FILE_COST: Final = 1 << 14
-"""What opening a file costs, in plain bytes."""
+"""The cost of opening a file, in plain bytes."""
 _TASKS_A_CORE: Final = 4
 _LEAST_PIECE: Final = 8 * _MIB
-"""A task costs its worker about as much as deciding some megabytes of lines."""
+"""Starting a task costs about as much as deciding some megabytes of lines."""
 _PROGRESS_SECONDS: Final = 3.0
 _PATHS_SHOWN: Final = 5
 log = get_logger("read")
@@ -75,7 +75,7 @@ def read_events(
     """Read all files under ``events_paths`` into ``target``.
 
     Args:
-        spark: Gives the session; asked only after the files have been looked at.
+        spark: Returns the session; called only after the files have been scanned.
         events_paths: Files, folders or globs; a file that several name is read once.
         target: Empty folder for the Parquet output, which driver and executors share.
         rules: The user rules that decide between event and quarantine.
@@ -90,22 +90,22 @@ def read_events(
     with log_progress("looking for files", every=_PROGRESS_SECONDS):
         found = find_files(events_paths, home)
     state = found.state
-    # A shell may have made very many of one glob.
+    # A shell may have expanded one glob to very many paths.
     paths = [shown(path) for path in events_paths[:_PATHS_SHOWN]]
     log.info("scanning files", files=len(state.files), megabytes=state.size // _MIB, paths=paths)
     try:
         with log_progress("scanning files", lambda: {"files": found.looked}, every=_PROGRESS_SECONDS):
             files = found.look()
     finally:
-        # Told alongside a refusal too.
+        # Logged in case of an error too.
         left_out = found.report()
         for entry in left_out:
             log.warning("files left out", reason=entry.reason, files=entry.files, names=entry.names)
     ensure_folder(target, "GHSYNC_HOME", needed=ROOM + sum(map(_output, files)))
-    asked = time.monotonic()
+    requested_at = time.monotonic()
     session = spark()
     # The report's seconds are those of reading, not of a JVM that is still starting.
-    started += time.monotonic() - asked
+    started += time.monotonic() - requested_at
     tasks = plan_tasks(files, session.sparkContext.defaultParallelism)
     log.info("reading", files=len(files), megabytes=state.size // _MIB, tasks=len(tasks))
     tallies = _decide_all(session, files, tasks, rules, target)
@@ -115,7 +115,7 @@ def read_events(
 
 
 def _output(file: InputFile) -> int:
-    """Return how many bytes a run may write for a file: the used fields of its events, by each of its steps."""
+    """Return how many bytes all steps of a run may write for a file: the used fields of its events."""
     return file.size // 2 if file.packing is None else file.size * 2
 
 
@@ -124,15 +124,15 @@ def _cost(file: InputFile) -> int:
 
 
 def _largest_piece(files: Sequence[InputFile], cores: int) -> int:
-    """Return what a task may cost: enough tasks for the cores to end together, few enough to be cheap."""
+    """Return the highest cost of a task: enough tasks to balance the cores, few enough to be cheap."""
     return min(max(sum(map(_cost, files)) // (cores * _TASKS_A_CORE), _LEAST_PIECE), 64 * _MIB)
 
 
 def plan_tasks(files: Sequence[InputFile], cores: int) -> list[list[Piece]]:
-    """Deal the files out to tasks, the costly ones first.
+    """Assign the files to tasks, the costly ones first.
 
-    A plain file of lines that costs more than a task may is cut, each range a task of its own. A packed one is read
-    whole. Small ones share tasks.
+    A plain file of lines that costs more than one task may is cut into ranges, each a task of its own. A packed file
+    is read whole. Small files share tasks.
     """
     largest = _largest_piece(files, cores)
     tasks: list[tuple[int, list[Piece]]] = []
@@ -158,14 +158,14 @@ def plan_tasks(files: Sequence[InputFile], cores: int) -> list[list[Piece]]:
 def _decide_all(
     session: SparkSession, files: Sequence[InputFile], tasks: Sequence[list[Piece]], rules: Sequence[Rule], target: Path
 ) -> list[Tally]:
-    """Have Spark's workers decide every line; return what they counted, and keep only the parts that they name.
+    """Decide every line on Spark's workers; return their counts, and keep only the parts that they name.
 
     Raises:
         InputError: A file can't be read.
     """
     from ghsync_dagster.stores.spark import TALLY_SCHEMA, spark_errors, to_arrow
 
-    with keeping(target):
+    with folder_errors(target):
         for kind in (EVENTS, QUARANTINE, "tasks"):
             (target / kind).mkdir(parents=True)
     for number, pieces in enumerate(tasks):
@@ -181,7 +181,7 @@ def _decide_all(
     shutil.rmtree(target / "tasks")
     tallies = [Tally(**row) for row in rows.to_pylist()]
     _raise_faults([tally.name for tally in tallies if tally.kind == FAULT])
-    with keeping(target):
+    with folder_errors(target):
         for kind, schema in ((EVENTS, event_schema()), (QUARANTINE, quarantine_schema())):
             _keep_parts(target / kind, {tally.name for tally in tallies if tally.kind == kind}, schema)
         _number_lines(target / QUARANTINE, tasks, tallies)
@@ -189,7 +189,7 @@ def _decide_all(
 
 
 def _number_lines(folder: Path, tasks: Sequence[list[Piece]], tallies: Sequence[Tally]) -> None:
-    """Make the line numbers of ranges those of their files: a worker knows only how many lines its own range has."""
+    """Turn the line numbers of ranges into those of their files: a worker knows only the lines of its own range."""
     lines: defaultdict[int, dict[int, int]] = defaultdict(dict)
     for tally in tallies:
         if tally.kind == PIECE:
@@ -211,27 +211,27 @@ def _add_to_lines(part: Path, before: int) -> None:
 
     unfinished = part.with_name(f".{part.name}")
     schema = quarantine_schema()
-    place = schema.get_field_index("line")
+    index = schema.get_field_index("line")
     with pq.ParquetFile(part) as old, pq.ParquetWriter(unfinished, schema) as new:
         for batch in old.iter_batches():
             columns = list(batch.columns)
-            columns[place] = pc.add(columns[place], before)
+            columns[index] = pc.add(columns[index], before)
             new.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
     unfinished.replace(part)
 
 
 def _raise_faults(faults: Sequence[str]) -> None:
-    """Raise what workers told of: what concerns no file alone, such as a full disk, or all files that can't be read."""
-    told = [msgspec.json.decode(fault) for fault in sorted(set(faults))]
-    for kind, message, way_out in told:
+    """Raise the workers' errors: one that concerns no file alone, such as a full disk, or all unreadable files."""
+    errors = [msgspec.json.decode(fault) for fault in sorted(set(faults))]
+    for kind, message, way_out in errors:
         if kind != InputError.__name__:
             raise (ConfigError if kind == ConfigError.__name__ else PermanentError)(message, way_out=way_out)
-    if told:
-        raise together([InputError(message, way_out=way_out) for _, message, way_out in told])
+    if errors:
+        raise combine_errors([InputError(message, way_out=way_out) for _, message, way_out in errors])
 
 
-def _reading(done: tuple[int, int], files: int, size: int, started: float) -> dict[str, object]:
-    """Return how far the tasks are, in words."""
+def _progress(done: tuple[int, int], files: int, size: int, started: float) -> dict[str, object]:
+    """Return the progress of the tasks, to be logged."""
     files_done, bytes_done = done
     seconds = time.monotonic() - started
     left = {"seconds_left": round(seconds * (size - bytes_done) / bytes_done)} if bytes_done else {}
@@ -240,7 +240,7 @@ def _reading(done: tuple[int, int], files: int, size: int, started: float) -> di
 
 
 def _keep_parts(folder: Path, names: set[str], schema: pa.Schema) -> None:
-    """Remove what tasks left that did not succeed; leave an empty part where there is none."""
+    """Remove the parts of failed tasks; if no part is left, write an empty one."""
     import pyarrow.parquet as pq
 
     for file in folder.iterdir():
@@ -257,7 +257,7 @@ def _report(
     target: Path,
     started: float,
 ) -> ReadReport:
-    """Sum up what the workers counted, and hold it against the files."""
+    """Sum up the workers' counts, and compare them with the files."""
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     pieces: defaultdict[int, dict[int, Tally]] = defaultdict(dict)

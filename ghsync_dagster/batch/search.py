@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote, urlsplit
 
-from ghsync_dagster.batch.files import InputFile, head_of, look_at, names_actors, together
+from ghsync_dagster.batch.files import InputFile, combine_errors, head_of, names_actors, scan_file
 from ghsync_dagster.batch.heads import ENDINGS
 from ghsync_dagster.batch.reports import LeftOut
 from ghsync_dagster.batch.unpack import packing_of
@@ -78,20 +78,20 @@ class Found:
         events_paths: The paths, as they were given.
         files: What tells the content of each file to read, by absolute path, sorted.
         left_out: Every other file that the paths name, by reason.
-        looked: How many files have been looked at so far.
+        scanned: How many files have been scanned so far.
     """
 
     events_paths: Sequence[str] = ()
     files: dict[str, FileState] = field(default_factory=dict)
     left_out: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    looked: int = 0
+    scanned: int = 0
 
     @property
     def state(self) -> InputState:
         """The state of all files to read."""
         return InputState(tuple(self.files.values()))
 
-    def look(self) -> list[InputFile]:
+    def scan(self) -> list[InputFile]:
         """Look at the head of each file to read; those whose packing holds nothing are left out as empty.
 
         Raises:
@@ -101,7 +101,7 @@ class Found:
         refused: list[InputError] = []
         for path, state in self.files.items():
             try:
-                file = look_at(state)
+                file = scan_file(state)
             except InputError as error:
                 refused.append(error)
             else:
@@ -109,9 +109,9 @@ class Found:
                     files.append(file)
                 else:
                     self.left_out[_EMPTY].append(path)
-            self.looked += 1
+            self.scanned += 1
         if refused:
-            raise together(refused)
+            raise combine_errors(refused)
         if not files:
             raise _nothing(self)
         return files
@@ -148,10 +148,10 @@ def find_files(events_paths: Sequence[str], home: Path | None = None) -> Found:
         search = _Search(found, real_home, kept)
         try:
             set_aside = _set_aside(events_paths) if set_aside is None else set_aside
-            search.take(spec, set_aside)
+            search.search(spec, set_aside)
         except (OSError, RuntimeError, ValueError) as error:
             # RuntimeError: the home folder of ~user is not known. ValueError: a name that no file can have.
-            raise _not_looked_at(spec, error) from None
+            raise _unreadable(spec, error) from None
         if not search.entries:
             raise InputError(
                 f"{_absolute(spec)} has no file.",
@@ -164,12 +164,12 @@ def find_files(events_paths: Sequence[str], home: Path | None = None) -> Found:
         for path in found.files
         if path != shown(path)
     ]:
-        raise together(refused)
+        raise combine_errors(refused)
     found.files = dict(sorted(found.files.items()))
     return found
 
 
-def _not_looked_at(spec: str, error: Exception) -> InputError:
+def _unreadable(spec: str, error: Exception) -> InputError:
     # The system says which of all that is below the path.
     where = getattr(error, "filename", None) or spec
     words = getattr(error, "strerror", None) or error
@@ -212,7 +212,7 @@ def _other_name(path: str) -> InputError:
     Raises:
         InputError: It is of a kind that can't be read.
     """
-    file = look_at(state_of(path, os.stat(path)))
+    file = scan_file(state_of(path, os.stat(path)))
     if file is None:
         return InputError(f"{path} is empty.", way_out=f"{_GET_AGAIN[0].upper()}{_GET_AGAIN[1:]}.")
     real = os.path.realpath(path)
@@ -257,7 +257,7 @@ class _Search:
         self._walked: set[tuple[str, _Tails]] = set()
         self._hidden: list[str] = []
 
-    def take(self, spec: str, set_aside: Mapping[str, str]) -> None:
+    def search(self, spec: str, set_aside: Mapping[str, str]) -> None:
         """Take what a path, a folder or a glob names, but for paths that are set aside as hidden."""
         if scheme := _SCHEME.match(spec):
             raise _no_path(spec, scheme.group(1).lower())
@@ -305,7 +305,7 @@ class _Search:
             raise InputError(f"No file matches {pattern}{hidden}.", way_out=_meant(spec) or "Correct the glob.")
 
     def _walk(self, path: str, real: str, tails: _Tails) -> None:
-        """Take what matches below a folder; what can't be listed or looked at raises."""
+        """Take what matches below a folder; raise if something can't be listed or read."""
         if (real, tails) in self._walked:
             return
         self._walked.add((real, tails))
@@ -318,7 +318,7 @@ class _Search:
                 self._entry(os.path.join(path, entry.name), entry, below)
 
     def _entry(self, path: str, entry: os.DirEntry[str], tails: _Tails) -> None:
-        """Take an entry of a folder. A file is looked at only where its name says events: others may come and go."""
+        """Take an entry of a folder. Only a file with the name of events is looked up: others may come and go."""
         is_link = entry.is_symlink()
         if _is_hidden(entry.name):
             if os.path.isdir(entry) if is_link else entry.is_dir():
@@ -457,7 +457,7 @@ def _is_listed(folder: str, inside: Mapping[str, int]) -> bool:
                 if not _is_hidden(entry.name) and (_reason(entry.name) is None or entry.is_dir())
             )
     except OSError:
-        return False  # told where its paths are looked at
+        return False  # reported when its paths are searched
 
 
 def _is_in(path: str, folder: str) -> bool:

@@ -1,6 +1,6 @@
-"""Settle: how a load ends, its own or a dead one's, so that nothing is left marked and nothing is half done.
+"""Settle: end a load, the present or a dead one, so that nothing is left marked and nothing is half done.
 
-Belongs here: which command carries out which step of SETTLE_STEPS, over all keys of a load. Not here: the order of the
+Belongs here: which command executes which step of SETTLE_STEPS, over all keys of a load. Not here: the order of the
 steps and the decision between them, which are ``domain.precedence``'s.
 """
 
@@ -31,27 +31,27 @@ def recover(writer: UserWriter) -> dict[str, int]:
     """Settle what earlier loads left unfinished.
 
     Returns:
-        How many keys were settled, by kind of repair; empty where nothing was left.
+        How many keys were settled, by kind of repair; empty if nothing was left.
     """
     settled: Counter[str] = Counter()
     store = writer.store
     for record in store.unfinished_loads():
         log.warning("settling unfinished load", load=record["_id"], state=record["state"])
         settling = _Settling(writer, record["_id"])
-        settling.take(steps_left(LoadState(record["state"])))
+        settling.execute(steps_left(LoadState(record["state"])))
         settled += settling.repaired
         settled["unmarked"] += settling.unmarked
     if store.count_marked():
         settled += _settle_strays(writer)
-    # Empty but for what a holder that had lost its lease wrote too late.
+    # Empty, except for what a holder wrote after it had lost its lease.
     writer.clear_undo()
     return dict(+settled)
 
 
 def _settle_strays(writer: UserWriter) -> Counter[str]:
-    """Settle markers that no unfinished load accounts for: they stay users, but for what the stream deleted.
+    """Settle markers that belong to no unfinished load: the users stay, except those that the stream deleted.
 
-    Such are what a dead load's executors wrote after it was settled, and what another program marked.
+    A dead load's executors may have written them after the load was settled, or another program marked them.
     """
     store, removed = writer.store, 0
     for keys in chunks(user["user_id"] for user in store.marked()):
@@ -73,18 +73,18 @@ def settle_load(
     Args:
         writer: Writes under the load's lease.
         load_id: The load.
-        expected_marked: How many documents carry the marker if nobody touched one since; None: look at each.
-        on_step: Told of each step that is taken once a load when it is done.
+        expected_marked: How many documents carry the marker if nobody wrote one since; None: check each.
+        on_step: Called after each step that is executed once a load.
 
     Returns:
         From how many documents the marker was removed.
     """
     store, steps = writer.store, steps_left(LoadState.RUNNING)
-    # As many marked as were inserted, and no deletion on record: the stream touched none of them, and all are kept.
+    # If all inserts are still marked and no deletion is recorded, the stream wrote none of them: all are kept.
     if expected_marked is not None and store.count_marked() == expected_marked and not store.any_deleted():
         steps = tuple(step for step in steps if step not in OF_EACH_KEY)
     settling = _Settling(writer, load_id, on_step)
-    settling.take(steps)
+    settling.execute(steps)
     return settling.unmarked
 
 
@@ -103,13 +103,13 @@ class _Keys:
         return [key for key in self.keys if self.repair(key) in repairs]
 
     def repair(self, key: str) -> Repair:
-        """Return what becomes of a key."""
+        """Return the repair of a key."""
         found = Found(self.marked, key in self.old, key in self.versioned, key in self.deleted)
         return settle(LoadState.RUNNING, found)
 
 
 class _Settling:
-    """Takes the steps that settle one load."""
+    """Executes the steps that settle one load."""
 
     def __init__(
         self,
@@ -133,8 +133,8 @@ class _Settling:
             SettleStep.RECORD_DONE: lambda: self._record(LoadState.DONE),
         }
 
-    def take(self, steps: Sequence[SettleStep]) -> None:
-        """Take steps: those of each key for some keys at a time, the others for all keys at once."""
+    def execute(self, steps: Sequence[SettleStep]) -> None:
+        """Execute steps: those of each key for some keys at a time, the others for all keys at once."""
         for is_of_each_key, some in groupby(steps, OF_EACH_KEY.__contains__):
             if is_of_each_key:
                 self._settle_keys(tuple(some))
@@ -151,7 +151,7 @@ class _Settling:
             self.repaired.update(found.repair(key).value for key in found.due(*_DONE_TO_A_KEY))
 
     def _find_marked(self) -> Iterator[_Keys]:
-        """Yield all keys on which something of the load may be left: what is marked, then what has its entry alone."""
+        """Yield all keys on which the load may have left something: marked ones, then those with only its entry."""
         for keys in chunks(user["user_id"] for user in self._store.marked()):
             yield _Keys(marked=True, keys=keys, old=self._store.undo_by_id(keys))
         for keys in chunks(self._store.versions_of_load(self._load_id)):

@@ -1,9 +1,9 @@
-"""Which version of the data a step leaves: the same only where files and code are the same for certain.
+"""The data version of a step: equal only if input files and code are certainly equal.
 
-Belongs here: what tells one file from another, one build of the code from another, and how a version comes out of them.
-Not here: where versions are kept or shown.
+Belongs here: what distinguishes files and builds of the code, and how a version is computed from that. Not here: where
+versions are stored or shown.
 
-A version that may be wrong in either direction is wrong in the safe one: it differs although the data is the same.
+In doubt a version differs although the data is the same, never the other way round.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import os
 
 UNKNOWN: Final = ""
-"""A version of which nothing is known: equal to none, itself included."""
+"""An unknown version: equal to no other, itself included."""
 
 _PACKAGE: Final = Path(__file__).parents[1]
 _ROOMS: Final = ("domain", "batch", "stores")
@@ -32,16 +32,16 @@ _LIBRARIES: Final = ("msgspec", "pyarrow", "pyspark", "pymongo")
 
 @dataclass(frozen=True, slots=True, order=True)
 class FileState:
-    """What tells the content of a file from any other that was or will be at its path.
+    """What distinguishes the content of a file from any other that was or will be at its path.
 
-    Two changes within a tick of the file system's clock, some milliseconds, are told apart by size and inode alone.
+    Two changes within a tick of the file system's clock, some milliseconds, are distinguished by size and inode alone.
 
     Attributes:
         path: Absolute path.
         size: Bytes.
         modified_ns: When the content was changed last, as the file says, in ns since 1970. A program may set it back.
         changed_ns: When content or attributes were changed last, in ns since 1970. No program can set it.
-        inode: The file's number in its file system: another one has come to the path where it differs.
+        inode: The file's number in its file system: if it differs, another file is at the path.
     """
 
     path: str
@@ -69,12 +69,12 @@ class InputState:
 
 
 def state_of(path: str, found: os.stat_result) -> FileState:
-    """Return the state of a file that the system gives."""
+    """Return the state of a file from its ``stat``."""
     return FileState(path, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
 
 
 def version_of(*parts: str) -> str:
-    """Return the version that comes out of others; one of its own where one of them is not known.
+    """Return the version that results from others; a unique one if one of them is unknown.
 
     >>> version_of("a", "b") == version_of("a", "b")
     True
@@ -94,8 +94,8 @@ def version_of(*parts: str) -> str:
 def code_version(rules_module: str | None) -> str:
     """Return the version of the code that decides what a step writes.
 
-    That is the source of this package's flows, the libraries under them, Python, and the project's own rules: their
-    module with all that stands in its package. A change that alters no data, as of a comment, makes another version.
+    That is the source of this package's flows, their libraries, Python, and the project's own rules: their module with
+    its whole package. A change that alters no data, as of a comment, makes another version too.
 
     Args:
         rules_module: Name of the module with the project's own rules, or None.
@@ -114,7 +114,7 @@ def code_version(rules_module: str | None) -> str:
 
 
 def _sources_of(module: str) -> list[Path] | None:
-    """Return the files of a module and of the package that it is in; None where it can't be found."""
+    """Return the files of a module and of its package; None if it can't be found."""
     try:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):

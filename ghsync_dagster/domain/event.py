@@ -129,7 +129,7 @@ def event_decoder(rules: Sequence[Rule], latest: str) -> Callable[[bytes], Event
             its user's state for ever, since the newest event wins.
     """
     tests = [
-        (place, rule.breaker(), rule) for place, name in enumerate(USER_FIELDS) for rule in rules if rule.field == name
+        (index, rule.breaker(), rule) for index, name in enumerate(USER_FIELDS) for rule in rules if rule.field == name
     ]
 
     def decide(line: bytes) -> Event | Refused | None:
@@ -160,9 +160,9 @@ def event_decoder(rules: Sequence[Rule], latest: str) -> Callable[[bytes], Event
             event = msgspec.structs.replace(event, created_at=at)
         actor = event.actor
         user = (str(actor.id), actor.login, actor.gravatar_id, actor.avatar_url, actor.url)
-        for place, broken, rule in tests:
-            if broken(user[place]):
-                return Refused(f"{rule.words}, got {_shown(user[place])} ({rule.name})")
+        for index, broken, rule in tests:
+            if broken(user[index]):
+                return Refused(f"{rule.words}, got {_shown(user[index])} ({rule.name})")
         return event
 
     return decide

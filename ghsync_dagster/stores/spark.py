@@ -256,14 +256,14 @@ class SparkHandle:
         Raises:
             GhsyncError: Java, jars or the session could not be had.
         """
-        asked = time.monotonic()
+        requested_at = time.monotonic()
         with self._lock:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._start, name="spark-start", daemon=True)
                 self._thread.start()
         with log_progress("starting Spark"):
             self._thread.join()
-        self.waited_seconds += time.monotonic() - asked
+        self.waited_seconds += time.monotonic() - requested_at
         if self._error is not None:
             raise self._error
         assert self._session is not None  # noqa: S101  _start has set one of the two

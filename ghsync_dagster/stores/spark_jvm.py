@@ -41,8 +41,8 @@ def launch_jvm(configuration: Mapping[str, str]) -> None:
     for name, value in configuration.items():
         conf.set(name, value)
     read, write = os.pipe()
-    said: list[str] = []
-    reader = threading.Thread(target=_take_down, args=(read, said), name="spark-output", daemon=True)
+    first_lines: list[str] = []
+    reader = threading.Thread(target=_log_output, args=(read, first_lines), name="spark-output", daemon=True)
     reader.start()
     try:
         gateway = launch_gateway(conf, {"stderr": write})  # type: ignore[no-untyped-call]
@@ -50,19 +50,19 @@ def launch_jvm(configuration: Mapping[str, str]) -> None:
         os.close(write)
         reader.join(_READ_SECONDS)
         raise ConfigError(
-            f"Spark's JVM does not start ({said[0] if said else type(error).__name__}).",
+            f"Spark's JVM does not start ({first_lines[0] if first_lines else type(error).__name__}).",
             way_out="Check JAVA_HOME (17 or newer), SPARK_DRIVER_MEMORY and SPARK_DRIVER_JAVA_OPTIONS.",
         ) from None
     os.close(write)
     SparkContext._ensure_initialized(gateway=gateway)  # noqa: SLF001  as the session's own start does
 
 
-def _take_down(pipe: int, said: list[str]) -> None:
+def _log_output(pipe: int, first_lines: list[str]) -> None:
     """Log what comes out of a pipe, line by line, until all who write into it are gone; keep the first line."""
     with os.fdopen(pipe, encoding="utf-8", errors="replace") as lines:
         for line in lines:
             text = redact(line.rstrip())
             if text and not _NEEDLESS.match(text):
-                if not said:
-                    said.append(text)
+                if not first_lines:
+                    first_lines.append(text)
                 log.warning(text)

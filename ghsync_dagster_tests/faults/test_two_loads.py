@@ -132,7 +132,7 @@ def assert_stored(store: UserStore, expected: dict[str, str]) -> None:
 
 def assert_lease_ends_soon(store: UserStore) -> None:
     """Hold that the lease ends with the quiet time after the last command."""
-    lease = LeaseBook(store).standing("load:Users")
+    lease = LeaseBook(store).current("load:Users")
     assert lease is not None
     assert (lease.expires_at - LeaseBook(store).server_time()).total_seconds() <= QUIET_SECONDS
 

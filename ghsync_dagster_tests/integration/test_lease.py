@@ -93,7 +93,7 @@ def test_a_second_load_waits_and_then_goes_on(mongo_uri: str, database: str, sto
         with hold_lease(store, wait_seconds=30) as held:
             assert 0.5 < time.monotonic() - began < 20
             held.allow()
-    assert LeaseBook(store).standing(NAME) is None
+    assert LeaseBook(store).current(NAME) is None
 
 
 def test_a_load_that_waited_long_enough_gives_up_and_names_the_holder(
@@ -101,11 +101,11 @@ def test_a_load_that_waited_long_enough_gives_up_and_names_the_holder(
 ) -> None:
     flow.artifacts.publish(FlattenReport("nowhere", 1, 0.0))
     with holder(mongo_uri, database) as process:
-        before = LeaseBook(store).standing(NAME)
+        before = LeaseBook(store).current(NAME)
         with pytest.raises(LeaseHeldError, match=rf"process {process.pid} on \S+, until ") as raised:
             replace(flow, lease_wait_seconds=0.7).load("run")
         assert "GHSYNC_LEASE_WAIT_SECONDS" in raised.value.way_out
-        after = LeaseBook(store).standing(NAME)
+        after = LeaseBook(store).current(NAME)
         assert before is not None
         assert after is not None
         assert after.token == before.token
@@ -118,7 +118,7 @@ def test_a_killed_holder_of_this_machine_is_replaced_once_its_last_command_must_
     with holder(mongo_uri, database) as process:
         process.send_signal(signal.SIGKILL)
         process.wait()
-        standing = LeaseBook(store).standing(NAME)
+        standing = LeaseBook(store).current(NAME)
         assert standing is not None
         assert standing.expires_at > LeaseBook(store).server_time() + timedelta(seconds=10)
         asked = time.monotonic()
@@ -171,18 +171,18 @@ def test_the_lease_of_another_machine_is_taken_when_it_ran_out_and_not_before(st
     )
     with hold_lease(store, wait_seconds=0) as held:
         held.allow()
-        standing = LeaseBook(store).standing(NAME)
+        standing = LeaseBook(store).current(NAME)
         assert standing is not None
         assert standing.holder == identity(os.getpid())
 
 
 def test_a_lease_that_was_renewed_since_it_was_read_is_not_taken(store: UserStore) -> None:
     put_lease(store, "elsewhere/pid:[1]/boot|1|1", -1)
-    standing = LeaseBook(store).standing(NAME)
+    standing = LeaseBook(store).current(NAME)
     assert standing is not None
     assert LeaseBook(store).extend(NAME, "theirs", LeaseBook(store).server_time() + timedelta(seconds=30))
     mine = Lease("mine", "me", LeaseBook(store).server_time() + timedelta(seconds=30))
-    assert not LeaseBook(store).take(NAME, mine, instead_of=standing)
+    assert not LeaseBook(store).acquire(NAME, mine, instead_of=standing)
     assert LeaseBook(store).extend(NAME, "theirs", LeaseBook(store).server_time())
 
 
@@ -204,7 +204,7 @@ def test_a_holder_whose_lease_was_taken_notices(store: UserStore, monkeypatch: p
         store.database[LEASES].update_one({"_id": NAME}, {"$set": {"token": "another's"}})
         with pytest.raises(LeaseLostError):
             assert_until_lost(held, seconds=5)
-    standing = LeaseBook(store).standing(NAME)
+    standing = LeaseBook(store).current(NAME)
     assert standing is not None
     assert standing.token == "another's"
 
@@ -227,7 +227,7 @@ def test_a_holder_that_was_suspended_writes_nothing_more(mongo_uri: str, databas
             process.send_signal(signal.SIGCONT)
             assert said(process) == "lost"
             held.allow()
-            standing = LeaseBook(store).standing(NAME)
+            standing = LeaseBook(store).current(NAME)
             assert standing is not None
             assert standing.token == held.token
     assert [found["line"] for found in written.find()] == ["before"]
@@ -241,12 +241,12 @@ def test_a_load_that_fails_keeps_the_lease_until_its_last_command_must_have_ende
 
     def fail(step: Step) -> None:
         assert step is Step.LEASED
-        assert LeaseBook(store).standing(NAME) is not None
+        assert LeaseBook(store).current(NAME) is not None
         raise error("the server is away", way_out="Wait.") if error is UnavailableError else error
 
     with pytest.raises(error):
         flow.load("run", fail)
-    standing = LeaseBook(store).standing(NAME)
+    standing = LeaseBook(store).current(NAME)
     assert standing is not None
     left = (standing.expires_at - LeaseBook(store).server_time()).total_seconds()
     assert flow.lease_quiet_seconds - 1.5 < left <= flow.lease_quiet_seconds
@@ -257,8 +257,8 @@ def test_a_load_that_fails_keeps_the_lease_until_its_last_command_must_have_ende
 
 def test_the_lease_is_given_back_at_once_when_all_went_well(store: UserStore) -> None:
     with hold_lease(store, wait_seconds=0):
-        assert LeaseBook(store).standing(NAME) is not None
-    assert LeaseBook(store).standing(NAME) is None
+        assert LeaseBook(store).current(NAME) is not None
+    assert LeaseBook(store).current(NAME) is None
 
 
 def test_what_a_dead_load_sent_last_is_done_before_another_begins(

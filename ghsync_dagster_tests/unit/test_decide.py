@@ -28,11 +28,11 @@ from ghsync_dagster.batch.decide import (
     Piece,
     Tally,
     Task,
-    _Done,
-    read_done,
+    _Progress,
+    read_progress,
     write_task,
 )
-from ghsync_dagster.batch.files import look_at
+from ghsync_dagster.batch.files import scan_file
 from ghsync_dagster.batch.search import find_files
 from ghsync_dagster.batch.unpack import values_of
 from ghsync_dagster.domain.errors import ConfigError
@@ -63,7 +63,7 @@ def told_by(target: Path, number: int, *, host: str | None = None) -> dict[str, 
 
 def in_ranges(path: Path, target: Path, cuts: Sequence[int]) -> None:
     """Write a task for each range of a file."""
-    (file,) = find_files([str(path)]).look()
+    (file,) = find_files([str(path)]).scan()
     for number, (start, end) in enumerate(pairwise([0, *cuts, file.size])):
         write_task(target, number, [Piece(0, file, start, end)])
 
@@ -137,7 +137,7 @@ def test_a_bad_value_of_an_array_is_quarantined_and_a_lost_one_is_an_error(
 ) -> None:
     path = tmp_path / "a.json"
     path.write_text(f"[{event_line(1)}, null,\n5, {event_line(2)}][{event_line(3)}]\0\0")
-    (file,) = find_files([str(path)]).look()
+    (file,) = find_files([str(path)]).scan()
     write_task(target, 0, [Piece(0, file)])
     told = told_by(target, 0)
     assert pq.read_table(target / EVENTS / told[EVENTS][0]).num_rows == 3
@@ -158,17 +158,17 @@ def test_how_far_a_task_is_can_be_read_before_it_ends(
     path.write_bytes(pack(b"".join(b"%s\n" % os.urandom(2_000).hex().encode() for _ in range(2_000))))
     other = tmp_path / "b.json"
     other.write_text(event_line(1))
-    found = find_files([str(path), str(other)]).look()
+    found = find_files([str(path), str(other)]).scan()
     write_task(target, 0, [Piece(number, file) for number, file in enumerate(found)])
     seen: list[tuple[int, int]] = []
 
-    class Watching(_Done):
-        def tell(self, more: int) -> None:
-            super().tell(more)
-            seen.append(read_done(target))
+    class Watching(_Progress):
+        def report(self, more: int) -> None:
+            super().report(more)
+            seen.append(read_progress(target))
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(decide, "_Done", Watching)
+        patched.setattr(decide, "_Progress", Watching)
         told_by(target, 0)
     sizes = [file.size for file in found]
     assert seen == sorted(seen)
@@ -179,7 +179,7 @@ def test_how_far_a_task_is_can_be_read_before_it_ends(
 
 def read_whole(path: Path, target: Path) -> tuple[int, int, list[tuple[int, str]]]:
     """Read a file in one task; return how many lines and events it has, and the bad ones with their lines."""
-    (file,) = find_files([str(path)]).look()
+    (file,) = find_files([str(path)]).scan()
     write_task(target, 0, [Piece(0, file)])
     task = Task(str(target), (), "2030", platform.node())
     tallies = [Tally(**row) for batch in task.run(iter([pa.record_batch({"id": [0]})])) for row in batch.to_pylist()]
@@ -294,7 +294,7 @@ def test_events_inside_another_value_are_one_error_with_a_way_out(
 ) -> None:
     path = tmp_path / "it's.json"
     path.write_bytes(PACKINGS[packing](HIDDEN[kind]([event_line(number) for number in (1, 2, 3)]).encode()))
-    (file,) = find_files([str(path)]).look()
+    (file,) = find_files([str(path)]).scan()
     write_task(target, 0, [Piece(0, file)])
     told = told_by(target, 0)
     ((kind, message, way_out),) = told[FAULT]
@@ -311,7 +311,7 @@ def test_a_value_of_an_array_that_is_too_long_is_one_error_with_a_way_out(
     path = tmp_path / "a.json"
     text = f"[{event_line(1)},\n{event_line(2, payload=os.urandom(2 << 20).hex())},\n{event_line(3)}]"
     path.write_bytes(PACKINGS[packing](text.encode()))
-    (file,) = find_files([str(path)]).look()
+    (file,) = find_files([str(path)]).scan()
     write_task(target, 0, [Piece(0, file)])
     ((_, message, way_out),) = told_by(target, 0)[FAULT]
     assert message == f"{path}: what begins at line 2 does not end within 2 MiB."
@@ -347,7 +347,7 @@ def test_a_home_that_can_not_be_used_is_no_fault_of_an_input_file(
     paths = [tmp_path / "a.json", tmp_path / "b.json"]
     for path in paths:
         path.write_text("".join(event_line(number) + "\n" for number in range(1, 10)))
-    found = find_files([str(path) for path in paths]).look()
+    found = find_files([str(path) for path in paths]).scan()
     write_task(target, 0, [Piece(number, file) for number, file in enumerate(found)])
     fault(target)
     ((kind, message, way_out),) = told_by(target, 0)[FAULT]
@@ -388,7 +388,7 @@ def test_a_long_search_and_a_long_look_are_told(
         raise InterruptedError
 
     monkeypatch.setattr(read, "find_files", slow("looking for files", find_files))
-    monkeypatch.setattr("ghsync_dagster.batch.search.look_at", slow("scanning files", look_at))
+    monkeypatch.setattr("ghsync_dagster.batch.search.scan_file", slow("scanning files", scan_file))
     with pytest.raises(InterruptedError):
         read.read_events(no_session, [str(tmp_path)], tmp_path / "out", ())
     assert told("scanning files")[0]["files"] == 0

@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ghsync_dagster.batch.files import InputFile, look_at
+from ghsync_dagster.batch.files import InputFile, scan_file
 from ghsync_dagster.batch.search import OWN_FOLDERS, find_files
 from ghsync_dagster.batch.unpack import unpacked
 from ghsync_dagster.batch.versions import FileState, state_of
@@ -76,7 +76,7 @@ def left_out_of(folder: Path, *specs: str, home: Path | None = None) -> dict[str
 
 
 def look(path: Path) -> InputFile:
-    seen = look_at(state_of(str(path), path.stat()))
+    seen = scan_file(state_of(str(path), path.stat()))
     assert seen is not None
     return seen
 
@@ -436,7 +436,7 @@ def test_a_new_name_is_offered_where_it_helps(
     assert re.match(f"(.* )?{way_out}", caught.value.way_out)
     if "Rename" in caught.value.way_out:
         follow(caught.value.way_out)
-        assert len(find_files([str(path.parent)]).look()) == 1
+        assert len(find_files([str(path.parent)]).scan()) == 1
 
 
 @pytest.mark.parametrize("missing", [0, 50])
@@ -601,10 +601,10 @@ def test_a_glob_is_one_below_the_working_directory(tmp_path: Path, monkeypatch: 
 def test_what_packs_nothing_is_empty(tmp_path: Path, content: bytes) -> None:
     write(tmp_path / "a.json.gz", content)
     with pytest.raises(InputError, match="1 left out, empty"):
-        find_files([str(tmp_path)]).look()
+        find_files([str(tmp_path)]).scan()
     write(tmp_path / "b.json", LINES)
     found = find_files([str(tmp_path)])
-    assert [file.path for file in found.look()] == [str(tmp_path / "b.json")]
+    assert [file.path for file in found.scan()] == [str(tmp_path / "b.json")]
     assert [(entry.reason, entry.names) for entry in found.report()] == [("empty", [str(tmp_path / "a.json.gz")])]
 
 
@@ -658,7 +658,7 @@ def test_what_has_become_a_pipe_is_told_and_not_waited_for(tmp_path: Path) -> No
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(InputError, match=r"a\.json can't be read \(no regular file\)"):
-        found.look()
+        found.scan()
 
 
 def test_all_refused_files_are_told_at_once_with_their_ways_out(tmp_path: Path) -> None:
@@ -668,7 +668,7 @@ def test_all_refused_files_are_told_at_once_with_their_ways_out(tmp_path: Path) 
     for number in range(5):
         write(tmp_path / f"d{number}.json", b"ORC\x01\x02\x03")
     with pytest.raises(InputError, match=r"^7 files can't be read: .*a\.json is damaged: .*b\.json is a PDF") as caught:
-        find_files([str(tmp_path)]).look()
+        find_files([str(tmp_path)]).scan()
     assert caught.value.message.endswith("And 2 more.")
     assert "Get the file again" in caught.value.way_out
     assert caught.value.way_out.count("JSON lines") == 1
@@ -676,7 +676,7 @@ def test_all_refused_files_are_told_at_once_with_their_ways_out(tmp_path: Path) 
     for path in [*tmp_path.glob("d*"), tmp_path / "c.json"]:
         path.unlink()
     with pytest.raises(InputError, match=r"^/.*a\.json is damaged: "):
-        find_files([str(tmp_path)]).look()
+        find_files([str(tmp_path)]).scan()
 
 
 @pytest.mark.parametrize("name", ["a.json", "a[1]/x.json", "100%25 ü.json", "a?b#c.json"])
@@ -746,7 +746,7 @@ def test_what_may_not_be_read_is_one_clear_error(tmp_path: Path) -> None:
 
 def test_a_file_that_is_gone_by_now_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a.json can't be read .*No such file"):
-        look_at(FileState(str(tmp_path / "a.json"), 5, 0, 0, 1))
+        scan_file(FileState(str(tmp_path / "a.json"), 5, 0, 0, 1))
 
 
 # What is in them
@@ -837,7 +837,7 @@ def follow(way_out: str) -> None:
 
 
 def assert_read(path: Path) -> None:
-    (file,) = find_files([str(path)]).look()
+    (file,) = find_files([str(path)]).scan()
     assert file.has_lines
     text = b"".join(unpacked(io.BytesIO(Path(file.path).read_bytes()), file.packing))
     assert [json.loads(line)["actor"]["login"] for line in text.splitlines()][:2] == ["octo", "octo"]
@@ -848,7 +848,7 @@ def test_the_way_out_of_another_kind_makes_it_one_that_is_read(tmp_path: Path, k
     name, content, words, then = CONVERTED[kind]
     path = write(tmp_path / name, content())
     with pytest.raises(InputError, match=words) as caught:
-        find_files([str(path)]).look()
+        find_files([str(path)]).scan()
     assert str(path) in caught.value.message
     follow(caught.value.way_out)
     assert_read(tmp_path / then)
@@ -909,7 +909,7 @@ def test_the_way_out_of_a_parquet_file_of_events_gives_events(
         find_files([str(path)])
     assert "ghsync fetch" in caught.value.way_out
     follow(caught.value.way_out)
-    (file,) = find_files([f"{path}-events.jsonl"]).look()
+    (file,) = find_files([f"{path}-events.jsonl"]).scan()
     decide = event_decoder(BUILT_IN_RULES, "2030")
     found = [decide(line) for line in Path(file.path).read_bytes().splitlines()]
     assert [event.actor.id for event in found if isinstance(event, Event)] == [2**53 + 1] * 2

@@ -74,7 +74,7 @@ class _TracedStore(Traced[RepairStep]):
     def is_any_open(self) -> bool:
         return self.is_any_known and bool(self.requests)
 
-    def note_problem(self, keys: Iterable[str], problem: str) -> None:
+    def record_problem(self, keys: Iterable[str], problem: str) -> None:
         assert list(keys) == ["1"]
         self.problem = problem
         self.was_told.set()

@@ -298,7 +298,7 @@ class SourceReader:
         if not is_owner or self._closing:
             self._claimed = None
             if self._shared and (requests := self._requests.open_requests(CHUNK)):
-                self._requests.note_problem(requests, f"{self._shared}{WAY_OUT}{_ONE_CONSUMER}")
+                self._requests.record_problem(requests, f"{self._shared}{WAY_OUT}{_ONE_CONSUMER}")
             return False
         self._check_ends()
         for step in READING_STEPS:
@@ -420,7 +420,7 @@ class SourceReader:
             _, since = self._locked.get(key, (now, now))
             self._locked[key] = (now + min(max(now - since, _LOCKED_SECONDS), _LONGEST_LOCKED_SECONDS), since)
         if old := [key for key in locked if now - self._locked[key][1] > _LOCK_REPORTED_SECONDS]:
-            self._requests.note_problem(old, "Another transaction in MySQL has the row locked, or alters the table.")
+            self._requests.record_problem(old, "Another transaction in MySQL has the row locked, or alters the table.")
 
     def _release(self, *claims: Claim) -> None:
         with self._changed:
@@ -445,7 +445,7 @@ class SourceReader:
             log.warning("repairs wait; retrying", at=part, reason=error.message, way_out=error.way_out)
         if claim is not None:
             try:
-                self._requests.note_problem(claim.requests, str(error))
+                self._requests.record_problem(claim.requests, str(error))
             except GhsyncError:
                 log.debug("problem not recorded")
         return seconds

@@ -85,7 +85,7 @@ class TopicGuard:
             RefusedError: Credentials or rights.
         """
         known = self._book.topic_of(self._kafka.group_name)
-        return frozenset() if known is None else known.placed
+        return frozenset() if known is None else known.committed
 
     def check(self, committed: Callable[[], Mapping[int, int | None]]) -> None:
         """Record the topic and the partitions with a committed offset, or check that neither is gone.
@@ -113,13 +113,13 @@ class TopicGuard:
         # Queried after the record was read: another consumer may just have begun.
         offsets = committed()
         here = {partition for partition, offset in offsets.items() if offset is not None}
-        if forgotten := (offsets.keys() - here) & known.placed:
+        if forgotten := (offsets.keys() - here) & known.committed:
             raise self._gone(
                 f"{kafka.topic} partition {min(forgotten)}: the brokers have forgotten where group {kafka.group_id} "
                 "was, as they do when it has no member for long: changes may be gone that were never applied."
             )
-        if new := here - known.placed:
-            self._book.keep_places(name, new)
+        if new := here - known.committed:
+            self._book.record_committed(name, new)
         self._recorded |= here
         self._check_partitions(known.partitions, partitions)
 

@@ -36,17 +36,17 @@ class Rewind(NamedTuple):
     token: str | None
 
 
-class KeptTopic(NamedTuple):
+class RecordedTopic(NamedTuple):
     """What is kept of the topic that a group consumes.
 
     Attributes:
         topic_id: The topic's id.
-        placed: The partitions in which the group has had a place.
+        committed: The partitions in which the group has had a place.
         partitions: How many partitions the group consumes; None where that was not kept yet.
     """
 
     topic_id: str
-    placed: frozenset[int]
+    committed: frozenset[int]
     partitions: int | None = None
 
 
@@ -109,23 +109,23 @@ class GroupBook:
         stops = {int(partition): stop for partition, stop in found["stops"].items()}
         return Truncated(found["partition"], found["offset"], stops)
 
-    def topic_of(self, name: str) -> KeptTopic | None:
+    def topic_of(self, name: str) -> RecordedTopic | None:
         """Return the topic that a group, by name, consumes; None where none is kept."""
         with self._commands.send("Reading a group's topic"):
             found = self._topics.reads.find_one({"_id": name})
         if found is None:
             return None
-        return KeptTopic(found["topic_id"], frozenset(map(int, found.get("placed", ()))), found.get("partitions"))
+        return RecordedTopic(found["topic_id"], frozenset(map(int, found.get("placed", ()))), found.get("partitions"))
 
-    def keep_topic(self, name: str, topic_id: str) -> KeptTopic:
+    def keep_topic(self, name: str, topic_id: str) -> RecordedTopic:
         """Keep the id of the topic that a group consumes, unless there is one; return what is kept."""
         known = self.topic_of(name)
         if known is None:
             self._topics.insert({"_id": name, "topic_id": topic_id})
             known = self.topic_of(name)
-        return known or KeptTopic(topic_id, frozenset())
+        return known or RecordedTopic(topic_id, frozenset())
 
-    def keep_places(self, name: str, partitions: Iterable[int]) -> None:
+    def record_committed(self, name: str, partitions: Iterable[int]) -> None:
         """Keep that a group, whose topic is kept, has a place in these partitions."""
         self._topics.update({"_id": name}, {"$set": {f"placed.{partition}": True for partition in partitions}})
 
@@ -171,13 +171,13 @@ class LeaseBook:
         now: datetime = answer["localTime"]
         return now
 
-    def standing(self, name: str) -> Lease | None:
+    def current(self, name: str) -> Lease | None:
         """Return a lease as it stands; None where nobody holds it."""
         with self._commands.send("Reading the lease"):
             found = self._leases.reads.find_one({"_id": name})
         return Lease(found["token"], found["holder"], found["expires_at"], found.get("writer")) if found else None
 
-    def take(self, name: str, lease: Lease, *, instead_of: Lease | None) -> bool:
+    def acquire(self, name: str, lease: Lease, *, instead_of: Lease | None) -> bool:
         """Take a lease where nobody holds it, or where ``instead_of`` stands unrenewed; return whether it worked."""
         document = {"token": lease.token, "holder": lease.holder, "expires_at": lease.expires_at}
         if instead_of is None:

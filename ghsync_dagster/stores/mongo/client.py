@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
     from ghsync_dagster.stores.mongo.commands import Document
 
-LOOK_SECONDS: Final = 2.5
-"""How long the look before a run waits for DNS, and for the server: a mistyped address is reported at once."""
+FAIL_FAST_SECONDS: Final = 2.5
+"""How long the check before a run waits for DNS, and for the server: a mistyped address is reported at once."""
 CONFIRM_MS: Final = 60_000
-"""How long a majority may take to confirm a write, before who waits is told that it is not confirmed."""
+"""How long a majority may take to confirm a write, before the write counts as not confirmed."""
 _DEFAULT_COLLECTION: Final = "Users"
 LEASES: Final = "_ghsync_leases"
 """The book of leases, one for all users' collections of a database."""
@@ -37,7 +37,7 @@ class MongoStore:
         database: The database.
         collection: The users' collection in it.
         timeout_seconds: How long one command waits for a server.
-        is_look: It is opened for the look before a run, with little patience.
+        fails_fast: Whether it is opened for the check before a run, with short timeouts.
 
     Raises:
         ConfigError: The URI is malformed.
@@ -45,22 +45,23 @@ class MongoStore:
     """
 
     def __init__(
-        self, uri: str, database: str, collection: str, *, timeout_seconds: float = 10, is_look: bool = False
+        self, uri: str, database: str, collection: str, *, timeout_seconds: float = 10, fails_fast: bool = False
     ) -> None:
         self.uri = uri
         self.timeout_ms = int(timeout_seconds * 1000)
-        # DNS is asked for mongodb+srv:// at once, by default for 20 s.
-        patience: Document = {"connectTimeoutMS": min(self.timeout_ms, int(LOOK_SECONDS * 1000))} if is_look else {}
+        # For mongodb+srv:// the client queries DNS at once, by default for up to 20 s.
+        connect_ms = min(self.timeout_ms, int(FAIL_FAST_SECONDS * 1000))
+        timeouts: Document = {"connectTimeoutMS": connect_ms} if fails_fast else {}
         with mongo_errors("Connecting"), tls_files():
             try:
                 self.client: MongoClient[Document] = MongoClient(
-                    uri, serverSelectionTimeoutMS=self.timeout_ms, appname="ghsync", tz_aware=True, **patience
+                    uri, serverSelectionTimeoutMS=self.timeout_ms, appname="ghsync", tz_aware=True, **timeouts
                 )
             except ValueError as error:
                 # Such as a port that is no number, which pymongo does not wrap.
                 raise InvalidURI(redact(str(error))) from None
-        # Decisions stand on what was written last: a URI that prefers secondaries must not make them stale.
-        # What is acknowledged must outlive a failover: a URI with w=1 or w=0 must not weaken it.
+        # Decisions need what was written last: a URI that prefers secondaries must not make them stale.
+        # An acknowledged write must survive a failover: a URI with w=1 or w=0 must not weaken it.
         concern = WriteConcern("majority", wtimeout=CONFIRM_MS)
         self.database: Database[Document] = self.client.get_database(
             database, read_preference=ReadPreference.PRIMARY, write_concern=concern

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _REQUESTED: Final = "requested"
 _DONE: Final = "done"
-_ASKED_KEPT: Final = 20
+_TOKENS_KEPT: Final = 20
 """How many of the requests for a user, of which each had others before it, are told what became of it."""
 _READINGS: Final = 100
 _TEXT: Final = 300
@@ -97,7 +97,7 @@ class RepairRequests:
         entry = {"state": _REQUESTED, "token": token, "requested_at": datetime.now(UTC)}
         update: Document = {"$set": entry, "$unset": {"problem": ""}}
         if is_awaited:
-            update["$push"] = {"asked": {"$each": [token], "$slice": -_ASKED_KEPT}}
+            update["$push"] = {"asked": {"$each": [token], "$slice": -_TOKENS_KEPT}}
         first = entry | ({"asked": [token]} if is_awaited else {})
         for part in chunks(keys):
             with self._commands.send("Reading repairs"):
@@ -157,7 +157,7 @@ class RepairRequests:
                     found[entry["_id"]] = entry["token"]
         return found
 
-    def note_problem(self, keys: Iterable[str], problem: str) -> None:
+    def record_problem(self, keys: Iterable[str], problem: str) -> None:
         """Note why requests cannot be carried out now, for who waits for them."""
         for part in chunks(keys):
             self._repairs.update_all({"_id": {"$in": part}}, {"$set": {"problem": problem[:_TEXT]}})

@@ -1,6 +1,6 @@
-"""The users' collection as it has to be: its kind, validator and indexes.
+"""The required setup of the users' collection: its kind, validator and indexes.
 
-Belongs here: what is compared before a load, reading only, and what is created where nothing is. Not here: users.
+Belongs here: what is compared before a load, reading only, and what is created if it is missing. Not here: users.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pymongo.errors import ConnectionFailure, OperationFailure, PyMongoError
 
 from ghsync_dagster.domain.errors import RefusedError, UnavailableError
 from ghsync_dagster.domain.user import USER_FIELDS, json_schema
-from ghsync_dagster.stores.mongo.client import LEASES, LOOK_SECONDS, MongoStore
+from ghsync_dagster.stores.mongo.client import FAIL_FAST_SECONDS, LEASES, MongoStore
 from ghsync_dagster.stores.mongo.commands import Commands, Document
 from ghsync_dagster.stores.mongo.errors import mongo_errors
 from ghsync_dagster.stores.mongo.guard import TimeLimit
@@ -61,24 +61,24 @@ class _Index:
     def refuses_users(self) -> bool:
         """Whether it may refuse a user whose ``user_id`` is new."""
         fields = dict(self.keys).keys()
-        # No user has other fields than these, and a sparse index passes over who has none of its own.
+        # A user has no other fields than these, and a sparse index skips documents without its fields.
         covers_some = not self.sparse or not fields.isdisjoint(USER_FIELDS)
         # An _id is new for each document. Only a clustered collection says that its index is unique.
         return self.unique and fields != {"_id"} and covers_some and ("user_id" not in fields or bool(self.collation))
 
 
 class UsersCollection(MongoStore):
-    """The users' collection with its books, seen from outside: is it as it has to be, and how it is made so."""
+    """The users' collection with its books as a whole: whether it is set up as required, and its creation."""
 
     def ping(self) -> None:
-        """Ask within seconds whether the server can be reached and takes the account.
+        """Check within seconds that the server can be reached and accepts the account.
 
         Raises:
             UnavailableError: The server can't be reached.
             RefusedError: The server refuses the account.
             ConfigError: The URI is malformed.
         """
-        self._at_once(lambda: self.database.command("ping"))
+        self._fail_fast(lambda: self.database.command("ping"))
 
     def check_collection(self) -> None:
         """Find within seconds what stands in the way of storing users, reading only.
@@ -90,26 +90,26 @@ class UsersCollection(MongoStore):
             ConfigError: The URI is malformed.
         """
 
-        def look() -> None:
-            self._look()
+        def check() -> None:
+            self._check_setup()
             self._refuse_rights()
 
-        self._at_once(look)
+        self._fail_fast(check)
 
-    def _at_once(self, look: Callable[[], object]) -> None:
-        """Look with little patience, as an address may be wrong; where a member answers, await an election's end."""
+    def _fail_fast(self, check: Callable[[], object]) -> None:
+        """Check with a short timeout, as an address may be wrong; if a member answers, wait out an election."""
         seconds = self.timeout_ms / 1000
         with mongo_errors("Looking at MongoDB before any work"):
             try:
-                with pymongo.timeout(min(LOOK_SECONDS, seconds)):
-                    look()
+                with pymongo.timeout(min(FAIL_FAST_SECONDS, seconds)):
+                    check()
             except PyMongoError as error:
                 members = self.database.client.topology_description.server_descriptions().values()
                 is_known = any(member.is_server_type_known for member in members)
                 if not isinstance(error, ConnectionFailure) or not is_known:
                     raise
                 with pymongo.timeout(seconds):
-                    look()
+                    check()
 
     def _refuse_rights(self) -> None:
         """Raise where the server is no primary, or says that the account may not write."""
@@ -122,7 +122,7 @@ class UsersCollection(MongoStore):
             )
         account = client.admin.command({"connectionStatus": 1, "showPrivileges": True}).get("authInfo", {})
         users, privileges = account.get("authenticatedUsers"), account.get("authenticatedUserPrivileges")
-        # Without authentication everybody may; some servers of the wire protocol do not tell.
+        # Without authentication everybody may write; some compatible servers do not report it.
         if users and privileges:
             covering = (given["actions"] for given in privileges if self._is_covered(given["resource"]))
             if missing := sorted(_ACTIONS.difference(*covering)):
@@ -147,9 +147,9 @@ class UsersCollection(MongoStore):
         """
         commands = Commands(TimeLimit(_COMMAND_SECONDS))
         with mongo_errors(f"Preparing {self.users.full_name}"):
-            self._look()
+            self._check_setup()
             present = set(self.database.list_collection_names())
-        # Not left to the first write: where a load and the stream both make it, not every server takes it well.
+        # Not left to the first write: if a load and the stream both create it, some servers fail.
         for book in (*map(self.book, BOOKS), self.database[LEASES]):
             if book.name not in present:
                 commands.make_collection(self.database, book.name)
@@ -195,8 +195,8 @@ class UsersCollection(MongoStore):
         with mongo_errors("Reading the indexes"):
             return [_Index.of(listed) for listed in self.users.list_indexes()]
 
-    def _look(self) -> None:
-        """Raise where the collection is there and set up in another way."""
+    def _check_setup(self) -> None:
+        """Raise if the collection exists and is set up in another way."""
         if not (listed := self._listed()):
             self._refuse_like_database()
             return
@@ -212,7 +212,7 @@ class UsersCollection(MongoStore):
         try:
             names = self.database.client.list_database_names()
         except OperationFailure:
-            # The account may not list them, and the first write tells.
+            # The account may not list them; the first write reports the conflict.
             return
         if own not in names and (like := next((name for name in names if name.lower() == own.lower()), None)):
             raise RefusedError(
