@@ -53,7 +53,7 @@ log = get_logger("load")
 class Step(StrEnum):
     """What a load has completed, for its log. Tests inject faults at these points.
 
-    Those up to ``RECOVERED`` come before the protocol. Each later one ends steps of ``domain.precedence`` for all users.
+    Those up to ``RECOVERED`` come before the protocol. Each later one ends steps of it, for all users.
     """
 
     LEASED = "leased"

@@ -1,7 +1,7 @@
 """Spark: the one session, its schemas, and the MongoDB Spark Connector's reads and writes.
 
-Belongs here: how Spark is started, how the domain's declarations look as Spark types, and how Spark's failures
-translate to ours. Not here: what is read, joined or written when.
+Belongs here: how Spark is started, the domain's declarations as Spark types, and the translation of Spark's errors. Not
+here: what is read, joined or written when.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _SPARK_TYPES: Final = {int: LongType(), str: StringType()}
 
 
 def _struct(shape: Mapping[str, Any]) -> StructType:
-    """Return the Spark type of what ``event_shape`` gives."""
+    """Return the Spark type of an ``event_shape``."""
     fields = ((name, _struct(part) if isinstance(part, dict) else _SPARK_TYPES[part]) for name, part in shape.items())
     return StructType([StructField(name, kind) for name, kind in fields])
 
@@ -62,7 +62,7 @@ _BATCH_SIZE: Final = "5000"
 _OF_SECONDARIES: Final = ("readpreferencetags", "maxstalenessseconds")
 """Options of a URI that the Java driver refuses alongside the read preference "primary"."""
 _OF_WRITES: Final = ("w", "journal", "wtimeoutms")
-"""Options of a URI that would weaken the write concern, or give up on it."""
+"""Options of a URI that would weaken the write concern."""
 _AWAY: Final = re.compile(
     "MongoTimeoutException|MongoSocket|MongoNotPrimary|MongoNodeIsRecovering"
     "|MongoConnectionPoolCleared|MongoServerUnavailable|MongoInternalException"
@@ -80,18 +80,18 @@ TALLY_SCHEMA: Final = StructType(
 
 
 class DuplicateUserError(Exception):
-    """An insert met a user that is stored already: stored meanwhile, or by an earlier try of the same task."""
+    """An insert found its user stored already: by another writer, or by an earlier attempt of the same task."""
 
 
 @contextmanager
 def spark_errors(what: str) -> Iterator[None]:
-    """Translate Spark's failures to ours, credentials masked.
+    """Translate Spark's errors to ours, credentials masked.
 
     Raises:
         DuplicateUserError: An insert hit the unique index.
-        UnavailableError: MongoDB or the JVM went away.
+        UnavailableError: MongoDB became unavailable.
         RefusedError: MongoDB refused.
-        PermanentError: Anything else; it carries Spark's first line.
+        PermanentError: Any other error, such as the end of the JVM; it contains Spark's first line.
     """
     try:
         yield
@@ -125,7 +125,7 @@ def spark_errors(what: str) -> Iterator[None]:
 
 
 def _cause(text: str) -> str:
-    """Return the error at the end of a Python worker's trace, the innermost cause of the JVM's, or the first line."""
+    """Return the last error of a Python worker's trace, else the JVM's innermost cause, else the first line."""
     worker = text.partition("Traceback (most recent call last):")[2]
     raised: list[str] = re.findall(r"^(?:\w+\.)*(\w+: .+)$", worker, re.MULTILINE)
     causes: list[str] = re.findall(r"^Caused by: (.+)$", text, flags=re.MULTILINE)
@@ -142,7 +142,7 @@ class SparkOptions:
         java_home: The Java that runs it.
         scratch: Folder for shuffle files.
         jars: Jars on its class path, the MongoDB connector among them.
-        packages: Coordinates in place of ``jars``, or None.
+        packages: Maven coordinates that replace ``jars``, or None.
         driver_memory: Heap of the driver, such as ``1g``.
         jvm_options: Further options of the driver's JVM.
     """
@@ -157,7 +157,7 @@ class SparkOptions:
 
 
 SessionOf = Callable[[Mapping[str, str]], SparkSession]
-"""Returns the session of this process, started with a configuration by Spark's own names where there is none yet."""
+"""Returns the session of this process; if there is none, starts it with this Spark configuration."""
 
 
 def session_of(configuration: Mapping[str, str]) -> SparkSession:
@@ -169,11 +169,11 @@ def session_of(configuration: Mapping[str, str]) -> SparkSession:
 
 
 def start_session(options: SparkOptions, get: SessionOf = session_of) -> SparkSession:
-    """Start the session, or return the one that runs: a process has one, since static settings can't change.
+    """Start the session, or return the running one: a process has one, since static settings can't change.
 
     Args:
         options: What it is started with.
-        get: Gives the session.
+        get: Returns the session.
 
     Raises:
         ConfigError: The session does not start.
@@ -198,7 +198,7 @@ def start_session(options: SparkOptions, get: SessionOf = session_of) -> SparkSe
 
 
 def _configuration(options: SparkOptions, log4j: str) -> dict[str, str]:
-    # Spark takes the options apart as a shell does.
+    # Spark splits the options as a shell does.
     jvm = " ".join(f'"{option}"' for option in (f"-Dlog4j2.configurationFile={log4j}", *options.jvm_options))
     jars = (
         {"spark.jars.packages": options.packages}
@@ -226,13 +226,13 @@ def _configuration(options: SparkOptions, log4j: str) -> dict[str, str]:
 
 @dataclass
 class SparkHandle:
-    """A session that starts when it is first asked for, in a thread of its own.
+    """A session that starts at the first call, in its own thread.
 
-    Started in the main thread, Spark would take the handler of Ctrl-C from whoever has set one.
+    In the main thread, Spark would replace the handler of Ctrl-C.
 
     Attributes:
         options: Called once, before the start.
-        get: Gives the session.
+        get: Returns the session.
         waited_seconds: How long callers have waited for it so far.
     """
 
@@ -251,10 +251,10 @@ class SparkHandle:
             self._error = error
 
     def session(self) -> SparkSession:
-        """Return the session, started if need be.
+        """Return the session, started if necessary.
 
         Raises:
-            GhsyncError: Java, jars or the session could not be had.
+            GhsyncError: Java or jars are missing, or the session does not start.
         """
         requested_at = time.monotonic()
         with self._lock:
@@ -270,18 +270,18 @@ class SparkHandle:
         return self._session
 
     def stop(self) -> None:
-        """Stop the session where there is one."""
+        """Stop the session if there is one."""
         if self._thread is not None:
             self._thread.join()
         if self._session is not None:
-            # In a thread of its own: this one's connection to the JVM may hold an answer that Ctrl-C did not wait for.
+            # In another thread: after Ctrl-C this thread's connection to the JVM may hold an unread answer.
             stopper = threading.Thread(target=self._session.stop, name="spark-stop")
             stopper.start()
             stopper.join()
 
 
 def to_arrow(frame: DataFrame) -> pa.Table:
-    """Collect rows; where a signal ends the wait, cancel the job, as Spark would first wait for its end."""
+    """Collect rows; if a signal ends the wait, cancel the job, as Spark would first wait for its end."""
     collected: list[pa.Table] = []
     failed: list[BaseException] = []
 
@@ -296,7 +296,7 @@ def to_arrow(frame: DataFrame) -> pa.Table:
     try:
         thread.join()
     except BaseException:
-        # The signal may have ended the JVM too; it stays what is told.
+        # The signal may have ended the JVM too; the signal is what is raised.
         with suppress(Exception):
             frame.sparkSession.sparkContext.cancelAllJobs()
         thread.join(_CANCEL_SECONDS)
@@ -307,9 +307,9 @@ def to_arrow(frame: DataFrame) -> pa.Table:
 
 
 def insert_users(users: DataFrame, store: UserStore, guard: WriterGuard) -> None:
-    """Append users, marked, unordered; what the unique index refuses is left as it is.
+    """Append users, marked, unordered; users that the unique index refuses stay as they are stored.
 
-    The guard is asked before the job begins; who calls this has to cancel the job once it no longer allows a write.
+    The guard is checked before the job begins. The caller must cancel the job when the guard allows no more writes.
 
     Raises:
         DuplicateUserError: A user was stored already; others of its batch may be missing.
@@ -326,7 +326,7 @@ def insert_users(users: DataFrame, store: UserStore, guard: WriterGuard) -> None
 
 
 def write_options(store: UserStore) -> dict[str, str]:
-    """Return the connector's options for inserts that a majority confirms, as the store's own writes."""
+    """Return the connector's options for inserts that a majority confirms, like the store's own writes."""
     return {
         **_connection(store),
         "operationType": "insert",
@@ -351,7 +351,7 @@ def read_marked(session: SparkSession, store: UserStore) -> DataFrame:
 
 
 def _connection(store: UserStore) -> dict[str, str]:
-    # A load gains nothing from streamed monitoring, and some servers of the wire protocol answer it out of step.
+    # A load needs no streaming monitoring, and some compatible servers answer it incorrectly.
     ours = {"serverMonitoringMode": "poll", "readPreference": "primary"}
     address, _, query = store.uri.partition("?")
     left_out = {*map(str.lower, ours), *_OF_SECONDARIES, *_OF_WRITES}

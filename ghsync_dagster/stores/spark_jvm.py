@@ -1,6 +1,6 @@
-"""The JVM of Spark's driver, with what it prints in our log.
+"""The JVM of Spark's driver, with its output in our log.
 
-Belongs here: how it is launched, and which of its lines nobody can act on. Not here: the session that runs in it.
+Belongs here: how it is launched, and which lines of its output nobody can act on. Not here: the session in it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _NEEDLESS: Final = re.compile(r"WARNING: Using incubator modules: |Picked up (JAVA|JDK)_\w+: ")
-"""What Spark's own command line has Java say of itself."""
+"""What Java prints because of Spark's own command line."""
 _READ_SECONDS: Final = 5.0
 log = get_logger("spark")
 
@@ -30,10 +30,10 @@ def launch_jvm(configuration: Mapping[str, str]) -> None:
     """Launch the JVM, unless this process has one already.
 
     Args:
-        configuration: Spark's settings by name; those of the JVM itself count from here on only.
+        configuration: Spark's settings by name; those of the JVM itself have an effect only here.
 
     Raises:
-        ConfigError: It ended at once; holds its first words, which tell the cause.
+        ConfigError: It ended at once; the message has its first line of output, which names the cause.
     """
     if SparkContext._gateway is not None:  # noqa: SLF001  pyspark has no other word for it
         return
@@ -58,7 +58,7 @@ def launch_jvm(configuration: Mapping[str, str]) -> None:
 
 
 def _log_output(pipe: int, first_lines: list[str]) -> None:
-    """Log what comes out of a pipe, line by line, until all who write into it are gone; keep the first line."""
+    """Log the lines of a pipe until all its writers are gone; keep the first line."""
     with os.fdopen(pipe, encoding="utf-8", errors="replace") as lines:
         for line in lines:
             text = redact(line.rstrip())

@@ -1,4 +1,4 @@
-"""MongoDB: the books of a group of consumers, and of leases. Everybody may write them, each entry by itself.
+"""MongoDB: the books of a consumer group, and of leases. Any process may write them, each entry by itself.
 
 Belongs here: single operations. Not here: what a lease or a rewind means.
 """
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from ghsync_dagster.stores.mongo.users import UserStore
 
 _GROUP_SECONDS: Final = 3.0
-"""How long a command may take that a consumer sends alongside its batches."""
+"""How long a command may take that a consumer sends between its batches."""
 _LEASE_SECONDS: Final = 30.0
 
 
 class Rewind(NamedTuple):
-    """A request to whoever has a partition, to consume it again.
+    """A request to the owner of a partition, to consume it again.
 
     Attributes:
-        offset: From where on.
-        token: Names the newest request; of several the earliest offset counts.
+        offset: The offset to seek to.
+        token: Names the newest request. Of several requests the earliest offset counts.
     """
 
     offset: int
@@ -37,12 +37,12 @@ class Rewind(NamedTuple):
 
 
 class RecordedTopic(NamedTuple):
-    """What is kept of the topic that a group consumes.
+    """What is recorded of the topic that a group consumes.
 
     Attributes:
         topic_id: The topic's id.
-        committed: The partitions in which the group has had a place.
-        partitions: How many partitions the group consumes; None where that was not kept yet.
+        committed: The partitions in which the group has had a committed offset.
+        partitions: How many partitions the group consumes; None if that is not recorded yet.
     """
 
     topic_id: str
@@ -51,12 +51,12 @@ class RecordedTopic(NamedTuple):
 
 
 class Truncated(NamedTuple):
-    """Where a truncate stands in a topic of several partitions.
+    """The position of a truncate in a topic of several partitions.
 
     Attributes:
         partition: Its partition.
         offset: Its offset.
-        stops: The first offset of each partition that is from behind it.
+        stops: The first offset of each partition that comes after it.
     """
 
     partition: int
@@ -65,7 +65,7 @@ class Truncated(NamedTuple):
 
 
 class GroupBook:
-    """What a group of consumers keeps alongside its offsets: rewind requests, the last truncate, the topic.
+    """What a consumer group stores besides its offsets: rewind requests, the last truncate, the topic.
 
     Args:
         store: The open store; its owner closes it.
@@ -90,18 +90,18 @@ class GroupBook:
             return {request["_id"]: Rewind(request["offset"], request.get("token")) for request in found}
 
     def clear_rewind(self, name: str, rewind: Rewind) -> None:
-        """Forget a request that was carried out, unless somebody made another one meanwhile."""
+        """Delete a request that was executed, unless another one was made meanwhile."""
         # None stands for a request that has no token.
         self._rewinds.delete({"_id": name, "offset": rewind.offset, "token": rewind.token})
 
     def keep_truncate(self, name: str, truncated: Truncated) -> None:
-        """Keep the place of a truncate in a topic of several partitions, in place of the one before."""
+        """Store the position of a truncate in a topic of several partitions; it replaces the previous one."""
         stops = {str(partition): stop for partition, stop in truncated.stops.items()}
         fields = {"partition": truncated.partition, "offset": truncated.offset, "stops": stops}
         self._truncates.replace({"_id": name}, fields, upsert=True)
 
     def last_truncate(self, name: str) -> Truncated | None:
-        """Return the place of the last truncate that was kept."""
+        """Return the position of the last truncate that was stored."""
         with self._commands.send("Reading a truncate's place"):
             found = self._truncates.reads.find_one({"_id": name})
         if found is None:
@@ -110,7 +110,7 @@ class GroupBook:
         return Truncated(found["partition"], found["offset"], stops)
 
     def topic_of(self, name: str) -> RecordedTopic | None:
-        """Return the topic that a group, by name, consumes; None where none is kept."""
+        """Return the topic that a group, by name, consumes; None if none is recorded."""
         with self._commands.send("Reading a group's topic"):
             found = self._topics.reads.find_one({"_id": name})
         if found is None:
@@ -118,7 +118,7 @@ class GroupBook:
         return RecordedTopic(found["topic_id"], frozenset(map(int, found.get("placed", ()))), found.get("partitions"))
 
     def keep_topic(self, name: str, topic_id: str) -> RecordedTopic:
-        """Keep the id of the topic that a group consumes, unless there is one; return what is kept."""
+        """Record the id of the topic that a group consumes, unless there is one; return what is recorded."""
         known = self.topic_of(name)
         if known is None:
             self._topics.insert({"_id": name, "topic_id": topic_id})
@@ -126,23 +126,23 @@ class GroupBook:
         return known or RecordedTopic(topic_id, frozenset())
 
     def record_committed(self, name: str, partitions: Iterable[int]) -> None:
-        """Keep that a group, whose topic is kept, has a place in these partitions."""
+        """Record that a group, whose topic is recorded, has a committed offset in these partitions."""
         self._topics.update({"_id": name}, {"$set": {f"placed.{partition}": True for partition in partitions}})
 
     def keep_partitions(self, name: str, number: int) -> None:
-        """Keep how many partitions a group, whose topic is kept, consumes."""
+        """Record how many partitions a group, whose topic is recorded, consumes."""
         self._topics.update({"_id": name}, {"$max": {"partitions": number}})
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Who holds the collection for loading, and until when by the server's clock.
+    """The holder of the collection for loading, and the end of the lease by the server's clock.
 
     Attributes:
-        token: Names this one holding.
+        token: Names this lease of this holder.
         holder: The process that holds it.
         writer: Another process that writes for the holder and may outlive it: Spark's driver.
-        expires_at: When another may take it.
+        expires_at: When another process may acquire it.
     """
 
     token: str
@@ -164,7 +164,7 @@ class LeaseBook:
         self._leases = self._commands.on(store.database[LEASES])
 
     def server_time(self) -> datetime:
-        """Return the server's clock, the one by which leases run."""
+        """Return the server's time, by which leases expire."""
         with self._commands.send("Asking the server's time"):
             # Without the options it would be a time without zone, which can't be compared with a lease's end.
             answer = self._client.admin.command("hello", codec_options=self._client.codec_options)
@@ -172,13 +172,13 @@ class LeaseBook:
         return now
 
     def current(self, name: str) -> Lease | None:
-        """Return a lease as it stands; None where nobody holds it."""
+        """Return the present lease; None if nobody holds it."""
         with self._commands.send("Reading the lease"):
             found = self._leases.reads.find_one({"_id": name})
         return Lease(found["token"], found["holder"], found["expires_at"], found.get("writer")) if found else None
 
     def acquire(self, name: str, lease: Lease, *, instead_of: Lease | None) -> bool:
-        """Take a lease where nobody holds it, or where ``instead_of`` stands unrenewed; return whether it worked."""
+        """Acquire a lease that nobody holds, or replace an unrenewed ``instead_of``; return whether it worked."""
         document = {"token": lease.token, "holder": lease.holder, "expires_at": lease.expires_at}
         if instead_of is None:
             return self._leases.insert({"_id": name, **document})
@@ -194,5 +194,5 @@ class LeaseBook:
         return self._leases.update({"_id": name, "token": token}, {"$set": {"expires_at": expires_at}})
 
     def release(self, name: str, token: str) -> None:
-        """Give a lease back, where ``token`` still holds it."""
+        """Release a lease, if ``token`` still holds it."""
         self._leases.delete({"_id": name, "token": token})

@@ -30,7 +30,7 @@ LEASES: Final = "_ghsync_leases"
 
 
 class MongoStore:
-    """The users' collection with its books, over one client. Use as a context manager, or call ``close``.
+    """The users' collection with its books, over one client. Use it as a context manager, or call ``close``.
 
     Args:
         uri: A MongoDB URI.
@@ -67,7 +67,7 @@ class MongoStore:
             database, read_preference=ReadPreference.PRIMARY, write_concern=concern
         )
         self.users: Collection[Document] = self.database[collection]
-        # Another collection of the same database keeps its own books.
+        # Another users' collection of the same database has its own books.
         self._prefix = "_ghsync_" if collection == _DEFAULT_COLLECTION else f"_ghsync_{collection}_"
 
     def book(self, name: str) -> Collection[Document]:

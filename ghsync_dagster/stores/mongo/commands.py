@@ -1,7 +1,7 @@
-"""The one way to write to MongoDB: a command passes its guard, has a time limit, and its failure is in our words.
+"""The one way to write to MongoDB: a command passes its guard, has a time limit, and its failure is translated.
 
-Belongs here: every call of the driver that writes. Not here: what is written, which the other modules of this room say,
-and in which order, which the protocols say.
+Belongs here: every call of the driver that writes. Not here: what is written (the other modules of this package), and
+in which order (the protocols).
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ if TYPE_CHECKING:
 Document = dict[str, Any]
 
 KEYS: Final = 200
-"""How many keys one ``$in`` carries where it matters: some servers compare each document with the whole list."""
+"""How many keys one ``$in`` carries, if the number matters: some servers compare each document with the whole list."""
 TEXT: Final = 500
-"""Characters that are kept of the database's own words."""
+"""How many characters of the database's own message are kept."""
 _NAMESPACE_EXISTS: Final = 48
 
 
 @contextmanager
 def limited(what: str, seconds: float | None) -> Iterator[None]:
-    """Give commands so much time, and translate their failures."""
+    """Limit the time of commands, and translate their failures."""
     with mongo_errors(what):
         try:
             with pymongo.timeout(seconds):
@@ -64,8 +64,8 @@ class Commands:
     """Sends commands under one guard.
 
     Attributes:
-        guard: Asked before each command.
-        in_doubt: Whether a command may still reach the server, or reached it after its time; the owner sets it back.
+        guard: Called before each command.
+        in_doubt: Whether a command may still reach the server, or reached it after its time. The owner resets it.
     """
 
     def __init__(self, guard: Guard) -> None:
@@ -81,7 +81,7 @@ class Commands:
 
         Raises:
             GhsyncError: The guard does not allow it.
-            UnavailableError: The server went away; the command may be done or not.
+            UnavailableError: The server became unavailable; the command may be done or not.
             RefusedError: The server refuses the command as such.
         """
         seconds = self.guard.allow()
@@ -109,7 +109,7 @@ class Commands:
         return GuardedCollection(collection, self)
 
     def make_collection(self, database: Database[Document], name: str, **options: Any) -> None:  # noqa: ANN401
-        """Create a collection, unless it is there by now."""
+        """Create a collection, unless it exists by now."""
         with self.send(f"Creating {name}"):
             try:
                 database.create_collection(name, **options)
@@ -119,17 +119,17 @@ class Commands:
 
     def change_collection(self, database: Database[Document], name: str, **options: Any) -> None:  # noqa: ANN401
         """Change a collection's options."""
-        # A plain command takes no write concern from the database.
+        # A plain command does not inherit the database's write concern.
         concern = database.write_concern.document
         with self.send(f"Changing {name}"):
             database.command({"collMod": name, **options, "writeConcern": concern})
 
 
 class GuardedCollection:
-    """A collection as it can be written: each method is one command, which its guard has to allow.
+    """A collection for writing: each method is one command, which its guard must allow.
 
     Args:
-        collection: The driver's own, which reads.
+        collection: The driver's own, for reading.
         commands: Sends the commands.
     """
 
@@ -139,7 +139,7 @@ class GuardedCollection:
         self._what = f"Writing {collection.name}"
 
     def insert_new(self, documents: Sequence[Document]) -> list[Document]:
-        """Insert documents, which costs less than to replace them; return those whose ``_id`` is there already."""
+        """Insert documents, which costs less than replacing them; return those whose ``_id`` exists already."""
         if not documents:
             return []
         with self._commands.send(self._what):
@@ -179,7 +179,7 @@ class GuardedCollection:
 
         Args:
             writes: The writes.
-            expected: Codes of errors that are about the one write, and raise nothing.
+            expected: Error codes that concern the one write, and raise nothing.
         """
         with self._commands.send(self._what):
             try:
@@ -209,7 +209,7 @@ class GuardedCollection:
             return self.reads.delete_many(query).deleted_count
 
     def ensure_index(self, keys: str | list[tuple[str, int]], **options: Any) -> None:  # noqa: ANN401
-        """Create an index where there is none, and the collection too."""
+        """Create an index, and the collection, if they do not exist."""
         with self._commands.send(f"Creating an index of {self.reads.name}"):
             self.reads.create_index(keys, **options)
 
@@ -220,7 +220,7 @@ class GuardedCollection:
 
 
 def _expected(error: BulkWriteError, codes: Container[int]) -> list[Document]:
-    """Return the errors of a bulk's single writes; raise where one has another code than expected."""
+    """Return the errors of a bulk's single writes; raise if one has another code than expected."""
     if unconfirmed := error.details.get("writeConcernErrors"):
         raise UnavailableError(
             f"Writing: MongoDB did not confirm ({redact(str(unconfirmed[0].get('errmsg')))[:TEXT]}).",
@@ -241,16 +241,16 @@ def _expected(error: BulkWriteError, codes: Container[int]) -> list[Document]:
 
 
 def changed_where(condition: Document, fields: Document) -> list[Document]:
-    """Return an update that adds fields to a document where a condition holds, and leaves it as it is elsewhere.
+    """Return an update that adds fields to a document if a condition holds, and else leaves it as it is.
 
-    In the update and not in its query: of a query with more than ``_id`` not every server makes a look-up by ``_id``.
+    The condition is in the update, not in its query: if a query has more than ``_id``, some servers use no index.
     """
     return replaced_where(condition, {"$mergeObjects": ["$$ROOT", {"$literal": fields}]})
 
 
 def replaced_where(condition: Document, document: Document) -> list[Document]:
-    """Return an update that replaces a document by an expression where a condition holds.
+    """Return an update that replaces a document by an expression if a condition holds.
 
-    A text in the expression that may start with ``$`` has to stand in ``$literal``: else it is read as a field path.
+    A text in the expression that may start with ``$`` must be in ``$literal``: else it is read as a field path.
     """
     return [{"$replaceWith": {"$cond": [condition, document, "$$ROOT"]}}]

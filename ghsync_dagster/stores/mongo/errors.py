@@ -1,6 +1,6 @@
-"""MongoDB's failures in our words.
+"""Translation of MongoDB's errors to ours.
 
-Belongs here: which of the driver's errors pass, which are refusals, and what a reader is told. Not here: operations.
+Belongs here: which of the driver's errors are transient, which are refusals, and their messages. Not here: operations.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 DUPLICATE_KEY: Final = 11000
 _REFUSED: Final = frozenset({11, 13, 18, 31, 33, 8000})
-"""UserNotFound, Unauthorized, AuthenticationFailed, RoleNotFound, and the hosted services' own code for the same."""
+"""UserNotFound, Unauthorized, AuthenticationFailed, RoleNotFound, and hosted services' own code for the same."""
 PASSING: Final = frozenset(
     {6, 7, 24, 43, 50, 64, 89, 91, 112, 133, 134, 189, 202, 262, 9001, 10107, 11600, 11602, 13435, 13436, 14031}
 )
-"""Error codes that pass: hosts, elections, write conflicts, lost cursors, time limits, a full disk."""
+"""Codes of transient errors: hosts, elections, write conflicts, lost cursors, time limits, a full disk."""
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def mongo_errors(what: str) -> Iterator[None]:
     try:
         yield
     except (InvalidURI, ConfigurationError) as error:
-        # The driver's own words may hold a part of the password.
+        # The driver's own message may hold a part of the password.
         if is_unresolved(error):
             raise UnavailableError(
                 f"{what}: the host of MONGODB_URI can't be looked up in DNS ({type(error.__cause__).__name__}).",
@@ -84,8 +84,8 @@ def mongo_errors(what: str) -> Iterator[None]:
 
 
 def is_unresolved(error: Exception) -> bool:
-    """Return whether the driver failed as DNS gives no record for a host of mongodb+srv://, which may pass."""
-    # The driver says ConfigurationError of this too; what DNS said is its cause.
+    """Return whether DNS has no record for a host of mongodb+srv://, which may be transient."""
+    # The driver raises ConfigurationError for this too; the error of DNS is its cause.
     return type(error.__cause__).__module__.partition(".")[0] == "dns"
 
 
@@ -95,7 +95,7 @@ def _codes(error: OperationFailure) -> set[int | None]:
 
 
 def _is_unconfirmed(error: OperationFailure) -> bool:
-    """Return whether a write was made that a majority did not confirm: a failover may undo it."""
+    """Return whether a majority did not confirm a write: a failover may undo it."""
     return isinstance(error, WriteConcernError) or bool((error.details or {}).get("writeConcernErrors"))
 
 

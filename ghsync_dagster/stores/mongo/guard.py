@@ -1,4 +1,4 @@
-"""Guards: what a process has to hold to write to MongoDB.
+"""Guards: what a process must hold to write to MongoDB.
 
 Belongs here: what a guard is. Not here: the guards that are a load's lease (``batch.lease``) and the ownership of
 partitions (``cdc.stream.write``), and how a command passes one (``commands``). Needs no driver.
@@ -11,24 +11,24 @@ from dataclasses import dataclass
 
 
 class Guard(ABC):
-    """Says whether a process may send a command."""
+    """Decides whether a process may send a command."""
 
     @abstractmethod
     def allow(self) -> float | None:
         """Return how many seconds the next command may take; None for no limit.
 
         Raises:
-            GhsyncError: This process must write no more.
+            GhsyncError: This process must not write any more.
         """
 
 
 class WriterGuard(Guard):
-    """A guard whose holder may write users and what is known of them: a load's lease, or the owner of partitions."""
+    """A guard whose holder may write users and their books: a load's lease, or the ownership of partitions."""
 
 
 @dataclass(frozen=True, slots=True)
 class TimeLimit(Guard):
-    """Lets everybody write, for books in which one entry does not depend on another.
+    """Allows every write, for books in which no entry depends on another.
 
     Attributes:
         seconds: How long one command may take.

@@ -1,7 +1,7 @@
-"""MongoDB: the index of dead letters, one small document a letter; the topic of dead letters holds the records.
+"""MongoDB: the index of dead letters, one small document each; the topic of dead letters holds the records.
 
 Belongs here: single operations. Not here: which letters are settled (``domain.letters``), and the order of writing
-topic, index and offsets (``cdc.stream.letters``). Conditions stand in the updates, see ``writer``.
+topic, index and offsets (``cdc.stream.letters``). Conditions are in the updates, see ``writer``.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _COMMAND_SECONDS: Final = 30.0
 
 
 class Indexed(NamedTuple):
-    """Up to where the topic of dead letters is in the index.
+    """How far the index has read the topic of dead letters.
 
     Attributes:
-        topic_id: The id of that topic; empty where the brokers give none.
-        lows: Where its partitions began.
-        ends: Where the index goes on, by partition.
+        topic_id: The id of that topic; empty if the brokers give none.
+        lows: The low watermark of each partition.
+        ends: The next offset to index, by partition.
     """
 
     topic_id: str
@@ -64,14 +64,14 @@ class LetterIndex:
         self._letters.ensure_index([("user", ASCENDING)])
 
     def add_refused(self, letters: Iterable[Letter]) -> None:
-        """Add letters that were refused just now: each is open, but for one of the same record that somebody closed.
+        """Add letters that were refused just now: each is open, unless its record's letter was closed by hand.
 
-        A record that was resolved and is refused once more was read again after older ones of its user.
+        If a resolved record is refused again, the consumer read it again after older ones of its user.
         """
         self._add(letters, lambda letter: {"$and": [{"$eq": ["$state", LetterState.CLOSED]}, _is_same_record(letter)]})
 
     def add_found(self, letters: Iterable[Letter]) -> None:
-        """Add letters that the topic of dead letters holds, where the index has none that is as new."""
+        """Add letters from the topic of dead letters, unless the index has one that is as new."""
 
         def is_known(letter: Letter) -> Document:
             return {"$or": [{"$gte": ["$place.offset", letter.place[1]]}, _is_same_record(letter)]}
@@ -79,7 +79,7 @@ class LetterIndex:
         self._add(letters, is_known)
 
     def _add(self, letters: Iterable[Letter], is_kept: Callable[[Letter], Document]) -> None:
-        """Insert letters; replace those that there are, unless they are kept."""
+        """Insert letters; replace existing ones, unless they are to be kept."""
         for part in chunks(letters):
             # The last one of a record counts.
             last = {letter.id: letter for letter in part}
@@ -92,11 +92,11 @@ class LetterIndex:
             )
 
     def settle(self, settled: Iterable[tuple[Letter, str]], state: LetterState, *, at: str = "") -> int:
-        """Give open letters, each with its reason, another state, unless their records were refused again meanwhile.
+        """Set the state and reason of open letters, unless their records were refused again meanwhile.
 
         Args:
             settled: The letters and reasons.
-            state: Which state.
+            state: The new state.
             at: Since when, ISO 8601 in UTC; empty: now.
 
         Returns:
@@ -137,9 +137,9 @@ class LetterIndex:
         Args:
             state: Only those in this state.
             kind: Only those of this kind.
-            after: Only those behind the one that has this place, its partition and offset.
-            limit: At most so many; 0 for all.
-            newest: Begin at the end.
+            after: Only those after the letter with this partition and offset.
+            limit: The maximum number; 0 for all.
+            newest: Whether to begin at the end.
         """
         query: Document = {"topic": self.topic, "state": state or {"$in": list(LetterState)}}
         if kind is not None:
@@ -154,7 +154,7 @@ class LetterIndex:
             yield from map(_letter, found)
 
     def by_id(self, ids: Iterable[str]) -> dict[str, Letter]:
-        """Return those of the letters that there are, by id."""
+        """Return the letters that exist, by id."""
         found: dict[str, Letter] = {}
         for part in chunks(ids, KEYS):
             with self._commands.send("Reading the index of dead letters"):
@@ -162,18 +162,18 @@ class LetterIndex:
         return found
 
     def of_users(self, keys: Iterable[str]) -> Iterator[Letter]:
-        """Yield the letters of users, of other topics of changes too."""
+        """Yield the letters of users, from other topics of changes too."""
         for part in chunks(keys, KEYS):
             with self._commands.send("Reading the dead letters of users"):
                 found = [_letter(entry) for entry in self._letters.reads.find({"user": {"$in": part}})]
             yield from found
 
     def open_of(self, keys: Iterable[str]) -> Iterator[Letter]:
-        """Yield the open letters of users, of other topics of changes too."""
+        """Yield the open letters of users, from other topics of changes too."""
         return (letter for letter in self.of_users(keys) if letter.state is LetterState.OPEN)
 
     def open_users(self) -> set[str | None]:
-        """Return the users that have an open letter, None among them where one names no user."""
+        """Return the users that have an open letter, with None if one names no user."""
         with mongo_errors("Reading the users of open dead letters"):
             query = {"topic": self.topic, "state": LetterState.OPEN}
             return {entry["user"] for entry in self._letters.reads.find(query, {"user": 1}, batch_size=10 * CHUNK)}
@@ -187,10 +187,10 @@ class LetterIndex:
             )
             return Counter({entry["_id"]: entry["count"] for entry in found})
 
-    # How far the topic of dead letters is in here
+    # The progress of indexing
 
     def indexed(self) -> Indexed | None:
-        """Return up to where the topic of dead letters is in here; None where nothing is known of it."""
+        """Return how far the topic of dead letters is indexed; None if that is not recorded."""
         with self._commands.send("Reading the index of dead letters"):
             found = self._letters.reads.find_one({"_id": self._indexed})
         if found is None:
@@ -199,7 +199,7 @@ class LetterIndex:
         return Indexed(found["topic_id"], lows, ends)
 
     def keep_indexed(self, indexed: Indexed) -> None:
-        """Keep up to where the topic of dead letters is in here."""
+        """Record how far the topic of dead letters is indexed."""
         lows, ends = ({str(number): at for number, at in part.items()} for part in indexed[1:])
         document = {"topic_id": indexed.topic_id, "lows": lows, "ends": ends}
         self._letters.replace({"_id": self._indexed}, document, upsert=True)
@@ -209,7 +209,7 @@ class LetterIndex:
 
         Args:
             partition: The partition there; None for every letter.
-            before: Of a partition, where it begins now.
+            before: The partition's low watermark.
 
         Returns:
             How many were open.
@@ -240,12 +240,12 @@ def _letter(found: Document) -> Letter:
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401
-    # The driver has a type of its own for large numbers, which no JSON encoder knows.
+    # The driver's own type for large numbers can't be encoded as JSON.
     return int(value) if isinstance(value, int) else value
 
 
 def _is_same_record(letter: Letter) -> Document:
-    # Of a topic that was recreated another record may be at the same offset.
+    # If the topic was recreated, another record may have the same offset.
     return {"$eq": ["$timestamp_ms", {"$literal": letter.timestamp_ms}]}
 
 

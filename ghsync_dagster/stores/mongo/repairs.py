@@ -1,4 +1,4 @@
-"""MongoDB: the book of repairs: who asked for which user, the fences, and what came of it.
+"""MongoDB: the book of repairs: the requests for users, their fences, and their outcomes.
 
 Belongs here: single operations. Not here: their order, which is ``domain.repair``'s and ``cdc.stream``'s.
 
@@ -32,21 +32,21 @@ if TYPE_CHECKING:
 _REQUESTED: Final = "requested"
 _DONE: Final = "done"
 _TOKENS_KEPT: Final = 20
-"""How many of the requests for a user, of which each had others before it, are told what became of it."""
+"""How many requests for one user may wait for its outcome: each has replaced the one before."""
 _READINGS: Final = 100
 _TEXT: Final = 300
 _COMMAND_SECONDS: Final = 60.0
-"""How long a command may take that is about very many users."""
+"""How long a command on very many users may take."""
 _FENCES_SECONDS: Final = 600.0
-"""The same for all fences, without which no batch may be applied: a million take 13 s."""
+"""The same for reading all fences, which must be known before a batch is applied: a million take 13 s."""
 
 
 class RepairProgress(NamedTuple):
-    """How far the users of one request are.
+    """The progress of one request.
 
     Attributes:
         open: Users that are not repaired yet.
-        problem: Why the owner of some users cannot carry their requests out now; empty where nothing is known.
+        problem: Why the owner of some users cannot execute their requests now; empty if no reason is recorded.
     """
 
     open: int
@@ -58,7 +58,7 @@ class RefusedUser(NamedTuple):
 
     Attributes:
         user_id: The user.
-        why: The kind and the database's own words, cut to size.
+        why: The kind and the database's own message, shortened.
     """
 
     user_id: str
@@ -66,7 +66,7 @@ class RefusedUser(NamedTuple):
 
 
 class RepairRequests:
-    """The requests for repairs, which anybody may make.
+    """The requests for repairs, which any process may make.
 
     Args:
         store: The open store; its owner closes it.
@@ -85,7 +85,7 @@ class RepairRequests:
         return token
 
     def request_again(self, keys: Iterable[str]) -> None:
-        """Have users repaired once more, on behalf of nobody who waits."""
+        """Request repairs of users that no caller waits for."""
         self._request(keys, uuid.uuid4().hex, is_awaited=False)
 
     def request_fenced(self, keys: Iterable[str]) -> None:
@@ -104,7 +104,7 @@ class RepairRequests:
                 # Far cheaper than an upsert each.
                 known = {found["_id"] for found in self._repairs.reads.find({"_id": {"$in": part}}, {"_id": 1})}
             new = [{"_id": key, **first} for key in part if key not in known]
-            # Who requested one of them at the same time was first.
+            # Those that are not inserted were requested by another process meanwhile.
             known |= {entry["_id"] for entry in self._repairs.insert_new(new)}
             if known:
                 self._repairs.update_all({"_id": {"$in": list(known)}}, update)
@@ -115,7 +115,7 @@ class RepairRequests:
             return [entry["_id"] for entry in found if entry.get("reading")]
 
     def progress(self, token: str) -> RepairProgress:
-        """Return how far the users of a request are; the store looks at open requests only."""
+        """Return the progress of a request; the store reads open requests only."""
         group = {"_id": None, "open": {"$sum": 1}, "problem": {"$max": "$problem"}}
         with self._commands.send("Reading repairs"):
             found = list(
@@ -124,17 +124,17 @@ class RepairRequests:
         return RepairProgress(found[0]["open"], found[0].get("problem") or "") if found else RepairProgress(0)
 
     def outcomes(self, token: str) -> Counter[Outcome]:
-        """Return what became of the users of a request, as far as they are repaired."""
+        """Return the outcomes of a request, for the users that are repaired."""
         match = {"state": _DONE, "asked": token}
         with self._commands.send("Reading repairs"):
-            # A long list of users is counted by the server.
+            # The server counts, as there may be many users.
             found = self._repairs.reads.aggregate(
                 [{"$match": match}, {"$group": {"_id": "$outcome", "users": {"$sum": 1}}}]
             )
             return Counter({Outcome(outcome["_id"]): outcome["users"] for outcome in found})
 
     def is_any_open(self) -> bool:
-        """Return whether any user is still to be repaired."""
+        """Return whether any request is open."""
         with self._commands.send("Reading repairs"):
             return self._repairs.reads.find_one({"state": _REQUESTED}, {"_id": 1}) is not None
 
@@ -147,7 +147,7 @@ class RepairRequests:
             return [RefusedUser(entry["_id"], entry.get("text", "")) for entry in found]
 
     def open_requests(self, limit: int, leave_out: Iterable[str] = ()) -> dict[str, str]:
-        """Return the token of each user that is still to be repaired."""
+        """Return the token of each user with an open request."""
         others = set(leave_out)
         found: dict[str, str] = {}
         with self._commands.send("Reading repairs"):
@@ -158,7 +158,7 @@ class RepairRequests:
         return found
 
     def record_problem(self, keys: Iterable[str], problem: str) -> None:
-        """Note why requests cannot be carried out now, for who waits for them."""
+        """Record why requests cannot be executed now, for the callers that wait for them."""
         for part in chunks(keys):
             self._repairs.update_all({"_id": {"$in": part}}, {"$set": {"problem": problem[:_TEXT]}})
 
@@ -178,7 +178,7 @@ class RepairRequests:
         return found
 
     def newest_of(self, key: str) -> Document | None:
-        """Return what became of the newest request for a user; None where nobody asked."""
+        """Return the newest request for a user with its outcome; None if there is none."""
         with self._commands.send("Reading repairs"):
             fields = {"_id": 0, "state": 1, "outcome": 1, "requested_at": 1, "at": 1, "text": 1, "problem": 1}
             found: Document | None = self._repairs.reads.find_one({"_id": key}, fields)
@@ -203,16 +203,16 @@ class RepairRequests:
             return self._readings.reads.find_one({}, {"_id": 1}) is not None
 
     def drop_fences(self, is_over: Callable[[Reading], bool], kept_seconds: float) -> int:
-        """Drop readings that nothing needs any more, with the closed requests that refer to them.
+        """Drop readings that are no longer needed, with the closed requests that refer to them.
 
         Args:
-            is_over: Says of a reading whether no record from before it can come any more.
+            is_over: Returns whether no record from before a reading can arrive any more.
             kept_seconds: How old a reading must be.
 
         Returns:
             How many readings were dropped.
         """
-        # Who waits for an outcome has read it by then.
+        # Callers that wait for an outcome have read it by then.
         before = datetime.now(UTC) - timedelta(seconds=kept_seconds)
         with self._commands.send("Reading fences"):
             old = self._readings.reads.find({"at": {"$lt": before}})
@@ -224,10 +224,10 @@ class RepairRequests:
 
 
 class RepairWriter(RepairRequests):
-    """The requests, and what their owner writes of them under its guard: fences and outcomes.
+    """The requests, with the fences and outcomes that their owner writes under its guard.
 
     Args:
-        users: Writes the users, under the owner's guard.
+        users: Writes the users under the owner's guard.
     """
 
     def __init__(self, users: UserWriter) -> None:
@@ -241,7 +241,7 @@ class RepairWriter(RepairRequests):
         return self._stored_users(self.users.commands, keys)
 
     def record_fence(self, requests: Mapping[str, str], reading: Reading, rows: Container[str]) -> set[str]:
-        """Let users have the fence of a reading, where their request is still open with its token.
+        """Give users the fence of a reading, if their request is still open with its token.
 
         Args:
             requests: The token of each user.
@@ -275,13 +275,13 @@ class RepairWriter(RepairRequests):
     def record_outcomes(
         self, requests: Mapping[str, str], outcome: Outcome, fences: Mapping[str, Fence | None]
     ) -> None:
-        """Close requests, where their token is still the same.
+        """Close requests whose token is still the same.
 
         Args:
             requests: The token of each user.
-            outcome: What the repairs came to.
-            fences: What fence a user has from now on: an earlier owner's command may have come late in between. None
-                takes it away. A user that is not there keeps its own.
+            outcome: The outcome of the repairs.
+            fences: The fence of a user from now on, or None to remove it: an earlier owner's late command may have
+                changed it. A user that is not in it keeps its own.
         """
         closed: Document = {
             "state": _DONE,
@@ -302,7 +302,7 @@ class RepairWriter(RepairRequests):
                 self._owned.update_all({"_id": {"$in": keys}}, changed_where(is_same, fields))
 
     def record_reasons(self, reasons: Mapping[str, str]) -> None:
-        """Add to closed requests why the database refused their users."""
+        """Record in closed requests why the database refused their users."""
         for part in chunks(reasons.items()):
             self._owned.bulk([UpdateOne({"_id": key}, {"$set": {"text": why[:_TEXT]}}) for key, why in part])
 

@@ -1,6 +1,6 @@
-"""What a ``MONGODB_URI`` says that the driver would pass over or say without its name: its options and their files.
+"""Checks of the options in ``MONGODB_URI`` and of their files, which the driver would ignore or not name.
 
-Belongs here: what is wrong with them, in words without credentials, and what of a URI may be shown. Not here: a
+Belongs here: what is wrong with them, without credentials, and the part of a URI that may be shown. Not here: a
 connection, or how it fails.
 """
 
@@ -36,9 +36,9 @@ def without_credentials(uri: str) -> str:
 
 
 def wrong_options(uri: str) -> str | None:
-    """Return in words what is wrong with a URI's options; None where nothing is.
+    """Return a description of what is wrong with a URI's options; None if nothing is.
 
-    The driver warns of most of it and goes on without the option, as without TLS where ``tls`` is misspelt.
+    For most problems the driver only warns and ignores the option: without TLS, for example, if ``tls`` is misspelt.
 
     >>> wrong_options("mongodb://app:s3cret@db/?tls=maybe")
     "The value of tls must be 'true' or 'false'"
@@ -56,7 +56,7 @@ def wrong_options(uri: str) -> str | None:
     if not problems and (problem := _conflict(uri, given)):
         problems.append(problem)
     if problems and "@" in query:
-        # What looks like an option may be a part of the password.
+        # An apparent option may be a part of the password.
         return "it is malformed: percent-encode special characters of user and password"
     return "; ".join(problems) or None
 
@@ -66,7 +66,7 @@ def _wrong_option(option: str, name: str, value: str) -> str | None:
     from pymongo.uri_parser import split_options
 
     if name.lower() == "compressors":
-        # Of a known one that is not installed here the driver takes the next.
+        # If a known one is not installed here, the driver uses the next.
         unknown = sorted(set(value.split(",")) - _COMPRESSORS)
         return f"compressors has {unknown[0]!r}: known are {', '.join(sorted(_COMPRESSORS))}" if unknown else None
     try:
@@ -79,9 +79,9 @@ def _wrong_option(option: str, name: str, value: str) -> str | None:
 
 
 def _conflict(uri: str, given: set[str]) -> str | None:
-    """Return in words which options don't fit each other, the account or the number of hosts; None where all do.
+    """Return which options conflict with each other, the account or the number of hosts; None if none do.
 
-    Of a ``mongodb+srv://`` URI the driver alone tells, once it has its hosts.
+    Of a ``mongodb+srv://`` URI only the driver can check the hosts, once it has resolved them.
     """
     from pymongo import MongoClient
     from pymongo.errors import ConfigurationError
@@ -100,10 +100,10 @@ def _conflict(uri: str, given: set[str]) -> str | None:
             if query:
                 split_options(query)
             if scheme.endswith("+srv"):
-                # Without the look into DNS, which may take long.
+                # Without the DNS query, which may take long.
                 query = re.sub(r"(?i)(?<![^&;])srv\w*=[^&;]*[&;]?", "", query).rstrip("&;")
                 more = {} if given & {"tls", "ssl"} else {"tls": True}
-            # The driver's words are about its options alone: it knows neither account nor hosts.
+            # The driver's message concerns the options alone: it gets neither account nor hosts.
             MongoClient[dict[str, object]](f"mongodb://{account}{at}{hosts}/?{query}", connect=False, **more).close()
     except OSError:
         return None  # of a file, see tls_files
@@ -116,17 +116,17 @@ def _conflict(uri: str, given: set[str]) -> str | None:
 
 @contextmanager
 def tls_files() -> Iterator[None]:
-    """Make a client inside: files for TLS are read then.
+    """Translate the errors of TLS files, which the driver reads when it makes a client.
 
     Raises:
-        ConfigError: One of them is there and can't be used.
+        ConfigError: One of them can't be used.
     """
     from pymongo.errors import ConfigurationError
 
     try:
         yield
     except (OSError, ConfigurationError) as error:
-        # The driver says ConfigurationError of a key that does not fit too; what TLS said is its context.
+        # The driver raises ConfigurationError for a key that does not match too; the error of TLS is its context.
         if not isinstance(error, OSError) and not isinstance(error.__context__, ssl.SSLError):
             raise
         raise ConfigError(

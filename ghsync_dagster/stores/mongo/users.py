@@ -1,7 +1,7 @@
-"""MongoDB: what is stored of users, and what the books say of them. Reading only.
+"""MongoDB: reads of the stored users and of their books.
 
 Belongs here: single reads. Not here: writing (``writer``, ``books``), and the order of operations, which is a
-protocol's. Filters name one indexed field only: an index look-up on every server.
+protocol's. Filters name one indexed field only, so that every server uses the index.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
     from ghsync_dagster.stores.mongo.commands import Document
 
-# An array is text to the first condition where one of its members is.
+# The first condition takes an array for text if one of its members is text.
 NAMELESS: Final[Document] = {"$or": [{"user_id": {"$not": {"$type": "string"}}}, {"user_id": {"$type": "array"}}]}
-"""Finds the users whose ``user_id`` is no text."""
+"""Matches the users whose ``user_id`` is no text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class StoredVersion:
 
 
 class UserStore(UsersCollection):
-    """The users' collection and its books, as they are read."""
+    """The users' collection and its books, for reading."""
 
     # The whole collection
 
@@ -55,7 +55,7 @@ class UserStore(UsersCollection):
     # The marker
 
     def count_marked(self) -> int:
-        """Return how many documents carry the marker field, with whatever value."""
+        """Return how many documents carry the marker field, with any value."""
         with mongo_errors("Counting markers"):
             return self.users.count_documents({MARKER_FIELD: {"$exists": True}})
 
@@ -79,7 +79,7 @@ class UserStore(UsersCollection):
     def page(self, after: str | None, upto: str | None, limit: int) -> list[Document]:
         """Return up to ``limit`` whole documents by ``user_id`` in the order of text.
 
-        Both ends are given where they can be: not every server stops reading at the limit.
+        If possible, give both ends: some servers do not stop reading at the limit.
 
         Args:
             after: Only those above it; None: from the first text on.
@@ -91,13 +91,13 @@ class UserStore(UsersCollection):
             bounds["$lte"] = upto
         with (
             mongo_errors("Reading users"),
-            # Without a projection: it would take the server more time than it saves of the documents' few fields.
+            # Without a projection: it would cost the server more time than it saves on a few fields.
             self.users.find({"user_id": bounds}, sort=[("user_id", 1)], limit=limit, batch_size=limit) as cursor,
         ):
             return cursor.to_list()
 
     def ids_that_are_no_text(self) -> Iterator[object]:
-        """Yield the ``user_id`` of each document in which it is no text; None where it has none."""
+        """Yield the ``user_id`` of each document in which it is no text; None if it has none."""
         with (
             mongo_errors("Reading users"),
             self.users.find(NAMELESS, {"_id": 0, "user_id": 1}, batch_size=CHUNK) as cursor,
@@ -120,7 +120,7 @@ class UserStore(UsersCollection):
             return self.users.count_documents({"user_id": key})
 
     def repeated_among(self, keys: Sequence[str]) -> set[str]:
-        """Return those of ``keys`` that have several documents, which only the unique index rules out."""
+        """Return those of ``keys`` that have several documents, which only the unique index prevents."""
         with mongo_errors("Reading users"):
             found = self.users.find({"user_id": {"$in": list(keys)}}, {"_id": 0, "user_id": 1})
             counts = Counter(str(user["user_id"]) for user in found)

@@ -1,10 +1,10 @@
-"""MongoDB: the users as a load and the stream write them, under one guard.
+"""MongoDB: writes of users by a load and by the stream, under one guard.
 
-Belongs here: single writes of users and of the books that say whose they are, each once. Not here: the order of writes,
-which is ``domain.precedence``'s.
+Belongs here: single writes of users and of the books that record their origin. Not here: the order of writes, which is
+``domain.precedence``'s.
 
-Conditions on other fields than the key stand in the update itself (``$cond``): atomic for one document on every
-deployment, and an index look-up on every server.
+Conditions on other fields than the key are in the update itself (``$cond``). So it is atomic for one document on every
+deployment, and every server uses the index.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from ghsync_dagster.stores.mongo.users import UserStore
 
 _MANY_TIMES: Final = 4
-"""How many times more keys there must be than entries for all entries to be read."""
+"""All entries are read if there are this many times more keys than entries."""
 _REST: Final = 100
-"""How many times longer than it took to find too many entries their collection is not read whole again."""
+"""If a collection has too many entries to be read whole, that is tried again after this many times its duration."""
 _LEAST: Final = 100
 _MOST: Final = 5_000
-"""The least and the most writes that one command carries, and between how many seconds it should take."""
+"""The fewest and the most writes of one command. The next two limit the seconds that it should take."""
 _QUICK_SECONDS: Final = 0.25
 _SLOW_SECONDS: Final = 1.0
 _RACES: Final = 10
@@ -47,7 +47,7 @@ _RACES: Final = 10
 _MARKED: Final = {MARKER_FIELD: MARKER_VALUE}
 
 _OWN_KEYS: Final = frozenset({"user_id", "_id"})
-"""Fields of unique indexes on which another write of the same user, or the same write sent twice, may be met."""
+"""Fields of unique indexes that another write of the same user, or the same write sent twice, may violate."""
 _KINDS: Final = {
     121: "validator",
     10334: "too-large",
@@ -60,21 +60,21 @@ _KINDS: Final = {
     52: "bad-value",
     DUPLICATE_KEY: "unique-index",
 }
-"""The error codes of one write that are about the user in it: another user can be stored all the same."""
+"""Error codes that concern the user of one write only: other users can still be stored."""
 _UNENCODABLE: Final = "unencodable"
 KINDS_OF_REFUSED: Final = frozenset({*_KINDS.values(), _UNENCODABLE})
-"""The kinds of all that the database does not take."""
+"""The kinds of users that the database refuses."""
 
 _Write = tuple[str, InsertOne[dict[str, Any]] | ReplaceOne[dict[str, Any]] | UpdateOne]
-"""A key and how its document is written."""
+"""A key and the write of its document."""
 
 
 class Refused(NamedTuple):
-    """Why the database does not take a user.
+    """Why the database refuses a user.
 
     Attributes:
         kind: A slug, one of ``KINDS_OF_REFUSED``.
-        text: The database's own words, cut to size. They may hold values of the user: for dead letters, not for logs.
+        text: The database's own message, shortened. It may hold values of the user: for dead letters, not for logs.
     """
 
     kind: str
@@ -82,11 +82,11 @@ class Refused(NamedTuple):
 
 
 class UserWriter:
-    """The users' collection and its books, as whoever holds a guard may write them.
+    """The users' collection and its books, for writing under a guard.
 
     Args:
         store: The open store; its owner closes it.
-        guard: Asked before each command.
+        guard: Called before each command.
     """
 
     def __init__(self, store: UserStore, guard: WriterGuard) -> None:
@@ -98,15 +98,14 @@ class UserWriter:
         self._undo, self._loads = on(store.book("undo")), on(store.book("loads"))
         self._size = CHUNK
         self._large_until: dict[str, float] = {}
-        """Until when a collection, by name, is taken to hold too many entries to be read whole."""
+        """Until when a collection, by name, counts as too large to be read whole."""
 
     # The books of versions and deletions
 
     def insert_versions(self, entries: Iterable[tuple[str, str, int]], load: str) -> int:
         """Write version entries ``(user_id, created_at, event id)``; return how many.
 
-        An entry that is there already is kept: what stood there before the load was dropped first, so it is this
-        load's own.
+        An existing entry is kept. It is this load's own, since the load dropped what was there before.
         """
         written = 0
         for part in chunks(entries, 5 * CHUNK):
@@ -133,7 +132,7 @@ class UserWriter:
     def drop_versions(self, keys: Collected[str]) -> set[str]:
         """Drop the version entries of ``keys``; return which keys had one.
 
-        A key that is not returned had none at some moment of this call.
+        A key that is not returned had no entry at some moment of this call.
         """
         return self._drop(self._versions, keys)
 
@@ -142,12 +141,12 @@ class UserWriter:
         self._versions.delete({})
 
     def record_deleted(self, keys: Iterable[str]) -> None:
-        """Record that the stream deleted ``keys``; what is recorded already stays."""
+        """Record that the stream deleted ``keys``; existing records stay."""
         for part in chunks(keys):
             self._deleted.insert_new([{"_id": key} for key in part])
 
     def forget_deleted(self, keys: Collected[str]) -> None:
-        """Forget that the stream ever deleted ``keys``."""
+        """Remove the record that the stream deleted ``keys``."""
         self._drop(self._deleted, keys)
 
     def _drop(self, book: GuardedCollection, keys: Collected[str]) -> set[str]:
@@ -159,19 +158,19 @@ class UserWriter:
     def _among(self, book: Collection[Document], keys: Collected[str]) -> set[str]:
         """Return those of ``keys`` that are an ``_id`` in a book."""
         if len(keys) > KEYS and time.monotonic() >= self._large_until.get(book.name, 0.0):
-            all_of_it = self._if_few(book, len(keys) // _MANY_TIMES)
+            all_of_it = self._all_if_few(book, len(keys) // _MANY_TIMES)
             if all_of_it is not None:
                 return all_of_it.intersection(keys)
         return self.commands.among(book, keys)
 
-    def _if_few(self, book: Collection[Document], few: int) -> set[str] | None:
-        """Return every ``_id`` of a book that holds less than ``few``, as it mostly does; else None, for a while.
+    def _all_if_few(self, book: Collection[Document], few: int) -> set[str] | None:
+        """Return every ``_id`` of a book that has fewer than ``few`` entries, as is usual; else None, for a while.
 
-        To look many keys up costs more. But some servers read all that there is, however few are asked for.
+        Finding many keys one by one costs more. But some servers read the whole collection, whatever the limit.
         """
         started = time.monotonic()
         with self.commands.send(f"Reading {book.name}"):
-            # One that is dropped and comes anew meanwhile may be read twice: what is read counts against the limit.
+            # An entry that is deleted and inserted again meanwhile may be read twice: each read counts.
             found = [entry["_id"] for entry in book.find({}, {"_id": 1}).limit(few)]
         if len(found) < few:
             return set(found)
@@ -187,18 +186,18 @@ class UserWriter:
         """Replace or insert users, unmarked.
 
         Args:
-            upserts: Users by key. One that lacks fields keeps what is stored of them; they are null where nothing is.
-            created: Keys that are most likely not stored: to insert them is tried first, since it costs less.
+            upserts: Users by key. If one lacks fields, the stored values stay, or are null for a new user.
+            created: Keys that are most likely not stored. They are inserted first, since that costs less.
 
         Returns:
-            Why the database refused a user, by key, in the order of the upserts; it kept what it had of that user.
+            Why the database refused a user, by key, in the order of the upserts. That user's document is unchanged.
 
         Raises:
-            UnavailableError: The server went away; any part may be written.
+            UnavailableError: The server became unavailable; any part may be written.
             RefusedError: The server refuses the writes as such.
         """
         refused: dict[str, Refused] = {}
-        # One kind a bulk: PyMongo 4.20 keeps only the first kind of one that it tries again after a refused connection.
+        # One kind a bulk: after a refused connection PyMongo 4.20 retries a bulk with its first kind only.
         new = {key: user for key, user in upserts.items() if key in created and len(user) == len(USER_FIELDS)}
         stored = set(self._insert([(key, InsertOne(dict(user))) for key, user in new.items()], refused))
         others = {key: user for key, user in upserts.items() if key not in new or key in stored}
@@ -212,7 +211,7 @@ class UserWriter:
     def remove_nameless(self) -> int:
         """Delete the documents whose ``user_id`` is no text, which break the contract; return how many.
 
-        At the end a majority confirms what came before it, also what a try that failed had done already.
+        The last command deletes nothing. By it a majority confirms all deletions, also those of a failed try.
         """
         removed = 0
         while True:
@@ -223,12 +222,12 @@ class UserWriter:
                 return removed
 
     def _insert(self, writes: list[_Write], refused: dict[str, Refused]) -> list[str]:
-        """Insert users; return the keys that are stored already, and add what the database refuses."""
-        return [key for part in self._commands(writes) for key, _ in self._write_once(part, refused)]
+        """Insert users; return the keys that are stored already, and add refusals to ``refused``."""
+        return [key for part in self._parts(writes) for key, _ in self._write_once(part, refused)]
 
     def _replace(self, writes: list[_Write], refused: dict[str, Refused]) -> None:
-        """Replace or insert users, and add what the database refuses."""
-        for part in self._commands(writes):
+        """Replace or insert users, and add refusals to ``refused``."""
+        for part in self._parts(writes):
             lost = part
             for _ in range(_RACES):
                 lost = self._write_once(lost, refused)
@@ -240,22 +239,22 @@ class UserWriter:
                     way_out="Run again; look for another program that inserts and deletes the same users.",
                 )
 
-    def _commands(self, writes: list[_Write]) -> Iterator[list[_Write]]:
-        """Yield what the next command carries: it must end before this process may no longer write."""
+    def _parts(self, writes: list[_Write]) -> Iterator[list[_Write]]:
+        """Yield the writes of the next command: it must end before the guard expires."""
         while writes:
             part, writes = writes[: self._size], writes[self._size :]
             yield part
 
     def _write_once(self, part: list[_Write], refused: dict[str, Refused]) -> list[_Write]:
-        """Send writes in one command; return those that lost a race, and add what the database refuses."""
+        """Send writes in one command; return those that lost a race, and add refusals to ``refused``."""
         try:
             with self._timed(len(part)):
                 failed = self._users.try_bulk([write for _, write in part], _KINDS.keys())
         except (BSONError, UnicodeError) as error:
             unencodable = type(error).__name__
         else:
-            return _judge(failed, part, refused)
-        # Nothing tells which one it is, and others may have been sent: to write them again changes nothing.
+            return _lost(failed, part, refused)
+        # The error does not name the write, and others may have been sent: writing them again changes nothing.
         if len(part) == 1:
             refused[part[0][0]] = Refused(_UNENCODABLE, f"The user can't be put into BSON ({unencodable}).")
             return []
@@ -264,7 +263,7 @@ class UserWriter:
 
     @contextmanager
     def _timed(self, writes: int) -> Iterator[None]:
-        """Learn from a command's time how many writes the next one may carry."""
+        """Adapt the number of writes of the next command to the duration of this one."""
         started = time.monotonic()
         try:
             yield
@@ -276,10 +275,10 @@ class UserWriter:
                 self._size = min(2 * self._size, _MOST)
 
     def everyone(self, keep: Set[str]) -> Iterator[list[str]]:
-        """Yield the keys of all users and then of all version entries, until none but what is kept is there.
+        """Yield the keys of all users and then of all version entries, until only those to keep are left.
 
         Args:
-            keep: Users that are not told. All others have to be gone before the next ones are asked for.
+            keep: Users that are not yielded. The caller must remove all others before it requests the next ones.
         """
         for collection, field in ((self.store.users, "user_id"), (self.store.book("versions"), "_id")):
             is_found = True
@@ -297,14 +296,14 @@ class UserWriter:
                         yield names
 
     def replace_unchanged(self, changes: Iterable[tuple[Document, Document]]) -> None:
-        """For each ``(old, new)`` replace the user that is still exactly ``old`` by ``new``, marked."""
+        """For each ``(old, new)``, if the user is still exactly ``old``, replace it by ``new``, marked."""
         for part in chunks(changes):
             self._users.bulk([_replace_if(_is_exactly(old), old["user_id"], {**new, **_MARKED}) for old, new in part])
 
     # What a load has marked
 
     def put_back(self, old: Iterable[Document]) -> None:
-        """Put users back as they were, where the document still carries the marker."""
+        """Restore users as they were, if the document still carries the marker."""
         marked = {"$eq": [f"${MARKER_FIELD}", MARKER_VALUE]}
         for part in chunks(old):
             self._users.bulk([_replace_if(marked, user["user_id"], user) for user in part])
@@ -314,24 +313,24 @@ class UserWriter:
         return sum(self._users.delete({"user_id": {"$in": part}, **_MARKED}) for part in chunks(keys))
 
     def unmark_all(self) -> int:
-        """Remove the marker wherever it is; return from how many documents."""
+        """Remove the marker from all documents; return from how many."""
         return self._users.update_all({MARKER_FIELD: {"$exists": True}}, {"$unset": {MARKER_FIELD: ""}})
 
     def write_undo(self, old: Iterable[Document], load: str) -> None:
-        """Keep the documents that ``load`` is about to replace, so that recovery can put them back.
+        """Store the documents that ``load`` is about to replace, so that recovery can restore them.
 
-        The log is empty when a load begins, so a user that is in it already is refused.
+        The log is empty when a load begins, so a second entry of a user is refused.
         """
         for part in chunks(old):
             self._undo.bulk([InsertOne({"_id": user["user_id"], "user": user, "load": load}) for user in part])
 
     def forget_undo(self, keys: Iterable[str]) -> None:
-        """Forget the undo entries of ``keys``."""
+        """Delete the undo entries of ``keys``."""
         for part in chunks(keys):
             self._undo.delete({"_id": {"$in": part}})
 
     def clear_undo(self) -> None:
-        """Forget every undo entry."""
+        """Delete every undo entry."""
         self._undo.delete({})
 
     def record_load(self, load: str, **fields: object) -> None:
@@ -349,8 +348,8 @@ def _upsert(key: str, user: dict[str, str | None]) -> ReplaceOne[Document] | Upd
     return UpdateOne({"user_id": key}, {name: fields for name, fields in update.items() if fields}, upsert=True)
 
 
-def _judge(failed: Sequence[Document], part: Sequence[_Write], refused: dict[str, Refused]) -> list[_Write]:
-    """Return the writes of a bulk that lost a race, and add those that the database refuses for what is in them."""
+def _lost(failed: Sequence[Document], part: Sequence[_Write], refused: dict[str, Refused]) -> list[_Write]:
+    """Return the writes of a bulk that lost a race, and add refusals to ``refused``."""
     lost = []
     for item in failed:
         key, write = part[item["index"]]
