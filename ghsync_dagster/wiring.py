@@ -72,12 +72,12 @@ def spark_handle(settings: Settings, get: SessionOf | None = None) -> SparkHandl
     return SparkHandle(lambda: spark_options(settings), get or session_of)
 
 
-def store_opener(settings: Settings, *, is_look: bool = False) -> Callable[[], UserStore]:
+def store_opener(settings: Settings, *, fails_fast: bool = False) -> Callable[[], UserStore]:
     """Return the function that opens the users' collection, on the local server if no URI is set.
 
     Args:
         settings: The store's settings.
-        is_look: Whether it is for the checks before a run, with short timeouts.
+        fails_fast: Whether it is for the checks before a run, with short timeouts.
     """
 
     def open_store() -> UserStore:

@@ -94,8 +94,8 @@ def read_events(
     paths = [shown(path) for path in events_paths[:_PATHS_SHOWN]]
     log.info("scanning files", files=len(state.files), megabytes=state.size // _MIB, paths=paths)
     try:
-        with log_progress("scanning files", lambda: {"files": found.looked}, every=_PROGRESS_SECONDS):
-            files = found.look()
+        with log_progress("scanning files", lambda: {"files": found.scanned}, every=_PROGRESS_SECONDS):
+            files = found.scan()
     finally:
         # Logged in case of an error too.
         left_out = found.report()
@@ -175,7 +175,7 @@ def _decide_all(
         numbers = session.range(0, len(tasks), 1, len(tasks))
         size, began = sum(file.size for file in files), time.monotonic()
         with log_progress(
-            "reading", lambda: _reading(read_done(target), len(files), size, began), every=_PROGRESS_SECONDS
+            "reading", lambda: _progress(read_progress(target), len(files), size, began), every=_PROGRESS_SECONDS
         ):
             rows = to_arrow(numbers.mapInArrow(task.run, TALLY_SCHEMA))
     shutil.rmtree(target / "tasks")
