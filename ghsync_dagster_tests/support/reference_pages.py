@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import typer.main
 
 from ghsync_dagster.cdc.health.connector import ConnectorReport
-from ghsync_dagster.cdc.health.metrics import ChangeMetrics, PrometheusView
+from ghsync_dagster.cdc.health.metrics import ChangeMetrics
 from ghsync_dagster.cdc.stream import listener
 from ghsync_dagster.cli.app import app
 from ghsync_dagster.definitions import defs
@@ -128,7 +128,9 @@ def refused() -> str:
 def metrics() -> str:
     """Return the metrics of a consumer, as Prometheus gets them."""
     rows = []
-    for family in PrometheusView(_measured()).collect():
+    for family in _measured().registry.collect():
+        if not family.name.startswith("ghsync_"):
+            continue
         labels = sorted({name for sample in family.samples for name in sample.labels} - {"le"})
         name = f"{family.name}_total" if family.type == "counter" else family.name
         rows.append((f"`{name}`", family.type, ", ".join(f"`{label}`" for label in labels), family.documentation))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import socket
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from ghsync_dagster.cdc.health.connector import ConnectorReport
 from ghsync_dagster.cdc.health.metrics import (
     ChangeMetrics,
     MetricsEndpoint,
@@ -31,7 +33,9 @@ from ghsync_dagster.cdc.stream.listener import (
     Listeners,
     SilentListener,
 )
+from ghsync_dagster.domain.connector import ConnectorState, Sample
 from ghsync_dagster.domain.errors import ConfigError
+from ghsync_dagster_tests.support.reference_pages import REFERENCE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -334,6 +338,25 @@ def test_prometheus_is_served_what_the_snapshot_holds() -> None:
     assert found["ghsync_cdc_kafka_to_write_seconds_bucket", (("le", "0.05"),)] == 1
     assert found["ghsync_cdc_recent_latency_seconds", (("quantile", "0.5"), ("since", "kafka"))] == 0.04
     assert found["process_resident_memory_bytes", ()] > 0
+
+
+def test_the_reference_lists_each_metric_that_is_served_with_its_labels() -> None:
+    metrics = ChangeMetrics()
+    tell(metrics)
+    metrics.repaired("written")
+    metrics.connector(ConnectorReport(ConnectorState("RUNNING", ""), Sample(0), event_at=0))
+    page = (REFERENCE / "metrics.md").read_text(encoding="utf-8")
+    listed = {
+        name: set(re.findall(r"\w+", labels))
+        for name, labels in re.findall(r"(?m)^\| `(\w+)` \| \w+ \| ([^|]*)\|", page)
+    }
+    served: dict[str, set[str]] = {}
+    for family in metrics.registry.collect():
+        if not family.name.startswith("process_"):
+            assert family.samples, family.name
+            name = f"{family.name}_total" if family.type == "counter" else family.name
+            served[name] = {label for sample in family.samples for label in sample.labels} - {"le"}
+    assert served == listed
 
 
 def test_a_listener_that_heard_nothing_can_be_scraped() -> None:
