@@ -34,13 +34,17 @@ from ghsync_dagster.batch.files import InputFile, scan_file
 from ghsync_dagster.batch.search import OWN_FOLDERS, find_files
 from ghsync_dagster.batch.unpack import unpacked
 from ghsync_dagster.batch.versions import FileState, state_of
+from ghsync_dagster.dagster_home import ensure_dagster_home
 from ghsync_dagster.domain.errors import InputError
 from ghsync_dagster.domain.event import Event, event_decoder
 from ghsync_dagster.domain.user import BUILT_IN_RULES
+from ghsync_dagster.local.stack import SERVICES
+from ghsync_dagster.settings import load_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+PACKAGE = Path(__file__).parents[2] / "ghsync_dagster"
 LINE = b'{"id":"1","actor":{"id":1,"login":"octo"}}'
 LINES = LINE + b"\n" + LINE + b"\n"
 
@@ -259,6 +263,20 @@ def test_events_inside_the_home_are_input_and_what_it_keeps_is_not(tmp_path: Pat
         with pytest.raises(InputError, match=r"has no file to read .*ghsync's own state") as caught:
             find_files([f"{tmp_path}/{path}"], tmp_path)
         assert "another folder" in caught.value.way_out
+
+
+def test_own_state_is_all_that_is_written_into_the_home(tmp_path: Path) -> None:
+    sources = "".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
+    named = set(re.findall(r"home_dir / ([^\s,)]+)", sources))
+    # The folders of servers, of a rehearsal's servers, and of Dagster.
+    folders = {
+        "self.service": {*SERVICES},
+        "name": {*SERVICES},
+        "_FOLDER": {ensure_dagster_home(load_settings(GHSYNC_HOME=tmp_path)).name},
+    }
+    written = {folder for name in named for folder in folders.get(name, {name.strip('"')})}
+    assert folders.keys() <= named
+    assert written == set(OWN_FOLDERS)
 
 
 @pytest.mark.parametrize("name", OWN_FOLDERS)
