@@ -92,7 +92,7 @@ class Refusal(Enum):
     )
     MISSING_COLUMN = (
         "missing-column",
-        "The row lacks one of a user's five columns, so it is unknown what to store for it.",
+        "The row lacks a column of a user, so it is unknown what to store for it.",
         "Bring the column back in MySQL or in the connector's column filter. " + _REPAIR_NAMED,
     )
     COLUMN_CASE = (

@@ -146,7 +146,7 @@ def read_events(
     owners=OWNERS,
     kinds={"spark", "parquet"},
     freshness_policy=FRESHNESS,
-    description="The newest state of every user in the events: the five fields, and the event they came from.",
+    description="The newest state of every user in the events: its fields, and the event they came from.",
     metadata={**TABLES[USERS].metadata(), **_GUIDE},
 )
 def users(batch: BatchResource) -> dg.MaterializeResult[None]:

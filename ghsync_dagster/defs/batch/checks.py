@@ -70,7 +70,7 @@ def users_complete(context: dg.AssetCheckExecutionContext, batch: BatchResource)
 _STORE_CHECK_WORDS = {
     "no_spark_temp_left": "No document carries the marker.",
     "unique_user_id_index": "user_id has a unique index over every document.",
-    "documents_conform": "Every stored document keeps the contract: exactly the five fields, of their types.",
+    "documents_conform": "Every stored document keeps the contract: exactly a user's fields, of their types.",
 }
 
 
