@@ -35,7 +35,7 @@ CODE: Final = re.compile(r"```.*?```", re.DOTALL)
 LINK: Final = re.compile(r"\]\(([^)\s]+)\)")
 COMMAND: Final = re.compile(r"(?<![\w./-])ghsync ((?:[a-z]+ ?)+)((?:--?[a-z-]+|[^`\n|;#])*)")
 NAMES: Final = re.compile(r"\b(GHSYNC_[A-Z_]+[A-Z])\b(?![_*])")
-FILES: Final = re.compile(r"`((?:[\w-]+/)*[\w-]+\.(?:py|sh|toml|yaml|md))`")
+FILES: Final = re.compile(r"`((?:[\w-]+/)*[\w-]+\.(?:py|sh|toml|yaml|md)|(?:[\w-]+/)+[\w.-]+\.json)`")
 PAGE_IDS: Final = [str(page.relative_to(ROOT)) for page in PAGES]
 
 
