@@ -1,7 +1,7 @@
-"""The checks of the batch flow: what each holds true, on data only, with exact counts and the way to recover.
+"""The checks of the batch flow, on data only, with exact counts and the way to recover.
 
 Belongs here: the judgement, used by the Dagster checks, the command line and the audit alike. Not here: faults of
-servers: these raise, and never look like failed data.
+servers: these raise, and never appear as failed data.
 """
 
 from __future__ import annotations
@@ -22,11 +22,8 @@ if TYPE_CHECKING:
 
 
 def quarantined_ratio(read: ReadReport, max_ratio: float) -> Finding:
-    """Hold that there is an event, and that the share of bad lines is within the limit."""
-    offenders = [
-        {"file": row["file"], "line": row["line"], "reason": row["reason"]}
-        for row in _first_rows(Path(read.quarantine_path), OFFENDERS)
-    ]
+    """Check that there is an event, and that the share of bad lines is within the limit."""
+    first_rows = next(rows_of(Path(read.quarantine_path)), [])
     if read.events == 0:
         summary = f"no event in {read.lines} lines of {len(read.files)} files"
     else:
@@ -45,7 +42,7 @@ def quarantined_ratio(read: ReadReport, max_ratio: float) -> Finding:
             "allowed": max_ratio,
         },
         passed=read.events > 0 and read.quarantined_ratio <= max_ratio,
-        offenders=offenders,
+        offenders=({name: row[name] for name in ("file", "line", "reason")} for row in first_rows),
         way_out="Look at quarantined_events (file, line, reason); correct the source, or name other files of GitHub "
         "events by GHSYNC_EVENTS_PATH"
         # Without any event no ratio is high enough.
@@ -54,7 +51,7 @@ def quarantined_ratio(read: ReadReport, max_ratio: float) -> Finding:
 
 
 def users_valid(validity: UsersValidity) -> Finding:
-    """Hold that every flattened user keeps schema and rules, one row a user."""
+    """Check that every flattened user conforms to schema and rules, with one row a user."""
     problems = [f"{count} break {name}" for name, count in validity.broken.items()]
     if validity.repeated:
         problems.append(f"{validity.repeated} rows repeat a user_id")
@@ -71,7 +68,7 @@ def users_valid(validity: UsersValidity) -> Finding:
 
 
 def spark_temp_marked(load: LoadReport) -> Finding:
-    """Hold that every row of the load carried the marker before verification."""
+    """Check that every row of the load carried the marker before verification."""
     return Finding.judged(
         "spark_temp_marked",
         f"{load.marked} of {load.expected_marked} written users carried the marker"
@@ -84,7 +81,7 @@ def spark_temp_marked(load: LoadReport) -> Finding:
 
 
 def users_complete(load: LoadReport) -> Finding:
-    """Hold that after reconciliation ``exceptAll`` finds nothing missing."""
+    """Check that after reconciliation ``exceptAll`` finds nothing missing."""
     return Finding.judged(
         "users_complete",
         f"{load.unresolved} of {load.users} users missing after reconciliation ({load.missing} before)",
@@ -142,7 +139,7 @@ def _audit(
 
 
 def no_spark_temp_left(store: UserStore) -> Finding:
-    """Hold that no document carries the marker, but for those of a load that is on at this moment."""
+    """Check that no document carries the marker, except those of a load that is running at this moment."""
     # In this order: a load that ends in between has removed its markers by then.
     loading = current_holder(store)
     left = store.count_marked()
@@ -157,7 +154,7 @@ def no_spark_temp_left(store: UserStore) -> Finding:
 
 
 def unique_user_id_index(store: UserStore) -> Finding:
-    """Hold that ``user_id`` is under a unique index that covers every document."""
+    """Check that ``user_id`` has a unique index that covers every document."""
     there = store.has_unique_index()
     return Finding.judged(
         "unique_user_id_index",
@@ -170,7 +167,7 @@ def unique_user_id_index(store: UserStore) -> Finding:
 
 
 def documents_conform(store: UserStore) -> Finding:
-    """Hold that every stored document keeps the contract."""
+    """Check that every stored document conforms to the contract."""
     broken, offenders = store.nonconforming(OFFENDERS)
     return Finding.judged(
         "documents_conform",
@@ -183,11 +180,7 @@ def documents_conform(store: UserStore) -> Finding:
 
 
 def _plain(document: dict[str, Any]) -> dict[str, Any]:
-    """Return a stored document as JSON can hold it, whatever another program put into it."""
+    """Return a stored document with values that JSON can hold, whatever another program put into it."""
     return {
         name: value if value is None or isinstance(value, str | int) else str(value) for name, value in document.items()
     }
-
-
-def _first_rows(folder: Path, limit: int) -> list[dict[str, Any]]:
-    return next(iter(rows_of(folder)), [])[:limit]

@@ -1,10 +1,10 @@
 """Decide: what Spark's Python workers do with one task's files, from bytes on disk to Parquet parts.
 
-Belongs here: bytes in, parts and counts out, line numbers. The decision about one line is ``domain.event``'s; which
-files there are, and which task reads which, is ``batch.search``'s and ``batch.read``'s.
+Belongs here: bytes in, parts and counts out, line numbers. Not here: the decision about one line (``domain.event``),
+which files there are (``batch.search``), and which task reads which (``batch.read``).
 
-A worker opens its files itself: handing every byte in and every column out through the JVM costs more than all else
-together. A part has a name of its own for each try of a task, and only those that successful tasks name are kept.
+A worker opens its files itself: passing every byte and every column through the JVM would cost more than all the rest.
+Each attempt of a task gives its parts new names, and only the parts that successful tasks name are kept.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Piece(NamedTuple):
     """What a task reads of a file: all of it, or the lines of a plain one that begin in ``[start, end)``.
 
     Attributes:
-        number: The file's place among the input.
+        number: The file's index in the input.
         file: The file.
         start: First byte.
         end: The byte after the last; None: the whole file.
@@ -84,11 +84,11 @@ class Tally(NamedTuple):
 
     Attributes:
         kind: ``events`` or ``quarantine`` with the name of a part, ``reason`` with its words, ``blank``, ``piece`` with
-            the place of a file and the first byte, or ``fault`` with an error's class, message and way out as JSON.
-        name: As the kind says.
-        rows: Rows of the part, or lines; of a piece, its lines, counted by their ends. The values of its lines beyond
-            one a line are a piece of their own, behind the end of the file, where it moves no line's number.
-        bytes: Of a piece: how many were read from the disk.
+            the index of a file and the first byte, or ``fault`` with an error's class, message and way out as JSON.
+        name: Depends on the kind.
+        rows: Rows of the part, or lines; for a piece, its lines, counted by their ends. If lines have several values,
+            those beyond the first are another piece, after the end of the file: so no line's number changes.
+        bytes: For a piece: how many bytes were read from the disk.
     """
 
     kind: str
@@ -98,13 +98,13 @@ class Tally(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What every task is told; what it reads stands in a file of its own, since there may be very many.
+    """The parameters of all tasks. What each task reads is in a file of its own, since there may be very many.
 
     Attributes:
         target: Folder with a sub-folder for events, one for the quarantine, and one for the tasks.
         rules: The user rules.
         latest: The time after which an event is from the future.
-        host: The machine that looked at the files.
+        host: The machine that scanned the files.
     """
 
     target: str
@@ -113,7 +113,7 @@ class Task(NamedTuple):
     host: str
 
     def run(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """Read the task whose number comes; yield its tallies."""
+        """Execute the tasks whose numbers arrive; yield their tallies."""
         for batch in batches:
             for number in batch.column(0).to_pylist():
                 yield _as_batch(self._read(number))
@@ -142,7 +142,7 @@ class Task(NamedTuple):
                 try:
                     tallies.extend(sorter.read(piece, progress))
                 except InputError as error:
-                    # Each file that can't be read is told, not the first one only.
+                    # Each unreadable file is reported, not only the first one.
                     tallies.append(_fault(error))
         counted = [Tally(EVENTS, name, events.rows), Tally(QUARANTINE, name, quarantine.rows)]
         counted += [Tally(BLANK, "", sorter.blank), *(Tally(REASON, *item) for item in sorter.reasons.items())]
@@ -155,10 +155,10 @@ def _fault(error: GhsyncError) -> Tally:
 
 @contextmanager
 def folder_errors(folder: Path) -> Iterator[None]:
-    """Keep what a run writes and reads back in a folder of GHSYNC_HOME.
+    """Translate the errors of a folder in GHSYNC_HOME that a run writes and reads back.
 
     Raises:
-        ConfigError: The folder can't be used: it is full, say, or this executor does not have it.
+        ConfigError: The folder can't be used: its disk is full, for example, or this executor does not have it.
     """
     try:
         yield
@@ -171,26 +171,26 @@ def folder_errors(folder: Path) -> Iterator[None]:
 
 
 def write_task(target: Path, number: int, pieces: Sequence[Piece]) -> None:
-    """Write what a task reads to where its worker looks."""
+    """Write what a task reads to the file that its worker opens."""
     with folder_errors(target):
-        _task_file(target, number).write_bytes(msgspec.json.encode(pieces))
+        _task_file(target, number, "json").write_bytes(msgspec.json.encode(pieces))
 
 
 def read_task(target: Path, number: int) -> list[Piece]:
     """Return what a task reads."""
     with folder_errors(target):
-        return msgspec.json.decode(_task_file(target, number).read_bytes(), type=list[Piece])
+        return msgspec.json.decode(_task_file(target, number, "json").read_bytes(), type=list[Piece])
 
 
-def _task_file(target: Path, number: int) -> Path:
-    return target / "tasks" / f"{number:05d}.json"
+def _task_file(target: Path, number: int, suffix: str) -> Path:
+    return target / "tasks" / f"{number:05d}.{suffix}"
 
 
 class _Progress:
-    """How far a task is, in a file alongside what it reads: a large file is one task, which ends late."""
+    """The progress of a task, in a file next to the task's own: a large file is one task, which ends late."""
 
     def __init__(self, target: Path, number: int) -> None:
-        self._path = _progress_file(target, number)
+        self._path = _task_file(target, number, "done")
         self._files = self._bytes = 0
 
     def __enter__(self) -> _Progress:
@@ -202,13 +202,13 @@ class _Progress:
         self._file.close()
 
     def report(self, more: int) -> None:
-        """Tell that so many bytes of the piece at hand are read."""
-        # Nobody but a reader of progress misses it.
+        """Report how many bytes of the present piece are read."""
+        # If it fails, only the shown progress is wrong.
         with suppress(OSError):
             os.pwrite(self._file.fileno(), _COUNTS.pack(self._files, self._bytes + more), 0)
 
     def finish(self, size: int, *, is_first: bool) -> None:
-        """Take a piece as read; a file is counted by its first one."""
+        """Count a piece as read; a file is counted by its first piece."""
         self._files += is_first
         self._bytes += size
         self.report(0)
@@ -224,12 +224,8 @@ def read_progress(target: Path) -> tuple[int, int]:
     return files, size
 
 
-def _progress_file(target: Path, number: int) -> Path:
-    return target / "tasks" / f"{number:05d}.done"
-
-
 class _Sorter:
-    """Decides the lines of files, and hands each to the part that it belongs to.
+    """Decides the lines of files, and adds each to the part that it belongs to.
 
     Attributes:
         blank: How many lines were blank.
@@ -247,11 +243,11 @@ class _Sorter:
         self._is_here = is_here
 
     def read(self, piece: Piece, progress: _Progress) -> list[Tally]:
-        """Read a piece, telling how far that is; return how many lines and bytes it has.
+        """Read a piece and report the progress; return the numbers of its lines and bytes.
 
         Raises:
-            InputError: The file is damaged, can't be read, is not as it was when it was looked at, or has values that
-                can't be told apart.
+            InputError: The file is damaged, can't be read, has changed since it was scanned, or its values can't be
+                separated.
         """
         file = piece.file
         try:
@@ -284,9 +280,9 @@ class _Sorter:
         return content.lines, more
 
     def _odd_line(self, file: InputFile, number: int, line: bytes, outcome: Refused | None) -> int:
-        """Take what is no event: a blank line, a bad one, or several values; return how many beyond one."""
+        """Handle a line that is no event: blank, bad, or with several values; return how many beyond one."""
         values = (value for _, value in values_of([line] if outcome else [], is_line=True))
-        # What follows one object without an array is no value, but makes the line a bad one.
+        # Without an array, whatever follows one object is no value, but makes the line a bad one.
         needed = 1 if line[:_LINE_HEAD].lstrip(b"\xef\xbb\xbf \t\r").startswith(b"[") else 2
         first: list[bytes] = []
         for value in values:
@@ -324,7 +320,7 @@ class _Sorter:
     def _value(self, file: InputFile, number: int, value: bytes) -> None:
         outcome = self._decide(value)
         if isinstance(outcome, Event):
-            # They are others, whose ends this one has taken.
+            # Events inside it are separate ones, lost because their ends are missing.
             _refuse_events_within(file, number, value, allowed=0)
             self._events.add(outcome)
         else:
@@ -336,7 +332,7 @@ class _Sorter:
         if outcome is None:
             self.blank += 1
             return
-        # It would be one bad line, however many events it holds.
+        # It would count as one bad line, even if it holds many events.
         _refuse_events_within(file, number, line, allowed=1, is_line=is_line)
         self.reasons[_DETAIL.sub("", outcome.reason)] += 1
         self._quarantine.add((file.path, number, outcome.reason, _raw_text(line)))
@@ -356,9 +352,9 @@ def _refuse_events_within(file: InputFile, number: int, value: bytes, *, allowed
 
 
 def _to_be_cut(file: InputFile, problem: str, query: str) -> InputError:
-    """Return the error of a file whose values must become lines first, with the command for that."""
+    """Return the error of a file whose values must first be put on lines, with the command for that."""
     path, lines = shlex.quote(file.path), shlex.quote(f"{file.path}-events.jsonl")
-    # By standard input, as gunzip refuses names that it does not know.
+    # From standard input, as gunzip refuses unknown suffixes.
     read = f"{TOOLS[file.packing]} -c" if file.packing else "cat"
     text = f"{read} < {path}{' | iconv -f UTF-16 -t UTF-8' * file.is_utf16}"
     return InputError(
@@ -368,11 +364,11 @@ def _to_be_cut(file: InputFile, problem: str, query: str) -> InputError:
 
 
 class _Counted:
-    """The content of a piece, counted as it passes: a second opinion on how many lines there are.
+    """The content of a piece, counted as it is read: an independent count of its lines.
 
     Attributes:
-        lines: Line ends so far, and one for a last line without.
-        bytes: Bytes read from the disk, once all of it has passed.
+        lines: Line ends so far, plus one for a last line without.
+        bytes: Bytes read from the disk, once all of it is read.
     """
 
     def __init__(self, raw: IO[bytes], piece: Piece, progress: _Progress) -> None:
@@ -402,12 +398,12 @@ class _Counted:
 
 
 def _assert_unchanged(raw: IO[bytes], state: FileState, *, is_here: bool = True) -> FileState:
-    """Return the state that an open file has, which must be the given one.
+    """Return the state of an open file, which must be the given one.
 
     Args:
         raw: The file.
-        state: What it was.
-        is_here: Whether it was seen on this machine: others may see another inode, and change of attributes.
+        state: Its former state.
+        is_here: Whether it was scanned on this machine: others may see another inode and ``ctime``.
     """
     now = state_of(state.path, os.fstat(raw.fileno()))
     if now != (state if is_here else replace(state, changed_ns=now.changed_ns, inode=now.inode)):
@@ -416,7 +412,7 @@ def _assert_unchanged(raw: IO[bytes], state: FileState, *, is_here: bool = True)
 
 
 def changed(path: str, before: int, after: int) -> InputError:
-    """Return the error of a file that is not as it was when it was looked at."""
+    """Return the error of a file that has changed since it was scanned."""
     how = f"{before} bytes when it was looked at, {after} when it was read" if before != after else "its time or inode"
     return InputError(
         f"{path} changed while it was read: {how}.",
@@ -425,7 +421,7 @@ def changed(path: str, before: int, after: int) -> InputError:
 
 
 class _Part:
-    """A Parquet file that appears, whole, when the task is done; an empty one does not."""
+    """A Parquet file that appears as a whole when the task is done; without rows it does not appear."""
 
     def __init__(self, path: Path, schema: pa.Schema, columns: Callable[[Sequence[Any]], Sequence[pa.Array]]) -> None:
         self.rows = 0
@@ -462,7 +458,7 @@ class _Part:
             if failed is None:
                 self._finish()
         finally:
-            # Where it is not finished, or could not be.
+            # If it is not finished, or finishing failed.
             if self._writer is not None:
                 with suppress(OSError):
                     self._unfinished.unlink()

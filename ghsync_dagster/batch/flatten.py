@@ -1,6 +1,6 @@
 """Flatten: the newest event of every user gives the user's fields.
 
-Belongs here: how users come out of events, and how they are held against the rules. Not here: what the rules are.
+Belongs here: how users result from events, and how they are checked by the rules. Not here: what the rules are.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ghsync_dagster.batch.reports import FlattenReport, count_rows
+from ghsync_dagster.domain.finding import OFFENDERS
 from ghsync_dagster.domain.user import USER_FIELDS
 from ghsync_dagster.logging import get_logger
 from ghsync_dagster.progress import log_progress
@@ -59,14 +60,14 @@ def flatten_users(spark: Callable[[], SparkSession], read: ReadReport, target: P
 
 @dataclass(frozen=True, slots=True)
 class UsersValidity:
-    """How the flattened users stand against the rules.
+    """The flattened users, checked by the rules.
 
     Attributes:
         users: How many users there are.
-        broken: Users that break a rule, by rule name, only those above 0.
+        broken: How many users break a rule, by rule name, only if more than 0.
         repeated: Users beyond the first with the same ``user_id``.
-        schema_problem: In words, or None.
-        offenders: Up to the wanted number of users that break something.
+        schema_problem: A description, or None.
+        offenders: Up to ``OFFENDERS`` users that break something.
     """
 
     users: int
@@ -81,10 +82,8 @@ class UsersValidity:
         return not (self.broken or self.repeated or self.schema_problem)
 
 
-def check_users(
-    spark: Callable[[], SparkSession], users_path: str, rules: Sequence[Rule], limit: int = 20
-) -> UsersValidity:
-    """Hold the flattened users against the schema, the rules, and one row a user."""
+def check_users(spark: Callable[[], SparkSession], users_path: str, rules: Sequence[Rule]) -> UsersValidity:
+    """Check the flattened users by the schema and the rules, and for one row a user."""
     from pyspark.sql import functions as F  # noqa: N812
 
     from ghsync_dagster.stores.spark import VERSIONED_USER_SCHEMA, spark_errors
@@ -105,7 +104,7 @@ def check_users(
         users_count, distinct = counts.pop("users"), counts.pop("distinct")
         violated = {name: count for name, count in counts.items() if count}
         repeated = users_count - distinct
-        offenders = _offenders(users, [broken[name] for name in violated], repeated=bool(repeated), limit=limit)
+        offenders = _offenders(users, [broken[name] for name in violated], repeated=bool(repeated))
     return UsersValidity(users_count, violated, repeated, None, offenders)
 
 
@@ -116,15 +115,15 @@ def _broken(rule: Rule) -> Column:
     return F.expr(sql) if sql else F.udf(rule.is_broken_by, "boolean")(F.col(rule.field))
 
 
-def _offenders(users: DataFrame, conditions: Sequence[Column], *, repeated: bool, limit: int) -> list[dict[str, Any]]:
+def _offenders(users: DataFrame, conditions: Sequence[Column], *, repeated: bool) -> list[dict[str, Any]]:
     from pyspark.sql import functions as F  # noqa: N812
 
     rows: list[Row] = []
     for condition in conditions:
-        rows += users.where(condition).limit(limit - len(rows)).collect() if len(rows) < limit else []
-    if repeated and len(rows) < limit:
-        rows += users.groupBy("user_id").agg(F.count("*").alias("rows")).where("rows > 1").limit(limit).collect()
-    return [row.asDict() for row in rows[:limit]]
+        rows += users.where(condition).limit(OFFENDERS - len(rows)).collect() if len(rows) < OFFENDERS else []
+    if repeated and len(rows) < OFFENDERS:
+        rows += users.groupBy("user_id").agg(F.count("*").alias("rows")).where("rows > 1").limit(OFFENDERS).collect()
+    return [row.asDict() for row in rows[:OFFENDERS]]
 
 
 def _named(fields: Sequence[tuple[str, Any]]) -> str:

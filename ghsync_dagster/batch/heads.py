@@ -1,7 +1,7 @@
-"""What the head of a file says about its kind: events that can be read, or something else and the way to make it that.
+"""The kind of a file by its head: events that can be read, or something else, with the command that converts it.
 
-Belongs here: the judgement of a head's bytes. Not here: opening files, or the judgement of single lines: where any line
-of the head is an event's, what else is in there is left to these.
+Belongs here: the judgement of a head's bytes. Not here: opening files, and the judgement of single lines: if any line
+of the head is an event, every line is judged by itself.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _CSV_WORDS: Final = frozenset(
 TOOLS: Final = {GZIP: "gunzip", BZIP2: "bzip2 -d", ZSTD: "zstd -d"}
 _FROM_PARQUET: Final = (
     "import sys, json, pyarrow.parquet as pq; file = pq.ParquetFile(sys.argv[1]); "
-    # Bytes that are no text become what is refused where it is used.
+    # Bytes that are no text become surrogates, which a used field refuses.
     "plain = lambda v: v.decode('utf-8', 'surrogateescape') if isinstance(v, bytes) else "
     "v.isoformat() + 'Z' * (not getattr(v, 'tzinfo', 1)) if hasattr(v, 'isoformat') else str(v); "
     "open(sys.argv[2], 'w').writelines(json.dumps(dict((k, str(v) if k == 'id' and isinstance(v, int) else v) "
@@ -54,7 +54,7 @@ _UNPACK: Final = (
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z x {path} -o{folder}"),
     (b"\xfd7zXZ", "compressed with xz", "xz -dc {path} > {plain}"),
     (b"\x04\x22\x4d\x18", "compressed with lz4", "lz4 -dc {path} > {plain}"),
-    # From standard input, as gunzip takes no file of another suffix.
+    # From standard input, as gunzip refuses other suffixes.
     (b"\x1f\x9d", "compressed with compress", "gunzip -c < {path} > {plain}"),
     (b"PAR1", "a Parquet file", f'.venv/bin/python -c "{_FROM_PARQUET}" {{path}} {{plain}}'),
     (b"ORC", "an ORC file", ""),
@@ -74,24 +74,24 @@ _decode_parts: Final = msgspec.json.Decoder(_Parts).decode
 
 
 def has_lines(path: str, packing: str | None, text: bytes, *, is_whole: bool = False) -> bool:
-    """Return whether a file holds an event a line; else it holds a JSON array, or objects one after the other.
+    """Return whether a file has one event a line; else it is a JSON array, or objects one after the other.
 
     Args:
         path: The file, for the error.
-        packing: What it is packed with.
-        text: What its head unpacks to, in UTF-8; the last line may be cut.
-        is_whole: Whether this is all of it for certain.
+        packing: How it is packed.
+        text: Its unpacked head, in UTF-8; the last line may be cut.
+        is_whole: Whether the head is certainly the whole file.
 
     Raises:
-        InputError: It is of another kind; the way out makes it one that can be read.
+        InputError: It is of another kind; the way out converts it.
     """
     if _is_event(text.partition(b"\n")[0]) and text.count(b"\0") < _FEW_NULS:
         return True
     _refuse_other_kinds(path, packing, text)
-    # What did not reach the disk at the end of a file says nothing about what did.
+    # NUL bytes at the end did not reach the disk; the rest may be intact.
     text = text.rstrip(b"\0") or text
     lines = text.split(b"\n")
-    # A few are a bad line's, or a bad value's where all is one line.
+    # A few NUL bytes may belong to a bad line, or to a bad value if all is one line.
     if sum(b"\x00" in line for line in lines) * 2 > len(lines) and text.count(b"\0") * 4 > len(text):
         raise _not_text(path, packing, text)
     content = text.removeprefix(codecs.BOM_UTF8).lstrip()
@@ -110,7 +110,7 @@ def has_lines(path: str, packing: str | None, text: bytes, *, is_whole: bool = F
 
 
 def _is_event(line: bytes) -> bool:
-    """Tell at little cost whether a line is an event in all likelihood: most files are of nothing else."""
+    """Return, at little cost, whether a line is probably an event: most files have nothing else."""
     try:
         return _decode_parts(line).actor is not msgspec.UNSET
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -132,12 +132,12 @@ def _refuse_other_kinds(path: str, packing: str | None, head: bytes) -> None:
 
 
 def _other(path: str, packing: str | None, words: str, command: str, then: str) -> InputError:
-    """Return the error of a file of another kind, with the command that makes it one that can be read."""
-    # The whole name: files that differ in their suffixes alone must not become one.
+    """Return the error of a file of another kind, with the command that converts it."""
+    # The whole name: files that differ only in their suffixes must not overwrite each other.
     names = {"path": path, "folder": f"{path}-unpacked", "plain": f"{path}-events.jsonl", "inner": f"{path}-inner"}
     quoted = {name: shlex.quote(value) for name, value in names.items()}
     if packing and command:
-        # A file between, not a pipe: that the packed data is damaged ends the command.
+        # An intermediate file, not a pipe: so the command fails if the packed data is damaged.
         command = command.replace("{path}", "{inner}")
         command = f"{TOOLS[packing]} -c < {{path}} > {{inner}} && {command} && rm {{inner}}"
     within = f" in {packing} data" if packing else ""
@@ -212,7 +212,7 @@ def _first_value(text: bytes) -> Any:  # noqa: ANN401  any JSON
 
 
 def _begins_array(first: bytes, second: bytes) -> bool:
-    """Tell an array of events from a bad first line: after that the next line stands by itself."""
+    """Distinguish an array of events from a bad first line, after which the next line is complete by itself."""
     inner = first.strip()[1:].lstrip()
     if inner[:1] in (b"", b"{", b"]") and first.rstrip().endswith((b"[", b",")):
         return True
@@ -220,7 +220,7 @@ def _begins_array(first: bytes, second: bytes) -> bool:
 
 
 def _spans_lines(text: bytes, second: bytes, *, is_whole: bool) -> bool:
-    """Return whether a text's first JSON object goes on over its line end, and may go on over the end of a head."""
+    """Return whether a text's first JSON object spans several lines, perhaps beyond the end of the head."""
     if (_KEY.match(second) or _OPENED.match(text)) and not _is_json(second):
         return True
     content = text.decode("utf-8", "replace")

@@ -162,7 +162,7 @@ class _Load:
                     self.writer,
                     self.load_id,
                     expected_marked=plan.inserts if untouched else None,
-                    on_step=self._on_settled,
+                    on_step=lambda step: self.on_step(_SETTLED[step]) if step in _SETTLED else None,
                 )
         else:
             unmarked = 0
@@ -319,10 +319,6 @@ class _Load:
                 *VERSIONED_USER_SCHEMA.fieldNames()
             ).write.mode("overwrite").parquet(str(target))
         return count_rows(target)
-
-    def _on_settled(self, step: SettleStep) -> None:
-        if step in _SETTLED:
-            self.on_step(_SETTLED[step])
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

@@ -49,7 +49,7 @@ _GRAINS: Final = (
 
 
 class _Summary(NamedTuple):
-    """All events at a glance: how many of each type, and the first and last time."""
+    """All events in summary: how many of each type, and the first and last time."""
 
     types: Counter[str]
     first: str
@@ -134,7 +134,7 @@ def _draw(counts: Counter[tuple[str, str]], grain: _Grain, summary: _Summary, sh
     # Its functions have no types.
     dates: Any = matplotlib.dates
     positions = dates.date2num(edges)
-    # Figure without pyplot draws with Agg and leaves no global state behind.
+    # Figure without pyplot draws with Agg and has no global state.
     figure = Figure(figsize=(8, 3.2), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     floor = np.zeros(len(edges) - 1)
@@ -154,7 +154,7 @@ def _draw(counts: Counter[tuple[str, str]], grain: _Grain, summary: _Summary, sh
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    # Matplotlib knows no date after the year 9999.
+    # Matplotlib supports no date after the year 9999.
     axes.set_xlim(positions[0], min(positions[-1], dates.date2num(np.datetime64("9999-12-31"))))
     axes.set_ylim(bottom=0)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False, reverse=True)

@@ -1,6 +1,6 @@
-"""What each step of the batch flow leaves behind for the next one and for its reader: plain, serializable records.
+"""The reports of the batch flow's steps, for the next step and for people: plain, serializable records.
 
-Belongs here: the records and where they are kept. Not here: how they are shown.
+Belongs here: the records and where they are stored. Not here: how they are shown.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ class LeftOut(msgspec.Struct, frozen=True):
 class ReadReport(msgspec.Struct, frozen=True):
     """The outcome of ``read``: every line is an event, quarantined, or blank.
 
-    A line is an event's place in its file: where the file is a JSON array, an object of it.
+    If a file is a JSON array, each of its objects counts as a line.
 
     Attributes:
         events_path: Parquet folder of the events.
         quarantine_path: Parquet folder of the refused lines.
-        reasons: How often each kind of reason was given, the most frequent first.
+        reasons: How often each kind of reason occurred, the most frequent first.
         input_version: The version of the files, see ``batch.versions``.
         data_version: The version of what was written.
         bytes: Bytes of the files on disk.
@@ -77,7 +77,7 @@ class ReadReport(msgspec.Struct, frozen=True):
 
     @property
     def quarantined_ratio(self) -> float:
-        """The share of refused lines among those that are not blank; 0 where there are none."""
+        """The share of refused lines among those that are not blank; 0 if there are none."""
         judged = self.events + self.quarantined
         return self.quarantined / judged if judged else 0.0
 
@@ -156,7 +156,7 @@ _AGE_SECONDS: Final = 24 * 3600
 
 
 def _changed(folder: Path) -> float:
-    """Return when a folder changed last, in seconds since 1970; now, where another run has removed it meanwhile."""
+    """Return when a folder changed last, in seconds since 1970; now, if another run has removed it meanwhile."""
     try:
         return folder.stat().st_mtime
     except FileNotFoundError:
@@ -166,8 +166,8 @@ def _changed(folder: Path) -> float:
 class Artifacts:
     """The folder of the flow's materialized data: one sub-folder a run and step, and the newest report of each step.
 
-    A step writes into a folder of its own and publishes its report at the end, so that a killed run leaves the last
-    good data in place. The steps of one run find each other's reports, whatever other runs publish meanwhile.
+    A step writes into its own folder and publishes its report at the end, so a killed run leaves the last good data in
+    place. The steps of one run find each other's reports, whatever other runs publish meanwhile.
 
     Args:
         root: The folder.
@@ -180,7 +180,7 @@ class Artifacts:
         self._run = root / "runs" / run_id if run_id else None
 
     def new_folder(self, step: str) -> Path:
-        """Return a fresh folder for one run of ``step``; old ones but the newest few and the published are removed."""
+        """Return a new folder for one run of ``step``; remove old ones, except the newest few and published ones."""
         parent = self.root / step
         parent.mkdir(parents=True, exist_ok=True)
         published = b"".join(report.read_bytes() for report in self.root.glob("*.json"))
@@ -218,7 +218,7 @@ class Artifacts:
         return report
 
     def find(self, kind: type[R]) -> R | None:
-        """Return the newest report of a step, or None where it has not run here yet.
+        """Return the newest report of a step, or None if it has not run here yet.
 
         Raises:
             ConfigError: The report can't be read.
@@ -226,7 +226,7 @@ class Artifacts:
         return self._read(kind, self._run) or self._read(kind, self.root)
 
     def own(self, kind: type[R]) -> R | None:
-        """Return the report of the present run, or None where it has none of this step."""
+        """Return the present run's report of a step, or None if it has none."""
         return self._read(kind, self._run)
 
     def _read(self, kind: type[R], folder: Path | None) -> R | None:

@@ -1,6 +1,6 @@
-"""A project's own user rules: how they are found and joined to the built-in ones.
+"""A project's own user rules: how they are loaded and added to the built-in ones.
 
-Not here: what a rule is and how it is judged, which is ``domain.user``'s.
+Not here: what a rule is and how it is tested (``domain.user``).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Final
 from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.domain.user import BUILT_IN_RULES, Rule
 
-_TAKEN: Final = frozenset({"users", "distinct", "repeated"})
-"""Names of counts that stand alongside those of the rules."""
+_RESERVED: Final = frozenset({"users", "distinct", "repeated"})
+"""Names of other counts next to those of the rules."""
 
 
 def load_rules(module_name: str | None) -> tuple[Rule, ...]:
@@ -32,6 +32,6 @@ def load_rules(module_name: str | None) -> tuple[Rule, ...]:
     names = [rule.name for rule in (*BUILT_IN_RULES, *own) if isinstance(rule, Rule)]
     if len(names) != len(BUILT_IN_RULES) + len(own) or len(set(names)) != len(names):
         raise ConfigError(f"RULES of {module_name} must be Rule objects with unique names.", way_out=way_out)
-    if taken := _TAKEN.intersection(names):
+    if taken := _RESERVED.intersection(names):
         raise ConfigError(f"A rule of {module_name} can't be named {', '.join(sorted(taken))}.", way_out=way_out)
     return (*BUILT_IN_RULES, *own)

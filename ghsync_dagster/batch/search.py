@@ -1,6 +1,6 @@
-"""Which files a run reads, and which it leaves out and why: by paths and names, all before any Spark starts.
+"""Which files a run reads, and which it leaves out and why: by paths and names, before Spark starts.
 
-Belongs here: the walk below folders and globs. Not here: what a file's head says (``batch.files``).
+Belongs here: the search below folders and globs. Not here: the scan of a file's head (``batch.files``).
 """
 
 # Paths are text, as there may be very many.
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 KNOWN_NAMES: Final = "NAME.json, .jsonl or .ndjson, with or without .gz, .gzip, .bz2 or .zst, or part-*"
 OWN_FOLDERS: Final = ("batch", "connect", "dagster", "kafka", "mongo", "mysql", "spark")
-"""What GHSYNC_HOME holds, where the events are in it too."""
+"""The folders of ghsync's own state in GHSYNC_HOME, if the events are in it too."""
 
 _NAMED: Final = 20
 _PATHS_SHOWN: Final = 5
@@ -65,9 +65,9 @@ _TO_FILE: Final = (
     "A packed file needs no command: name it as it is."
 )
 _Tails = frozenset[tuple[str, ...]]
-"""What is left of a glob below a folder, part by part: each way to go on."""
+"""The rest of a glob below a folder, split into parts: one tuple for each possible continuation."""
 _ALL: Final[_Tails] = frozenset({("**",)})
-"""Matched: a file is taken, and so is all in a folder."""
+"""The whole glob has matched: a file is taken, and so is everything in a folder."""
 
 
 @dataclass(slots=True)
@@ -76,7 +76,7 @@ class Found:
 
     Attributes:
         events_paths: The paths, as they were given.
-        files: What tells the content of each file to read, by absolute path, sorted.
+        files: The state of each file to read, by absolute path, sorted.
         left_out: Every other file that the paths name, by reason.
         scanned: How many files have been scanned so far.
     """
@@ -92,7 +92,7 @@ class Found:
         return InputState(tuple(self.files.values()))
 
     def scan(self) -> list[InputFile]:
-        """Look at the head of each file to read; those whose packing holds nothing are left out as empty.
+        """Scan the head of each file to read; packed files without content are left out as empty.
 
         Raises:
             InputError: Files are of another kind, damaged from their start on, or unreadable; or none is left.
@@ -117,7 +117,7 @@ class Found:
         return files
 
     def report(self) -> list[LeftOut]:
-        """Return what is left out: for each reason how many, and the first names."""
+        """Return what is left out: for each reason the number, and the first names."""
         return [
             LeftOut(reason, len(set(names)), [shown(name) for name in sorted(set(names))[:_NAMED]])
             for reason, names in self.left_out.items()
@@ -125,23 +125,23 @@ class Found:
 
 
 def find_files(events_paths: Sequence[str], home: Path | None = None) -> Found:
-    """Return the files that paths, folders and globs name, each once, however often it is named.
+    """Return the files that paths, folders and globs name, each once.
 
-    Folders, also those that a glob matches or a link leads to, are searched to any depth. A folder, a glob and a list
-    of the same files agree: a name alone decides whether a file is read or left out, but for an empty one. Of a list,
-    a path by itself and one in a dot folder are read wherever they are.
+    Folders are searched to any depth, also those that a glob matches or a link leads to. A folder, a glob and a list
+    of the same files give the same result. The name alone decides whether a file is read, unless it is empty. In a
+    list, a single path and a path in a dot folder are always read.
 
     Args:
         events_paths: Files, folders or globs.
         home: GHSYNC_HOME, which is never input.
 
     Raises:
-        InputError: Nothing is there, nothing that can be read, a folder that can't be listed, a link to nothing, an
-            event file that goes away, what is no file, or a name that is not UTF-8.
+        InputError: There is no file, or none that can be read; a folder can't be listed; a link leads to nothing; an
+            event file disappears; something is no regular file; or a name is not UTF-8.
     """
     found = Found(events_paths)
     real_home = os.path.realpath(home) if home else None
-    # Each may be a link to where there is more room.
+    # Each may be a link to a larger disk.
     kept = frozenset(os.path.realpath(f"{real_home}/{name}") for name in OWN_FOLDERS) if home else frozenset[str]()
     set_aside: dict[str, str] | None = None
     for spec in events_paths:
@@ -170,7 +170,7 @@ def find_files(events_paths: Sequence[str], home: Path | None = None) -> Found:
 
 
 def _unreadable(spec: str, error: Exception) -> InputError:
-    # The system says which of all that is below the path.
+    # The error names the very path below the given one.
     where = getattr(error, "filename", None) or spec
     words = getattr(error, "strerror", None) or error
     way_out = "Correct the path, or check the permissions of its folders and the disk or mount that it is on."
@@ -180,7 +180,7 @@ def _unreadable(spec: str, error: Exception) -> InputError:
 
 
 def _absolute(spec: str) -> str:
-    return os.path.abspath(Path(spec).expanduser())  # not through links: the user's own words
+    return os.path.abspath(Path(spec).expanduser())  # links are not resolved: the user's own path is shown
 
 
 def _nothing(found: Found) -> InputError:
@@ -207,7 +207,7 @@ def _nothing(found: Found) -> InputError:
 
 
 def _other_name(path: str) -> InputError:
-    """Return the error of the one file that is there, whose name is not known: by its kind, or by what its name lacks.
+    """Return the error of the only file, whose name is of no known kind: what its content is, or how to rename it.
 
     Raises:
         InputError: It is of a kind that can't be read.
@@ -228,7 +228,7 @@ def _other_name(path: str) -> InputError:
 
 
 def _is_folder(path: str) -> bool:
-    return path.endswith("/")  # as what is left out is told
+    return path.endswith("/")  # as folders are left out
 
 
 def _quoted(path: str) -> str:
@@ -240,12 +240,12 @@ def _renamed(path: str) -> str:
 
 
 class _Search:
-    """The search below one path; folders that a link leads back to are searched once.
+    """The search below one path; a folder that links lead back to is searched once.
 
     Args:
-        found: Takes what is found.
+        found: Collects the results.
         home: The real path of GHSYNC_HOME.
-        kept: The real paths of what it holds.
+        kept: The real paths of its own folders.
     """
 
     def __init__(self, found: Found, home: str | None, kept: frozenset[str]) -> None:
@@ -258,7 +258,7 @@ class _Search:
         self._hidden: list[str] = []
 
     def search(self, spec: str, set_aside: Mapping[str, str]) -> None:
-        """Take what a path, a folder or a glob names, but for paths that are set aside as hidden."""
+        """Add the files of a path, a folder or a glob, except paths that are set aside as hidden."""
         if scheme := _SCHEME.match(spec):
             raise _no_path(spec, scheme.group(1).lower())
         path = _absolute(spec)
@@ -282,7 +282,7 @@ class _Search:
             self._file(path, real, seen)
 
     def _set_own(self, root: str) -> None:
-        """Say what is ghsync's own below a root: what home holds, and all of home where the root is not in there."""
+        """Set which folders below a root are ghsync's own: those in home, and all of home if the root is outside."""
         if self._home:
             inside = _is_in(root, self._home)
             elsewhere = frozenset(folder for folder in self._kept if not _is_in(folder, self._home))
@@ -290,7 +290,7 @@ class _Search:
 
     def _glob(self, pattern: str, spec: str) -> None:
         plain, parts = "/", tuple(pattern.strip("/").split("/"))
-        # A folder of that very name is no glob, as the working directory may be one.
+        # An existing folder of that very name is no glob; the working directory may be one.
         while len(parts) > 1 and (not glob.has_magic(parts[0]) or os.path.isdir(os.path.join(plain, parts[0]))):
             plain, parts = os.path.join(plain, parts[0]), parts[1:]
         seen = _stat(plain)
@@ -305,7 +305,7 @@ class _Search:
             raise InputError(f"No file matches {pattern}{hidden}.", way_out=_meant(spec) or "Correct the glob.")
 
     def _walk(self, path: str, real: str, tails: _Tails) -> None:
-        """Take what matches below a folder; raise if something can't be listed or read."""
+        """Add what matches below a folder; raise if something can't be listed or read."""
         if (real, tails) in self._walked:
             return
         self._walked.add((real, tails))
@@ -318,7 +318,7 @@ class _Search:
                 self._entry(os.path.join(path, entry.name), entry, below)
 
     def _entry(self, path: str, entry: os.DirEntry[str], tails: _Tails) -> None:
-        """Take an entry of a folder. Only a file with the name of events is looked up: others may come and go."""
+        """Add an entry of a folder. Only a file with the name of events is looked up: others may come and go."""
         is_link = entry.is_symlink()
         if _is_hidden(entry.name):
             if os.path.isdir(entry) if is_link else entry.is_dir():
@@ -344,7 +344,7 @@ class _Search:
             if not stat.S_ISREG(seen.st_mode):
                 raise _no_file(path, seen, "Remove it, or name the files by a glob.")
             if seen.st_size:
-                # By links a file may be found more than once.
+                # Because of links a file may be found more than once.
                 self._found.files[real] = state_of(real, seen)
                 self.entries += 1
                 return
@@ -352,7 +352,7 @@ class _Search:
         self._leave_out(reason, path)
 
     def _is_own(self, real: str) -> bool:
-        """Return whether something is ghsync's own state, and leave that out, as one folder."""
+        """Return whether a path is ghsync's own state; if so, leave it out, as one folder."""
         for folder in self._own:
             if _is_in(real, folder):
                 self._leave_out(_OWN, f"{folder}/")
@@ -360,7 +360,7 @@ class _Search:
         return False
 
     def _leave_out(self, reason: str, path: str, *, is_match: bool = True) -> None:
-        """Leave out what matches, or a hidden folder on the way of a glob."""
+        """Leave out a match, or a hidden folder that a glob would pass through."""
         self._found.left_out[reason].append(path)
         if is_match:
             self.entries += 1
@@ -369,7 +369,7 @@ class _Search:
 
 
 def _stat(path: str) -> os.stat_result | None:
-    """Return what the system says of what a path leads to; None: that is nothing."""
+    """Return the ``stat`` of a path; None if nothing is there."""
     try:
         return os.stat(path)
     except OSError as error:
@@ -390,7 +390,7 @@ def _missing(path: str, spec: str = "") -> InputError:
 
 
 def _meant(spec: str) -> str | None:
-    """Return the way out of what shells and lists would be and no path is; None where it looks like one path."""
+    """Return the way out if the text is a shell pattern or a list, and no path; None if it looks like one path."""
     if _BRACES.search(spec):
         return "Braces are for `ghsync fetch`: name the folder, a glob as hours/2015-03-01-*.json.gz, or " + _A_LIST
     if spec.lstrip().startswith("[") or _SEVERAL.search(spec):
@@ -404,7 +404,7 @@ def _no_file(path: str, seen: os.stat_result, way_out: str) -> InputError:
 
 
 def _opened(tails: set[tuple[str, ...]]) -> _Tails:
-    """Return the ways to go on, where ``**`` stands for no folder too."""
+    """Return the possible continuations: ``**`` matches no folder too."""
     ways = set(tails)
     for tail in tails:
         folders = next((at for at, part in enumerate(tail) if part != "**"), len(tail) - 1)
@@ -413,17 +413,17 @@ def _opened(tails: set[tuple[str, ...]]) -> _Tails:
 
 
 def _below(tails: _Tails, name: str) -> _Tails:
-    """Return what is left of a glob below a name; nothing: it does not match."""
+    """Return the rest of a glob below a name; empty if the name does not match."""
     kept = {tail for tail in tails if tail[0] == "**"}
     return _opened(kept | {tail[1:] or ("**",) for tail in tails - kept if fnmatch.fnmatchcase(name, tail[0])})
 
 
 def _set_aside(specs: Sequence[str]) -> dict[str, str]:
-    """Return the paths in folders such as ``_temporary`` alongside which other paths lie, each with that folder.
+    """Return the paths in hidden folders such as ``_temporary``, each with that folder, if a list names a whole folder.
 
-    So a list agrees with the folder that it is a list of: it has all of that folder that would be read. A choice from
-    a folder is meant as it is, and so is a path by itself, or a glob. A dot folder is not judged: people keep events in
-    ``~/.cache`` or ``.ghsync``, and name them.
+    If a list has all files that a search of a folder would read, it gives the same result as the folder: it leaves
+    hidden folders out. A selection from a folder is read as it is, and so is a single path, or a glob. Dot folders are
+    exempt: people store events in ``~/.cache`` or ``.ghsync``, and name them.
     """
     if not any("_" in spec for spec in specs):
         return {}
@@ -439,7 +439,7 @@ def _set_aside(specs: Sequence[str]) -> dict[str, str]:
                 folders.append((path, at))
         inside[at] += 1
     listed = {folder: _is_listed(folder, inside) for folder in {at.rpartition("/")[0] for _, at in folders}}
-    # The outermost counts, as a folder is searched.
+    # The outermost hidden folder counts, as in a search.
     return {
         path: at
         for path, at in reversed(folders)
@@ -448,7 +448,7 @@ def _set_aside(specs: Sequence[str]) -> dict[str, str]:
 
 
 def _is_listed(folder: str, inside: Mapping[str, int]) -> bool:
-    """Return whether paths lie in each folder, and are each file, that a search of a folder would take."""
+    """Return whether the paths cover each file and subfolder that a search of a folder would read."""
     try:
         with os.scandir(folder or "/") as listing:
             return all(
@@ -472,7 +472,7 @@ def _reason(name: str) -> str | None:
 
 
 def _is_hidden(name: str) -> bool:
-    """Return whether Spark takes a name for no data: ``_name=value`` is a partition."""
+    """Return whether Spark ignores files of this name: ``_name=value`` is a partition."""
     return name.startswith(".") or (name.startswith("_") and "=" not in name)
 
 
@@ -504,7 +504,7 @@ def _copy(store: str, spec: str) -> str:
         return f"aws s3 cp {url} events/"
     if not has_magic:
         return f"aws s3 cp --recursive {url} events/"
-    # aws knows globs as filters alone.
+    # aws supports globs as filters only.
     folder = _MAGIC.split(rest)[0].rpartition("/")[0]
     pattern = shlex.quote(rest[len(folder) + 1 :])
     return f"aws s3 cp --recursive {shlex.quote(f's3://{folder}/')} events/ --exclude '*' --include {pattern}"

@@ -25,9 +25,9 @@ Summary = dict[str, Any]
 
 
 def batch_summary(artifacts: Artifacts, findings: Sequence[Finding], **more: object) -> Summary:
-    """Return what read, flatten and load did, as far as they got, and the checks' outcomes.
+    """Return the results of read, flatten and load, as far as they ran, and the checks' outcomes.
 
-    It is the artifacts' own run that is told, or, where they name none, the newest of each step.
+    They are of the artifacts' own run. If the artifacts name no run, they are the newest of each step.
 
     Args:
         artifacts: Where the reports are.
@@ -65,7 +65,7 @@ def draw(summary: Summary) -> RenderableType:
     table.add_column(style="bold")
     table.add_column()
     for title, text in _lines(summary):
-        # Text, since what comes from the input is no markup.
+        # As Text, since input data is no markup.
         table.add_row(title, Text(text))
     checks = Table.grid(padding=(0, 2))
     for check in summary["checks"]:
@@ -101,7 +101,7 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
             lines.append(("recovered", f"left by an unfinished load: {settled}"))
     phases = {_STARTS.get(phase, phase): seconds for phase, seconds in summary["phases"].items()}
     if "seconds" in summary:
-        # So that they add up to the total: Dagster's own run does not tell how long it waited for Spark.
+        # So that they add up to the total: a run in Dagster does not report how long it waited for Spark.
         rest = "rest (checks)" if _SPARK_START in phases else f"rest ({_SPARK_START}, checks)"
         phases[rest] = max(0.0, summary["seconds"] - sum(phases.values()))
     lines += [("seconds", ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in phases.items()))]

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ghsync_dagster.batch.flatten import check_users
+from ghsync_dagster.domain.finding import OFFENDERS
 from ghsync_dagster.domain.user import BUILT_IN_RULES, USER_FIELDS, Rule
 
 if TYPE_CHECKING:
@@ -168,9 +169,9 @@ def test_broken_rules_and_repeated_users_are_counted_exactly_and_shown(spark: Sp
 
 def test_at_most_so_many_offenders_are_shown(spark: SparkHandle, tmp_path: Path) -> None:
     path = write_users(tmp_path / "users", [user(-number) for number in range(1, 100)])
-    validity = check_users(spark.session, path, BUILT_IN_RULES, limit=7)
+    validity = check_users(spark.session, path, BUILT_IN_RULES)
     assert validity.broken == {"user_id_positive": 99}
-    assert len(validity.offenders) == 7
+    assert len(validity.offenders) == OFFENDERS
 
 
 def test_another_schema_is_a_finding_in_words(spark: SparkHandle, tmp_path: Path) -> None:
