@@ -1,8 +1,8 @@
 """The content of an input file as bytes of UTF-8: unpacked, decoded, and cut into lines or JSON values.
 
-Belongs here: streams of bytes, and what makes one damaged. Not here: which files there are, nor what a line says: an
-event is known by its keys only, where a bad value ends.
-All of it is streamed: what is kept in memory is a block, or the longest line or value.
+Belongs here: streams of bytes, and what makes one damaged. Not here: which files there are, and the content of a line:
+only an event's keys count, to find the end of a bad value.
+Everything is streamed: memory holds a block, or the longest line or value.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ PACKINGS: Final = (
     (b"\x1f\x8b", GZIP),
     (b"BZh", BZIP2),
     (b"\x28\xb5\x2f\xfd", ZSTD),
-    # Frames to be skipped, as pzstd writes one first.
+    # Skippable frames, as pzstd writes one first.
     *((bytes([byte, 0x2A, 0x4D, 0x18]), ZSTD) for byte in range(0x50, 0x60)),
 )
-"""How a packed file begins, and the name of its packing."""
+"""The first bytes of a packed file, and the name of its packing."""
 
 BLOCK: Final = 1 << 20
 _PACKED_BLOCK: Final = 1 << 16
-"""Unpacked this may be a thousand times as long."""
+"""Unpacked it may be a thousand times as long."""
 _UTF16_MARKS: Final = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _UTF32_MARKS: Final = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 _GAP: Final = re.compile("(?:\xef\xbb\xbf)?[ \t\r\n,]*")
 _WORD: Final = re.compile(r'\0++|[^ \t\r\n,"{}\[\]\0]++')
-"""A number, true, false, null, or what is no JSON: it ends where something else begins."""
+"""A number, true, false, null, or text that is no JSON: it ends where something else begins."""
 _SPACE: Final = re.compile("[ \t]*")
 _NO_TEXT: Final = re.compile(r"[ \t\r\n]*(:|\Z)|[^ \t\r\n,\]]")
-"""What follows a string that is no value, or may be none: a key without its object, or where a quote is missing."""
+"""What follows a string that is no value, or may be none: a key without its object, or a missing quote."""
 _BETWEEN: Final = b" \t\r\n,[]\xef\xbb\xbf"
 _LONGEST_VALUE: Final = 16 * BLOCK
-"""Of an array: what does not end would otherwise be looked at again with every block. A longer word is cut."""
+"""The limit of an array's value, as an open one is scanned again with more blocks. A longer word is cut."""
 _CUT_SHORT: Final = re.compile(r"[ \t\r\n]*(?:-|\.|[eE][+-]?|t(?:ru?)?|f(?:a(?:ls?)?)?|n(?:ul?)?|u[0-9a-fA-F]{0,4})?\Z")
-"""What stands between an error and the end of a text that may be good as far as it goes."""
+"""What is between an error and the end of a text that may be valid up to there."""
 _PLACE: Final = r"\n[ \t]{0,%d}(?:[\]\[},][\]\[}, \t]*)?(?P<place>\{)"
 """An object that begins a line which is not indented deeper than so many spaces."""
 _OBJECT: Final = (
@@ -69,9 +69,9 @@ _LISTED: Final = re.compile(r"[ \t\r\n]*[,\]]")
 _GOES_ON: Final = re.compile(r"[ \t\r]*(?:[\]}]|,[ \t\r,]*[^ \t\r,{])")
 """What follows an object inside another one, but no object alongside others on a line."""
 _NESTED: Final = re.compile(r"(?:[:\[]|(?:^|[^}\] \t\r,])[ \t\r]*,)[ \t\r,]*\Z")
-"""What stands before an object inside another one; alongside others the end of one does."""
+"""What precedes an object inside another one; in a row of objects the end of one precedes the next."""
 _NEAR: Final = 100
-"""How many characters before a place are looked at for what stands there."""
+"""How many characters before a position are searched."""
 _BROKEN: Final = -1
 _OPEN: Final = -2
 
@@ -82,20 +82,20 @@ _ZSTD_ERRORS: Final = {
 
 
 class DamagedError(Exception):
-    """The bytes are not whole: the packed data, the encoding or the JSON array ends early or is broken."""
+    """The bytes are incomplete: the packed data, the encoding or the JSON array ends early or is broken."""
 
 
 class TooLongError(Exception):
-    """A value of an array is longer than what is kept in memory."""
+    """A value of an array is longer than the limit for memory."""
 
 
 def packing_of(head: bytes) -> str | None:
-    """Return the packing of a file that begins so; None for a plain one."""
+    """Return the packing of a file with this head; None for a plain one."""
     return next((name for magic, name in PACKINGS if head.startswith(magic)), None)
 
 
 def is_utf16(head: bytes) -> bool:
-    """Return whether text says by its byte order mark that it is UTF-16."""
+    """Return whether the byte order mark of a text is that of UTF-16."""
     return head.startswith(_UTF16_MARKS) and not head.startswith(_UTF32_MARKS)
 
 
@@ -106,7 +106,7 @@ def unpacked(raw: IO[bytes], packing: str | None) -> Iterator[bytes]:
         DamagedError: The packed data ends early or is broken.
     """
     if packing == GZIP:
-        # 31: a gzip header and its check sum, which zlib sees to.
+        # 31: with a gzip header and its checksum, which zlib verifies.
         yield from _members(raw, lambda: zlib.decompressobj(31), packing)
     elif packing == BZIP2:
         yield from _members(raw, bz2.BZ2Decompressor, packing)
@@ -118,7 +118,7 @@ def unpacked(raw: IO[bytes], packing: str | None) -> Iterator[bytes]:
 
 
 def _members(raw: IO[bytes], new: Callable[[], Any], packing: str) -> Iterator[bytes]:
-    """Unpack one member after the other; zeros after a member are padding, as gunzip takes them."""
+    """Unpack one member after the other; zeros after a member are padding, as for gunzip."""
     data = raw.read(_PACKED_BLOCK)
     while data:
         decoder = new()
@@ -154,7 +154,7 @@ def _frames(raw: IO[bytes]) -> Iterator[bytes]:
 
     stream = pa.CompressedInputStream(pa.PythonFile(_NotClosed(raw), mode="r"), "zstd")
     try:
-        # In small parts: what came before an error counts.
+        # In small parts: the content before an error counts.
         while part := stream.read(_PACKED_BLOCK):
             yield part
     except OSError as error:
@@ -165,7 +165,7 @@ def _frames(raw: IO[bytes]) -> Iterator[bytes]:
 
 
 def as_utf8(parts: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield UTF-16 text, whose mark tells the byte order, as UTF-8. A lone surrogate makes its line invalid only.
+    """Yield UTF-16 text with a byte order mark as UTF-8. A lone surrogate makes only its own line invalid.
 
     Raises:
         DamagedError: It ends within a character.
@@ -180,7 +180,7 @@ def as_utf8(parts: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def range_of_lines(raw: IO[bytes], start: int, end: int) -> Iterator[bytes]:
-    """Yield the bytes of a plain file's lines that begin in ``[start, end)``: ranges side by side give each once."""
+    """Yield the bytes of a plain file's lines that begin in ``[start, end)``: adjacent ranges yield each line once."""
     at = start and _after_line_end(raw, start - 1)
     raw.seek(at)
     if at >= end:
@@ -245,7 +245,7 @@ def values_of(parts: Iterable[bytes], *, is_line: bool = False) -> Iterator[tupl
         waiting.append(part or b"")
         size += len(waiting[-1])
         if size < needed and not is_last:
-            # What is open is looked at again once it is twice as long, however short the blocks are.
+            # An open value is scanned again only when it is twice as long, however short the blocks are.
             continue
         # A character for each byte, whatever the bytes are.
         text += b"".join(waiting).decode("latin-1")
@@ -285,16 +285,16 @@ def values_of(parts: Iterable[bytes], *, is_line: bool = False) -> Iterator[tupl
 
 
 def weight_of(part: bytes) -> int:
-    """Return how many bytes could not stand between values: all that is read has as many as its values."""
+    """Return how many bytes can't be between values: the whole text has as many as its values together."""
     return len(part.translate(None, _BETWEEN))
 
 
 def events_within(value: bytes, *, is_line: bool = False) -> int:
-    """Return how many objects within a JSON value have the keys of an event; none where it is no JSON.
+    """Return how many objects within a JSON value have the keys of an event; 0 if it is no JSON.
 
     Args:
         value: The value.
-        is_line: Whether it is a whole line: then none within an event either, since its end is certain.
+        is_line: Whether it is a whole line: then 0 for an event too, since its end is certain.
     """
     found = 0
 
@@ -312,12 +312,12 @@ def events_within(value: bytes, *, is_line: bool = False) -> int:
 
 
 def goes_on(text: str, error: JSONDecodeError) -> bool:
-    """Return whether a text that is no JSON may be some with more text: it is good as far as it goes."""
+    """Return whether an invalid JSON text may become valid with more text after it."""
     return error.msg.startswith("Unterminated") or _CUT_SHORT.match(text, error.pos) is not None
 
 
 def _after(text: str, start: int, end: int, line: int, indent: int) -> tuple[int, int]:
-    """Return the line on which a part of a text ends, and how far that is indented."""
+    """Return the line on which a part of a text ends, and the indentation of that line."""
     ends = text.count("\n", start, end)
     if not ends:
         return line, indent
@@ -330,7 +330,7 @@ class _Values:
     """Where the values of a text end. Whatever is in it, the work grows with its length only.
 
     Attributes:
-        steps: How many tokens and objects have been looked at, alongside what is good JSON at the first look.
+        steps: How many tokens and objects have been scanned, besides those of valid JSON.
     """
 
     def __init__(self, text: str, *, is_last: bool, is_line: bool) -> None:
@@ -348,9 +348,9 @@ class _Values:
         self._slow_until = 0
 
     def end_of(self, at: int, indent: int, *, is_all: bool) -> int | None:
-        """Return where the value that begins at a place ends.
+        """Return the end of the value that begins at a position.
 
-        None where that is not to be seen yet, and -1 where all the rest is no JSON.
+        None if that is not known yet, and -1 if all the rest is no JSON.
         """
         text = self._text
         head = text[at]
@@ -378,7 +378,7 @@ class _Values:
         return end if end >= 0 else None if end == _OPEN or not self._is_last else -1
 
     def _json_end(self, at: int) -> int:
-        """Return where a JSON value ends; else whether it is broken, or open: good as far as the text goes."""
+        """Return the end of a JSON value; else ``_BROKEN``, or ``_OPEN`` if it is valid up to the end of the text."""
         known = self._ends.get(at)
         if known is not None:
             return known
@@ -395,7 +395,7 @@ class _Values:
         return self._walk(at)
 
     def _walk(self, at: int) -> int:
-        """Return the same by tokens, and keep it for each object and array on the way: they are asked for next."""
+        """Return the same by tokens, and store it for each inner object and array: their ends are needed next."""
         text, ends = self._text, self._ends
         opened: list[tuple[int, set[str]]] = []
         needs, known = "value", 0
@@ -536,7 +536,7 @@ def _starts(indent: int, *, anywhere: bool = False) -> re.Pattern[str]:
 
 
 def _trimmed(text: str, at: int, end: int) -> int:
-    """Return where a part of a text ends without what stands between values."""
+    """Return the end of a part of a text without the separators after it."""
     part = text[at:end].rstrip(" \t\r\n,")
     if part.endswith("[") and (before := part[:-1].rstrip(" \t\r\n,")).endswith("]"):
         part = before[:-1].rstrip(" \t\r\n,")
@@ -544,6 +544,6 @@ def _trimmed(text: str, at: int, end: int) -> int:
 
 
 def _last_end(text: str, at: int, *, in_array: bool) -> int:
-    """Return where the last value ends, if it is no JSON: before the end of its array."""
+    """Return the end of a last value that is no JSON: before the end of its array."""
     part = text[at:].rstrip(" \t\r\n,\0")
     return at + len(part.removesuffix("]") if in_array else part)

@@ -1,4 +1,4 @@
-"""The one error hierarchy. Belongs here: what a failure means to its reader. Not here: how a library words it."""
+"""The one error hierarchy. Belongs here: what a failure means to its reader. Not here: messages of libraries."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from functools import partial
 from typing import Final
 
 WAY_OUT: Final = " Way out: "
-"""What stands between an error's message and its way out, where both are one text."""
+"""The separator of an error's message and its way out in one text."""
 
 
 _BYTE: Final = re.compile("[\udc80-\udcff]")
-"""What Python makes of a byte of a file's name that is not UTF-8."""
+"""Python's character for a byte of a file name that is not UTF-8."""
 
 
 def shown(text: str) -> str:
-    r"""Return text that any encoder takes: of a file's name, a byte that is not UTF-8 as ``\xff``."""
+    r"""Return text that any encoder accepts: a byte of a file name that is not UTF-8 becomes ``\xff``."""
     plain = _BYTE.sub(lambda byte: f"\\x{ord(byte.group()) - 0xDC00:02x}", text)
     return plain.encode("utf-8", "backslashreplace").decode()
 
 
 class GhsyncError(Exception):
-    """A failure that ghsync understands. Its texts can be shown and logged whatever a file's name is.
+    """A failure that ghsync understands. Its texts can be shown and logged, whatever the file names in them.
 
     Args:
         message: What went wrong, and where.
-        way_out: One line that tells the reader what to do.
+        way_out: What the reader should do, in one line.
     """
 
     def __init__(self, message: str, *, way_out: str) -> None:
@@ -45,7 +45,7 @@ class PermanentError(GhsyncError):
 
 
 class TransientError(GhsyncError):
-    """Trying again can help: a server is away, busy or electing."""
+    """Trying again can help: a server is unavailable, busy or electing."""
 
 
 class ConfigError(PermanentError):
@@ -57,12 +57,12 @@ class InputError(PermanentError):
 
 
 class UndecodableError(PermanentError):
-    """A record of the change topic is no change that can be applied. It goes alone to the dead letters.
+    """A record of the change topic that can't be applied. It alone becomes a dead letter.
 
     Args:
         kind: A slug for counts and filters: a `kind` of `domain.envelope.Refusal`.
         message: What is wrong, and where in the record. Never the whole record.
-        way_out: One line that tells the reader what to do.
+        way_out: What the reader should do, in one line.
     """
 
     def __init__(self, kind: str, message: str, *, way_out: str) -> None:
@@ -86,4 +86,4 @@ class LeaseHeldError(TransientError):
 
 
 class LeaseLostError(TransientError):
-    """This load's lease ran out and may belong to another load: it must stop writing at once."""
+    """This load's lease expired and another load may hold it: it must stop writing at once."""

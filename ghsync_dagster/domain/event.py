@@ -1,7 +1,7 @@
-"""What a line of a GH Archive file is: a typed event, or a reason in words why it is none.
+"""The decision about a line of a GH Archive file: a typed event, or the reason why it is none.
 
-Belongs here: the decision about one line, complete and total: nothing is dropped, coerced or turned into null. Not
-here: files, Spark, or where refused lines go.
+Belongs here: that decision, for any bytes: nothing is dropped, coerced or turned into null. Not here: files, Spark, or
+the storage of refused lines.
 
 The shape is GH Archive's (https://www.gharchive.org/): one JSON object a line, any extra fields allowed.
 """
@@ -38,16 +38,16 @@ _EXPORTED_AT: Final = re.compile(
     re.ASCII,
 )
 _AHEAD: Final = timedelta(days=1)
-"""How far a clock may be behind GitHub's, or a zone be mistaken, before an event is from the future."""
+"""An event counts as from the future only beyond this: a clock may be behind GitHub's, or a zone wrong."""
 _ESCAPE: Final = re.compile(
     rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u[dD](?P<half>[89a-fA-F])(?P<rest>[0-9a-fA-F]{2})|.)",
     re.DOTALL,
 )
-"""A pair of surrogates, a lone one, or any other escape: no backslash stands outside of them in JSON."""
+"""A pair of surrogates, a lone one, or any other escape: JSON has no backslash outside of these."""
 
 _TIME_WORDS: Final = "created_at must be a time with its zone like 2015-01-01T15:00:00Z"
 FUTURE_WORDS: Final = "created_at must not be more than a day in the future"
-"""Why an event is refused by the clock and not by what it says."""
+"""The reason if an event is refused because of the clock, not because of its content."""
 
 
 class Actor(msgspec.Struct, frozen=True, gc=False):
@@ -94,7 +94,7 @@ def event_shape(record: type[msgspec.Struct] = Event) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A line that is no usable event, and why, in words."""
+    """A line that is no usable event, and the reason."""
 
     reason: str
 
@@ -120,13 +120,13 @@ def latest_time(now: datetime) -> str:
 def event_decoder(rules: Sequence[Rule], latest: str) -> Callable[[bytes], Event | Refused | None]:
     """Return the function that decides one line: an event, a refusal, or None for a blank line.
 
-    It raises nothing, whatever the bytes, unless a project's own predicate does (see ``Rule.breaker``). Used fields
-    decide: what JSON allows in the others is never a reason to refuse, a lone surrogate neither.
+    It raises only if a project's own predicate does (see ``Rule.breaker``). Only the used fields decide: whatever JSON
+    allows in the others is no reason to refuse, not even a lone surrogate.
 
     Args:
         rules: The user rules that a file's users must keep.
-        latest: The time after which an event is from the future, as `latest_time` gives it. One such event would keep
-            its user's state for ever, since the newest event wins.
+        latest: The time after which an event is from the future, from `latest_time`. Such an event would fix its
+            user's state permanently, since the newest event wins.
     """
     tests = [
         (index, rule.breaker(), rule) for index, name in enumerate(USER_FIELDS) for rule in rules if rule.field == name
@@ -169,7 +169,7 @@ def event_decoder(rules: Sequence[Rule], latest: str) -> Callable[[bytes], Event
 
 
 def _structure_problem(line: bytes, event: Event) -> str | None:
-    """Find what typed decoding lets pass: repeated keys, an id that is no number, a time that is none."""
+    """Return what typed decoding does not detect: repeated keys, ids out of range, an empty type; else None."""
     if not _keys_are_unique(line, event) and (repeated := _repeated_key(line)):
         return repeated
     repo_id = event.repo.id if event.repo is not None else None
@@ -185,10 +185,10 @@ def _structure_problem(line: bytes, event: Event) -> str | None:
 
 
 def _with_readable_extras(line: bytes) -> bytes | None:
-    """Return a line with other characters in place of lone surrogates; None where a used field has one.
+    """Return a line with other characters in place of lone surrogates; None if a used field has one.
 
-    JSON allows them, and payloads that were cut within a character have them. What a used field says would depend on
-    the character.
+    JSON allows them, and payloads that were cut within a character have them. In a used field the replacement would
+    change the value.
     """
     one, two = (_ESCAPE.sub(partial(_replaced, plane), line) for plane in (b"e", b"f"))
     try:
@@ -200,15 +200,15 @@ def _with_readable_extras(line: bytes) -> bytes | None:
 
 
 def _replaced(plane: bytes, found: re.Match[bytes]) -> bytes:
-    """Put a character for private use in place of a lone surrogate, another for each."""
+    """Replace a lone surrogate by a private-use character, a different one for each surrogate."""
     half = found["half"]
     return b"\\u%s%d%s" % (plane, int(half, 16) - 8, found["rest"]) if half else found[0]
 
 
 def _keys_are_unique(line: bytes, event: Event) -> bool:
-    """Return whether it is plain from the bytes that no used key came twice; False means: look closer.
+    """Return whether the bytes prove that no used key is repeated; False means that a full check is needed.
 
-    An object that reads the same after decoding its members and encoding them again has lost none.
+    If decoding and encoding an object's members gives the same bytes, no member was lost.
     """
     members = _decode_members(line)
     if _encode(members) != line:
@@ -235,9 +235,9 @@ def _is_event_id(text: str) -> bool:
 # An hour of events has at most 3,600 times.
 @lru_cache(maxsize=4_096)
 def _utc(text: str) -> str | None:
-    """Return a time in UTC and whole seconds, as GitHub gives it; None where it is none, or its zone is not told.
+    """Return a time in UTC and whole seconds, in GitHub's form; None if it is no time, or has no zone.
 
-    A fraction is dropped, so that an event of an export is the same event as in GH Archive.
+    A fraction is dropped, so that an exported event is the same event as in GH Archive.
     """
     try:
         if _CREATED_AT.fullmatch(text):
@@ -249,12 +249,12 @@ def _utc(text: str) -> str | None:
         at = datetime.fromisoformat(f"{parts['day']}T{parts['time']}{hours}:{minutes}").astimezone(UTC)
     except (ValueError, OverflowError):
         return None
-    # Not strftime, which does not fill up the year on every system.
+    # Not strftime, which does not pad the year on every system.
     return f"{at.replace(tzinfo=None).isoformat(timespec='seconds')}Z"
 
 
 def _repeated_key(line: bytes) -> str | None:
-    """Return words for the first used key that stands twice at the top level or in actor or repo, else None."""
+    """Return a reason with the first used key that is repeated at the top level, in actor or in repo; else None."""
     try:
         # As text, because Python refuses to make an int of very many digits.
         pairs: Any = json.loads(line, object_pairs_hook=_Pairs, parse_int=str)
@@ -274,7 +274,7 @@ def _repeated_key(line: bytes) -> str | None:
 
 
 class _Pairs(list[tuple[str, Any]]):
-    """A JSON object as its pairs, told apart from a JSON array."""
+    """A JSON object as its pairs, distinguishable from a JSON array."""
 
 
 _PATH: Final = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")

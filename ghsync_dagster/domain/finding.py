@@ -1,6 +1,6 @@
 """A finding: the outcome of one check.
 
-Belongs here: what every check reports, of files and of changes alike. Not here: what a check judges.
+Belongs here: what every check reports, for files and changes alike. Not here: the checks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 OFFENDERS: Final = 20
-"""How many of what broke a check a finding names."""
+"""How many offenders a finding names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +22,11 @@ class Finding:
 
     Attributes:
         check: The check's name.
-        passed: Whether what it holds is true.
-        summary: The outcome in one line of words.
+        passed: Whether the check passed.
+        summary: The outcome in one line of text.
         counts: Exact numbers behind it.
-        offenders: Up to ``OFFENDERS`` of what broke it.
-        way_out: How to recover, or to end a risk; empty where there is nothing to do.
+        offenders: Up to ``OFFENDERS`` items that failed it.
+        way_out: How to recover, or to end a risk; empty if there is nothing to do.
     """
 
     check: str
@@ -47,7 +47,7 @@ class Finding:
         offenders: Iterable[dict[str, Any]] = (),
         way_out: str,
     ) -> Finding:
-        """Return the finding of what was looked at: offenders and way out only where it failed."""
+        """Return the finding of a check: with offenders and way out only if it failed."""
         if passed:
             return cls(check, passed, summary, counts)
         return cls(check, passed, summary, counts, list(islice(offenders, OFFENDERS)), way_out)

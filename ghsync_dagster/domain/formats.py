@@ -1,6 +1,6 @@
-"""What bytes look like that are no JSON: the formats that Connect's other converters and other producers write.
+"""The probable format of bytes that are no JSON: what Connect's other converters and other producers write.
 
-Belongs here: telling a format by how its text or bytes begin, for words only. Not here: reading any of them.
+Belongs here: recognizing a format by its first bytes, for messages only. Not here: reading any of them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SPACES: Final = b" \t\r\n"
 
 
 def format_of(raw: bytes) -> str | None:
-    """Name the format that bytes which are no JSON seem to be in; None where they look like none that is known.
+    """Return the name of the format that bytes without JSON seem to have; None if no known one fits.
 
     Args:
         raw: The bytes, whole.
@@ -44,7 +44,7 @@ def format_of(raw: bytes) -> str | None:
     text = raw.lstrip(_SPACES)
     if text.startswith(b"<"):
         return "XML or HTML"
-    # The bytes with which a map begins: none of them begins a text in UTF-8.
+    # A map begins with one of these bytes, and no text in UTF-8 does.
     first = raw[0] if raw else 0
     if 0x80 <= first <= 0x8F or first in (0xDE, 0xDF):
         return "MessagePack"

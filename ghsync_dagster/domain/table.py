@@ -1,6 +1,6 @@
-"""The one declaration of MySQL's table of users: its statement, its columns for people, and what is read of it.
+"""The one declaration of MySQL's table of users: its columns and its statement.
 
-Not here: what else a table may be and still be followed, see ``domain.source``.
+Not here: which other tables the stream accepts, see ``domain.source``.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _REQUIRED: Final = ("user_id", "login")
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column as the table is made.
+    """A column of the table.
 
     Attributes:
-        name: As the changes name it.
-        type: In SQL.
+        name: Its name, in the changes too.
+        type: Its SQL type.
         nullable: Whether it may be NULL.
     """
 
@@ -37,7 +37,7 @@ COLUMNS: Final = tuple(
 
 
 def quoted(name: str) -> str:
-    """Return a name as SQL takes it, whatever it is.
+    """Return any name, quoted for SQL.
 
     >>> quoted("odd`name")
     '`odd``name`'
@@ -46,7 +46,7 @@ def quoted(name: str) -> str:
 
 
 def create_table(name: str = quoted(TABLE)) -> str:
-    """Return the statement that makes the table where there is none.
+    """Return the statement that creates the table if it does not exist.
 
     Args:
         name: Quoted, with its database where needed.

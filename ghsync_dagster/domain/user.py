@@ -1,8 +1,8 @@
 """The one declaration of a user's fields and rules; schemas, checks and the decoder are derived from it.
 
-Belongs here: what a user record is, in two tiers. The *contract* (field names, types, decimal ``user_id``) is held by
-the database for both sides. The *rules* gate files; the change stream only counts them. Not here: how Spark or
-MongoDB word any of it beyond plain text (a Spark SQL expression, a ``$jsonSchema`` document).
+Belongs here: what a user record is, in two tiers. The database enforces the *contract* (field names, types, decimal
+``user_id``) for both sides. The *rules* gate files; the change stream only counts violations. Not here: types of Spark
+or MongoDB, beyond plain text (a Spark SQL expression, a ``$jsonSchema`` document).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ User = Mapping[str, str | None]
 
 
 def json_schema() -> dict[str, Any]:
-    """Return the contract as a MongoDB ``$jsonSchema`` document, the marker allowed with its one value."""
+    """Return the contract as a MongoDB ``$jsonSchema`` document; the marker is allowed with its one value."""
     text = {field: {"bsonType": ["string", "null"]} for field in USER_FIELDS}
     return {
         "bsonType": "object",
@@ -53,8 +53,8 @@ class Rule:
     Attributes:
         name: Short, unique, such as ``login_format``.
         field: One of ``USER_FIELDS``.
-        words: What must be true, in words, for reasons and checks: ``login must be ...``.
-        required: Whether null breaks the rule. Null never breaks an optional field's rule.
+        words: The requirement as text for reasons and checks: ``login must be ...``.
+        required: Whether null breaks the rule.
     """
 
     name: str
@@ -78,10 +78,10 @@ class Rule:
             raise ValueError(f"Rule {self.name}: its pattern is no regular expression ({error}).") from None
 
     def breaker(self) -> Callable[[str | None], bool]:
-        """Return the compiled test that tells whether a value of the rule's field breaks it.
+        """Return the compiled test of whether a value of the rule's field breaks it.
 
         Raises:
-            ConfigError: Raised by the test where the rule's own predicate fails on a value.
+            ConfigError: Raised by the test if the rule's own predicate fails on a value.
         """
         required = self.required
         if self.pattern is not None:
@@ -93,7 +93,7 @@ class Rule:
         return lambda value: required if value is None else not self._holds(value)
 
     def _holds(self, value: str) -> bool:
-        assert self.holds is not None  # noqa: S101  __post_init__ sees to it
+        assert self.holds is not None  # noqa: S101  __post_init__ ensures it
         try:
             return self.holds(value)
         except Exception as error:
@@ -108,7 +108,7 @@ class Rule:
         return self.breaker()(value)
 
     def broken_sql(self) -> str | None:
-        """Return a Spark SQL condition that is true where the rule is broken; None for a Python predicate."""
+        """Return a Spark SQL condition that is true if the rule is broken; None for a Python predicate."""
         column = f"`{self.field}`"
         if self.pattern is not None:
             # (?d): a line ends at \n only, as in Python.
@@ -123,7 +123,7 @@ class Rule:
 
 _URL: Final = "https?://[!-~]+"
 COLUMN_WIDTH: Final = 255
-"""The width of MySQL's VARCHAR columns: a longer value could not come back through the change stream."""
+"""The width of MySQL's VARCHAR columns: MySQL and its change stream can't have a longer value."""
 
 BUILT_IN_RULES: Final = (
     Rule("user_id_positive", "user_id", "actor.id must be greater than 0", pattern="[1-9][0-9]*"),
@@ -155,19 +155,19 @@ BUILT_IN_RULES: Final = (
 
 
 RuleTest = tuple[str, Callable[[str | None], bool], str]
-"""A rule made ready for the stream: its field, the test that tells a value breaks it, its name."""
+"""A rule prepared for the stream: its field, the test of whether a value breaks it, its name."""
 
 
 def rule_tests(rules: Iterable[Rule]) -> tuple[RuleTest, ...]:
-    """Make rules ready for `broken_rule_names`."""
+    """Prepare rules for `broken_rule_names`."""
     return tuple((rule.field, rule.breaker(), rule.name) for rule in rules)
 
 
 def broken_rule_names(user: User, tests: Iterable[RuleTest]) -> tuple[str, ...]:
-    """Return the names of the rules that a user's given fields break, for counting: the stream applies it all the same.
+    """Return the names of the rules that a user's fields break, for counting: the stream applies the user anyway.
 
     Args:
-        user: A change's user; fields that it lacks break nothing.
+        user: A change's user; missing fields break no rule.
         tests: From `rule_tests`.
 
     Raises:
