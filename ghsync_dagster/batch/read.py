@@ -190,18 +190,24 @@ def _decide_all(
 
 def _number_lines(folder: Path, tasks: Sequence[list[Piece]], tallies: Sequence[Tally]) -> None:
     """Turn the line numbers of ranges into those of their files: a worker knows only the lines of its own range."""
-    lines: defaultdict[int, dict[int, int]] = defaultdict(dict)
-    for tally in tallies:
-        if tally.kind == PIECE:
-            number, start = map(int, tally.name.split())
-            lines[number][start] = tally.rows
+    pieces = _pieces(tallies)
     for tally in tallies:
         if tally.kind != QUARANTINE:
             continue
         first = tasks[int(tally.name.split("-")[1])][0]
         if first.start:
-            before = sum(count for start, count in lines[first.number].items() if start < first.start)
+            before = sum(piece.rows for start, piece in pieces[first.number].items() if start < first.start)
             _add_to_lines(folder / tally.name, before)
+
+
+def _pieces(tallies: Sequence[Tally]) -> defaultdict[int, dict[int, Tally]]:
+    """Return the tallies of pieces, by the index of their file and their first byte."""
+    pieces: defaultdict[int, dict[int, Tally]] = defaultdict(dict)
+    for tally in tallies:
+        if tally.kind == PIECE:
+            number, start = map(int, tally.name.split())
+            pieces[number][start] = tally
+    return pieces
 
 
 def _add_to_lines(part: Path, before: int) -> None:
@@ -260,14 +266,11 @@ def _report(
     """Sum up the workers' counts, and compare them with the files."""
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    pieces: defaultdict[int, dict[int, Tally]] = defaultdict(dict)
+    pieces = _pieces(tallies)
     for tally in tallies:
         counts[tally.kind] += tally.rows
         if tally.kind == REASON:
             reasons[tally.name] += tally.rows
-        elif tally.kind == PIECE:
-            number, start = map(int, tally.name.split())
-            pieces[number][start] = tally
     for number, file in enumerate(files):
         if (size := sum(piece.bytes for piece in pieces[number].values())) != file.size:
             raise changed(file.path, file.size, size)

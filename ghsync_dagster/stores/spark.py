@@ -12,10 +12,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from py4j.protocol import Py4JError, Py4JJavaError, Py4JNetworkError
 from pyspark.errors import PySparkException
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.stores.mongo.guard import WriterGuard
     from ghsync_dagster.stores.mongo.users import UserStore
 
+T = TypeVar("T")
 _SPARK_TYPES: Final = {int: LongType(), str: StringType()}
 
 
@@ -162,10 +164,7 @@ SessionOf = Callable[[Mapping[str, str]], SparkSession]
 
 def session_of(configuration: Mapping[str, str]) -> SparkSession:
     """Return the session by Spark's own builder."""
-    builder = SparkSession.builder
-    for key, value in configuration.items():
-        builder = builder.config(key, value)
-    return builder.getOrCreate()
+    return SparkSession.builder.config(map=dict(configuration)).getOrCreate()
 
 
 def start_session(options: SparkOptions, get: SessionOf = session_of) -> SparkSession:
@@ -224,6 +223,20 @@ def _configuration(options: SparkOptions, log4j: str) -> dict[str, str]:
     }
 
 
+def _in_thread(name: str, function: Callable[[], T]) -> Future[T]:
+    """Call a function in a daemon thread, which does not keep the process from ending."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:  # noqa: BLE001  it is raised again in the thread that needs the result
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future
+
+
 @dataclass
 class SparkHandle:
     """A session that starts at the first call, in its own thread.
@@ -239,16 +252,8 @@ class SparkHandle:
     options: Callable[[], SparkOptions]
     get: SessionOf = session_of
     waited_seconds: float = 0.0
-    _session: SparkSession | None = None
-    _error: BaseException | None = None
-    _thread: threading.Thread | None = None
+    _started: Future[SparkSession] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def _start(self) -> None:
-        try:
-            self._session = start_session(self.options(), self.get)
-        except BaseException as error:  # noqa: BLE001  it is raised again in the thread that asks for the session
-            self._error = error
 
     def session(self) -> SparkSession:
         """Return the session, started if necessary.
@@ -264,46 +269,29 @@ class SparkHandle:
         with log_progress("starting Spark"):
             self._thread.join()
         self.waited_seconds += time.monotonic() - requested_at
-        if self._error is not None:
-            raise self._error
-        assert self._session is not None  # noqa: S101  _start has set one of the two
-        return self._session
+        return self._started.result()
 
     def stop(self) -> None:
         """Stop the session if there is one."""
-        if self._thread is not None:
-            self._thread.join()
-        if self._session is not None:
+        if self._started is not None and self._started.exception() is None:
             # In another thread: after Ctrl-C this thread's connection to the JVM may hold an unread answer.
-            stopper = threading.Thread(target=self._session.stop, name="spark-stop")
+            stopper = threading.Thread(target=self._started.result().stop, name="spark-stop")
             stopper.start()
             stopper.join()
 
 
 def to_arrow(frame: DataFrame) -> pa.Table:
     """Collect rows; if a signal ends the wait, cancel the job, as Spark would first wait for its end."""
-    collected: list[pa.Table] = []
-    failed: list[BaseException] = []
-
-    def collect() -> None:
-        try:
-            collected.append(frame.toArrow())
-        except BaseException as error:  # noqa: BLE001  it is raised again in the thread that waits
-            failed.append(error)
-
-    thread = threading.Thread(target=collect, name="spark-collect", daemon=True)
-    thread.start()
+    collected = _in_thread("spark-collect", frame.toArrow)
     try:
-        thread.join()
+        wait([collected])
     except BaseException:
         # The signal may have ended the JVM too; the signal is what is raised.
         with suppress(Exception):
             frame.sparkSession.sparkContext.cancelAllJobs()
-        thread.join(_CANCEL_SECONDS)
+        wait([collected], _CANCEL_SECONDS)
         raise
-    if failed:
-        raise failed[0]
-    return collected[0]
+    return collected.result()
 
 
 def insert_users(users: DataFrame, store: UserStore, guard: WriterGuard) -> None:

@@ -37,9 +37,7 @@ def launch_jvm(configuration: Mapping[str, str]) -> None:
     """
     if SparkContext._gateway is not None:  # noqa: SLF001  pyspark has no other word for it
         return
-    conf = SparkConf()
-    for name, value in configuration.items():
-        conf.set(name, value)
+    conf = SparkConf().setAll(list(configuration.items()))
     read, write = os.pipe()
     first_lines: list[str] = []
     reader = threading.Thread(target=_log_output, args=(read, first_lines), name="spark-output", daemon=True)
