@@ -263,11 +263,10 @@ class SparkHandle:
         """
         requested_at = time.monotonic()
         with self._lock:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._start, name="spark-start", daemon=True)
-                self._thread.start()
+            if self._started is None:
+                self._started = _in_thread("spark-start", lambda: start_session(self.options(), self.get))
         with log_progress("starting Spark"):
-            self._thread.join()
+            wait([self._started])
         self.waited_seconds += time.monotonic() - requested_at
         return self._started.result()
 
