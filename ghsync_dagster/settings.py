@@ -223,6 +223,14 @@ class Settings(BaseSettings):
     local server (see ghsync up mysql)."""
     connect_url: str | None = None
     """Kafka Connect's REST address. Unset: the local worker (see ghsync up connect)."""
+    connect_secrets: str | None = None
+    """Folder on the Connect worker's machine with the files connector-user and connector-password. The connector's
+    configuration then names these files and holds no password."""
+    topic_partitions: int = Field(default=1, ge=1)
+    """Partitions of the topic of changes where the connector makes it: as many consumers can share its work."""
+    consumer: Annotated[Literal["slices", "service"], _Lower] = "slices"
+    """slices: the sensor cdc_supervisor keeps runs of cdc_sync_job going. service: ghsync cdc run is kept running
+    elsewhere, and the sensor starts nothing."""
     cdc_slice_seconds: float = Field(default=3600, gt=0)
     """How long one run of cdc_sync_job consumes before the next one takes over."""
     # The metrics cover five minutes.

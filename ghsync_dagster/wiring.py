@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from ghsync_dagster.batch.reports import Artifacts
 from ghsync_dagster.batch.rules import load_rules
-from ghsync_dagster.domain.errors import UnavailableError
+from ghsync_dagster.domain.errors import ConfigError, UnavailableError
 from ghsync_dagster.domain.source import STATEMENT_HOURS
 from ghsync_dagster.local import endpoints
 from ghsync_dagster.logging import get_logger
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ghsync_dagster.cdc.health.connector import ConnectorProbe
     from ghsync_dagster.cdc.stream.consume import ChangeConsumer
     from ghsync_dagster.cdc.stream.listener import ChangeListener
+    from ghsync_dagster.connector import ConnectorKeeper
     from ghsync_dagster.domain.finding import Finding
     from ghsync_dagster.settings import Settings
     from ghsync_dagster.stores.kafka.client import KafkaSettings
@@ -254,6 +255,33 @@ def connector_probe(settings: Settings) -> ConnectorProbe | None:
 
     table = partial(open_mysql, settings) if has_mysql(settings) else None
     return ConnectorProbe(worker, table, still_seconds=settings.connector_still_seconds)
+
+
+def connector_keeper(settings: Settings) -> ConnectorKeeper:
+    """Return what keeps the connector on the worker of CONNECT_URL; its login is in files of that worker's machine.
+
+    Raises:
+        ConfigError: CONNECT_URL or CONNECT_SECRETS is not set.
+    """
+    from ghsync_dagster.connector import ConnectorKeeper, config_of, login_by_files
+    from ghsync_dagster.stores.connect import ConnectWorker
+
+    address, folder = settings.connect_url, settings.connect_secrets
+    if address is None or folder is None:
+        raise ConfigError(
+            "The connector is kept on a worker that CONNECT_URL names, by a login in the folder CONNECT_SECRETS.",
+            way_out="Set both; or ghsync up connect, for the local worker.",
+        )
+    url = address.rstrip("/")
+
+    def config() -> dict[str, str]:
+        with open_mysql(settings) as mysql:
+            source = mysql.source()
+        bootstrap = _required(settings.kafka_bootstrap_servers, "Kafka", "KAFKA_BOOTSTRAP_SERVERS")
+        mysql_url = _required(_secret(settings.mysql_url), "MySQL", "MYSQL_URL")
+        return config_of(settings, bootstrap, mysql_url, source) | login_by_files(folder)
+
+    return ConnectorKeeper(lambda: ConnectWorker(url), config)
 
 
 def change_consumer(settings: Settings, kafka: KafkaSettings, listener: ChangeListener | None = None) -> ChangeConsumer:

@@ -18,7 +18,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from ghsync_dagster.cli import batch, cdc, data, dlq, repair, servers, show
+from ghsync_dagster.cli import batch, cdc, data, dlq, repair, servers, show, stack
 from ghsync_dagster.cli.common import PERMANENT, READER_GONE, STOPPED, TRANSIENT
 from ghsync_dagster.domain.errors import GhsyncError, TransientError
 from ghsync_dagster.logging import redact
@@ -63,6 +63,7 @@ for command in (
 cdc.cdc.command()(repair.repair)
 app.add_typer(cdc.cdc, name="cdc")
 app.add_typer(dlq.dlq, name="dlq")
+app.add_typer(stack.stack, name="stack")
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """The connector of the users' table: the states it may be in, whether its stream goes on, and the way out of each.
 
 Belongs here: pure data and decisions. Not here: how a worker is queried (``stores.connect``), or registering and
-starting (``local.connector``).
+starting (``connector``).
 """
 
 from __future__ import annotations

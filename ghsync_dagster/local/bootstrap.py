@@ -34,6 +34,8 @@ BASE_LOCK = "requirements.lock"
 DEV_LOCK = "requirements-dev.lock"
 EMBEDDED_LOCK = "requirements-embedded.lock"
 JAVA_LOCK = "requirements-java.lock"
+DEPLOY_LOCK = "requirements-deploy.lock"
+IMAGE_LOCK = "requirements-image.lock"
 PROJECT_FILE = "pyproject.toml"
 JARS_LOCK = "ghsync_dagster/jvm/jars.lock.json"
 WHEEL_OPTIONS = "ghsync_dagster/local/wheel_options.cfg"
@@ -404,6 +406,8 @@ def write_locks(uv: Path, upgrade: bool) -> None:
         (DEV_LOCK, [PROJECT_FILE, "--extra", "dev", *same_as_base], []),
         (EMBEDDED_LOCK, ["-", *same_as_base], extras["embedded"]),
         (JAVA_LOCK, ["-", *same_as_base], extras["java"]),
+        (DEPLOY_LOCK, ["-", *same_as_base], extras["deploy"]),
+        (IMAGE_LOCK, ["-"], extras["image"]),
     ]
     lowest = ".".join(map(str, PYTHON_FROM))
     options = ["--quiet", "--universal", "--python-version", lowest, "--generate-hashes"]

@@ -1,7 +1,7 @@
 """Kafka Connect: the worker that CONNECT_URL names, else a local one, with the connector on it.
 
 Belongs here: the worker's settings, and the order in which it and the connector start. Not here: the broker, the
-database, and the connector itself (``local.connector``).
+database, and the connector itself (``connector``).
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from ghsync_dagster import connector
 from ghsync_dagster.domain.connector import CONNECTOR, NONE
 from ghsync_dagster.domain.errors import ConfigError, RefusedError
 from ghsync_dagster.domain.source import STATEMENT_HOURS, Effect, problems_of
 from ghsync_dagster.folders import write_whole
 from ghsync_dagster.jvm.jars import ensure_unpacked, locked_set
-from ghsync_dagster.local import connector, tls_stores
+from ghsync_dagster.local import tls_stores
 from ghsync_dagster.local.kafka import KafkaServer
 from ghsync_dagster.local.kafka_program import KafkaProgram
 from ghsync_dagster.local.mysql import MysqlServer

@@ -1,6 +1,6 @@
 """Kafka Connect: single requests to a worker's REST interface about the connector, and how its failures translate.
 
-Not here: what a state means (``domain.connector``), and which settings a connector must have (``local.connector``).
+Not here: what a state means (``domain.connector``), and which settings a connector must have (``connector``).
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from ghsync_dagster import connector as connector_flow
 from ghsync_dagster.cdc.health import checks
 from ghsync_dagster.cdc.health import connector as cdc_connector
 from ghsync_dagster.cdc.health.connector import (
@@ -22,7 +23,6 @@ from ghsync_dagster.cdc.health.connector import (
 from ghsync_dagster.cdc.health.metrics import ChangeMetrics, PrometheusView
 from ghsync_dagster.domain.connector import ConnectorState, Sample, base_of, cure_of
 from ghsync_dagster.domain.errors import RefusedError, UnavailableError
-from ghsync_dagster.local import connector as local_connector
 from ghsync_dagster.local.connect import ConnectServer
 from ghsync_dagster.local.supervisor import ServiceStatus
 from ghsync_dagster.settings import load_settings
@@ -377,7 +377,7 @@ def test_a_local_worker_is_found_where_it_is_at_each_question(
 def test_a_connector_is_watched_where_its_worker_has_just_begun(
     worker: Worker, monkeypatch: pytest.MonkeyPatch, *, started: bool
 ) -> None:
-    monkeypatch.setattr(local_connector, "_POLL_SECONDS", 0)
+    monkeypatch.setattr(connector_flow, "_POLL_SECONDS", 0)
     worker.config |= {"name": "ghsync-users"}
 
     def fails() -> str:
@@ -389,7 +389,7 @@ def test_a_connector_is_watched_where_its_worker_has_just_begun(
         config = {"heartbeat.interval.ms": "5000"}
         gone = frozenset[int]() if started else None
         with worker.open() as opened:
-            return local_connector.ensure(opened, config, lambda: frozenset({7}), gone, fails, print)
+            return connector_flow.ensure(opened, config, lambda: frozenset({7}), gone, fails, print)
 
     if started:
         with pytest.raises(UnavailableError, match=r"is FAILED, .*row size 1"):

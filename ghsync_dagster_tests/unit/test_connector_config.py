@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from ghsync_dagster.local.connector import NO_COLUMNS
+from ghsync_dagster.connector import NO_COLUMNS
 from ghsync_dagster_tests.support.odd_ddl import FOLLOWED, NOT_FOLLOWED, SHIFTING
 
 LEFT_OUT = (

@@ -14,9 +14,9 @@ import httpx
 import pytest
 from filelock import FileLock
 
-from ghsync_dagster import progress
+from ghsync_dagster import connector, progress
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
-from ghsync_dagster.local import connect, connector, mysql, stack
+from ghsync_dagster.local import connect, mysql, stack
 from ghsync_dagster.local.first_files import make_first_files
 from ghsync_dagster.local.kafka import KafkaServer
 from ghsync_dagster.local.kafka_program import properties

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import pymysql
 import pytest
 
+from ghsync_dagster import connector
 from ghsync_dagster.domain.errors import ConfigError, UnavailableError
 from ghsync_dagster.domain.source import Source
-from ghsync_dagster.local import connector, mysql, tls_stores
+from ghsync_dagster.local import mysql, tls_stores
 from ghsync_dagster.settings import load_settings
 from ghsync_dagster.stores.mysql import MySqlStore
 from ghsync_dagster.stores.mysql_url import MySqlAddress, parse_mysql_url

@@ -66,6 +66,8 @@ def cdc_supervisor(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.Sk
     """
     settings = load_settings()
     configure_logging(settings)
+    if settings.consumer == "service":
+        return dg.SkipReason("Nothing is started: the consumer is a service of its own (GHSYNC_CONSUMER).")
     rules = Rules(report=settings.cdc_report_seconds)
     slices = read_slices(context.instance, settings)
     decision, done = _settle(context.instance, slices, settings, rules)

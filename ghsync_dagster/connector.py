@@ -1,6 +1,7 @@
 """The connector of the users' table on a Connect worker: its settings, its registration and its supervision.
 
-Not here: the worker itself (``local.connect``), and single requests to it (``stores.connect``).
+Belongs here: what holds on any worker. Not here: the local worker itself (``local.connect``), and single requests to a
+worker (``stores.connect``).
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import re
 import time
 from typing import TYPE_CHECKING
 
-from ghsync_dagster.domain.connector import CONNECTOR, FAILED, HALTED, NONE, RUNNING, ConnectorState
-from ghsync_dagster.domain.errors import ConfigError, UnavailableError
+from ghsync_dagster.domain.connector import CONNECTOR, FAILED, HALTED, NONE, RUNNING, UNKNOWN, ConnectorState
+from ghsync_dagster.domain.errors import ConfigError, TransientError, UnavailableError
+from ghsync_dagster.logging import get_logger
 from ghsync_dagster.stores.mysql_url import MySqlAddress, parse_mysql_url
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import threading
+    from collections.abc import Callable, Mapping
 
     from ghsync_dagster.domain.source import Source
     from ghsync_dagster.settings import Settings
@@ -28,6 +31,8 @@ _VERDICT_SECONDS = 3.0
 # Debezium gives up a database that does not answer after 30 s; by then its task follows, or takes the snapshot.
 _FOLLOW_SECONDS = 35.0
 _POLL_SECONDS = 0.1
+_KEEP_SECONDS = 10.0
+_LONGEST_RESTART_SECONDS = 600.0
 _MARIADB_SSL_MODES = {
     "DISABLED": "disable",
     "REQUIRED": "trust",
@@ -64,6 +69,8 @@ _STALE_HISTORY = (
     "values into wrong columns. Take a new snapshot, as docs/operate/runbook.md has it under After an online schema "
     "change."
 )
+log = get_logger("connector")
+
 # MySQL identifies its followers by server ids, which must be unique.
 _FIRST_SERVER_ID = 1_000_000
 
@@ -123,10 +130,19 @@ def config_of(settings: Settings, bootstrap: str, url: str, source: Source) -> d
         "key.converter.schemas.enable": "false",
         "value.converter": "org.apache.kafka.connect.json.JsonConverter",
         "value.converter.schemas.enable": "false",
-        # If the topic is missing, Connect creates it with one partition, which keeps the order of the binlog.
-        "topic.creation.default.partitions": "1",
+        # If the topic is missing, Connect creates it. One partition keeps the order of the binlog.
+        "topic.creation.default.partitions": str(settings.topic_partitions),
         "topic.creation.default.replication.factor": "-1",
     }
+
+
+def login_by_files(folder: str) -> dict[str, str]:
+    """Return the connector's settings that name the files of its login, which the worker reads.
+
+    Args:
+        folder: Holds the files ``connector-user`` and ``connector-password`` on the worker's machine.
+    """
+    return {f"database.{part}": f"${{directory:{folder}:connector-{part}}}" for part in ("user", "password")}
 
 
 def ssl_mode(database: MySqlAddress, source: Source) -> str:
@@ -221,6 +237,76 @@ def ensure(
     return running
 
 
+class ConnectorKeeper:
+    """Keeps the connector registered and configured on a worker.
+
+    One that failed is restarted, after pauses that grow. One that was paused or stopped is left alone, since whoever
+    takes a new snapshot stops it.
+
+    Args:
+        open_worker: Leads to the worker.
+        read_config: Returns the settings that the connector must have, as MySQL is now.
+    """
+
+    def __init__(self, open_worker: Callable[[], ConnectWorker], read_config: Callable[[], dict[str, str]]) -> None:
+        self._open_worker = open_worker
+        self._read_config = read_config
+        self._state = ConnectorState(NONE)
+        self._restarts = 0
+        self._next_restart = 0.0
+
+    def keep(self, stop: threading.Event, on_running: Callable[[], None]) -> None:
+        """Look at the connector again and again until told to stop.
+
+        Args:
+            stop: Ends it when set.
+            on_running: Called whenever it runs as configured.
+
+        Raises:
+            PermanentError: A setting is wrong, or MySQL refuses the account.
+        """
+        while not stop.is_set():
+            try:
+                with self._open_worker() as worker:
+                    state = self.look(worker)
+            except TransientError as error:
+                state = ConnectorState(UNKNOWN, str(error))
+            if state != self._state:
+                (log.info if state.is_running else log.warning)(state.words(), way_out=state.way_out() or None)
+            self._state = state
+            if state.is_running:
+                on_running()
+            stop.wait(_KEEP_SECONDS)
+
+    def look(self, worker: ConnectWorker) -> ConnectorState:
+        """Look at the connector once, and act on what is wrong with it.
+
+        Args:
+            worker: The worker.
+
+        Returns:
+            Its state before anything was done.
+
+        Raises:
+            UnavailableError: A server does not answer.
+        """
+        config = self._read_config()
+        current, state = worker.config(), worker.read_state()
+        if current is not None and _has_stale_history(worker, current):
+            config |= {_ONLY_CAPTURED: "true"}
+        if current != config | {"name": CONNECTOR}:
+            worker.configure(config)
+            log.info("connector configured", connector=CONNECTOR, is_new=current is None)
+        elif state.state == FAILED and not state.halted and time.monotonic() >= self._next_restart:
+            worker.restart()
+            pause = min(_KEEP_SECONDS * 2**self._restarts, _LONGEST_RESTART_SECONDS)
+            self._restarts, self._next_restart = self._restarts + 1, time.monotonic() + pause
+            log.warning("connector restarted", connector=CONNECTOR, reason=state.reason, next_seconds=pause)
+        elif state.is_running and time.monotonic() >= self._next_restart:
+            self._restarts = 0
+        return state
+
+
 def report_stale_history(worker: ConnectWorker, progress: Callable[[str], None]) -> bool:
     """Return whether the connector uses a schema history of its own table only; report it with the way out.
 
@@ -231,14 +317,17 @@ def report_stale_history(worker: ConnectWorker, progress: Callable[[str], None])
     Raises:
         UnavailableError: The worker does not answer.
     """
-    current = worker.config()
-    if current is None or current.get(_ONLY_CAPTURED) != "true":
-        return False
-    # Workers before Kafka 3.6 return no offset.
-    stale = worker.has_offset() is not False
+    stale = _has_stale_history(worker, worker.config())
     if stale:
         progress(f"connect: {_STALE_HISTORY}")
     return stale
+
+
+def _has_stale_history(worker: ConnectWorker, current: Mapping[str, str] | None) -> bool:
+    if current is None or current.get(_ONLY_CAPTURED) != "true":
+        return False
+    # Workers before Kafka 3.6 return no offset.
+    return worker.has_offset() is not False
 
 
 def _restart(worker: ConnectWorker, progress: Callable[[str], None]) -> None:
