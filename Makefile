@@ -7,7 +7,7 @@ TESTS := ghsync_dagster_tests
 BOOTSTRAP := $(PYTHON) ghsync_dagster/local/bootstrap.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev ready packages run cdc test dev check bench bench-batch bench-cdc bench-supervised bench-audit bench-files faults mutations lock clean
+.PHONY: help setup setup-dev ready packages run cdc test dev check bench bench-batch bench-cdc bench-supervised bench-audit bench-files faults mutations stack-env e2e lock clean
 
 help: ## show these commands
 	@$(PYTHON) -c 'import re; [print("make {:<17}{}".format(*m)) for m in re.findall(r"(?m)^([a-z-]+):.*?## (.+)", open("Makefile").read())]'
@@ -71,6 +71,13 @@ faults: setup-dev ## the long campaign of kills and races
 
 mutations: setup-dev ## mutations of the product's own code, and which test turns red for each
 	@TEST_FAULT_ROUNDS=1 $(BIN)/python -m pytest ghsync_dagster_tests/faults/test_mutations.py -rP --numprocesses $(or $(JOBS),2)
+
+stack-env: ## write .env for the compose stack, unless it is there: docker compose up --detach --build --wait is next
+	@if [ -e .env ]; then echo "there is a .env already; deploy/env.example has what the stack needs"; exit 2; fi
+	@sed "s/^STACK_DOCKER_GID=.*/STACK_DOCKER_GID=$$(stat -c %g $${DOCKER_SOCKET:-/var/run/docker.sock})/" deploy/env.example > .env
+
+e2e: packages ## the compose stack from nothing: used, killed, restored, removed; needs Docker
+	@$(BIN)/python -m ghsync_dagster_tests.e2e $(E2E)
 
 lock: ## resolve the lock files from pyproject.toml; UPGRADE=1 takes newer versions
 	@$(BOOTSTRAP) --lock $(if $(UPGRADE),--upgrade)

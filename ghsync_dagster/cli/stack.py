@@ -85,6 +85,18 @@ def connector(
         keeper.keep(stop, on_running=healthy.touch)
 
 
+@stack.command()
+def spark(
+    role: Annotated[str, typer.Argument(metavar="master|worker")],
+    cores: Annotated[int, typer.Option(min=1, help="Cores that a worker offers.")] = 1,
+    memory: Annotated[str, typer.Option(help="Memory that a worker offers, such as 1g.")] = "1g",
+) -> None:
+    """Run a part of a Spark cluster, which SPARK_MASTER names, with the Java that a driver would take."""
+    from ghsync_dagster.deploy.spark import start
+
+    start(configured(), role, cores, memory)
+
+
 @stack.command("docker-filter")
 def docker_filter(
     image: Annotated[str, typer.Option(help="The one image that runs.")],
