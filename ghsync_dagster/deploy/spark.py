@@ -42,7 +42,7 @@ def start(settings: Settings, role: str, cores: int, memory: str) -> NoReturn:
             "worker.Worker",
             *here,
             "--work-dir",
-            "/tmp/work",
+            "/tmp/work",  # noqa: S108  the container's own
             "--cores",
             str(cores),
             "--memory",
