@@ -256,7 +256,7 @@ class ConnectorKeeper:
         self._next_restart = 0.0
 
     def keep(self, stop: threading.Event, on_running: Callable[[], None]) -> None:
-        """Look at the connector again and again until told to stop.
+        """Check the connector again and again until told to stop.
 
         Args:
             stop: Ends it when set.
@@ -268,7 +268,7 @@ class ConnectorKeeper:
         while not stop.is_set():
             try:
                 with self._open_worker() as worker:
-                    state = self.look(worker)
+                    state = self.check(worker)
             except TransientError as error:
                 state = ConnectorState(UNKNOWN, str(error))
             if state != self._state:
@@ -278,8 +278,8 @@ class ConnectorKeeper:
                 on_running()
             stop.wait(_KEEP_SECONDS)
 
-    def look(self, worker: ConnectWorker) -> ConnectorState:
-        """Look at the connector once, and act on what is wrong with it.
+    def check(self, worker: ConnectWorker) -> ConnectorState:
+        """Check the connector once, and act on what is wrong with it.
 
         Args:
             worker: The worker.

@@ -81,7 +81,7 @@ def connector(
 
     keeper = connector_keeper(configured())
     stop = threading.Event()
-    with stop_on_signals(stop, again_ends=True):
+    with stop_on_signals(stop, second_ends=True):
         keeper.keep(stop, on_running=healthy.touch)
 
 

@@ -8,6 +8,7 @@ import re
 import socket
 import threading
 import time
+import urllib.error
 import urllib.request
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from ghsync_dagster.cdc.health.connector import ConnectorReport
 from ghsync_dagster.cdc.health.metrics import (
+    SILENT_SECONDS,
     ChangeMetrics,
     MetricsEndpoint,
     MetricsSnapshot,
@@ -391,3 +393,31 @@ def test_a_snapshot_of_nothing_is_zero_or_unknown() -> None:
     found: MetricsSnapshot = ChangeMetrics(Clock()).snapshot()
     assert (found.records, found.records_a_minute, found.lag_records, found.lag_seconds) == (0, 0.0, None, None)
     assert found.seconds_since_write is None
+
+
+def health(endpoint: MetricsEndpoint) -> tuple[int, str]:
+    """Return the code and the words of ``/healthz``."""
+    url = endpoint.url.replace("/metrics", "/healthz")
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status, answer.read().decode().strip()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode().strip()
+
+
+def test_health_fails_while_a_server_is_away_or_the_consumer_is_silent() -> None:
+    clock = Clock()
+    metrics = ChangeMetrics(clock)
+    with MetricsEndpoint(metrics) as endpoint:
+        metrics.assigned([])
+        metrics.connection(KAFKA, up=True)
+        metrics.connection(MONGO, up=True)
+        assert health(endpoint) == (200, "healthy")
+        metrics.connection(MONGO, up=False)
+        assert health(endpoint) == (503, "MongoDB does not answer")
+        metrics.connection(MONGO, up=True)
+        assert health(endpoint) == (200, "healthy")
+        clock.now += SILENT_SECONDS
+        assert health(endpoint) == (503, "the consumer has not reported for 60 s")
+        metrics.assigned([0])
+        assert health(endpoint) == (200, "healthy")

@@ -14,6 +14,7 @@ histograms are computed from these counts, since the client's own histogram take
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from bisect import bisect_left
@@ -21,7 +22,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
+from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any, Final
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from ghsync_dagster.cdc.stream import listener
 from ghsync_dagster.domain.connector import UNKNOWN
@@ -29,6 +32,8 @@ from ghsync_dagster.domain.errors import ConfigError
 from ghsync_dagster.logging import get_logger
 
 if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIEnvironment
+
     import prometheus_client
     from prometheus_client.metrics_core import Metric
     from prometheus_client.samples import Sample
@@ -39,6 +44,8 @@ if TYPE_CHECKING:
 WINDOW_SECONDS: Final = 60.0
 """The window of the percentiles that Prometheus sees, and of the rate."""
 LONGEST_WINDOW_SECONDS: Final = 300.0
+SILENT_SECONDS: Final = 60.0
+"""How long a healthy consumer may report nothing: one check of its servers may wait 10 s for each of some answers."""
 _SLOT_SECONDS: Final = 1.0
 
 BUCKETS_MS: Final = (5, 10, 25, 50, 75, 100, 150, 250, 500, 750, 1_000, 2_500, 5_000, 10_000, 30_000, 60_000, 300_000)
@@ -167,11 +174,16 @@ class MetricsSnapshot:
     connector_fault: str | None = None
 
     @property
+    def away(self) -> str | None:
+        """Which server does not answer, in words; None where all do."""
+        away = (name for server, name in _SERVERS.items() if self.connections.get(server) is False)
+        return next((f"{name} does not answer" for name in away), None)
+
+    @property
     def held_up(self) -> str | None:
         """Why nothing can be consumed now, in words; None where no reason is known."""
-        for server, name in _SERVERS.items():
-            if self.connections.get(server) is False:
-                return f"{name} does not answer"
+        if self.away:
+            return self.away
         if not self.lag:
             return "this consumer has no partition"
         # Without the connector, records that the topic still holds are consumed all the same.
@@ -283,6 +295,7 @@ class ChangeMetrics(listener.ChangeListener):
         self._lock = threading.Lock()
         self._started = clock()
         self._last_write: float | None = None
+        self._last_report = self._started
         self._commit = _LatencyTotals()
         self._kafka = _LatencyTotals()
         self._slots: deque[_Slot] = deque()
@@ -318,6 +331,7 @@ class ChangeMetrics(listener.ChangeListener):
     def assigned(self, partitions: Collection[int]) -> None:
         """Drop the lag of revoked partitions; that of a new one is not known until it is reported."""
         with self._lock:
+            self._last_report = self._clock()
             self._lag = {number: self._lag.get(number) for number in sorted(partitions)}
 
     def retried(self, kind: str) -> None:
@@ -339,6 +353,7 @@ class ChangeMetrics(listener.ChangeListener):
     def connection(self, name: str, *, up: bool) -> None:
         """Record whether a server answers; without Kafka the lag is not known."""
         with self._lock:
+            self._last_report = self._clock()
             if name == listener.KAFKA and not up:
                 self._lag = dict.fromkeys(self._lag)
             if self._connections.get(name, True) and not up:
@@ -396,6 +411,18 @@ class ChangeMetrics(listener.ChangeListener):
                 seconds_since_write=None if self._last_write is None else round(now - self._last_write, 3),
                 **self._of_connector(),
             )
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the consumer last reported its servers or its assignment, as it does every second."""
+        with self._lock:
+            return self._clock() - self._last_report
+
+    def fault(self) -> str | None:
+        """Return why the consumer is not healthy, in words; None where it is, be it without a partition."""
+        if (silence := self.silence) >= SILENT_SECONDS:
+            return f"the consumer has not reported for {silence:.0f} s"
+        return self.snapshot(WINDOW_SECONDS).away
 
     def _of_connector(self) -> dict[str, Any]:
         if (report := self._connector) is None:
@@ -542,9 +569,33 @@ def _gauges(now: MetricsSnapshot) -> Iterator[Metric]:
             yield _gauge(name, words, {(): age})
 
 
+class _Server(ThreadingMixIn, WSGIServer):
+    """Answers each request in a thread of its own."""
+
+    daemon_threads = True
+
+
+class _ServerV6(_Server):
+    """The same on an IPv6 address."""
+
+    address_family = socket.AF_INET6
+
+
+class _QuietHandler(WSGIRequestHandler):
+    """Logs no request."""
+
+    def log_message(self, *_: object) -> None:
+        """Log nothing."""
+
+
+def _server_class(host: str) -> type[_Server]:
+    return _ServerV6 if ":" in host else _Server
+
+
 class MetricsEndpoint:
     """The Prometheus endpoint ``http://host:port/metrics`` of one ``ChangeMetrics``, from a registry of its own.
 
+    ``/healthz`` next to it answers 200 while the consumer is healthy, and 503 with the reason else.
     It has no authentication: bind it to loopback, or to a network that only the scraper reaches. Use as a context
     manager, or call ``close``.
 
@@ -558,15 +609,26 @@ class MetricsEndpoint:
     """
 
     def __init__(self, metrics: ChangeMetrics, *, host: str = "127.0.0.1", port: int = 0) -> None:
-        from prometheus_client import start_http_server
+        from prometheus_client import make_wsgi_app
+
+        serve_metrics: Callable[[WSGIEnvironment, StartResponse], Iterable[bytes]] = make_wsgi_app(metrics.registry)
+
+        def serve(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+            if environ["PATH_INFO"] != "/healthz":
+                return serve_metrics(environ, start_response)
+            fault = metrics.fault()
+            start_response("503 Service Unavailable" if fault else "200 OK", [("Content-Type", "text/plain")])
+            return [f"{fault or 'healthy'}\n".encode()]
 
         try:
-            self._server, self._thread = start_http_server(port, addr=host, registry=metrics.registry)
+            self._server = make_server(host, port, serve, _server_class(host), _QuietHandler)
         except OSError as error:
             raise ConfigError(
                 f"The metrics endpoint can't listen on {host}:{port} ({error.strerror or error}).",
                 way_out="Set GHSYNC_METRICS_PORT to a free port, or to 0; GHSYNC_METRICS_HOST to an own address.",
             ) from None
+        self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+        self._thread.start()
         self.port = int(self._server.server_address[1])
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}/metrics"
         log.info("metrics endpoint", url=self.url)

@@ -18,8 +18,7 @@ import dagster as dg
 from sqlalchemy.exc import SQLAlchemyError
 
 from ghsync_dagster.cdc.health.connector import watch_connector
-from ghsync_dagster.cdc.health.metrics import ChangeMetrics, MetricsEndpoint
-from ghsync_dagster.cdc.stream.listener import Listeners, SilentListener
+from ghsync_dagster.cdc.health.metrics import SILENT_SECONDS, ChangeMetrics, MetricsEndpoint
 from ghsync_dagster.defs.batch.columns import USERS_CHANGES
 from ghsync_dagster.defs.cdc import metadata
 from ghsync_dagster.domain.errors import ConfigError
@@ -27,44 +26,18 @@ from ghsync_dagster.logging import get_logger
 from ghsync_dagster.stopping import killed_when_frozen, stop_on_signals
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
     from concurrent.futures import Future
 
     from ghsync_dagster.cdc.stream.consume import ConsumerReport
     from ghsync_dagster.defs.resources import ChangesResource
     from ghsync_dagster.settings import Settings
 
-_SILENT_SECONDS: Final = 60.0
-"""After how long without a report of the consumer its run is no longer observed. One check of its servers may take
-several answers of up to 10 s each."""
 _END_SECONDS: Final = 120.0
 """How long the consumer may take to end, in addition to its session time-out, which a running command may use up. It
 waits for answers of the store and the brokers, each for a limited time."""
 _ENDING_STATUSES: Final = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED, dg.DagsterRunStatus.FAILURE)
 
 log = get_logger("slice")
-
-
-class Heartbeat(SilentListener):
-    """Records the time of the consumer's last report: it reports its connections once a second."""
-
-    def __init__(self) -> None:
-        self._last_report = time.monotonic()
-
-    def connection(self, name: str, *, up: bool) -> None:
-        """Record the time of a connection report."""
-        del name, up
-        self._last_report = time.monotonic()
-
-    def assigned(self, partitions: Collection[int]) -> None:
-        """Record the time of an assignment."""
-        del partitions
-        self._last_report = time.monotonic()
-
-    @property
-    def silence(self) -> float:
-        """Seconds since the last report."""
-        return time.monotonic() - self._last_report
 
 
 def consume(
@@ -134,10 +107,9 @@ class _Observer:
         self._probe = changes.connector()
         self._kafka = changes.kafka()
         self._metrics = ChangeMetrics()
-        self._heartbeat = Heartbeat()
         self._endpoint = _Endpoint(self._metrics, self._settings)
         self._last = time.monotonic()
-        self.listener = Listeners(self._metrics, self._heartbeat)
+        self.listener = self._metrics
 
     def __enter__(self) -> _Observer:
         return self
@@ -156,10 +128,10 @@ class _Observer:
                 return
             self._endpoint.open()
             watch_connector(self._probe, self._metrics.connector)
-            if self._heartbeat.silence < _SILENT_SECONDS:
+            if self._metrics.silence < SILENT_SECONDS:
                 self.observe()
             else:
-                log.warning("consumer silent", seconds=round(self._heartbeat.silence, 1))
+                log.warning("consumer silent", seconds=round(self._metrics.silence, 1))
             if _is_ending(self._context):
                 stop.set()
 
