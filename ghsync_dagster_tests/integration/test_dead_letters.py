@@ -151,7 +151,7 @@ def test_where_the_brokers_allow_no_record_of_any_size_the_topic_takes_what_they
 def test_where_the_brokers_allow_no_topic_for_good_it_is_told_and_not_tried_for_ever(
     topic: Topic, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kafka_topics, "_KEPT", {"retention.ms": "permanently"})
+    monkeypatch.setattr(kafka_topics, "_RETAINED", {"retention.ms": "for ever"})
     topic.raw({"user_id": 1}, b"{")
     topic.flush()
     with pytest.raises(RefusedError, match=rf"Making {topic.kafka.dead_letter_topic}.*INVALID_CONFIG.*yourself"):
@@ -164,7 +164,7 @@ def test_without_the_right_to_make_the_topic_that_is_not_there_it_is_told_and_no
 ) -> None:
     # The local broker refuses nobody.
     refused = KafkaError(KafkaError.TOPIC_AUTHORIZATION_FAILED)
-    monkeypatch.setattr(kafka_topics, "_made", lambda *_: refused)
+    monkeypatch.setattr(kafka_topics, "_create_topic", lambda *_: refused)
     with pytest.raises(RefusedError, match=rf"Making {topic.kafka.dead_letter_topic}: .*user's rights"):
         written(topic, letter(topic))
 
