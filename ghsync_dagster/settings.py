@@ -227,7 +227,7 @@ class Settings(BaseSettings):
     """Folder on the Connect worker's machine with the files connector-user and connector-password. The connector's
     configuration then names these files and holds no password."""
     topic_partitions: int = Field(default=1, ge=1)
-    """Partitions of the topic of changes where the connector makes it: as many consumers can share its work."""
+    """Partitions that the topic of changes gets when it is created: as many consumers can share its work."""
     consumer: Annotated[Literal["slices", "service"], _Lower] = "slices"
     """slices: the sensor cdc_supervisor keeps runs of cdc_sync_job going. service: ghsync cdc run is kept running
     elsewhere, and the sensor starts nothing."""

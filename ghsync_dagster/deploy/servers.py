@@ -1,4 +1,4 @@
-"""The first state of the stack's own servers: replica set, users, database and table. Run again, it changes nothing.
+"""The first state of the stack's own servers: replica set, users, table, topic. Run again, it changes nothing.
 
 Belongs here: what those servers need once. A server elsewhere, which a secret of its owner names, is left alone.
 Not here: the connector, which ``connector`` keeps, and the collection, which its writers set up.
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MONGO: Final = "mongo"
 MYSQL: Final = "mysql"
+KAFKA: Final = "kafka:9092"
 _MONGO_PORT: Final = 27017
 _ROOT: Final = "root"
 _SECONDS: Final = 10
@@ -59,6 +60,10 @@ def set_up(settings: Settings, secret: Callable[[str], str]) -> None:
         retrying("Setting MySQL up", lambda: _set_up_mysql(address, secret), attempts=5)
     else:
         log.info("mysql is elsewhere; left alone")
+    if settings.kafka_bootstrap_servers == KAFKA:
+        retrying("Setting Kafka up", lambda: _set_up_kafka(settings), attempts=5)
+    else:
+        log.info("kafka is elsewhere; left alone")
 
 
 def _set_up_mongo(database: str, secret: Callable[[str], str]) -> None:
@@ -120,6 +125,15 @@ def _set_up_mysql(address: MySqlAddress, secret: Callable[[str], str]) -> None:
         _have_login(cursor, CONNECTOR_USER, secret("connector-password"))
         cursor.execute(f"GRANT {_CONNECTOR_RIGHTS} ON *.* TO %s@'%%'", (CONNECTOR_USER,))
     log.info("mysql is set up", table=f"{DATABASE}.{TABLE}", users=[DATABASE_USER, CONNECTOR_USER])
+
+
+def _set_up_kafka(settings: Settings) -> None:
+    """Make the topic of changes: the connector would only with the first change, and consumers wait for it."""
+    from ghsync_dagster.stores.kafka.topics import create_topic
+    from ghsync_dagster.wiring import existing_kafka
+
+    if create_topic(existing_kafka(settings), settings.kafka_topic, settings.topic_partitions):
+        log.info("topic created", topic=settings.kafka_topic, partitions=settings.topic_partitions)
 
 
 def _have_login(cursor: Cursor, user: str, password: str) -> None:

@@ -151,9 +151,29 @@ def ensure_topic(kafka: KafkaSettings, topic: str) -> None:
         raise kafka_error(failed, f"Making {topic}")
 
 
-def _create_topic(admin: AdminClient, topic: str, config: dict[str, str], seconds: float) -> KafkaError | None:
-    """Create a topic of one partition; return the error if that fails."""
-    wanted = NewTopic(topic, num_partitions=1, config=config)
+def create_topic(kafka: KafkaSettings, topic: str, partitions: int) -> bool:
+    """Create a topic with the brokers' own settings; return whether there was none.
+
+    Args:
+        kafka: The brokers.
+        topic: Its name.
+        partitions: How many it gets.
+
+    Raises:
+        UnavailableError: No broker is available.
+        RefusedError: The brokers refuse.
+    """
+    failed = _create_topic(AdminClient(client_config(kafka)), topic, {}, kafka.timeout_seconds, partitions)
+    if failed is not None and failed.code() != KafkaError.TOPIC_ALREADY_EXISTS:
+        raise kafka_error(failed, f"Making {topic}")
+    return failed is None
+
+
+def _create_topic(
+    admin: AdminClient, topic: str, config: dict[str, str], seconds: float, partitions: int = 1
+) -> KafkaError | None:
+    """Create a topic; return the error if that fails."""
+    wanted = NewTopic(topic, num_partitions=partitions, config=config)
     with kafka_errors(f"Making {topic}"):
         [created] = admin.create_topics([wanted], request_timeout=seconds).values()
     try:
