@@ -35,6 +35,7 @@ _RUNS: Final = 20
 # Goes on through the ends of MySQL: each of its histories has keys of its own, and ends where MySQL does.
 _WORKLOAD: Final = """
 import sys, threading, time
+from pathlib import Path
 from urllib.parse import quote
 from ghsync_dagster.dev.workload import Workload
 from ghsync_dagster.domain.errors import GhsyncError
@@ -127,7 +128,7 @@ class EndToEnd:
         self._report.expect("nothing is shown without the login", holds=self.ui.refuses_strangers())
 
     def _image(self) -> str:
-        return compose("config", "--images", "code").split()[0]
+        return str(json.loads(compose("config", "--format", "json"))["services"]["code"]["image"])
 
     def batch(self) -> None:
         """Launch the batch job by the UI's API."""
@@ -156,7 +157,7 @@ class EndToEnd:
 
     def killed_run(self) -> None:
         """Kill a run's container."""
-        run_id = self.ui.launch("cdc_sync_job", {"ops": {"sync_changes": {"config": {"seconds": 600}}}})
+        run_id = self.ui.launch("cdc_sync_job", {"ops": {"consume_changes": {"config": {"seconds": 600}}}})
         awaited("the run's start", 120, lambda: self.ui.status(run_id) == "STARTED")
         run("docker", "kill", str(container_of(run_id)))
         seconds = awaited("the killed run's end", 90, lambda: self.ui.status(run_id) == "FAILURE")
@@ -167,7 +168,7 @@ class EndToEnd:
 
     def cancelled_run(self) -> None:
         """Cancel a slice of the consumer."""
-        run_id = self.ui.launch("cdc_sync_job", {"ops": {"sync_changes": {"config": {"seconds": 600}}}})
+        run_id = self.ui.launch("cdc_sync_job", {"ops": {"consume_changes": {"config": {"seconds": 600}}}})
         awaited("the run's start", 120, lambda: self.ui.status(run_id) == "STARTED")
         time.sleep(5)
         self.ui.terminate(run_id)
@@ -180,8 +181,7 @@ class EndToEnd:
         workload = _workload(self._rate)
         try:
             for service in self._killed:
-                container = compose("ps", "--quiet", service).split()[0]
-                run("docker", "kill", container)
+                self._kill(compose("ps", "--quiet", service).split()[0])
                 began = time.monotonic()
                 awaited(f"{service} is noticed", 30, lambda: not is_healthy(service), every=0.2)  # noqa: B023
                 awaited(f"{service} healthy again", _HEALTHY_SECONDS, lambda: is_healthy(service))  # noqa: B023
@@ -192,6 +192,22 @@ class EndToEnd:
         self._report.say(f"{sent} changes were committed meanwhile")
         self._report.expect("changes were committed", holds=sent > 0)
         self.audit()
+
+    def _kill(self, container: str) -> None:
+        """Kill a container's process from outside: docker kill counts as stopped by hand, and is not restarted."""
+        pid = str(inspect(container)["State"]["Pid"])
+        program = ("python", "-c", "import os, sys; os.kill(int(sys.argv[1]), 9)", pid)
+        run(
+            "docker",
+            "run",
+            "--rm",
+            "--privileged",
+            "--pid=host",
+            "--user=0:0",
+            "--network=none",
+            self._image(),
+            *program,
+        )
 
     def audit(self) -> None:
         """Compare both sides, and look for dead letters."""
@@ -217,7 +233,7 @@ class EndToEnd:
 
     def down(self) -> None:
         """Remove everything, a run at work too."""
-        run_id = self.ui.launch("cdc_sync_job", {"ops": {"sync_changes": {"config": {"seconds": 600}}}})
+        run_id = self.ui.launch("cdc_sync_job", {"ops": {"consume_changes": {"config": {"seconds": 600}}}})
         awaited("the run's container", 60, lambda: container_of(run_id) is not None)
         compose("down", "--volumes")
         left = [
@@ -295,8 +311,9 @@ def main() -> int:
 
 
 def _images() -> list[str]:
-    ours = compose("config", "--images", "code").split()
-    return sorted(set(compose("config", "--images").split()) - set(ours))
+    services = json.loads(compose("config", "--format", "json"))["services"].values()
+    ours = {service["image"] for service in services if "build" in service}
+    return sorted({service["image"] for service in services} - ours)
 
 
 if __name__ == "__main__":

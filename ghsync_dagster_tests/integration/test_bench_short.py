@@ -20,11 +20,7 @@ from ghsync_dagster_tests.support.process_parts import children_of, is_java, lef
 pytestmark = pytest.mark.integration
 
 EVENTS = 400
-NAMES = (
-    ("ours", "before", "ours-dagster", "plain", "floor", "floor-versions")
-    if ROUNDS
-    else ("ours", "floor-versions")
-)
+NAMES = ("ours", "before", "ours-dagster", "plain", "floor", "floor-versions") if ROUNDS else ("ours", "floor-versions")
 
 
 def bench_command(*options: str) -> list[str]:
