@@ -1,6 +1,6 @@
 """Long sequences in parts.
 
-Not here: how large a part may be for each user.
+Not here: how large a part may be for each caller.
 """
 
 from __future__ import annotations

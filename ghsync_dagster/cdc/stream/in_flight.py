@@ -1,7 +1,7 @@
 """What is in flight: the batch or repair that the writer has, from submitting to acknowledging it.
 
 Belongs here: submitting, committing what is written, and finishing before partitions go. Not here: what makes a batch
-(``cdc.stream.consume``), and writing it (``cdc.stream.write``).
+(``cdc.stream.polled``), and writing it (``cdc.stream.write``).
 """
 
 from __future__ import annotations
