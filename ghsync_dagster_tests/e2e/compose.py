@@ -59,7 +59,7 @@ def run(*command: str, check: bool = True, given: str | None = None, environment
     )
     if check and done.returncode:
         raise StackError(f"{' '.join(command)} ended with {done.returncode}: {(done.stderr or done.stdout)[-2000:]}")
-    return done.stdout if check else done.stdout + done.stderr
+    return done.stdout
 
 
 def compose(*words: str, check: bool = True, given: str | None = None, **environment: str) -> str:

@@ -20,7 +20,7 @@ from ghsync_dagster.cdc.dead_letters.topic import read_dead_letters
 from ghsync_dagster.domain.errors import RefusedError, UnavailableError
 from ghsync_dagster.stores.kafka import topics as kafka_topics
 from ghsync_dagster.stores.kafka.client import KafkaSettings
-from ghsync_dagster.stores.kafka.topics import RecordWriter, location, read_to_end
+from ghsync_dagster.stores.kafka.topics import RecordWriter, create_topic, location, ranges_of, read_to_end
 from ghsync_dagster_tests.support.long_campaign import HANG_SECONDS
 
 if TYPE_CHECKING:
@@ -167,6 +167,13 @@ def test_without_the_right_to_make_the_topic_that_is_not_there_it_is_told_and_no
     monkeypatch.setattr(kafka_topics, "_create_topic", lambda *_: refused)
     with pytest.raises(RefusedError, match=rf"Making {topic.kafka.dead_letter_topic}: .*user's rights"):
         written(topic, letter(topic))
+
+
+def test_a_topic_is_created_once_with_its_partitions(topic: Topic) -> None:
+    name = f"{topic.kafka.topic}-created"
+    assert create_topic(topic.kafka, name, 3)
+    assert not create_topic(topic.kafka, name, 5)
+    assert len(ranges_of(topic.kafka, name)) == 3
 
 
 def test_a_broker_that_is_away_is_a_transient_error() -> None:
