@@ -6,7 +6,8 @@ set -eu
 cd "$(dirname "$0")/.."
 archive=$(cd "$1" && pwd)/volumes.tar
 docker compose stop
-(umask 077 && docker compose run --rm -T --no-deps prepare tar --create --numeric-owner --directory /volumes . >"$archive.part")
+(umask 077 && docker compose run --rm -T --no-deps prepare \
+  sh -c 'cd /volumes && tar --create --numeric-owner vault settings secrets/* data/*' >"$archive.part")
 mv "$archive.part" "$archive"
 docker compose start
 echo "backed up to $archive"

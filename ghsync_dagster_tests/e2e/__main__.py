@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -233,8 +234,10 @@ class EndToEnd:
 
     def down(self) -> None:
         """Remove everything, a run at work too."""
-        run_id = self.ui.launch("cdc_sync_job", {"ops": {"consume_changes": {"config": {"seconds": 600}}}})
-        awaited("the run's container", 60, lambda: container_of(run_id) is not None)
+        # Where an earlier stage has left no UI, there is no run to end.
+        with contextlib.suppress(StackError):
+            run_id = self.ui.launch("cdc_sync_job", {"ops": {"consume_changes": {"config": {"seconds": 600}}}})
+            awaited("the run's container", 60, lambda: container_of(run_id) is not None)
         compose("down", "--volumes")
         left = [
             *run_containers(),
