@@ -68,6 +68,12 @@ class _HostConfig(_Body):
     auto_remove: Literal[False] = False
 
 
+class _Networks(_Body):
+    """The networks that a run container joins."""
+
+    endpoints_config: dict[str, None] = {}
+
+
 class _Create(_Body):
     """The body of a create request, as docker-py writes it."""
 
@@ -87,7 +93,7 @@ class _Create(_Body):
     mac_address: None = None
     healthcheck: None = None
     stop_signal: None = None
-    networking_config: dict[str, Any] | None = None
+    networking_config: _Networks | None = None
     network_disabled: Literal[False] = False
     tty: Literal[False] = False
     open_stdin: Literal[False] = False
@@ -123,8 +129,8 @@ class RefusedRequestError(Exception):
     """A request does not pass; holds the reason."""
 
 
-def check_create(content: bytes, allowed: Allowed) -> None:
-    """Check a request for a new container.
+def check_create(content: bytes, allowed: Allowed) -> bytes:
+    """Check a request for a new container, and return it as it was read: the engine may read other bytes otherwise.
 
     Args:
         content: Its body.
@@ -148,21 +154,21 @@ def check_create(content: bytes, allowed: Allowed) -> None:
         (not 0 < host.memory <= allowed.most_memory, f"its memory is {host.memory} bytes"),
         (not 0 < host.pids_limit <= allowed.most_pids, f"it may have {host.pids_limit} processes"),
         *((not _may_bind(bind, allowed.volumes), f"it mounts {bind}") for bind in host.binds),
-        *((name != allowed.network, f"it joins {name}") for name in _networks(body)),
+        *((name != allowed.network, f"it joins {name}") for name in _joined(body)),
     ]
     if wrong := [words for is_wrong, words in faults if is_wrong]:
         raise RefusedRequestError(f"a run container is not made so: {'; '.join(wrong)}")
+    return body.model_dump_json(by_alias=True, exclude_unset=True).encode()
+
+
+def _joined(body: _Create) -> list[str]:
+    return list(body.networking_config.endpoints_config) if body.networking_config else []
 
 
 def _may_bind(bind: str, volumes: Mapping[str, str]) -> bool:
     volume, _, rest = bind.partition(":")
     path, _, mode = rest.rpartition(":")
     return path.startswith("/") and volumes.get(volume) == mode
-
-
-def _networks(body: _Create) -> list[str]:
-    endpoints: dict[str, Any] = (body.networking_config or {}).get("EndpointsConfig", {})
-    return [name for name, config in endpoints.items() if name != body.host_config.network_mode or config]
 
 
 class DockerFilter:
@@ -202,10 +208,10 @@ class DockerFilter:
 
     async def _create(self, request: Request) -> Response:
         try:
-            check_create(await request.body(), self._allowed)
+            content = check_create(await request.body(), self._allowed)
         except RefusedRequestError as error:
             return _refusal(request, str(error))
-        return await self._forward(request)
+        return await self._forward(request, content)
 
     async def _of_a_run(self, request: Request) -> Response:
         name = request.path_params["id"]
@@ -221,13 +227,13 @@ class DockerFilter:
     async def _refuse(self, request: Request) -> Response:
         return _refusal(request, "runs need no such request")
 
-    async def _forward(self, request: Request) -> Response:
+    async def _forward(self, request: Request, content: bytes = b"") -> Response:
         return _answer(
             await self._ask(
                 request.method,
                 request.url.path,
                 query=request.url.query,
-                content=await request.body(),
+                content=content,
                 kind=request.headers.get("content-type"),
             )
         )
@@ -258,7 +264,7 @@ class DockerFilter:
         while True:
             try:
                 await self.sweep()
-            except (httpx.HTTPError, ValueError, KeyError) as error:
+            except Exception as error:  # noqa: BLE001  one failure must not end the sweeps
                 log.warning("ended containers not removed", error=type(error).__name__)
             await asyncio.sleep(_SWEEP_SECONDS)
 

@@ -63,6 +63,7 @@ class Engine:
     def __init__(self) -> None:
         self.containers: dict[str, dict[str, Any]] = {}
         self.asked: list[str] = []
+        self.bodies: list[bytes] = []
 
     def add(self, name: str, *, image: str = IMAGE, run: str | None = "1234", finished: str = "") -> None:
         """Have a container, ended where a time is given."""
@@ -80,6 +81,7 @@ class Engine:
     def __call__(self, request: httpx.Request) -> httpx.Response:
         """Answer as an engine does."""
         self.asked.append(f"{request.method} {request.url.path}")
+        self.bodies.append(request.content)
         parts = request.url.path.strip("/").split("/")
         if parts[0].startswith("v1"):
             parts = parts[1:]
@@ -183,6 +185,15 @@ def test_a_container_that_asks_for_more_is_refused(
     assert engine.asked == []
 
 
+def test_the_engine_reads_what_was_checked(client: Client, engine: Engine) -> None:
+    # Of a name that stands twice, readers take the first, the last or both.
+    twice = json.dumps(CREATE)[:-1] + ', "User": null, "Image": "ghsync:local"}'
+    twice = twice.replace('"User": null', '"User": "0"', 1)
+    assert client.request("POST", "/containers/create", content=twice).status_code == 201
+    assert json.loads(engine.bodies[-1]) == CREATE
+    assert engine.bodies[-1].count(b'"User"') == engine.bodies[-1].count(b'"Image"') == 1
+
+
 @pytest.mark.parametrize(
     ("method", "path"),
     [
@@ -238,6 +249,22 @@ def test_an_engine_that_is_away_is_an_answer() -> None:
     answer = Client(DockerFilter(client, ALLOWED)).request("GET", "/_ping")
     assert answer.status_code == 502
     assert "does not answer" in answer.json()["message"]
+
+
+def test_sweeps_go_on_after_one_that_failed(docker: DockerFilter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ghsync_dagster.deploy.docker_filter._SWEEP_SECONDS", 0)
+    sweeps: list[int] = []
+
+    async def sweep() -> list[str]:
+        sweeps.append(len(sweeps))
+        if len(sweeps) < 3:
+            raise RuntimeError("no request")
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(docker, "sweep", sweep)
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(docker._sweep_on())
+    assert sweeps == [0, 1, 2]
 
 
 def test_requests_pass_with_their_query(engine: Engine) -> None:
