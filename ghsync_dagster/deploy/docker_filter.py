@@ -68,12 +68,6 @@ class _HostConfig(_Body):
     auto_remove: Literal[False] = False
 
 
-class _Networks(_Body):
-    """The networks that a run container joins."""
-
-    endpoints_config: dict[str, None] = {}
-
-
 class _Create(_Body):
     """The body of a create request, as docker-py writes it."""
 
@@ -93,7 +87,7 @@ class _Create(_Body):
     mac_address: None = None
     healthcheck: None = None
     stop_signal: None = None
-    networking_config: _Networks | None = None
+    networking_config: dict[str, None] | None = None
     network_disabled: Literal[False] = False
     tty: Literal[False] = False
     open_stdin: Literal[False] = False
@@ -162,7 +156,8 @@ def check_create(content: bytes, allowed: Allowed) -> bytes:
 
 
 def _joined(body: _Create) -> list[str]:
-    return list(body.networking_config.endpoints_config) if body.networking_config else []
+    """Return the networks that docker-py names next to the network mode: each with null, or the model refuses it."""
+    return list(body.networking_config or ())
 
 
 def _may_bind(bind: str, volumes: Mapping[str, str]) -> bool:
