@@ -148,16 +148,12 @@ def check_create(content: bytes, allowed: Allowed) -> bytes:
         (not 0 < host.memory <= allowed.most_memory, f"its memory is {host.memory} bytes"),
         (not 0 < host.pids_limit <= allowed.most_pids, f"it may have {host.pids_limit} processes"),
         *((not _may_bind(bind, allowed.volumes), f"it mounts {bind}") for bind in host.binds),
-        *((name != allowed.network, f"it joins {name}") for name in _joined(body)),
+        # docker-py names the network once more, with null: the model refuses any options of it.
+        *((name != allowed.network, f"it joins {name}") for name in body.networking_config or ()),
     ]
     if wrong := [words for is_wrong, words in faults if is_wrong]:
         raise RefusedRequestError(f"a run container is not made so: {'; '.join(wrong)}")
     return body.model_dump_json(by_alias=True, exclude_unset=True).encode()
-
-
-def _joined(body: _Create) -> list[str]:
-    """Return the networks that docker-py names next to the network mode: each with null, or the model refuses it."""
-    return list(body.networking_config or ())
 
 
 def _may_bind(bind: str, volumes: Mapping[str, str]) -> bool:
@@ -274,14 +270,15 @@ class DockerFilter:
             found = await self._ask("GET", f"/containers/{container['Id']}/json")
             if found.status_code != httpx.codes.OK:
                 continue
-            state, run = found.json(), self._run_of(found.json())
-            finished = state["State"]["FinishedAt"]
-            ended = _seconds(state["Created"] if finished == _NEVER else finished)
+            described = found.json()
+            state, run = described["State"], self._run_of(described)
+            finished = state["FinishedAt"]
+            ended = _seconds(described["Created"] if finished == _NEVER else finished)
             if run is None or self._clock() - ended < self._allowed.keep_seconds:
                 continue
             gone = await self._ask("DELETE", f"/containers/{container['Id']}")
             if gone.status_code in (httpx.codes.NO_CONTENT, httpx.codes.NOT_FOUND):
-                log.info("run container removed", run=run, exit_code=state["State"]["ExitCode"])
+                log.info("run container removed", run=run, exit_code=state["ExitCode"])
                 removed.append(run)
         return removed
 

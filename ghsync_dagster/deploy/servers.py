@@ -10,6 +10,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Final
 
 from ghsync_dagster.deploy.volumes import CONNECTOR_USER, DATABASE_USER, REPLICA_SET
+from ghsync_dagster.domain.connector import GRANTED
 from ghsync_dagster.domain.table import DATABASE, TABLE, create_table, quoted
 from ghsync_dagster.logging import get_logger
 from ghsync_dagster.retry import retrying
@@ -33,7 +34,6 @@ _ROOT: Final = "root"
 _SECONDS: Final = 10
 _NOT_YET_INITIALIZED: Final = 94
 _USER_NOT_FOUND: Final = 11
-_CONNECTOR_RIGHTS: Final = "SELECT, RELOAD, SHOW DATABASES, REPLICATION SLAVE, REPLICATION CLIENT"
 
 log = get_logger("setup")
 
@@ -123,7 +123,7 @@ def _set_up_mysql(address: MySqlAddress, secret: Callable[[str], str]) -> None:
         cursor.execute(f"GRANT SELECT ON {quoted(DATABASE)}.{quoted(TABLE)} TO %s@'%%'", (DATABASE_USER,))
         cursor.execute("GRANT REPLICATION CLIENT ON *.* TO %s@'%%'", (DATABASE_USER,))
         _have_login(cursor, CONNECTOR_USER, secret("connector-password"))
-        cursor.execute(f"GRANT {_CONNECTOR_RIGHTS} ON *.* TO %s@'%%'", (CONNECTOR_USER,))
+        cursor.execute(f"GRANT {', '.join(GRANTED)} ON *.* TO %s@'%%'", (CONNECTOR_USER,))
     log.info("mysql is set up", table=f"{DATABASE}.{TABLE}", users=[DATABASE_USER, CONNECTOR_USER])
 
 

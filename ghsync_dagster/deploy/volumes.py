@@ -27,6 +27,7 @@ from ghsync_dagster.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
 REPLICA_SET: Final = "rs0"
 DATABASE_USER: Final = "ghsync"
 CONNECTOR_USER: Final = "debezium"

@@ -20,7 +20,9 @@ NONE: Final = "NONE"
 UNKNOWN: Final = "UNKNOWN"
 """The worker does not answer, or not with the connector's state."""
 HALTED: Final = ("PAUSED", "STOPPED")
-RIGHTS: Final = "the database user needs SELECT, RELOAD, SHOW DATABASES, REPLICATION SLAVE and REPLICATION CLIENT"
+GRANTED: Final = ("SELECT", "RELOAD", "SHOW DATABASES", "REPLICATION SLAVE", "REPLICATION CLIENT")
+"""The rights of the connector's database user."""
+RIGHTS: Final = f"the database user needs {', '.join(GRANTED[:-1])} and {GRANTED[-1]}"
 
 _AWAY_SECONDS: Final = 60.0
 """Several intervals of watching a connector. After a longer gap it is unknown whether the offset moved meanwhile."""

@@ -7,6 +7,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _KILLED: Final = (*SERVERS, "connector", "docker-filter", "code", "webserver", "daemon", "consumer", "proxy")
 _HEALTHY_SECONDS: Final = 240.0
 _RUNS: Final = 20
+_SLICE: Final = {"ops": {"consume_changes": {"config": {"seconds": 600}}}}
 
 # Goes on through the ends of MySQL: each of its histories has keys of its own, and ends where MySQL does.
 _WORKLOAD: Final = """
@@ -158,7 +160,7 @@ class EndToEnd:
 
     def killed_run(self) -> None:
         """Kill a run's container."""
-        run_id = self.ui.launch("cdc_sync_job", {"ops": {"consume_changes": {"config": {"seconds": 600}}}})
+        run_id = self.ui.launch("cdc_sync_job", _SLICE)
         awaited("the run's start", 120, lambda: self.ui.status(run_id) == "STARTED")
         run("docker", "kill", str(container_of(run_id)))
         seconds = awaited("the killed run's end", 90, lambda: self.ui.status(run_id) == "FAILURE")
@@ -169,7 +171,7 @@ class EndToEnd:
 
     def cancelled_run(self) -> None:
         """Cancel a slice of the consumer."""
-        run_id = self.ui.launch("cdc_sync_job", {"ops": {"consume_changes": {"config": {"seconds": 600}}}})
+        run_id = self.ui.launch("cdc_sync_job", _SLICE)
         awaited("the run's start", 120, lambda: self.ui.status(run_id) == "STARTED")
         time.sleep(5)
         self.ui.terminate(run_id)
@@ -221,7 +223,7 @@ class EndToEnd:
     def restore(self) -> None:
         """Back up by the documented commands, lose all volumes, restore, and compare."""
         began = time.monotonic()
-        with _folder() as folder:
+        with tempfile.TemporaryDirectory(prefix="ghsync-backup-") as folder:
             run("sh", str(ROOT / "deploy/backup.sh"), folder)
             self._report.say(f"backed up in {time.monotonic() - began:.0f} s")
             compose("down", "--volumes")
@@ -236,7 +238,7 @@ class EndToEnd:
         """Remove everything, a run at work too."""
         # Where an earlier stage has left no UI, there is no run to end.
         with contextlib.suppress(StackError):
-            run_id = self.ui.launch("cdc_sync_job", {"ops": {"consume_changes": {"config": {"seconds": 600}}}})
+            run_id = self.ui.launch("cdc_sync_job", _SLICE)
             awaited("the run's container", 60, lambda: container_of(run_id) is not None)
         compose("down", "--volumes")
         left = [
@@ -271,12 +273,6 @@ def _end(workload: subprocess.Popen[str]) -> int:
     run("docker", "stop", "--time", "30", "ghsync-workload", check=False)
     output, _ = workload.communicate(timeout=60)
     return int(output.split()[-1]) if output.split() and output.split()[-1].isdecimal() else 0
-
-
-def _folder() -> Any:
-    import tempfile
-
-    return tempfile.TemporaryDirectory(prefix="ghsync-backup-")
 
 
 def main() -> int:

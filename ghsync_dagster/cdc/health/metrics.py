@@ -182,8 +182,8 @@ class MetricsSnapshot:
     @property
     def held_up(self) -> str | None:
         """Why nothing can be consumed now, in words; None where no reason is known."""
-        if self.away:
-            return self.away
+        if away := self.away:
+            return away
         if not self.lag:
             return "this consumer has no partition"
         # Without the connector, records that the topic still holds are consumed all the same.
